@@ -1,0 +1,268 @@
+"""The configuration: frozen dataclasses with one default each, filled from YAML and key=value overrides.
+
+No torch here, so that `--dry-run`, the launcher and the tests of bad input start in a moment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+PRESET_NAMES = ("vision_r1", "see_think", "summed", "gdpo", "vision_sr1", "perception_credit")
+
+
+class ConfigError(ValueError):
+    """A configuration value is wrong; the message names the key, the value, what is allowed and what to do."""
+
+
+def _require(condition: bool, key: str, got: Any, allowed: str, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}={got!r} is not allowed: it must be {allowed}. {remedy}")
+
+
+def _positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{section}.{name}", value, "greater than 0", f"Set {section}.{name} to a positive number.")
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, key, value, "one of " + ", ".join(allowed), f"Set {key} to one of them.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy's weights, in Hugging Face format (config, safetensors, tokenizer, processor)."""
+
+    hf_dir: str = ""
+    train_vision: bool = True
+    max_position: int = 4096  # longest packed sequence the policy is built for, tokens
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """How the ranks share the policy. Data parallelism is what remains: nproc / (tensor * pipeline * context)."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+
+    @property
+    def model_ranks(self) -> int:
+        return self.tensor * self.pipeline * self.context
+
+    def __post_init__(self) -> None:
+        _positive("layout", self, "tensor", "pipeline", "context")
+        _require(
+            self.context == 1,
+            "layout.context",
+            self.context,
+            "1 in this release",
+            "Use layout.tensor or layout.pipeline.",
+        )
+        _require(
+            not self.sequence_parallel or self.tensor > 1,
+            "layout.sequence_parallel",
+            self.sequence_parallel,
+            "false where layout.tensor is 1",
+            "Set layout.tensor to 2 or more, or layout.sequence_parallel to false.",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Shards, as paths or glob patterns. Every pattern must match at least one file."""
+
+    train: tuple[str, ...] = ()
+    cold_start: tuple[str, ...] = ()
+    heldout: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up, then a constant or cosine learning rate."""
+
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    clip_grad: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _positive("optimizer", self, "lr", "eps", "clip_grad")
+        _one_of("optimizer.schedule", self.schedule, ("constant", "cosine"))
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Generation of training rollouts. Each rank (of one engine) holds a colocated engine."""
+
+    prompts_per_step: int = 512
+    samples_per_prompt: int = 8
+    temperature: float = 1.0
+    max_response_tokens: int = 2048
+    max_description_tokens: int = 1024  # a longer description is cut here, and counted
+    max_model_tokens: int = 8192  # prompt + response, both passes
+    max_running_requests: int = 256
+    kv_cache_gib: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("rollout", self, *(f.name for f in fields(self)))
+        need = self.max_response_tokens + self.max_description_tokens
+        _require(
+            need < self.max_model_tokens,
+            "rollout.max_model_tokens",
+            self.max_model_tokens,
+            f"more than max_response_tokens + max_description_tokens = {need}, or no prompt would fit",
+            "Raise rollout.max_model_tokens or lower the other two.",
+        )
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Which reward streams, and how advantages and losses are formed (method: Vision-SR1, eq. 6-9)."""
+
+    preset: str = "vision_sr1"
+    format_weight: float = 0.1  # alpha
+    kl_coef: float = 0.01  # beta, of every stream
+    kl_estimator: str = "k3"
+    advantage_scope: str = "group"
+    advantage_eps: float = 1e-6
+    aggregation: str = "token_mean"  # token_mean: DAPO; sequence_mean: GRPO; sequence_sum: the paper's 1/B
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    leak_filter: bool = False  # true: a description that states the answer earns no visual reward
+
+    def __post_init__(self) -> None:
+        _one_of("objective.preset", self.preset, PRESET_NAMES)
+        _one_of("objective.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
+        _one_of("objective.advantage_scope", self.advantage_scope, ("group", "batch"))
+        _one_of("objective.aggregation", self.aggregation, ("token_mean", "sequence_mean", "sequence_sum"))
+        _positive("objective", self, "advantage_eps", "clip_low", "clip_high")
+        _require(
+            self.kl_coef >= 0, "objective.kl_coef", self.kl_coef, "0 or more", "0 switches the reference model off."
+        )
+        _require(
+            self.dual_clip is None or self.dual_clip > 1,
+            "objective.dual_clip",
+            self.dual_clip,
+            "greater than 1, or null",
+            "3.0 is common.",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop: how many steps, how large, saved how often."""
+
+    steps: int = 200
+    batch_size: int = 128  # prompts per optimizer step (sft: samples)
+    micro_batch_tokens: int = 8192  # token budget of one packed row
+    save_every: int = 10  # steps; the last step is always saved
+    keep_checkpoints: int = 2
+    evaluate_every: int = 0  # grpo: steps between evaluations; 0: only before the first and after the last
+
+    def __post_init__(self) -> None:
+        _positive("train", self, "steps", "batch_size", "micro_batch_tokens", "save_every", "keep_checkpoints")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Greedy evaluation of both passes on the held-out shards."""
+
+    max_prompts: int = 0  # 0: all
+    examples: int = 12  # how many are kept with their images for the report
+
+
+@dataclass(frozen=True)
+class Config:
+    """One command's whole configuration."""
+
+    run_dir: str = "runs/default"
+    seed: int = 1
+    nproc: int = 1  # ranks on this machine; under torchrun the world size counts
+    model: ModelConfig = field(default_factory=ModelConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.nproc > 0, "nproc", self.nproc, "greater than 0", "Set nproc to the number of ranks.")
+        _require(
+            self.nproc % self.layout.model_ranks == 0,
+            "nproc",
+            self.nproc,
+            f"a multiple of layout.tensor * layout.pipeline * layout.context = {self.layout.model_ranks}",
+            "Change nproc or the layout.",
+        )
+
+    @property
+    def data_ranks(self) -> int:
+        return self.nproc // self.layout.model_ranks
+
+
+def load_config(path: str | Path | None, overrides: list[str]) -> Config:
+    """Reads YAML, applies `key=value` overrides, validates.
+
+    Raises:
+        ConfigError: unknown key, wrong type, a value out of range, or values that do not fit together.
+    """
+    try:
+        tree = OmegaConf.structured(Config)
+        if path is not None:
+            if not Path(path).is_file():
+                raise ConfigError(f"CONFIG={str(path)!r} is not a file. Give the path of a YAML configuration.")
+            tree = OmegaConf.merge(tree, OmegaConf.load(path))
+        for override in overrides:
+            if "=" not in override:
+                raise ConfigError(
+                    f"override {override!r} is not allowed: it must be key=value, for example train.steps=10."
+                )
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
+        return OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}. {_known_keys(error)}"
+        ) from error
+
+
+def _known_keys(error: OmegaConfBaseException) -> str:
+    kind = error.object_type
+    if isinstance(kind, type) and hasattr(kind, "__dataclass_fields__"):
+        return "Known keys here: " + ", ".join(f.name for f in fields(kind)) + "."
+    return "Correct the value in the YAML file or in the override."
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def check_train_batch(config: Config) -> None:
+    """What must divide before a GRPO run starts.
+
+    Raises:
+        ConfigError: prompts do not split into mini-batches.
+    """
+    _require(
+        config.rollout.prompts_per_step % config.train.batch_size == 0,
+        "train.batch_size",
+        config.train.batch_size,
+        f"a divisor of rollout.prompts_per_step={config.rollout.prompts_per_step}",
+        "It is the number of prompts of one optimizer step.",
+    )

@@ -1,0 +1,211 @@
+"""The values that flow between the rooms, and the protocols at the seams.
+
+Shape legend, used by every tensor file of the project:
+    T  tokens of one packed row (padding included)      N  sequences in the row
+    R  scored tokens of the row (the loss rows)         S  reward streams
+    P  image patches, C values per patch                I  images, V visual tokens (merged patches)
+    H  hidden size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+PassName = Literal["first", "second"]
+Template = Literal["see_think", "cot", "caption_reasoner"]
+TokenSegment = Literal["response", "description", "reasoning"]
+KlEstimator = Literal["k1", "k2", "k3"]
+
+
+# ---------------------------------------------------------------- data -> rollouts
+@dataclass(frozen=True)
+class Prompt:
+    """One question about zero or more images, as read from a shard."""
+
+    key: str  # unique in its dataset
+    problem: str
+    answer: str
+    images: tuple[Image, ...] = ()  # RGB, decoded
+    source: str = ""  # the kind of question; evaluation reports by source
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # e.g. {"facts": ["3", "7"]}
+
+
+@dataclass(frozen=True)
+class SftSample:
+    """One demonstration. `description` is set exactly for the `caption_reasoner` template, whose
+    prompt holds the description instead of the image."""
+
+    prompt: Prompt
+    template: Template
+    response: str
+    description: str | None = None
+
+
+@dataclass(frozen=True)
+class SeeThink:
+    """A parsed See-Think response. Spans are [start, end) character offsets into the response and
+    cover the inner text only, never the tags."""
+
+    description: str
+    reasoning: str
+    answer: str
+    description_span: tuple[int, int]
+    reasoning_span: tuple[int, int]
+    answer_span: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a generator draws responses. temperature 0 is greedy."""
+
+    num_samples: int  # K responses per prompt
+    temperature: float
+    max_response_tokens: int
+    seed: int
+    template: Template = "see_think"
+    second_pass: bool = True
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One generated response. `prompt_ids` are the ids the engine really used, image placeholders
+    expanded: the one canonical track."""
+
+    rollout_id: str  # "<step>/<prompt key>/<sample>/<first|second>"
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]  # ends with the end-of-turn id when finish_reason is "stop"
+    response_text: str  # special tokens kept, the final end-of-turn token removed
+    generator_logprobs: tuple[float, ...]  # one per response id
+    finish_reason: Literal["stop", "length"]
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class RolloutPair:
+    """The two passes of one sample. `second` is None where the first pass has no description."""
+
+    sample_index: int
+    first: Rollout
+    second: Rollout | None
+    description: str | None  # what the second pass was given
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """All K samples of one prompt."""
+
+    group_id: int  # position of the prompt in the step's batch
+    prompt: Prompt
+    pairs: tuple[RolloutPair, ...]
+
+
+# ---------------------------------------------------------------- rollouts -> policy
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image after the model's own processor. Two sequences that hold the same object share one
+    pass through the vision tower."""
+
+    pixel_values: Tensor  # [P, C] float32
+    grid_thw: tuple[int, int, int]  # patches along time, height, width
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """Token ids to be scored by the policy: prompt followed by response. Image ids (one run per
+    image, in order) are looked for in the prompt part only; in the response they are text."""
+
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+    images: tuple[EncodedImage, ...] = ()
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Several sequences packed into one row. Row r of the R scored tokens is predicted by the hidden
+    state at `loss_rows[r]`; it is response token `row_offset[r]` of sequence `row_sequence[r]`."""
+
+    input_ids: Tensor  # [T] int64
+    position_ids: Tensor  # [3, T] int64: mRoPE time, height, width
+    cu_seqlens: Tensor  # [N+1] int32, padding is the last sequence where there is any
+    max_seqlen: int
+    visual_index: Tensor  # [T] int64: row of the visual tokens [V, H] that replaces this token, -1 for text
+    pixel_values: Tensor | None  # [P, C]
+    image_grid_thw: Tensor | None  # [I, 3] int64
+    loss_rows: Tensor  # [R] int64, positions in the row
+    targets: Tensor  # [R] int64
+    row_sequence: Tensor  # [R] int64: index into the list of sequences that was packed
+    row_offset: Tensor  # [R] int64
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """What the fused head returns."""
+
+    logprobs: Tensor  # [T] natural log of the target's probability
+    entropy: Tensor | None  # [T] nats
+
+
+# ---------------------------------------------------------------- the objective
+@dataclass(frozen=True)
+class Stream:
+    """A reward stream: which tokens are credited with which reward (Vision-SR1, eq. 6-9)."""
+
+    name: str
+    trajectory: PassName
+    tokens: TokenSegment
+    rewards: tuple[tuple[str, float], ...]  # (component of REWARDS, weight)
+    weight: float = 1.0  # lambda
+    kl_coef: float = 0.01  # beta
+    kl_estimator: KlEstimator = "k3"
+    normalize: Literal["sum", "per_component"] = "sum"  # per_component: GDPO
+
+
+@dataclass(frozen=True)
+class Clip:
+    """PPO ratio clipping: [1 - low, 1 + high]; `dual` (> 1) bounds the loss where the advantage is negative."""
+
+    low: float = 0.2
+    high: float = 0.2
+    dual: float | None = None
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Everything the policy loss of one micro-batch needs. Masks and denominators are one number:
+    token_weights[s, r] is 0 outside stream s and 1 / (global denominator of s) inside."""
+
+    trainer_logprobs: Tensor  # [R], carries the gradient
+    old_logprobs: Tensor | None  # [R], None: on-policy, the detached trainer log-probs
+    ref_logprobs: Tensor | None  # [R], None only if every kl_coef is 0
+    advantages: Tensor  # [S, R]
+    token_weights: Tensor  # [S, R]
+    streams: tuple[Stream, ...]
+    clip: Clip = Clip()
+
+
+class LossFn(Protocol):
+    """Scores micro-batch number `index`. The returned losses add up, over micro-batches and
+    data-parallel ranks, to the loss of the step; so do the metrics."""
+
+    def __call__(self, index: int, logprobs: LogProbs) -> tuple[Tensor, Mapping[str, Tensor]]: ...
+
+
+class WeightSink(Protocol):
+    """Takes Hugging Face named tensors in place."""
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
+
+
+class Generator(WeightSink, Protocol):
+    """Runs both passes for a batch of prompts; every rank passes the same arguments and gets all groups."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[RolloutGroup]: ...
+
+
+RewardFn = Callable[[RolloutPair, Prompt], float]
