@@ -1,0 +1,50 @@
+"""The process groups of a layout: the only file that asks Megatron-Core's global state for groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup
+
+from megatron_sr1.config import LayoutConfig
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """This rank's groups. `collection` is what Megatron-Core's modules take."""
+
+    tensor: ProcessGroup
+    pipeline: ProcessGroup
+    data: ProcessGroup
+    model: ProcessGroup  # tensor x pipeline: the ranks that hold one copy of the policy
+    collection: ProcessGroupCollection
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline.rank() == self.pipeline.size() - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last pipeline stage of this rank's pipeline."""
+        return torch.distributed.get_process_group_ranks(self.pipeline)[-1]
+
+
+def build_groups(layout: LayoutConfig) -> ParallelGroups:
+    """Splits the ranks of the default process group; every rank calls it. An earlier split is dissolved first."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        create_gloo_process_groups=False,  # the groups built anyway serve every collective
+    )
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    return ParallelGroups(collection.tp, collection.pp, collection.dp, collection.mp, collection)
