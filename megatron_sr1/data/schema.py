@@ -1,0 +1,171 @@
+"""What one sample is inside a shard, and the two directions between that and the project's types.
+
+Members of the sample `key`:
+    key.json        {"problem", "answer", "choices"?, "source"?, "metadata"?}, and for a demonstration also
+                    {"template", "response"} and, exactly for the template caption_reasoner, {"description"}
+    key.0.png       the images in order; png, jpg, jpeg or webp
+
+`choices` (a list of strings) becomes `metadata["choices"]`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from PIL import Image
+
+from megatron_sr1.types import Prompt, SftSample, Template
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")  # no other decoder of Pillow is ever tried
+JSON_EXTENSION = "json"
+_PROMPT_TEXTS = ("problem", "answer")
+_DEMONSTRATION_TEXTS = ("template", "response")
+_KNOWN = (*_PROMPT_TEXTS, "choices", "source", "metadata", *_DEMONSTRATION_TEXTS, "description")
+
+
+def image_number(extension: str) -> int | None:
+    """ "0.png" -> 0; None where the extension is not that of an image."""
+    number, _, kind = extension.partition(".")
+    return int(number) if kind.lower() in IMAGE_EXTENSIONS and number.isascii() and number.isdigit() else None
+
+
+# ---------------------------------------------------------------- sample -> members
+def encode_sample(sample: Prompt | SftSample) -> tuple[str, dict[str, bytes]]:
+    """Returns the key and the members {extension: bytes}; images as PNG.
+
+    Raises:
+        ValueError: the key cannot name a tar member, or a field breaks the schema.
+    """
+    prompt = sample.prompt if isinstance(sample, SftSample) else sample
+    _check_key(prompt.key)
+    metadata = dict(prompt.metadata)
+    fields: dict[str, Any] = {"problem": prompt.problem, "answer": prompt.answer}
+    if "choices" in metadata:
+        fields["choices"] = metadata.pop("choices")
+    if prompt.source:
+        fields["source"] = prompt.source
+    if metadata:
+        fields["metadata"] = metadata
+    if isinstance(sample, SftSample):
+        fields |= {"template": sample.template, "response": sample.response}
+        if sample.description is not None:
+            fields["description"] = sample.description
+    _check_fields(fields, len(prompt.images), where=f"sample {prompt.key!r}")
+    members = {f"{number}.png": _encode_png(image) for number, image in enumerate(prompt.images)}
+    members[JSON_EXTENSION] = json.dumps(fields, ensure_ascii=False, sort_keys=True).encode("utf-8")
+    return prompt.key, members
+
+
+def _check_key(key: str) -> None:
+    parts = key.split("/")
+    if not key or "." in parts[-1] or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(
+            f"key {key!r} cannot name a sample: it must be a relative path without '..', and its last part must have "
+            "no dot (WebDataset ends a key at the first dot). Rename the sample."
+        )
+
+
+def _encode_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------- members -> sample
+def decode_sample(key: str, text: bytes, images: Sequence[bytes], where: str) -> Prompt | SftSample:
+    """Parses one sample.
+
+    Args:
+        text: the bytes of its json member.
+        images: the bytes of its images, in order.
+        where: shard and key, for messages.
+
+    Raises:
+        ValueError: invalid JSON, a missing, wrong or unknown field, an image that cannot be decoded.
+    """
+    fields = _parse_json(text, where)
+    _check_fields(fields, len(images), where)
+    metadata = dict(fields.get("metadata", {}))
+    if "choices" in fields:
+        metadata["choices"] = tuple(fields["choices"])
+    prompt = Prompt(
+        key=key,
+        problem=fields["problem"],
+        answer=fields["answer"],
+        images=tuple(_decode_image(data, f"{where}, image {number}") for number, data in enumerate(images)),
+        source=fields.get("source", ""),
+        metadata=metadata,
+    )
+    if "response" not in fields:
+        return prompt
+    return SftSample(prompt, fields["template"], fields["response"], fields.get("description"))
+
+
+def _parse_json(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except ValueError as error:  # also UnicodeDecodeError
+        raise ValueError(f"{where}: its json member is not valid JSON ({error}). Rewrite the shard.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: its json member holds a {type(fields).__name__}; it must hold an object.")
+    return fields
+
+
+def _decode_image(data: bytes, where: str) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            return image.convert("RGB")
+    # what Pillow's PNG, JPEG and WebP decoders raise on damaged or hostile files
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{where}: cannot be decoded as {', '.join(IMAGE_FORMATS)} ({error}). Replace the image or drop the sample."
+        ) from error
+
+
+# ---------------------------------------------------------------- one set of rules for both directions
+def _check_fields(fields: Mapping[str, Any], num_images: int, where: str) -> None:
+    unknown = sorted(set(fields) - set(_KNOWN))
+    if unknown:
+        raise ValueError(
+            f"{where}: unknown field {unknown[0]!r}. Known are {', '.join(_KNOWN)}; put others under metadata."
+        )
+    is_demonstration = not {"template", "response", "description"}.isdisjoint(fields)
+    for name in _PROMPT_TEXTS + (_DEMONSTRATION_TEXTS if is_demonstration else ()):
+        if name not in fields:
+            raise ValueError(f"{where}: the required field {name!r} is missing. Add it to the sample's json.")
+        if not isinstance(fields[name], str) or not fields[name].strip():
+            raise ValueError(f"{where}: {name}={fields[name]!r} must be a string that is not empty.")
+    _check_type(fields, "source", str, where)
+    _check_type(fields, "metadata", dict, where)
+    choices = fields.get("choices", [])
+    if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"{where}: choices={choices!r} must be a list of strings.")
+    if "choices" in fields.get("metadata", {}):
+        raise ValueError(f"{where}: metadata must not hold 'choices'. Make it a field of its own, beside metadata.")
+    if is_demonstration:
+        _check_demonstration(fields, num_images, where)
+
+
+def _check_type(fields: Mapping[str, Any], name: str, kind: type, where: str) -> None:
+    if name in fields and not isinstance(fields[name], kind):
+        raise ValueError(f"{where}: {name}={fields[name]!r} must be a JSON {'string' if kind is str else 'object'}.")
+
+
+def _check_demonstration(fields: Mapping[str, Any], num_images: int, where: str) -> None:
+    template = fields["template"]
+    if template not in get_args(Template):
+        raise ValueError(f"{where}: template={template!r} must be one of {', '.join(get_args(Template))}.")
+    _check_type(fields, "description", str, where)
+    if (template == "caption_reasoner") != ("description" in fields):
+        raise ValueError(
+            f"{where}: template={template!r} {'lacks' if template == 'caption_reasoner' else 'has'} a description. It "
+            "belongs exactly to caption_reasoner, whose prompt holds it instead of the image."
+        )
+    if template == "caption_reasoner" and num_images:
+        raise ValueError(
+            f"{where}: a caption_reasoner demonstration has {num_images} images; it must have none. Remove them."
+        )

@@ -1,0 +1,141 @@
+"""Log-probability (and entropy) of target tokens straight from hidden states and the output head.
+
+    z = hidden @ weight.T / temperature,   logprob = z[target] - logsumexp(z),   entropy = -sum_j p_j log p_j
+
+The logits [T, V] never exist: they are made in tiles and, but for a fixed number of them, made again in backward
+(chunked.py): 8*T*H*V operations for forward and backward together, against 6*T*H*V with all logits kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce, get_world_size
+
+from megatron_sr1.kernels.chunked import VocabShard, chunked_logprob
+from megatron_sr1.types import LogProbs
+
+IGNORE_INDEX = -100  # a target with this value is not scored
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    tp_group: ProcessGroup | None = None,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+) -> LogProbs:
+    """Natural-log probability of `targets`, differentiable in `hidden` and `weight`.
+
+    Softmax statistics, log-probs and both gradient accumulators are float32 (float64 for float64 inputs). The
+    results are the same bits in every run on one machine: the order of every sum is fixed.
+
+    Tensor parallelism: every rank of `tp_group` passes the same hidden states and targets and its own rows of the
+    head; shards may be uneven. The log-probs and the entropy come out equal on all ranks. The gradient of `weight`
+    is this rank's shard, complete. The gradient of `hidden` is only this rank's part of the sum over the vocabulary
+    and is NOT reduced here: the region operation through which the caller brought the hidden states to the head
+    does it (`copy_to_tensor_model_parallel_region` all-reduces in backward,
+    `gather_from_sequence_parallel_region(tensor_parallel_output_grad=True)` reduce-scatters).
+
+    Args:
+        hidden: [T, H] float; T may be 0.
+        weight: [V_local, H], same dtype; this rank's rows of the head. A frozen head costs no weight gradient.
+        targets: [T] int64 ids in the whole vocabulary; IGNORE_INDEX gives log-prob 0, entropy 0, no gradient.
+        temperature: divides the logits; a number, or [T] one per token (no gradient flows to it).
+        entropy: also return the entropy, in nats; it is differentiable too.
+        tp_group: the ranks that share the vocabulary, in vocabulary order; None: the weight is the whole head.
+        vocab_start: id of the first row of `weight`.
+        vocab_size: number of true ids; rows of the head from here on are padding, of probability 0 and gradient 0.
+            None: there is no padding.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, a temperature that is not positive, a shard that is not where
+            it should be, or a target that is neither IGNORE_INDEX nor in the vocabulary.
+    """
+    _check_tensors(hidden, weight, targets)
+    size = _vocabulary_size(weight, tp_group, vocab_start, vocab_size)
+    scored = _scored_rows(targets, size)
+    inverse_temperature = _inverse_temperature(temperature, hidden)
+    columns = min(max(size - vocab_start, 0), weight.shape[0])
+    shard = VocabShard(vocab_start, columns, tp_group)
+    if scored is None:
+        return LogProbs(*chunked_logprob(hidden, weight, targets, inverse_temperature, shard, entropy))
+    # Unscored rows are taken out, not masked: they cost nothing, and whatever they hold cannot reach a gradient.
+    if inverse_temperature is not None:
+        inverse_temperature = inverse_temperature[scored]
+    kept_hidden, kept_targets = hidden.index_select(0, scored), targets[scored]
+    parts = chunked_logprob(kept_hidden, weight, kept_targets, inverse_temperature, shard, entropy)
+    zeros = torch.zeros(targets.shape, dtype=parts[0].dtype, device=hidden.device)
+    return LogProbs(*(part if part is None else zeros.index_copy(0, scored, part) for part in parts))
+
+
+def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"linear_logprob: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit: "
+            "they must be [T, H] and [V_local, H]. Flatten batch and sequence before the head."
+        )
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"linear_logprob: targets are {targets.dtype} {tuple(targets.shape)}; one int64 id per row of hidden "
+            f"is needed, [{hidden.shape[0]}]."
+        )
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(
+            f"linear_logprob: hidden is {hidden.dtype} and weight is {weight.dtype}; both must be the same "
+            "floating-point dtype. Cast one of them."
+        )
+
+
+def _vocabulary_size(weight: Tensor, group: ProcessGroup | None, start: int, size: int | None) -> int:
+    """Number of ids that a target may name."""
+    stop = start + weight.shape[0]
+    if start < 0 or (group is None and start != 0):
+        raise ValueError(f"linear_logprob: vocab_start={start} needs a tp_group; a whole head starts at 0.")
+    if size is not None and (size < 1 or (group is None and size > stop)):
+        raise ValueError(
+            f"linear_logprob: vocab_size={size} is not in [1, {stop}], the rows of the head. "
+            "Where weight is one shard of the head, pass tp_group."
+        )
+    if size is not None or group is None or get_world_size(group) == 1:
+        return stop if size is None else size
+    last = torch.tensor(stop, device=weight.device)
+    all_reduce(last, op=ReduceOp.MAX, group=group)
+    return int(last)
+
+
+def _scored_rows(targets: Tensor, size: int) -> Tensor | None:
+    """Indices of the rows to score, None where that is all of them. One look at the data on the host."""
+    outside = (targets < 0) | (targets >= size)
+    if not outside.any():
+        return None
+    ignored = targets == IGNORE_INDEX
+    wrong = (outside & ~ignored).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"linear_logprob: targets[{row}] is {int(targets[row])}, not in the vocabulary [0, {size}) and not "
+            f"{IGNORE_INDEX} (ignored). {len(wrong)} of {len(targets)} targets are like this."
+        )
+    return (~ignored).nonzero().squeeze(1)
+
+
+def _inverse_temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor | None:
+    """[T] in the accumulation dtype, None for a temperature of 1."""
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0:
+            raise ValueError(f"linear_logprob: temperature={temperature} is not allowed: it must be greater than 0.")
+        if temperature == 1:
+            return None
+        temperature = torch.tensor(temperature, dtype=torch.float64, device=hidden.device)
+    elif temperature.shape not in ((), hidden.shape[:1]) or not (temperature > 0).all():
+        raise ValueError(
+            f"linear_logprob: temperature {tuple(temperature.shape)} must be one number or one per token "
+            f"[{hidden.shape[0]}], all greater than 0."
+        )
+    accumulate = torch.promote_types(hidden.dtype, torch.float32)
+    return temperature.detach().double().reciprocal().to(accumulate).expand(hidden.shape[0])

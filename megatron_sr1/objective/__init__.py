@@ -1,0 +1,18 @@
+"""The objective: reward streams, advantages, token weights and losses, as pure functions."""
+
+from megatron_sr1.objective.advantages import group_advantages, stream_advantages
+from megatron_sr1.objective.losses import kl_estimate, sft_loss, stream_loss
+from megatron_sr1.objective.streams import PRESETS, Preset, preset_from_config
+from megatron_sr1.objective.weights import token_weights
+
+__all__ = [
+    "PRESETS",
+    "Preset",
+    "group_advantages",
+    "kl_estimate",
+    "preset_from_config",
+    "sft_loss",
+    "stream_advantages",
+    "stream_loss",
+    "token_weights",
+]

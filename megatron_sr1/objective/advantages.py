@@ -1,0 +1,136 @@
+"""Rewards -> advantages: z-scores over the responses to one prompt, or over the batch.
+
+    A_i = (r_i - mean) / (std + eps)                                 Vision-SR1, arXiv 2508.19652, eq. 6
+
+`std` is the sample standard deviation (divisor n - 1), as in the public GRPO implementations. The paper writes the
+statistics over the rollout batch; GRPO takes them over the K responses to one prompt: scope "batch" and "group".
+
+Shape legend: B rollouts (first passes) of the step, G groups, both over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_sr1.types import Stream
+
+SCOPES = ("group", "batch")
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    eps: float,
+    scope: str,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """z-scores of one reward.
+
+    A set of equal rewards (a group of one among them) gives exactly 0. The statistics are computed in float64.
+
+    Args:
+        rewards: [B] floating point.
+        group_ids: [B] integers; equal where two rollouts answer one prompt. They need not be sorted or contiguous.
+        eps: added to the standard deviation, in units of the reward.
+        scope: "group" or "batch".
+        valid: [B] bool. Where false the reward counts as 0, in the statistics too: a rollout that has no second pass
+            has earned no visual reward, which the others are compared with.
+
+    Returns:
+        [B], dtype of `rewards`, without gradient.
+
+    Raises:
+        ValueError: shapes disagree, a dtype or the scope is wrong, eps is not positive, or a reward is not finite.
+    """
+    _check(rewards, group_ids, eps, scope, valid)
+    values = rewards.detach().to(torch.float64)
+    if valid is not None:
+        values = torch.where(valid, values, 0.0)
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("rewards: not all are finite; a reward that cannot be computed is an error, not a number.")
+    if scope == "batch":
+        group_ids = torch.zeros_like(group_ids)
+    ids, member = torch.unique(group_ids, return_inverse=True)  # [G], [B]
+
+    def group_sum(terms: Tensor) -> Tensor:  # [B] -> [G]
+        return torch.zeros(ids.numel(), dtype=torch.float64, device=terms.device).index_add(0, member, terms)
+
+    count = group_sum(torch.ones_like(values))  # [G]
+    centred = values - (group_sum(values) / count)[member]  # [B]
+    std = (group_sum(centred.square()) / (count - 1).clamp(min=1)).sqrt()  # [G]
+    # A mean of equal numbers may differ from them in the last bit, and eps is small: such a group is set to 0.
+    highest = torch.full_like(count, -torch.inf).scatter_reduce(0, member, values, "amax")
+    lowest = torch.full_like(count, torch.inf).scatter_reduce(0, member, values, "amin")
+    scores = torch.where((highest > lowest)[member], centred / (std[member] + eps), 0.0)
+    return scores.to(rewards.dtype)
+
+
+def stream_advantages(
+    stream: Stream,
+    component_rewards: Mapping[str, Tensor],
+    group_ids: Tensor,
+    eps: float,
+    scope: str,
+) -> Tensor:
+    """Advantages of one stream from its reward components.
+
+        normalize "sum":            A = z(sum_c w_c r_c)
+        normalize "per_component":  A = sum_c w_c z(r_c)             GDPO, arXiv 2601.05242
+
+    GDPO ends with one more z-score of the summed advantages over the batch. Each z(r_c) already has mean 0 in every
+    group, so that step is one common factor for the whole batch; it is left out, as the weights then keep their
+    meaning and a stream of one component equals plain GRPO.
+
+    Args:
+        stream: names the components and their weights.
+        component_rewards: component -> [B] floating point; 0 in the second-pass components where there is no
+            second pass. Components of other streams may be present.
+        group_ids: [B] integers.
+        eps: added to each standard deviation.
+        scope: "group" or "batch".
+
+    Returns:
+        [B], dtype of the first component.
+
+    Raises:
+        ValueError: a component is missing, or see `group_advantages`.
+    """
+    missing = [name for name, _ in stream.rewards if name not in component_rewards]
+    if missing:
+        raise ValueError(
+            f"component_rewards: stream {stream.name!r} needs {missing}, got {sorted(component_rewards)}; "
+            "compute these rewards too."
+        )
+    for name, _ in stream.rewards:
+        reward = component_rewards[name]
+        if reward.shape != group_ids.shape or not reward.is_floating_point():
+            raise ValueError(
+                f"component_rewards[{name!r}]: need floating point {tuple(group_ids.shape)}, got {reward.dtype} "
+                f"{tuple(reward.shape)}."
+            )
+    dtype = component_rewards[stream.rewards[0][0]].dtype
+    weighted = [(weight, component_rewards[name].to(torch.float64)) for name, weight in stream.rewards]
+    if stream.normalize == "per_component":
+        terms = [weight * group_advantages(reward, group_ids, eps, scope) for weight, reward in weighted]
+        return torch.stack(terms).sum(dim=0).to(dtype)
+    total = torch.stack([weight * reward for weight, reward in weighted]).sum(dim=0)
+    return group_advantages(total, group_ids, eps, scope).to(dtype)
+
+
+def _check(rewards: Tensor, group_ids: Tensor, eps: float, scope: str, valid: Tensor | None) -> None:
+    if rewards.ndim != 1 or not rewards.is_floating_point():
+        raise ValueError(f"rewards: need floating point [num_rollouts], got {rewards.dtype} {tuple(rewards.shape)}.")
+    if group_ids.shape != rewards.shape or group_ids.is_floating_point():
+        raise ValueError(
+            f"group_ids: need one integer per reward, {tuple(rewards.shape)}, got {group_ids.dtype} "
+            f"{tuple(group_ids.shape)}."
+        )
+    if valid is not None and (valid.shape != rewards.shape or valid.dtype != torch.bool):
+        raise ValueError(f"valid: need bool {tuple(rewards.shape)}, got {valid.dtype} {tuple(valid.shape)}.")
+    if eps <= 0:
+        raise ValueError(f"eps={eps!r}: must be greater than 0.")
+    if scope not in SCOPES:
+        raise ValueError(f"scope={scope!r}: must be one of {', '.join(SCOPES)}.")

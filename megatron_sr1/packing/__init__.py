@@ -1,0 +1,22 @@
+"""Sequences into packed rows, and per-token results back.
+
+positions.py  where a sequence's images are, and its mRoPE positions
+bins.py       which sequences share a row, which a rank
+rows.py       the packed row itself
+tokens.py     per-token values: rows <-> sequences
+"""
+
+from megatron_sr1.packing.bins import rows_needed, split_for_ranks
+from megatron_sr1.packing.positions import image_starts, mrope_positions
+from megatron_sr1.packing.rows import pack
+from megatron_sr1.packing.tokens import gather_rows, scatter_rows
+
+__all__ = [
+    "gather_rows",
+    "image_starts",
+    "mrope_positions",
+    "pack",
+    "rows_needed",
+    "scatter_rows",
+    "split_for_ranks",
+]

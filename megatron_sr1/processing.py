@@ -1,0 +1,223 @@
+"""Between text and images on one side and the ids and patches the policy reads on the other.
+
+A question, a description and a demonstration are data: whatever they spell (`<|image_pad|>`, `<|im_end|>`), they are
+tokenised as text and never become special ids. Only the chat template places special ids.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from megatron_sr1.types import EncodedImage
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+END_OF_TURN = "<|im_end|>"
+IMAGE = "<|image_pad|>"
+REQUIRED_TOKENS = (END_OF_TURN, IMAGE, "<|vision_start|>", "<|vision_end|>")
+MEDIA_TOKENS = (IMAGE, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
+
+_USER_TEXT = "@user-text@"  # stands for the user's text while the chat template is rendered
+_LENGTH_CODE = 0xD800  # code points that UTF-8 cannot decode to: 0xD800 + n marks n undecodable bytes
+
+
+def _mark_undecodable(error: UnicodeError) -> tuple[str, int]:
+    """Error handler of `bytes.decode`: one marker per undecodable run of bytes, where "replace" gives one U+FFFD."""
+    assert isinstance(error, UnicodeDecodeError)
+    return chr(_LENGTH_CODE + error.end - error.start), error.end
+
+
+codecs.register_error("megatron_sr1.mark", _mark_undecodable)
+
+
+class Processor:
+    """The tokenizer, chat template and image processor of a Qwen-VL model."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_processor: Qwen2VLImageProcessorPil) -> None:
+        """Raises ValueError where the tokenizer lacks a special token or a chat template."""
+        vocabulary = tokenizer.get_vocab()
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        missing = [token for token in REQUIRED_TOKENS if token not in special]
+        if missing:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path!r} lacks the special tokens {', '.join(missing)}. "
+                "Give the directory of a Qwen-VL model in Hugging Face format."
+            )
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"{tokenizer.name_or_path!r} has no chat template. Add the chat_template.jinja of its instruct model."
+            )
+        self._tokenizer = tokenizer
+        self._image_processor = image_processor
+        self._frames: dict[int, tuple[tuple[int, ...], str, str, tuple[int, ...]]] = {}
+        self.end_of_turn_id: int = vocabulary[END_OF_TURN]
+        self.image_token_id: int = vocabulary[IMAGE]
+        self.media_ids: tuple[int, ...] = tuple(vocabulary[token] for token in MEDIA_TOKENS if token in vocabulary)
+        self.vocab_len: int = len(tokenizer)  # ids the tokenizer knows; the model's matrices may have more rows
+        self.merge_size: int = image_processor.merge_size
+
+    @classmethod
+    def from_pretrained(cls, hf_dir: str) -> Processor:
+        """Reads the tokenizer and preprocessor files of `hf_dir`; runs no code from there.
+
+        transformers' image code imports torchvision where it is installed, hence here and not at the import of this
+        module: the platform prepares torchvision first.
+
+        Raises:
+            ValueError: not a directory, no preprocessor_config.json, a special token or the chat template is missing.
+        """
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        folder = Path(hf_dir)
+        if not (folder / "preprocessor_config.json").is_file():
+            raise ValueError(
+                f"{hf_dir!r} has no preprocessor_config.json. "
+                "Give the directory of a Qwen-VL model in Hugging Face format."
+            )
+        tokenizer = AutoTokenizer.from_pretrained(hf_dir, trust_remote_code=False)
+        legacy_template = folder / "chat_template.json"  # where releases before chat_template.jinja keep it
+        if tokenizer.chat_template is None and legacy_template.is_file():
+            tokenizer.chat_template = json.loads(legacy_template.read_text(encoding="utf-8"))["chat_template"]
+        return cls(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(hf_dir))
+
+    # ------------------------------------------------------------ text and images -> ids and patches
+    def prompt_ids(self, user_text: str, num_images: int) -> tuple[int, ...]:
+        """One user turn, images first, ready for the assistant; each image is one `<|image_pad|>` still."""
+        head, before, after, tail = self._frame(num_images)
+        return head + self.text_ids(before + user_text + after) + tail
+
+    def expand(self, prompt_ids: Sequence[int], grids: Sequence[tuple[int, int, int]]) -> tuple[int, ...]:
+        """Replaces the n-th `<|image_pad|>` by t*h*w / merge_size^2 of them.
+
+        Raises:
+            ValueError: there are not as many placeholders as grids.
+        """
+        num_placeholders = sum(token == self.image_token_id for token in prompt_ids)
+        if num_placeholders != len(grids):
+            raise ValueError(
+                f"the prompt has {num_placeholders} image placeholders for {len(grids)} images; they must be as many. "
+                "Build it with prompt_ids(text, num_images=<number of images>)."
+            )
+        remaining = iter(grids)
+        expanded: list[int] = []
+        for token in prompt_ids:
+            if token == self.image_token_id:
+                time, height, width = next(remaining)
+                expanded.extend([token] * (time * height * width // self.merge_size**2))
+            else:
+                expanded.append(token)
+        return tuple(expanded)
+
+    def encode_image(self, image: Image) -> EncodedImage:
+        """Resizes, normalises and cuts one image into patches, as the model's own processor does."""
+        features = self._image_processor(images=[image], return_tensors="pt")
+        time, height, width = features["image_grid_thw"][0].tolist()
+        return EncodedImage(pixel_values=features["pixel_values"].float(), grid_thw=(time, height, width))
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of `text` as data: no special id, whatever it spells."""
+        return self._tokenise(text, split_special_tokens=True)
+
+    def response_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a complete response: the text, then the end of the turn."""
+        return (*self.text_ids(text), self.end_of_turn_id)
+
+    # ------------------------------------------------------------ ids -> text and places in it
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`: special tokens kept, nothing cleaned up, U+FFFD for each undecodable run of bytes."""
+        return b"".join(self._bytes_of(token) for token in ids).decode("utf-8", errors="replace")
+
+    def token_spans(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """[start, end) of each id in `decode(ids)`, in characters.
+
+        A token covers every character one of whose bytes it holds, so the spans of neighbours overlap where a
+        character is split. An id without text has an empty span. Linear in the number of bytes.
+        """
+        pieces = [self._bytes_of(token) for token in ids]
+        text = b"".join(pieces).decode("utf-8", errors="megatron_sr1.mark")
+        char_ends = np.cumsum(_utf8_lengths(text))
+        char_starts = np.concatenate([[0], char_ends])[:-1]
+        lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+        token_ends = np.cumsum(lengths)
+        starts = np.searchsorted(char_ends, token_ends - lengths, side="right")
+        ends = np.where(lengths > 0, np.searchsorted(char_starts, token_ends, side="left"), starts)
+        return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+    def segment_mask(self, ids: Sequence[int], span: tuple[int, int]) -> list[bool]:
+        """Which ids hold at least a part of the characters [span[0], span[1]) of `decode(ids)`."""
+        first, last = span
+        return [max(start, first) < min(end, last) for start, end in self.token_spans(ids)]
+
+    # ------------------------------------------------------------ inside
+    def _tokenise(self, text: str, split_special_tokens: bool) -> tuple[int, ...]:
+        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)
+        return tuple(encoded["input_ids"])
+
+    def _frame(self, num_images: int) -> tuple[tuple[int, ...], str, str, tuple[int, ...]]:
+        """The chat template around the user's text: ids, text, (user text), text, ids.
+
+        The plain text between the user's text and the nearest special tokens is kept as text, to be tokenised
+        together with the user's: that gives the ids the whole rendered prompt would have had.
+        """
+        if num_images not in self._frames:
+            content = [{"type": "image"}] * num_images + [{"type": "text", "text": _USER_TEXT}]
+            rendered = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            parts = rendered.split(_USER_TEXT)
+            if len(parts) != 2:
+                raise ValueError(
+                    f"the chat template of {self._tokenizer.name_or_path!r} writes the user's text {len(parts) - 1} "
+                    "times; it must be once. Use the chat template of a Qwen-VL model."
+                )
+            special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+            cut = max((parts[0].rfind(token) + len(token) for token in special if token in parts[0]), default=0)
+            resume = min((parts[1].find(token) for token in special if token in parts[1]), default=len(parts[1]))
+            self._frames[num_images] = (
+                self._tokenise(parts[0][:cut], split_special_tokens=False),
+                parts[0][cut:],
+                parts[1][:resume],
+                self._tokenise(parts[1][resume:], split_special_tokens=False),
+            )
+        return self._frames[num_images]
+
+    def _bytes_of(self, token: int) -> bytes:
+        """The UTF-8 bytes of one id; none for an id past the tokenizer's last, which the model may have rows for."""
+        if token < 0:
+            raise ValueError(f"token id {token} is negative; ids start at 0")
+        return self._id_bytes[token] if token < len(self._id_bytes) else b""
+
+    @cached_property
+    def _id_bytes(self) -> list[bytes]:
+        added = {token: entry.content for token, entry in self._tokenizer.added_tokens_decoder.items()}
+        byte_of = _byte_alphabet()
+        table = [b""] * (max(self._tokenizer.get_vocab().values()) + 1)
+        for piece, token in self._tokenizer.get_vocab().items():
+            table[token] = added[token].encode() if token in added else bytes(byte_of[char] for char in piece)
+        return table
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character by which a byte-level BPE vocabulary writes each byte (GPT-2, `bytes_to_unicode`)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _utf8_lengths(marked: str) -> np.ndarray:
+    """Bytes behind each character of a text that was decoded with the marking error handler: [characters] int64."""
+    codes = np.frombuffer(marked.encode("utf-32-le", errors="surrogatepass"), dtype="<u4").astype(np.int64)
+    lengths = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
+    marks = (codes >= _LENGTH_CODE) & (codes <= _LENGTH_CODE + 4)
+    return np.where(marks, codes - _LENGTH_CODE, lengths)

@@ -1,0 +1,7 @@
+"""Generation: one engine per rank, two passes per sample. Importing this package does not import vllm."""
+
+from megatron_sr1.rollout.checks import stale_vision_canary
+from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.rollout.two_pass import TwoPassGenerator
+
+__all__ = ["Engine", "TwoPassGenerator", "stale_vision_canary"]

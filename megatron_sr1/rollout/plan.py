@@ -1,0 +1,85 @@
+"""One prompt of one pass, checked against the engine's limits before anything is submitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_sr1.processing import Processor
+from megatron_sr1.prompts import render_caption_reasoner, render_cot, render_see_think
+from megatron_sr1.types import PassName, Prompt, Template
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_FIRST_PASS: dict[Template, Callable[[str], str]] = {"see_think": render_see_think, "cot": render_cot}
+
+
+@dataclass(frozen=True)
+class PassPrompt:
+    """What one pass is asked, in ids."""
+
+    key: str
+    pass_name: PassName
+    ids: tuple[int, ...]  # one placeholder per image: what the engine is given
+    expanded_ids: tuple[int, ...]  # one placeholder per visual token: what the engine must report back
+    images: tuple[Image, ...]
+
+
+def plan_first(processor: Processor, prompt: Prompt, template: Template) -> PassPrompt:
+    """The first pass: question and images.
+
+    Raises:
+        ValueError: `template` is not one of a first pass.
+    """
+    if template not in _FIRST_PASS:
+        raise ValueError(
+            f"sampling.template={template!r} is not a first-pass template: it must be one of {', '.join(_FIRST_PASS)}."
+        )
+    ids = processor.prompt_ids(_FIRST_PASS[template](prompt.problem), num_images=len(prompt.images))
+    grids = [processor.encode_image(image).grid_thw for image in prompt.images]
+    return PassPrompt(prompt.key, "first", ids, processor.expand(ids, grids), prompt.images)
+
+
+def plan_second(processor: Processor, prompt: Prompt, description: str) -> PassPrompt:
+    """The second pass: question and description, no image."""
+    ids = processor.prompt_ids(render_caption_reasoner(description, prompt.problem), num_images=0)
+    return PassPrompt(prompt.key, "second", ids, ids, ())
+
+
+def cut_description(processor: Processor, description: str, max_tokens: int) -> str:
+    """At most `max_tokens` tokens of it; a character whose bytes the cut separates is dropped."""
+    ids = processor.text_ids(description)
+    return description if len(ids) <= max_tokens else processor.decode(ids[:max_tokens]).rstrip("\ufffd")
+
+
+def refusal(plan: PassPrompt, max_response_tokens: int, max_model_tokens: int, reserved: int = 0) -> str | None:
+    """Why the engine cannot take the prompt, or None. `reserved`: tokens that are still to join the prompt."""
+    length = len(plan.expanded_ids) + reserved
+    if length + max_response_tokens <= max_model_tokens:
+        return None
+    return (
+        f"sample {plan.key!r}, {plan.pass_name} pass: its prompt of {length} tokens and a response of up to "
+        f"{max_response_tokens} exceed the engine's limit of {max_model_tokens} tokens. Raise "
+        "rollout.max_model_tokens to at least their sum, lower rollout.max_response_tokens or "
+        "rollout.max_description_tokens, or drop the sample."
+    )
+
+
+def check_same_ids(plan: PassPrompt, engine_ids: Sequence[int]) -> None:
+    """The trainer scores `expanded_ids`; the engine must have used the same.
+
+    Raises:
+        ValueError: naming the sample, both lengths and the first position where they differ.
+    """
+    if tuple(engine_ids) == plan.expanded_ids:
+        return
+    pairs = zip(plan.expanded_ids, engine_ids, strict=False)
+    shorter = min(len(plan.expanded_ids), len(engine_ids))
+    position = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), shorter)
+    raise ValueError(
+        f"sample {plan.key!r}, {plan.pass_name} pass: the processor makes {len(plan.expanded_ids)} prompt ids, "
+        f"the engine used {len(engine_ids)}; they differ first at position {position}. "
+        "Processor and engine must read the same preprocessor_config.json (pixel limits, merge size)."
+    )

@@ -1,0 +1,52 @@
+"""What goes into an engine and what comes out of it: the seam between the order of the passes and the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from megatron_sr1.types import WeightSink
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How one response is drawn. temperature 0 is greedy and ignores the seed."""
+
+    temperature: float
+    max_tokens: int
+    seed: int
+    end_of_turn_id: int  # generation stops after it; it is part of the response
+    banned_ids: tuple[int, ...]  # never drawn
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished request."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]  # as the engine used them: image placeholders expanded
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # natural log, of the distribution drawn from, one per response id
+    finish_reason: Literal["stop", "length"]
+
+
+class TokenEngine(WeightSink, Protocol):
+    """Continuous batching over one copy of the weights. What `prepare` returns is opaque, and may be added often."""
+
+    @property
+    def max_model_tokens(self) -> int: ...
+
+    @property
+    def weight_version(self) -> int: ...
+
+    def prepare(self, prompt_ids: Sequence[int], images: Sequence[Image]) -> object: ...
+
+    def add(self, request_id: str, prepared: object, draw: Draw) -> None: ...
+
+    def step(self) -> list[Generation]: ...
+
+    def has_unfinished(self) -> bool: ...

@@ -1,0 +1,155 @@
+"""A wrong configuration fails before anything heavy starts, and the message names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sr1.config import (
+    PRESET_NAMES,
+    Config,
+    ConfigError,
+    LayoutConfig,
+    RolloutConfig,
+    check_train_batch,
+    dump_config,
+    load_config,
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((REPOSITORY / "examples").rglob("*.yaml"))
+
+
+@pytest.fixture
+def yaml(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_defaults_load_without_a_file() -> None:
+    assert load_config(None, []) == Config()
+
+
+def test_override_beats_file_beats_default(yaml) -> None:
+    path = yaml("seed: 5\ntrain: {steps: 7}\ndata: {train: [a.tar]}\n")
+    config = load_config(path, ["train.steps=9", "data.train=[b.tar,c.tar]"])
+    assert (config.seed, config.train.steps, config.train.batch_size) == (5, 9, 128)
+    assert tuple(config.data.train) == ("b.tar", "c.tar")
+
+
+def test_last_override_wins_and_null_is_a_value() -> None:
+    config = load_config(None, ["objective.dual_clip=3.0", "seed=2", "objective.dual_clip=null", "seed=3"])
+    assert (config.objective.dual_clip, config.seed) == (None, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("trian: {steps: 3}", [], ["trian", "train", "rollout"]),  # the known keys are listed
+        ("train: {stepz: 3}", [], ["train.stepz", "save_every"]),
+        ("", ["rollout.samples=3"], ["rollout.samples", "samples_per_prompt"]),
+        ("train: {steps: many}", [], ["train.steps", "many"]),
+        ("model: {train_vision: 7.5}", [], ["model.train_vision", "7.5"]),
+        ("train: 3", [], ["TrainConfig", "3"]),
+        ("", ["train.steps"], ["train.steps", "key=value"]),
+    ],
+)
+def test_unknown_key_and_wrong_type_name_the_key(yaml, text, overrides, words) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(yaml(text + "\n"), overrides)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.yaml.*is not a file"):
+        load_config(tmp_path / "no.yaml", [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["nproc=0"], "nproc"),
+        (["nproc=3", "layout.tensor=2"], "nproc"),
+        (["nproc=4", "layout.tensor=2", "layout.pipeline=4"], "nproc"),
+        (["layout.tensor=0"], "layout.tensor"),
+        (["nproc=2", "layout.context=2"], "layout.context"),
+        (["layout.sequence_parallel=true"], "layout.sequence_parallel"),
+        (["optimizer.lr=0"], "optimizer.lr"),
+        (["optimizer.schedule=linear"], "optimizer.schedule"),
+        (["rollout.temperature=0"], "rollout.temperature"),
+        (["rollout.max_model_tokens=3072"], "rollout.max_model_tokens"),
+        (["objective.preset=sr2"], "objective.preset"),
+        (["objective.kl_coef=-0.1"], "objective.kl_coef"),
+        (["objective.kl_estimator=k4"], "objective.kl_estimator"),
+        (["objective.advantage_scope=world"], "objective.advantage_scope"),
+        (["objective.aggregation=sum"], "objective.aggregation"),
+        (["objective.dual_clip=1.0"], "objective.dual_clip"),
+        (["train.steps=0"], "train.steps"),
+        (["train.micro_batch_tokens=-1"], "train.micro_batch_tokens"),
+    ],
+)
+def test_value_out_of_range_names_key_and_value(overrides, key) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    message = str(caught.value)
+    assert key in message and "must be" in message
+    value = next(o.split("=")[1] for o in overrides if o.startswith(key + "="))
+    assert value.lower() in message.lower()
+
+
+def test_dataclasses_check_themselves_without_a_file() -> None:
+    with pytest.raises(ConfigError, match="nproc=4"):
+        Config(nproc=4, layout=LayoutConfig(tensor=3))
+    with pytest.raises(ConfigError, match=r"rollout\.max_model_tokens"):
+        RolloutConfig(max_response_tokens=100, max_description_tokens=100, max_model_tokens=200)
+
+
+def test_layout_gives_the_data_ranks() -> None:
+    config = load_config(None, ["nproc=12", "layout.tensor=2", "layout.pipeline=3"])
+    assert (config.layout.model_ranks, config.data_ranks) == (6, 2)
+
+
+def test_prompts_must_split_into_batches() -> None:
+    check_train_batch(load_config(None, ["rollout.prompts_per_step=512", "train.batch_size=128"]))
+    with pytest.raises(ConfigError, match=r"train\.batch_size=100.*prompts_per_step=512"):
+        check_train_batch(load_config(None, ["rollout.prompts_per_step=512", "train.batch_size=100"]))
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_dump_and_load_is_the_identity(yaml, preset) -> None:
+    overrides = [
+        f"objective.preset={preset}",
+        "data.train=[a-*.tar,b.tar]",
+        "objective.dual_clip=3.0",
+        "optimizer.lr=1e-4",
+    ]
+    config = load_config(None, [*overrides, "nproc=4", "layout.tensor=2", "run_dir='runs/with space'"])
+    text = dump_config(config)
+    again = load_config(yaml(text), [])
+    assert dump_config(again) == text
+    assert (again.objective, again.optimizer, again.layout) == (config.objective, config.optimizer, config.layout)
+    assert again == config
+
+
+def test_there_are_examples() -> None:
+    assert {path.name for path in EXAMPLES} >= {"sft.yaml", "grpo.yaml"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_example_loads_and_fits_together(path) -> None:
+    config = load_config(path, [])
+    assert config.model.hf_dir and config.run_dir != Config().run_dir
+    assert config.rollout.max_model_tokens <= config.model.max_position <= config.train.micro_batch_tokens
+    if path.name == "grpo.yaml":
+        check_train_batch(config)
+        sft = load_config(path.with_name("sft.yaml"), [])
+        assert config.model.hf_dir == f"{sft.run_dir}/hf"
+        assert config.data.train and config.data.heldout
+    else:
+        assert config.data.cold_start

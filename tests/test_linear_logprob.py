@@ -1,0 +1,398 @@
+"""The fused log-prob against the dense formula in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_sr1.kernels import IGNORE_INDEX, chunked, linear_logprob
+from megatron_sr1.types import LogProbs
+from tests.ranks import run_ranks
+
+TOKENS, HIDDEN, VOCAB = 37, 24, 53
+
+
+def make_inputs(
+    tokens: int = TOKENS, vocab: int = VOCAB, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(vocab, HIDDEN, generator=generator) * 0.5).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(0, vocab, (tokens,), generator=generator)
+
+
+def dense_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0, vocab_size: int | None = None
+) -> tuple[LogProbs, Tensor, Tensor]:
+    """The definition with all logits in float64, on float64 leaves (returned, so that their gradients can be read)."""
+    x = hidden.detach().double().requires_grad_()
+    w = weight.detach().double().requires_grad_()
+    scale = temperature.double().unsqueeze(1) if isinstance(temperature, Tensor) else temperature
+    log_p = ((x @ w[:vocab_size].t()) / scale).log_softmax(1)
+    scored = targets != IGNORE_INDEX
+    picked = log_p.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return LogProbs(picked * scored, -(log_p.exp() * log_p).sum(1) * scored), x, w
+
+
+def backward_both(result: LogProbs, seed: int = 1) -> None:
+    """Runs backward with the same random gradients of log-probs and entropy for whatever result it is given."""
+    generator = torch.Generator().manual_seed(seed)
+    g_logprob, g_entropy = torch.randn(2, len(result.logprobs), generator=generator, dtype=torch.float64)
+    loss = (result.logprobs.double() * g_logprob).sum()
+    if result.entropy is not None:
+        loss = loss + (result.entropy.double() * g_entropy).sum()
+    loss.backward()
+
+
+def assert_relative(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    error = (actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)
+    assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
+
+
+def assert_matches_dense(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    entropy: bool = True,
+) -> None:
+    result = linear_logprob(hidden, weight, targets, temperature=temperature, entropy=entropy, vocab_size=vocab_size)
+    expected, x, w = dense_reference(hidden, weight, targets, temperature, vocab_size)
+    torch.testing.assert_close(result.logprobs.double(), expected.logprobs, rtol=1e-6, atol=2e-6)
+    if entropy:
+        torch.testing.assert_close(result.entropy.double(), expected.entropy, rtol=1e-6, atol=2e-6)
+    backward_both(result)
+    backward_both(expected if entropy else replace(expected, entropy=None))
+    assert_relative(hidden.grad, x.grad, 1e-5)
+    assert_relative(weight.grad, w.grad, 1e-5)
+
+
+@pytest.fixture(params=[0, 500], ids=["none_kept", "some_kept"])
+def small_tiles(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Several ragged tiles along tokens and along the vocabulary, at test sizes."""
+    monkeypatch.setattr(chunked, "KEPT_ELEMENTS", request.param)
+    monkeypatch.setattr(chunked, "MAX_TILE_COLUMNS", 20)
+    monkeypatch.setattr(chunked, "TILE_ELEMENTS_CPU", 200)
+    monkeypatch.setattr(chunked, "MIN_TILE_ROWS", 1)
+
+
+@pytest.mark.usefixtures("small_tiles")
+class TestAgainstDense:
+    @pytest.mark.parametrize("entropy", [False, True])
+    @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+    def test_values_and_gradients(self, temperature: float, entropy: bool) -> None:
+        assert_matches_dense(*make_inputs(), temperature=temperature, entropy=entropy)
+
+    def test_temperature_per_token(self) -> None:
+        temperature = torch.rand(TOKENS, generator=torch.Generator().manual_seed(2)) + 0.5
+        assert_matches_dense(*make_inputs(), temperature=temperature)
+        hidden, weight, targets = make_inputs()
+        one = linear_logprob(hidden, weight, targets, temperature=torch.full((TOKENS,), 0.7)).logprobs
+        assert torch.equal(one, linear_logprob(hidden, weight, targets, temperature=0.7).logprobs)
+
+    @pytest.mark.parametrize("vocab_size", [52, 41, 40, 20, 1])  # inside a tile, at its edge, all of the others
+    def test_padded_vocabulary(self, vocab_size: int) -> None:
+        hidden, weight, targets = make_inputs()
+        with torch.no_grad():
+            weight[vocab_size:] = 100.0  # would win every softmax if it were looked at
+        assert_matches_dense(hidden, weight, targets % vocab_size, temperature=0.9, vocab_size=vocab_size)
+        assert weight.grad[vocab_size:].abs().max() == 0
+
+    def test_ignored_rows(self) -> None:
+        hidden, weight, targets = make_inputs()
+        targets[[0, 5, 6, TOKENS - 1]] = IGNORE_INDEX
+        temperature = torch.linspace(0.5, 2.0, TOKENS)
+        assert_matches_dense(hidden, weight, targets, temperature=temperature)
+        assert hidden.grad[[0, 5, 6, TOKENS - 1]].abs().max() == 0
+
+    def test_garbage_in_an_ignored_row_reaches_nothing(self) -> None:
+        hidden, weight, targets = make_inputs()
+        targets[3] = IGNORE_INDEX
+        with torch.no_grad():
+            hidden[3] = math.nan
+        backward_both(linear_logprob(hidden, weight, targets, entropy=True))
+        assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+
+    @settings(max_examples=25, deadline=None)
+    @given(
+        tokens=st.integers(1, 30),
+        vocab=st.integers(2, 70),
+        temperature=st.floats(0.3, 3.0),
+        seed=st.integers(0, 99),
+    )
+    def test_any_shape(self, tokens: int, vocab: int, temperature: float, seed: int) -> None:
+        assert_matches_dense(*make_inputs(tokens, vocab, seed=seed), temperature=temperature)
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.6])
+    def test_gradcheck(self, temperature: float) -> None:
+        hidden, weight, targets = make_inputs(6, 23, torch.float64)
+        targets[2] = IGNORE_INDEX
+
+        def both(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+            result = linear_logprob(x, w, targets, temperature=temperature, entropy=True, vocab_size=23)
+            return result.logprobs, result.entropy
+
+        assert torch.autograd.gradcheck(both, (hidden, weight))
+
+    def test_bfloat16_loses_only_the_rounding_of_its_inputs(self) -> None:
+        hidden, weight, targets = make_inputs(dtype=torch.bfloat16)
+        result = linear_logprob(hidden, weight, targets, entropy=True, temperature=0.7)
+        expected, x, w = dense_reference(hidden, weight, targets, 0.7)
+        assert result.logprobs.dtype == torch.float32 and hidden.dtype == torch.bfloat16
+        torch.testing.assert_close(result.logprobs.double(), expected.logprobs, rtol=1e-6, atol=2e-6)
+        backward_both(result)
+        backward_both(expected)
+        assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+        assert_relative(hidden.grad, x.grad, 2**-8)  # one rounding to bfloat16, however many tiles were summed
+        assert_relative(weight.grad, w.grad, 2**-8)
+
+    def test_deterministic(self) -> None:
+        runs = []
+        for _ in range(2):
+            hidden, weight, targets = make_inputs()
+            result = linear_logprob(hidden, weight, targets, entropy=True)
+            backward_both(result)
+            runs.append((result.logprobs, result.entropy, hidden.grad, weight.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+    def test_only_entropy_has_a_gradient(self) -> None:
+        hidden, weight, targets = make_inputs()
+        linear_logprob(hidden, weight, targets, entropy=True).entropy.sum().backward()
+        expected, x, w = dense_reference(hidden, weight, targets)
+        expected.entropy.sum().backward()
+        assert_relative(hidden.grad, x.grad, 1e-5)
+        assert_relative(weight.grad, w.grad, 1e-5)
+
+
+def test_kept_logits_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "TILE_ELEMENTS_CPU", 200)
+    monkeypatch.setattr(chunked, "MIN_TILE_ROWS", 1)
+    runs = []
+    for kept in (0, 700, 2**22):
+        monkeypatch.setattr(chunked, "KEPT_ELEMENTS", kept)
+        hidden, weight, targets = make_inputs()
+        loss = linear_logprob(hidden, weight, targets, entropy=True, temperature=0.7)
+        total = loss.logprobs.sum() + loss.entropy.square().sum()
+        total.backward(retain_graph=True)
+        runs.append((hidden.grad.clone(), weight.grad.clone()))
+        total.backward()  # the first backward must have left the kept tiles as they were
+        assert torch.equal(hidden.grad, 2 * runs[-1][0]) and torch.equal(weight.grad, 2 * runs[-1][1])
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
+
+
+def test_huge_negative_and_huge_positive_logits() -> None:
+    hidden, weight, targets = torch.ones(3, 1), torch.tensor([[-120.0], [-121.0], [-125.0]]), torch.tensor([0, 1, 2])
+    for scale in (1.0, 10.0, -1.0, -10.0):
+        result = linear_logprob(hidden * scale, weight, targets)
+        expected, _, _ = dense_reference(hidden * scale, weight, targets)
+        torch.testing.assert_close(result.logprobs.double(), expected.logprobs, rtol=1e-6, atol=1e-6)
+    certain = linear_logprob(torch.ones(1, 1), torch.tensor([[3e4], [-3e4]]), torch.tensor([0]), entropy=True)
+    assert certain.logprobs.item() == 0 and certain.entropy.item() == 0
+
+
+def test_log_prob_is_never_positive() -> None:
+    hidden, weight, _ = make_inputs(500, 50)
+    likely = (hidden @ weight.t()).argmax(1)
+    assert linear_logprob(hidden * 20, weight, likely).logprobs.max() <= 0
+
+
+def test_one_row_no_row_and_no_scored_row() -> None:
+    assert_matches_dense(*make_inputs(1))
+    hidden, weight, targets = make_inputs(4)
+    for x, y in ((hidden[:0], targets[:0]), (hidden, torch.full_like(targets, IGNORE_INDEX))):
+        weight.grad = hidden.grad = None
+        result = linear_logprob(x, weight, y, entropy=True, temperature=0.5)
+        assert result.logprobs.shape == result.entropy.shape == y.shape
+        assert not result.logprobs.any() and not result.entropy.any()
+        backward_both(result)
+        assert not hidden.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("frozen", ["weight", "hidden", "both"])
+def test_frozen_inputs_cost_no_gradient(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets = make_inputs()
+    hidden.requires_grad_(frozen == "weight")
+    weight.requires_grad_(frozen == "hidden")
+    monkeypatch.setattr(chunked, "KEPT_ELEMENTS", 0)
+    result = linear_logprob(hidden, weight, targets)
+    assert result.logprobs.requires_grad == (frozen != "both")
+    with ProductCounter() as counter:
+        if frozen != "both":
+            result.logprobs.sum().backward()
+    assert counter.products == (0 if frozen == "both" else 2)  # the logits again, and the one gradient
+    assert (hidden.grad is None) == (frozen != "weight") and (weight.grad is None) == (frozen != "hidden")
+
+
+def test_no_grad_builds_no_graph() -> None:
+    with torch.no_grad():
+        result = linear_logprob(*make_inputs(), entropy=True)
+    assert result.logprobs.grad_fn is None and result.entropy.grad_fn is None
+    with_graph = linear_logprob(*make_inputs(), entropy=True)
+    assert torch.equal(result.logprobs, with_graph.logprobs) and torch.equal(result.entropy, with_graph.entropy)
+
+
+def test_agrees_with_torch_linear_cross_entropy() -> None:
+    hidden, weight, targets = make_inputs()
+    targets[4] = IGNORE_INDEX
+    linear_logprob(hidden, weight, targets).logprobs.sum().neg().backward()
+    x, w = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    loss = functional.linear_cross_entropy(x, w, targets, reduction="sum")
+    loss.backward()
+    with torch.no_grad():
+        torch.testing.assert_close(-linear_logprob(hidden, weight, targets).logprobs.sum(), loss, rtol=1e-6, atol=0)
+    assert_relative(hidden.grad, x.grad.double(), 1e-5)
+    assert_relative(weight.grad, w.grad.double(), 1e-5)
+
+
+class ProductCounter(TorchDispatchMode):
+    """Counts matrix products and remembers the largest tensor that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket.__name__ in ("mm", "addmm_")
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize(("tokens", "vocab"), [(16_384, 640), (1024, 20_000)])
+def test_logits_are_never_held(tokens: int, vocab: int) -> None:
+    hidden, weight, targets = make_inputs(tokens, vocab)
+    saved: list[Tensor] = []
+
+    def remember(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with ProductCounter() as counter:
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            result = linear_logprob(hidden, weight, targets, entropy=True, temperature=0.8)
+        backward_both(result)
+    tile = max(chunked.TILE_ELEMENTS_CPU, chunked.MIN_TILE_ROWS * chunked.MAX_TILE_COLUMNS)
+    assert counter.products > 0
+    assert counter.largest <= max(hidden.numel(), weight.numel(), tile) < tokens * vocab / 4
+    inputs = (hidden.data_ptr(), weight.data_ptr())
+    kept = sum(tensor.numel() for tensor in saved if tensor.data_ptr() not in inputs)
+    assert tile < kept <= chunked.KEPT_ELEMENTS + 4 * tokens < tokens * vocab / 2
+
+
+class TestErrors:
+    @pytest.mark.parametrize("bad", [VOCAB, -1, -101, 10**9])
+    def test_target_out_of_range_names_the_row(self, bad: int) -> None:
+        hidden, weight, targets = make_inputs()
+        targets[2], targets[7], targets[9] = IGNORE_INDEX, bad, bad
+        with pytest.raises(ValueError, match=rf"targets\[7\] is {bad}, not in the vocabulary \[0, {VOCAB}\).* 2 of 37"):
+            linear_logprob(hidden, weight, targets)
+
+    def test_target_in_the_padding(self) -> None:
+        hidden, weight, targets = make_inputs()
+        targets[0] = 50
+        with pytest.raises(ValueError, match=r"targets\[\d+\] is 5\d, not in the vocabulary \[0, 50\)"):
+            linear_logprob(hidden, weight, targets, vocab_size=50)
+
+    @pytest.mark.parametrize(
+        "temperature", [0.0, -1.0, math.nan, torch.zeros(TOKENS), torch.ones(3), torch.tensor(math.nan)]
+    )
+    def test_temperature(self, temperature: float | Tensor) -> None:
+        with pytest.raises(ValueError, match="temperature"):
+            linear_logprob(*make_inputs(), temperature=temperature)
+
+    def test_shapes_dtypes_and_shards(self) -> None:
+        hidden, weight, targets = make_inputs()
+        with pytest.raises(ValueError, match=r"hidden \(37, 24\) and weight \(53, 20\)"):
+            linear_logprob(hidden, weight[:, :20], targets)
+        with pytest.raises(ValueError, match="Flatten"):
+            linear_logprob(hidden.unsqueeze(0), weight, targets)
+        with pytest.raises(ValueError, match="one int64 id per row"):
+            linear_logprob(hidden, weight, targets[:5])
+        with pytest.raises(ValueError, match=r"torch.int32 \(37,\)"):
+            linear_logprob(hidden, weight, targets.int())
+        with pytest.raises(ValueError, match="bfloat16"):
+            linear_logprob(hidden, weight.bfloat16(), targets)
+        with pytest.raises(ValueError, match="vocab_start=4 needs a tp_group"):
+            linear_logprob(hidden, weight, targets, vocab_start=4)
+        with pytest.raises(ValueError, match="pass tp_group"):
+            linear_logprob(hidden, weight, targets, vocab_size=VOCAB + 1)
+
+
+# ---------------------------------------------------------------- tensor parallel
+def test_tensor_parallel_over_two_and_three_ranks() -> None:
+    run_ranks(3, check_ranks)
+
+
+def check_ranks(rank: int, num_ranks: int) -> None:
+    whole = torch.distributed.group.WORLD
+    pair = torch.distributed.new_group([0, 1])
+    for group, size in ((whole, num_ranks), (pair, 2)):
+        if rank >= size:
+            continue
+        uneven = [20, 33] if size == 2 else [20, 5, 28]
+        check_shards(rank, group, uneven, None)
+        check_shards(rank, group, uneven, VOCAB)
+        check_shards(rank, group, uneven, 45)  # padding inside the last shard
+        check_shards(rank, group, [VOCAB - 2, 2] if size == 2 else [VOCAB - 2, 1, 1], VOCAB - 2)  # shards of padding
+        check_no_scored_row(group, rank)
+        check_errors(group, rank)
+
+
+def check_shards(rank: int, group: ProcessGroup, shards: list[int], vocab_size: int | None) -> None:
+    start = sum(shards[:rank])
+    hidden, weight, targets = make_inputs()
+    targets = targets % (vocab_size or VOCAB)
+    targets[5] = IGNORE_INDEX
+    with torch.no_grad():
+        hidden[7] = 0.0
+        weight[vocab_size or VOCAB :] = 3.0
+    shard = weight.detach()[start : start + shards[rank]].clone().requires_grad_()
+    result = linear_logprob(
+        hidden, shard, targets, temperature=0.7, entropy=True, tp_group=group, vocab_start=start, vocab_size=vocab_size
+    )
+    expected, x, w = dense_reference(hidden, weight, targets, 0.7, vocab_size)
+    torch.testing.assert_close(result.logprobs.double(), expected.logprobs, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(result.entropy.double(), expected.entropy, rtol=1e-6, atol=2e-6)
+    for value in (result.logprobs, result.entropy):
+        copies = [torch.empty_like(value) for _ in shards]
+        torch.distributed.all_gather(copies, value.detach(), group=group)
+        assert all(torch.equal(copy, copies[0]) for copy in copies), "ranks disagree"
+    backward_both(result)
+    backward_both(expected)
+    padding_only = vocab_size is not None and start >= vocab_size
+    assert bool(hidden.grad.any()) != padding_only
+    total = hidden.grad.clone()  # the caller's region operation would reduce it
+    torch.distributed.all_reduce(total, group=group)
+    assert_relative(total, x.grad, 1e-5)
+    assert_relative(shard.grad, w.grad[start : start + shards[rank]], 1e-5)
+
+
+def check_no_scored_row(group: ProcessGroup, rank: int) -> None:
+    hidden, weight, targets = make_inputs(4, 10)
+    result = linear_logprob(
+        hidden, weight, torch.full_like(targets, IGNORE_INDEX), tp_group=group, vocab_start=10 * rank, entropy=True
+    )
+    backward_both(result)
+    assert not result.logprobs.any() and not hidden.grad.any() and not weight.grad.any()
+
+
+def check_errors(group: ProcessGroup, rank: int) -> None:
+    """All ranks raise, so none is left waiting in the collective."""
+    hidden, weight, targets = make_inputs(4, 10)
+    last = 10 * group.size()
+    targets[1] = last
+    with pytest.raises(ValueError, match=rf"targets\[1\] is {last}, not in the vocabulary \[0, {last}\)"):
+        linear_logprob(hidden, weight, targets, tp_group=group, vocab_start=10 * rank)

@@ -1,0 +1,202 @@
+"""Text and images to ids and patches, and places in a decoded text back to ids."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from megatron_sr1.processing import REQUIRED_TOKENS, Processor
+
+NAMES_SPECIAL = "a<|image_pad|>b <image> <|im_end|>\n<|im_start|>system <|vision_start|><|video_pad|>"
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_model_dir: str) -> Processor:
+    return Processor.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir: str) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+def template_ids(tokenizer: PreTrainedTokenizerFast, text: str, num_images: int) -> tuple[int, ...]:
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
+    encoded = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return tuple(encoded["input_ids"])
+
+
+# ---------------------------------------------------------------- prompts
+@pytest.mark.parametrize("num_images", [0, 1, 3])
+@pytest.mark.parametrize("text", ["Which digits?", " \n leading space", "größer 🙂\n\n", "\n", "", "'s 12 \\boxed{}"])
+def test_prompt_is_the_chat_templates(processor: Processor, tokenizer: PreTrainedTokenizerFast, num_images, text):
+    assert processor.prompt_ids(text, num_images) == template_ids(tokenizer, text, num_images)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.characters(exclude_characters="<>|", exclude_categories=("Cs",)), max_size=20))
+def test_prompt_is_the_chat_templates_for_any_harmless_text(
+    processor: Processor, tokenizer: PreTrainedTokenizerFast, text: str
+):
+    assert processor.prompt_ids(text, 0) == template_ids(tokenizer, text, 0)
+
+
+@pytest.mark.parametrize("num_images", [0, 2])
+def test_user_text_never_becomes_special_ids(processor: Processor, tokenizer: PreTrainedTokenizerFast, num_images: int):
+    special = set(tokenizer.all_special_ids) | set(processor.media_ids)
+    harmless = [token for token in processor.prompt_ids("hello", num_images) if token in special]
+    ids = processor.prompt_ids(NAMES_SPECIAL, num_images)
+    assert [token for token in ids if token in special] == harmless
+    assert ids.count(processor.image_token_id) == num_images
+    assert NAMES_SPECIAL in processor.decode(ids)
+    # a later call that does read special tokens must not be disturbed by the tokenizer's remembered setting
+    assert processor.prompt_ids("hello", num_images + 1).count(processor.image_token_id) == num_images + 1
+
+
+def test_text_and_response_ids(processor: Processor):
+    ids = processor.response_ids(NAMES_SPECIAL)
+    assert ids[:-1] == processor.text_ids(NAMES_SPECIAL)
+    assert ids[-1] == processor.end_of_turn_id and processor.end_of_turn_id not in ids[:-1]
+    assert processor.decode(ids) == NAMES_SPECIAL + "<|im_end|>"
+
+
+def test_expand(processor: Processor):
+    prompt = processor.prompt_ids("q", 2)
+    expanded = processor.expand(prompt, [(1, 4, 6), (1, 2, 2)])
+    assert expanded.count(processor.image_token_id) == 6 + 1
+    first = expanded.index(processor.image_token_id)
+    assert set(expanded[first : first + 6]) == {processor.image_token_id}
+    assert expanded[first + 6] != processor.image_token_id
+    text_of = [token for token in expanded if token != processor.image_token_id]
+    assert text_of == [token for token in prompt if token != processor.image_token_id]
+    with pytest.raises(ValueError, match="2 image placeholders for 1 images"):
+        processor.expand(prompt, [(1, 4, 6)])
+
+
+def test_encode_image(processor: Processor, tiny_model_dir: str):
+    image = Image.new("RGB", (56, 84), (255, 0, 0))
+    encoded = processor.encode_image(image)
+    assert encoded.grid_thw == (1, 6, 4)
+    assert encoded.pixel_values.shape == (24, 3 * 2 * 14 * 14)
+    assert encoded.pixel_values.dtype == torch.float32
+    channels = encoded.pixel_values.view(24, 3, -1)
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    torch.testing.assert_close(channels[5, :, 0], (torch.tensor([1.0, 0.0, 0.0]) - mean) / std)
+    limit = json.loads(Path(tiny_model_dir, "preprocessor_config.json").read_text())["max_pixels"]
+    large = processor.encode_image(Image.new("L", (2000, 1000)))
+    assert limit / 2 < large.grid_thw[1] * large.grid_thw[2] * 14 * 14 <= limit
+
+
+# ---------------------------------------------------------------- spans
+def brute_force_spans(processor: Processor, ids: list[int]) -> list[tuple[int, int]]:
+    """By definition, for ids whose bytes are valid UTF-8 together."""
+    pieces = [processor._bytes_of(token) for token in ids]
+    owner = [n for n, char in enumerate(b"".join(pieces).decode()) for _ in char.encode()]
+    spans, place = [], 0
+    for piece in pieces:
+        owners = owner[place : place + len(piece)]
+        spans.append((owners[0], owners[-1] + 1))
+        place += len(piece)
+    return spans
+
+
+@settings(max_examples=80, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30))
+def test_spans_of_text(processor: Processor, text: str):
+    ids = [*processor.text_ids(text), processor.end_of_turn_id]
+    assert processor.token_spans(ids) == brute_force_spans(processor, ids)
+
+
+def test_spans_of_split_characters(processor: Processor):
+    ids = processor.text_ids("a🦊é")  # neither the fox nor é is in the training text: one token a byte
+    assert processor.token_spans(ids) == [(0, 1)] + [(1, 2)] * 4 + [(2, 3)] * 2
+    assert processor.segment_mask(ids, (1, 2)) == [False] + [True] * 4 + [False] * 2
+    assert not any(processor.segment_mask(ids, (1, 1)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(ids=st.lists(st.integers(0, 700), max_size=40))
+def test_arbitrary_ids_decode_as_the_tokenizer_does(
+    processor: Processor, tokenizer: PreTrainedTokenizerFast, ids: list[int]
+):
+    """Sampled ids need not be valid UTF-8, nor below the tokenizer's length."""
+    text = processor.decode(ids)
+    assert text == tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    spans = processor.token_spans(ids)
+    covered = {place for start, end in spans for place in range(start, end)}
+    assert covered == set(range(len(text)))
+    assert all(start <= end <= len(text) for start, end in spans)
+    filled = [span for span in spans if span[0] < span[1]]
+    assert all(before[0] <= after[0] and before[1] <= after[1] for before, after in pairwise(filled))
+    for token, (start, end) in zip(ids, spans, strict=True):
+        alone = processor.decode([token])
+        if "\ufffd" not in alone:
+            assert text[start:end] == alone
+
+
+def test_id_past_the_tokenizer_has_no_text(processor: Processor):
+    ids = [*processor.text_ids("ab"), processor.vocab_len + 5, *processor.text_ids("c")]
+    assert processor.decode(ids) == "abc"
+    assert processor.token_spans(ids)[-2:] == [(2, 2), (2, 3)]
+    assert processor.segment_mask(ids, (0, 3))[-2:] == [False, True]
+    with pytest.raises(ValueError, match="negative"):
+        processor.decode([-1])
+
+
+def test_spans_are_linear_time(processor: Processor):
+    """A quadratic walk over 400 000 bytes would take minutes."""
+    ids = list(processor.text_ids("🦊")[:1]) * 200_000 + list(processor.text_ids("a")) * 200_000
+    started = time.perf_counter()
+    assert processor.token_spans(ids)[-1] == (399_999, 400_000)
+    assert time.perf_counter() - started < 20
+
+
+def test_segment_mask_of_a_response(processor: Processor):
+    response = "<description> 3 7 </description> <think> 10 </think>"
+    ids = processor.response_ids(response)
+    start, end = response.index(" 3"), response.index("</description>")
+    mask = processor.segment_mask(ids, (start, end))
+    inside = processor.decode([token for token, chosen in zip(ids, mask, strict=True) if chosen])
+    assert response[start:end] in inside and "think" not in inside
+    assert not mask[-1]
+
+
+# ---------------------------------------------------------------- bad directories
+def test_missing_special_token_is_named(tiny_model_dir: str, tmp_path: Path):
+    for name in ("tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja"):
+        shutil.copy(Path(tiny_model_dir, name), tmp_path / name)
+    vocabulary = Path(tiny_model_dir, "tokenizer.json").read_text()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        changed = vocabulary if name == "tokenizer.json" else (tmp_path / name).read_text()
+        (tmp_path / name).write_text(changed.replace("<|image_pad|>", "<|another|>"))
+    with pytest.raises(ValueError, match=r"<\|image_pad\|>"):
+        Processor.from_pretrained(str(tmp_path))
+    assert "<|image_pad|>" in REQUIRED_TOKENS
+
+
+def test_directory_without_preprocessor(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json"):
+        Processor.from_pretrained(str(tmp_path))
+
+
+def test_chat_template_of_older_releases(tiny_model_dir: str, tmp_path: Path, processor: Processor):
+    shutil.copytree(tiny_model_dir, tmp_path / "old")
+    template = tmp_path / "old" / "chat_template.jinja"
+    (tmp_path / "old" / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    template.unlink()
+    assert Processor.from_pretrained(str(tmp_path / "old")).prompt_ids("q", 1) == processor.prompt_ids("q", 1)
+    (tmp_path / "old" / "chat_template.json").unlink()
+    with pytest.raises(ValueError, match="no chat template"):
+        Processor.from_pretrained(str(tmp_path / "old"))

@@ -1,0 +1,246 @@
+"""The report page: one file, every model text escaped, every number where it belongs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from megatron_sr1.config import dump_config, load_config
+from megatron_sr1.report import find_runs, print_table, summary_rows, write_report
+from megatron_sr1.report.plots import CHARTS, chart_names, running_mean, series
+from megatron_sr1.report.runs import read_run
+from megatron_sr1.report.table import comparison_rows
+
+VOID = {"meta", "img", "source", "br", "link"}
+EVIL = '<script>alert(1)</script> & "quoted" <description>a 3</description>'
+
+
+class Page(HTMLParser):
+    """Checks nesting while reading; keeps tags, text, and the cells of each table."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "table":
+            self.table = self.tables.setdefault(dict(attrs)["id"], [])
+        elif tag == "tr":
+            self.table.append([])
+        elif tag in ("td", "th"):
+            self.table[-1].append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data) -> None:
+        self.text.append(data)
+        if "table" in self.open and {"td", "th"} & set(self.open):
+            self.table[-1][-1] += data
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def example(key: str = "a/1", **changes) -> dict:
+    values = {
+        "key": key,
+        "problem": "What is 3 + 4?",
+        "answer": "7",
+        "images": ["eval/images/x.png"],
+        "first": "<description>a 3</description><think>3+4</think>\\boxed{7}",
+        "second": EVIL,
+        "description": "a 3",
+        "rewards": {"accuracy": 1.0, "visual": 0.0},
+        "faithful": True,
+    }
+    return values | changes
+
+
+def make_run(path: Path, preset: str, evaluations: dict[str, tuple[int, float, float | None]], steps: int = 30) -> Path:
+    images = path / "eval" / "images"
+    images.mkdir(parents=True)
+    Image.new("RGB", (8, 8), "navy").save(images / "x.png")
+    (path / "config.yaml").write_text(dump_config(load_config(None, [f"objective.preset={preset}"])))
+    lines = [
+        {"step": s, "reward/total": s / 10, "reward/format": 1.0, "kl/answer": None if s == 1 else 0.1}
+        for s in range(steps)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for label, (step, accuracy, faithful) in evaluations.items():
+        tree = {
+            "label": label,
+            "step": step,
+            "summary": {
+                "accuracy": accuracy,
+                "second_pass_accuracy": 0.25,
+                "language_shortcut_rate": 0.2 - accuracy / 10,
+                "faithful": faithful,
+                "format": 1.0,
+                "leak": 0.0,
+                "num_prompts": 40,
+            },
+            "by_source": {"sum<2>": {"accuracy": accuracy, "num_prompts": 40}},
+            "examples": [example(), example("a/2", second=None, description=None, faithful=None, first=EVIL)],
+        }
+        (path / "eval" / f"{label}.json").write_text(json.dumps(tree))
+    return path
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    return make_run(tmp_path / "grpo", "vision_sr1", {"after": (30, 0.75, None), "before": (0, 0.5, 0.375)})
+
+
+@pytest.fixture
+def page(run_dir, tmp_path) -> Page:
+    out = tmp_path / "new" / "report.html"
+    write_report([run_dir], out)
+    return Page(out.read_text(encoding="utf-8"))
+
+
+def test_table_has_before_then_after_with_differences(page) -> None:
+    head, before, after = page.tables["summary"]
+    assert [cell.split(" ")[0] for cell in head] == [
+        "",
+        "accuracy",
+        "second",
+        "LSR",
+        "faithful",
+        "format",
+        "leak",
+        "prompts",
+    ]
+    assert before == ["before step 0", "50.0", "25.0", "15.0", "37.5", "100.0", "0.0", "40"]
+    assert after == ["after step 30", "75.0 +25.0", "25.0 +0.0", "12.5 -2.5", "–", "100.0 +0.0", "0.0 +0.0", "40"]
+    kinds = [attributes["class"] for attributes in page.of("small") if "class" in attributes]
+    assert kinds == ["good", "same", "good", "same", "same"]  # a lower LSR is good
+    assert page.tables["sources"][1] == ["sum<2>", "50.0", "75.0", "40"]
+
+
+def test_page_needs_nothing_from_outside(page) -> None:
+    addresses = [a["src"] for a in page.of("img")] + [a["srcset"] for a in page.of("source")]
+    assert addresses and all(address.startswith("data:image/png;base64,") for address in addresses)
+    for address in addresses:
+        Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))).verify()
+    assert not page.of("script") and not page.of("link")
+    assert "url(" not in "".join(page.text) and "@import" not in "".join(page.text)
+
+
+def test_model_text_is_shown_and_never_interpreted(page) -> None:
+    assert "".join(page.text).count(EVIL) >= 2
+    assert {"script", "description", "think"}.isdisjoint({tag for tag, _ in page.tags})
+
+
+def test_charts_are_those_that_have_numbers(page) -> None:
+    alts = [attributes["alt"] for attributes in page.of("img") if "over training" in attributes["alt"]]
+    assert alts == ["Rewards over training steps", "Distance from the reference model over training steps"]
+    assert len(page.of("source")) == len(alts)
+
+
+def test_examples_mark_right_and_wrong_and_say_why_there_is_no_second_pass(page) -> None:
+    text = " ".join(page.text)
+    assert "✓ accuracy 1" in text and "✗ visual 0" in text and "✓ faithful" in text
+    assert "not run: there is no description" in text
+    marks = [attributes["class"] for attributes in page.of("span")]
+    assert marks[:3] == ["right", "wrong", "right"]
+    assert [attributes["id"] for attributes in page.of("article")] == ["example-a/1", "example-a/2"]
+    assert len([a for a in page.of("img") if a["alt"] == "image of the question"]) == 2
+
+
+def test_ablation_has_one_row_per_preset_under_the_common_start(tmp_path) -> None:
+    a = make_run(tmp_path / "x1", "see_think", {"before": (0, 0.5, None), "after": (30, 0.6, None)})
+    b = make_run(tmp_path / "x2", "vision_sr1", {"before": (0, 0.5, None), "after": (30, 0.7, None)})
+    rows = write_report([a, b], tmp_path / "r.html")
+    assert [(row.label, row.values["accuracy"]) for row in rows] == [
+        ("before", 0.5),
+        ("see_think", 0.6),
+        ("vision_sr1", 0.7),
+    ]
+    assert len(Page((tmp_path / "r.html").read_text()).of("figure")) == 2  # both runs share each chart
+
+
+def test_runs_that_started_apart_keep_their_own_start_and_same_presets_take_folder_names(tmp_path) -> None:
+    a = make_run(tmp_path / "one", "vision_sr1", {"before": (0, 0.4, None), "after": (30, 0.6, None)})
+    b = make_run(tmp_path / "two", "vision_sr1", {"before": (0, 0.5, None), "after": (30, 0.7, None)})
+    rows = comparison_rows([read_run(a), read_run(b)])
+    assert [row.label for row in rows] == ["one, before", "two, before", "one", "two"]
+
+
+def test_folder_of_runs_stands_for_its_runs(tmp_path, run_dir) -> None:
+    make_run(tmp_path / "sft", "vision_sr1", {})
+    (tmp_path / "data").mkdir()
+    assert find_runs([tmp_path]) == [run_dir, tmp_path / "sft"]
+    assert find_runs([run_dir]) == [run_dir]
+    assert [row.label for row in write_report(find_runs([tmp_path]), tmp_path / "r.html")] == ["before", "after"]
+    with pytest.raises(ValueError, match="data holds no run"):
+        find_runs([tmp_path / "data"])
+    with pytest.raises(ValueError, match="nowhere holds no run"):
+        find_runs([tmp_path / "nowhere"])
+
+
+def test_run_without_evaluation_says_so(tmp_path) -> None:
+    write_report([make_run(tmp_path / "sft", "vision_sr1", {})], tmp_path / "r.html")
+    assert "No evaluation yet." in " ".join(Page((tmp_path / "r.html").read_text()).text)
+    with pytest.raises(ValueError, match="at least one run"):
+        write_report([], tmp_path / "r.html")
+
+
+def test_terminal_table_has_the_same_numbers(run_dir) -> None:
+    out = io.StringIO()
+    print_table(Console(file=out, width=120), summary_rows(run_dir))
+    lines = [line.replace("│", " ").split() for line in out.getvalue().splitlines()]
+    assert ["before", "50.0", "25.0", "15.0", "37.5", "100.0", "0.0", "40"] in lines
+    assert ["after", "75.0", "25.0", "12.5", "–", "100.0", "0.0", "40"] in lines
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": ["eval/images/none.png"]}, "none.png is missing"),
+        ({"images": ["../../secret.png"]}, "lies outside the run folder"),
+    ],
+)
+def test_bad_image_is_named(run_dir, change, message) -> None:
+    file = run_dir / "eval" / "after.json"
+    tree = json.loads(file.read_text())
+    file.write_text(json.dumps(tree | {"examples": [example(**change)]}))
+    with pytest.raises(ValueError, match=f"'a/1'.*{message}"):
+        read_run(run_dir)
+
+
+def test_damaged_evaluation_and_metrics_are_named(run_dir) -> None:
+    (run_dir / "eval" / "after.json").write_text('{"label": "after"}')
+    with pytest.raises(ValueError, match=r"after\.json lacks the key 'step'"):
+        read_run(run_dir)
+    (run_dir / "eval" / "after.json").unlink()
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "rew')  # a line being written: not an error
+    assert len(read_run(run_dir).metrics) == 30
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:31 is not JSON"):
+        read_run(run_dir)
+
+
+def test_series_keeps_gaps_and_running_mean_skips_them(run_dir) -> None:
+    run = read_run(run_dir)
+    assert chart_names(run, CHARTS[0]) == ["reward/format", "reward/total"]
+    steps, values = series(run.metrics[:3], "kl/answer")
+    assert steps == [0.0, 1.0, 2.0] and values[1] != values[1]
+    assert running_mean([1.0, float("nan"), 3.0, 5.0], 2) == [1.0, 1.0, 3.0, 4.0]

@@ -1,0 +1,243 @@
+"""The order of the two passes, on an engine that answers from a script."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sr1.rollout.plan import PassPrompt, check_same_ids, cut_description, refusal
+from megatron_sr1.rollout.request import Draw, Generation
+from megatron_sr1.rollout.seeds import request_seed
+from megatron_sr1.rollout.two_pass import TwoPassGenerator
+from megatron_sr1.types import EncodedImage, Prompt, Sampling
+
+EOT, IMAGE = 1, 2
+SEEN = "<description> a {} </description> <think> </think> \\boxed{{1}}"
+
+
+class Letters:
+    """A processor whose text ids are code points; every image is three visual tokens."""
+
+    end_of_turn_id = EOT
+    media_ids = (IMAGE, 3)
+
+    def prompt_ids(self, user_text: str, num_images: int) -> tuple[int, ...]:
+        return (IMAGE,) * num_images + self.text_ids(user_text)
+
+    def expand(self, prompt_ids: Sequence[int], grids: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(token for i in prompt_ids for token in ((i, i, i) if i == IMAGE else (i,)))
+
+    def encode_image(self, image: Any) -> EncodedImage:
+        return EncodedImage(pixel_values=image, grid_thw=(1, 2, 6))
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(ord(letter) for letter in text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(i) for i in ids)
+
+
+class ScriptedEngine:
+    """Finishes one request per step, the latest first; the second pass says OK."""
+
+    weight_version = 9
+
+    def __init__(
+        self, answer: Callable[[str], str] = lambda request_id: SEEN.format(request_id), limit: int = 1000
+    ) -> None:
+        self.max_model_tokens = limit
+        self.log: list[str] = []
+        self.draws: dict[str, Draw] = {}
+        self.prompts: dict[str, str] = {}
+        self._answer = answer
+        self._queue: list[tuple[str, tuple[int, ...]]] = []
+
+    def prepare(self, prompt_ids: Sequence[int], images: Sequence[Any]) -> object:
+        self.log.append("prepare")
+        return Letters().expand(prompt_ids, images)
+
+    def add(self, request_id: str, prepared: Any, draw: Draw) -> None:
+        self.log.append(f"add {request_id}")
+        self.draws[request_id] = draw
+        self.prompts[request_id] = Letters().decode(prepared)
+        self._queue.append((request_id, prepared))
+
+    def step(self) -> list[Generation]:
+        request_id, prompt = self._queue.pop()
+        self.log.append(f"end {request_id}")
+        text = self._answer(request_id) if request_id.endswith("first") else "OK"
+        ids = (*Letters().text_ids(text), EOT)
+        return [Generation(request_id, prompt, ids, (-0.5,) * len(ids), "stop")]
+
+    def has_unfinished(self) -> bool:
+        return bool(self._queue)
+
+    def update_weights(self, weights: Iterable[Any], version: int) -> None:
+        self.weight_version = version
+
+
+def sampling(**changes: Any) -> Sampling:
+    return Sampling(**({"num_samples": 2, "temperature": 1.0, "max_response_tokens": 90, "seed": 1} | changes))
+
+
+def prompt(key: str, num_images: int = 1) -> Prompt:
+    return Prompt(key, "How many?", "1", images=("image",) * num_images)  # type: ignore[arg-type]
+
+
+def generator(engine: ScriptedEngine, **changes: Any) -> TwoPassGenerator:
+    return TwoPassGenerator(engine, Letters(), **({"max_description_tokens": 50} | changes))  # type: ignore[arg-type]
+
+
+def test_a_second_pass_starts_while_first_passes_run() -> None:
+    engine = ScriptedEngine()
+    generator(engine).generate([prompt("a"), prompt("b")], sampling(), 0)
+    assert engine.log.index("add 1/1/second") < engine.log.index("end 1/0/first")
+    barrier = ScriptedEngine()
+    generator(barrier, streamed=False).generate([prompt("a"), prompt("b")], sampling(), 0)
+    assert barrier.log.index("add 1/1/second") > barrier.log.index("end 0/0/first")
+    assert engine.draws == barrier.draws
+
+
+def test_the_second_pass_holds_the_description_and_no_image() -> None:
+    engine = ScriptedEngine()
+    (group,) = generator(engine).generate([prompt("a")], sampling(), 3)
+    pair = group.pairs[1]
+    assert pair.description == "a 0/1/first"
+    assert "a 0/1/first" in engine.prompts["0/1/second"] and "How many?" in engine.prompts["0/1/second"]
+    assert "boxed{1}" not in engine.prompts["0/1/second"] and chr(IMAGE) not in engine.prompts["0/1/second"]
+    assert pair.first.prompt_ids.count(IMAGE) == 3
+    assert (pair.first.rollout_id, pair.second.rollout_id) == ("3/a/1/first", "3/a/1/second")
+    assert (pair.second.response_text, pair.second.response_ids[-1]) == ("OK", EOT)
+    assert len(pair.second.generator_logprobs) == 3 and pair.second.weight_version == 9
+
+
+def test_without_a_description_there_is_no_second_pass() -> None:
+    engine = ScriptedEngine(answer=lambda request_id: "\\boxed{1}" if "/0/" in request_id else SEEN.format("b"))
+    (group,) = generator(engine).generate([prompt("a")], sampling(), 0)
+    assert group.pairs[0].second is None and group.pairs[0].description is None
+    assert group.pairs[1].second is not None
+    (group,) = generator(ScriptedEngine()).generate([prompt("a")], sampling(second_pass=False), 0)
+    assert all(pair.second is None and pair.description is None for pair in group.pairs)
+
+
+def test_a_prompt_is_prepared_once_for_its_samples() -> None:
+    engine = ScriptedEngine()
+    generator(engine).generate([prompt("a")], sampling(num_samples=5, second_pass=False), 0)
+    assert engine.log.count("prepare") == 1
+
+
+def test_draws_ban_media_and_end_at_the_turn() -> None:
+    engine = ScriptedEngine()
+    generator(engine).generate([prompt("a")], sampling(temperature=0.0), 0)
+    for draw in engine.draws.values():
+        assert (draw.temperature, draw.max_tokens, draw.end_of_turn_id, draw.banned_ids) == (0.0, 90, EOT, (IMAGE, 3))
+
+
+def test_a_description_is_cut_to_its_limit() -> None:
+    engine = ScriptedEngine(answer=lambda request_id: SEEN.format("x" * 40))
+    (group,) = generator(engine, max_description_tokens=12).generate([prompt("a")], sampling(), 0)
+    assert group.pairs[0].description == "a " + "x" * 10
+    assert cut_description(Letters(), "abc\ufffd", 9) == "abc\ufffd"  # type: ignore[arg-type]
+    assert cut_description(Letters(), "abc\ufffdd", 4) == "abc"  # type: ignore[arg-type]
+
+
+class Meeting:
+    """An all-gather between threads that stand for ranks."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.sent: list[list[list[Any]]] = [[] for _ in range(num_ranks)]
+        self._barrier = threading.Barrier(num_ranks, timeout=20)
+
+    def of(self, rank: int) -> Callable[[list[Any]], list[Any]]:
+        def gather(items: list[Any]) -> list[Any]:
+            self.sent[rank].append(items)
+            self._barrier.wait()
+            turn = len(self.sent[rank]) - 1
+            return [item for sent in reversed(self.sent) for item in sent[turn]]
+
+        return gather
+
+
+def on_ranks(num_ranks: int, prompts: list[Prompt], how: Sampling) -> tuple[list[Any], Meeting]:
+    """What each rank returned or raised."""
+    meeting = Meeting(num_ranks)
+
+    def one(rank: int) -> Any:
+        try:
+            ranked = generator(ScriptedEngine(), rank=rank, num_ranks=num_ranks, gather=meeting.of(rank))
+            return ranked.generate(prompts, how, 0)
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        return list(pool.map(one, range(num_ranks))), meeting
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+def test_every_rank_gets_all_groups_in_order(num_ranks: int) -> None:
+    prompts = [prompt(f"p{i}", num_images=i % 3) for i in range(7)]
+    results, meeting = on_ranks(num_ranks, prompts, sampling())
+    assert all(groups == results[0] for groups in results)
+    assert [(group.group_id, group.prompt.key) for group in results[0]] == [(i, f"p{i}") for i in range(7)]
+    sizes = [len(sent[1]) for sent in meeting.sent]
+    assert max(sizes) - min(sizes) <= 1 and sum(sizes) == len(prompts)
+
+
+def test_a_refusal_reaches_every_rank_before_anything_is_submitted() -> None:
+    prompts = [prompt("a"), Prompt("huge", "x" * 2000, "1"), prompt("c")]
+    results, meeting = on_ranks(2, prompts, sampling())
+    assert results[0] == results[1]
+    assert "'huge', first pass" in results[0] and "1000" in results[0] and "'a'" not in results[0]
+    assert [len(sent) for sent in meeting.sent] == [1, 1]
+
+
+def test_the_second_pass_is_refused_before_the_first_is_submitted() -> None:
+    engine = ScriptedEngine(limit=700)
+    with pytest.raises(ValueError, match="'a', second pass"):
+        generator(engine, max_description_tokens=600).generate([prompt("a")], sampling(), 0)
+    assert not engine.log
+
+
+def test_an_unknown_first_template_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"template='caption_reasoner'.*see_think, cot"):
+        generator(ScriptedEngine()).generate([prompt("a")], sampling(template="caption_reasoner"), 0)
+
+
+def test_differing_ids_are_located() -> None:
+    plan = PassPrompt("k7", "first", (5, IMAGE), (5, IMAGE, IMAGE, IMAGE), ())
+    check_same_ids(plan, [5, IMAGE, IMAGE, IMAGE])
+    with pytest.raises(ValueError, match=r"'k7', first pass.* 4 prompt ids.*used 2; .*position 1"):
+        check_same_ids(plan, [5, 8])
+    with pytest.raises(ValueError, match=r"used 3; .*position 3"):
+        check_same_ids(plan, [5, IMAGE, IMAGE])
+
+
+def test_refusal_starts_one_token_past_the_limit() -> None:
+    plan = PassPrompt("k", "first", (1,) * 60, (1,) * 60, ())
+    assert refusal(plan, 40, 100) is None
+    assert "60 tokens" in str(refusal(plan, 41, 100))
+    assert "61 tokens" in str(refusal(plan, 40, 100, reserved=1))
+
+
+@given(st.integers(0, 2**40), st.integers(0, 10**6), st.text(max_size=20), st.integers(0, 63))
+def test_seeds_fit_and_depend_on_every_part(seed: int, step: int, key: str, sample: int) -> None:
+    here = request_seed(seed, step, key, sample, "first")
+    assert 0 <= here < 2**63
+    others = [
+        request_seed(seed + 1, step, key, sample, "first"),
+        request_seed(seed, step + 1, key, sample, "first"),
+        request_seed(seed, step, key + "x", sample, "first"),
+        request_seed(seed, step, key, sample + 1, "first"),
+        request_seed(seed, step, key, sample, "second"),
+    ]
+    assert len({here, *others}) == 6
+
+
+def test_seeds_are_the_same_in_every_process() -> None:
+    assert request_seed(1, 2, "k", 3, "second") == 800286729625773160
