@@ -114,6 +114,7 @@ class RolloutConfig:
     max_description_tokens: int = 1024  # a longer description is cut here, and counted
     max_model_tokens: int = 8192  # prompt + response, both passes
     max_running_requests: int = 256
+    max_images: int = 1  # images of one prompt, at most
     kv_cache_gib: float = 1.0
 
     def __post_init__(self) -> None:
@@ -151,6 +152,13 @@ class ObjectiveConfig:
         _one_of("objective.aggregation", self.aggregation, ("token_mean", "sequence_mean", "sequence_sum"))
         _positive("objective", self, "advantage_eps", "clip_low", "clip_high")
         _require(
+            0 <= self.format_weight <= 1,
+            "objective.format_weight",
+            self.format_weight,
+            "in [0, 1]",
+            "The paper uses 0.1.",
+        )
+        _require(
             self.kl_coef >= 0, "objective.kl_coef", self.kl_coef, "0 or more", "0 switches the reference model off."
         )
         _require(
@@ -183,6 +191,7 @@ class EvaluateConfig:
 
     max_prompts: int = 0  # 0: all
     examples: int = 12  # how many are kept with their images for the report
+    verify_export: int = 0  # answers that transformers must repeat on the exported model (it loads it on one rank)
 
 
 @dataclass(frozen=True)

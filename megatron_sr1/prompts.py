@@ -114,6 +114,13 @@ def find_description(text: str) -> str | None:
     return inner if inner and "<think>" not in inner and "</think>" not in inner else None
 
 
+def description_block(text: str) -> Span | None:
+    """[start, end) of the description with its tags, under the rules of `find_description`."""
+    if find_description(text) is None:
+        return None
+    return text.find("<description>"), text.find("</description>") + len("</description>")
+
+
 def extract_boxed(text: str) -> str | None:
     r"""The stripped inside of the last `\boxed{}` whose braces balance, or None. Of nested boxes, the innermost."""
     last: Span | None = None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PassName = Literal["first", "second"]
 Template = Literal["see_think", "cot", "caption_reasoner"]
 TokenSegment = Literal["response", "description", "reasoning"]
+BANNED_LOGIT_BIAS = -100.0  # the strongest that samplers accept
 KlEstimator = Literal["k1", "k2", "k3"]
 
 
@@ -141,6 +142,17 @@ class MicroBatch:
     targets: Tensor  # [R] int64
     row_sequence: Tensor  # [R] int64: index into the list of sequences that was packed
     row_offset: Tensor  # [R] int64
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a sampler made probabilities of logits; the policy's log-probs must mirror it.
+
+    log-prob = log softmax((logits + BANNED_LOGIT_BIAS on banned ids) / temperature)
+    """
+
+    temperature: float = 1.0
+    banned_ids: tuple[int, ...] = ()  # ids a response should not hold; one that does stays scored, as very unlikely
 
 
 @dataclass(frozen=True)

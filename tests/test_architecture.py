@@ -64,7 +64,7 @@ class Module:
         return self.parts[1] if self.in_package else self.parts[0]
 
     def at(self, node: ast.AST, what: str) -> str:
-        return f"{'/'.join(self.parts)}.py:{node.lineno if hasattr(node, 'lineno') else 1}: {what}"
+        return f"{'/'.join(self.parts)}.py:{1 if isinstance(node, ast.Module) else node.lineno}: {what}"
 
 
 def read_modules(root: Path) -> list[Module]:

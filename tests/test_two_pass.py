@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sr1.rollout.checks import stale_vision_canary
 from megatron_sr1.rollout.plan import PassPrompt, check_same_ids, cut_description, refusal
 from megatron_sr1.rollout.request import Draw, Generation
 from megatron_sr1.rollout.seeds import request_seed
@@ -241,3 +243,33 @@ def test_seeds_fit_and_depend_on_every_part(seed: int, step: int, key: str, samp
 
 def test_seeds_are_the_same_in_every_process() -> None:
     assert request_seed(1, 2, "k", 3, "second") == 800286729625773160
+
+
+class WeightedEngine(ScriptedEngine):
+    """Its log-probs are its vision weights; `deaf` and `drifting` are the two ways to be wrong."""
+
+    def __init__(self, deaf: bool = False, drift: float = 0.0) -> None:
+        super().__init__()
+        self._deaf, self._drift, self._vision, self._updates = deaf, drift, (1.0, 2.0), 0
+
+    def step(self) -> list[Generation]:
+        request_id, prompt = self._queue.pop()
+        return [Generation(request_id, prompt, (5, 6), self._vision, "length")]
+
+    def update_weights(self, weights: Iterable[Any], version: int) -> None:
+        self._updates += 1
+        vision = dict(weights)["visual.x"] + self._drift * self._updates
+        self._vision = self._vision if self._deaf else tuple(vision.tolist())
+
+
+def canary(engine: WeightedEngine) -> None:
+    weights = {"visual.x": torch.tensor([1.0, 2.0]), "model.norm.weight": torch.ones(2)}
+    stale_vision_canary(engine, Letters(), "image", weights.items)  # type: ignore[arg-type]
+
+
+def test_the_canary_tells_stale_and_lost_vision_weights_from_good_ones() -> None:
+    canary(WeightedEngine())
+    with pytest.raises(RuntimeError, match="stale image embeddings"):
+        canary(WeightedEngine(deaf=True))
+    with pytest.raises(RuntimeError, match="did not return"):
+        canary(WeightedEngine(drift=0.1))

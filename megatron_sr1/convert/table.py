@@ -1,4 +1,4 @@
-"""The one table of weight names: Megatron-Core parameter <-> Hugging Face tensors, and how a tensor is laid out and split.
+"""The one table of weight names: Megatron-Core parameter <-> Hugging Face tensors, their layout and their split.
 
 Loading, export and weight sync all read it, so a name or a layout is right or wrong everywhere at once.
 """

@@ -77,8 +77,8 @@ def load_hf_weights(stage: torch.nn.Module, hf_dir: str, sizes: Sizes, tensor_gr
             )
         parameters[name].copy_(shard)
         if rule.kind != "replicated" and "tensor_model_parallel" not in vars(parameters[name]):
-            # Megatron marks shards only when it initialises them itself; unmarked, they would be taken for copies of one
-            # tensor and left out of the gradient norm on every rank but the first
+            # Megatron marks shards only when it initialises them itself; unmarked, they would be taken for copies of
+            # one tensor and left out of the gradient norm on every rank but the first
             set_tensor_model_parallel_attributes(parameters[name], True, 1 if rule.kind == "columns" else 0, 1)
 
 

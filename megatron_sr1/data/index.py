@@ -6,6 +6,7 @@ stand next to each other.
 
 from __future__ import annotations
 
+import itertools
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -51,15 +52,15 @@ def build_index(paths: Sequence[Path]) -> ShardIndex:
             index.extensions.append(extension)
             index.offsets.append(member.offset_data)
             index.sizes.append(member.size)
-        _check_samples(index, start, path)
+    _check_samples(index, paths)
     return index
 
 
-def _check_samples(index: ShardIndex, start: int, path: Path) -> None:
-    """Every sample from number `start` on: one json, images numbered 0, 1, 2 ... without gap or repetition."""
-    for sample in range(start, len(index.keys)):
-        key = index.keys[sample]
-        extensions = index.extensions[index.first[sample] : [*index.first[sample + 1 : sample + 2], None][0]]
+def _check_samples(index: ShardIndex, paths: Sequence[Path]) -> None:
+    """Every sample has one json, and images numbered 0, 1, 2 ... without gap or repetition."""
+    borders = [*index.first, len(index.extensions)]
+    for key, shard, (first, end) in zip(index.keys, index.shards, itertools.pairwise(borders), strict=True):
+        path, extensions = paths[shard], index.extensions[first:end]
         if extensions.count(JSON_EXTENSION) != 1:
             raise ValueError(
                 f"{path}, sample {key!r}: it has {extensions.count(JSON_EXTENSION)} json members, not one."

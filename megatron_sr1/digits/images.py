@@ -20,7 +20,7 @@ CELL_PIXELS = 28
 SCAN_LEVELS = 16  # a scan's pixel is 0 (background) ... 16 (stroke)
 HELDOUT_FRACTION = 0.2
 SPLIT_SEED = 0  # fixed: a scan held out in one run is held out in all of them
-MIN_DIGIT_PIXELS = 24  # a digit is drawn this large or larger, anywhere it fits in its cell
+MIN_DIGIT_PIXELS = 26  # a digit is drawn this large or larger, anywhere it fits in its cell
 BOARD_LEVEL, CHALK_LEVEL = 48, 255  # light on dark: after the processor's normalisation the mean pixel is near 0,
 MIN_CHALK = 0.8  # ... which a small model learns from much faster. The faintest digit, as a fraction of the contrast
 

@@ -42,6 +42,10 @@ class VocabShard:
     start: int
     columns: int  # padding not counted
     group: ProcessGroup | None  # the ranks that share the vocabulary
+    bias: Tensor | None = None  # [V] added to the logits, in the accumulation dtype; no gradient flows to it
+
+    def bias_of(self, left: int, right: int) -> Tensor | None:
+        return None if self.bias is None else self.bias[left:right]
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class _ChunkedLogProb(torch.autograd.Function):
         gradients = _row_gradients(grad_logprobs, grad_entropy, nats, inverse_temperature)
         kept = dict(zip(ctx.kept, tiles, strict=True))
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        wanted = _backward(hidden, weight, rows, logsumexp, gradients, ctx.shard.columns, kept, needs)
+        wanted = _backward(hidden, weight, rows, logsumexp, gradients, ctx.shard, kept, needs)
         return *wanted, None, None, None, None
 
 
@@ -125,7 +129,7 @@ def _forward(
     """Log-probs, entropy (or None) and logsumexp of the scaled logits, [T] each, in the accumulation dtype.
     Fills `kept` with the first tiles, as far as KEPT_ELEMENTS goes."""
     rows = _Rows(targets - shard.start, inverse_temperature)
-    state = _merge(_local_state(hidden, weight, rows, shard.columns, entropy, kept), shard.group)
+    state = _merge(_local_state(hidden, weight, rows, shard, entropy, kept), shard.group)
     top, total, z_target, weighted = state.unbind()
     log_total = total.log()
     # Both terms are <= 0 (total holds exp(0)), so no log-prob can be above 0.
@@ -134,7 +138,7 @@ def _forward(
 
 
 def _local_state(
-    hidden: Tensor, weight: Tensor, rows: _Rows, columns: int, entropy: bool, kept: _Tiles | None
+    hidden: Tensor, weight: Tensor, rows: _Rows, shard: VocabShard, entropy: bool, kept: _Tiles | None
 ) -> Tensor:
     """[4, T]: max, sum of exp(z - max), z of the target, sum of exp(z - max) * (z - max), over this rank's ids."""
     accumulate, operand = _dtypes(hidden)
@@ -143,10 +147,10 @@ def _local_state(
     state[0].fill_(torch.finfo(accumulate).min)
     state[2].fill_(torch.finfo(accumulate).min)
     room = KEPT_ELEMENTS
-    for left, right in _spans(columns, MAX_TILE_COLUMNS):
+    for left, right in _spans(shard.columns, MAX_TILE_COLUMNS):
         tile = weight[left:right].to(operand)
         for first, last in _spans(len(hidden), _tile_rows(hidden, right - left)):
-            z = _logits(hidden[first:last], tile, rows.inverse_temperature, first)
+            z = _logits(hidden[first:last], tile, shard.bias_of(left, right), rows.inverse_temperature, first)
             _fold(state[:, first:last], z, rows.targets[first:last] - left, entropy)
             room -= z.numel()
             if kept is not None and room >= 0:
@@ -207,7 +211,7 @@ def _backward(
     rows: _Rows,
     logsumexp: Tensor,
     gradients: _RowGradients,
-    columns: int,
+    shard: VocabShard,
     kept: _Tiles,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -215,13 +219,13 @@ def _backward(
     accumulate, operand = _dtypes(hidden)
     grad_hidden = torch.zeros_like(hidden, dtype=accumulate) if needs[0] else None
     grad_weight = torch.zeros_like(weight) if needs[1] else None  # padding stays 0
-    for left, right in _spans(columns, MAX_TILE_COLUMNS):
+    for left, right in _spans(shard.columns, MAX_TILE_COLUMNS):
         tile = weight[left:right].to(operand)
         grad_tile = torch.zeros_like(tile, dtype=accumulate) if needs[1] else None
         for first, last in _spans(len(hidden), _tile_rows(hidden, right - left)):
             z = kept.get((left, first))
             if z is None:
-                z = _logits(hidden[first:last], tile, rows.inverse_temperature, first)
+                z = _logits(hidden[first:last], tile, shard.bias_of(left, right), rows.inverse_temperature, first)
             log_p = z - logsumexp[first:last].unsqueeze(1)  # not in place: backward may run again
             grad_z = _logit_gradients(log_p, rows.targets[first:last] - left, gradients, first).to(operand)
             if grad_hidden is not None:
@@ -246,10 +250,14 @@ def _logit_gradients(log_p: Tensor, targets: Tensor, gradients: _RowGradients, f
     return grad_z.scatter_add_(1, index, (gradients.at_target[part] * held).unsqueeze(1))
 
 
-def _logits(hidden: Tensor, tile: Tensor, inverse_temperature: Tensor | None, first: int) -> Tensor:
-    """z = hidden @ tile.T / temperature, [R, C] in the accumulation dtype; `first` is the row of hidden[0]."""
+def _logits(
+    hidden: Tensor, tile: Tensor, bias: Tensor | None, inverse_temperature: Tensor | None, first: int
+) -> Tensor:
+    """z = (hidden @ tile.T + bias) / temperature, [R, C] in the accumulation dtype; `first` is the row of hidden[0]."""
     accumulate, operand = _dtypes(hidden)
     z = _product(hidden.to(operand), tile.t(), accumulate)
+    if bias is not None:
+        z.add_(bias)
     if inverse_temperature is not None:
         z.mul_(inverse_temperature[first : first + len(z)].unsqueeze(1))
     return z

@@ -1,6 +1,7 @@
 """Log-probability (and entropy) of target tokens straight from hidden states and the output head.
 
-    z = hidden @ weight.T / temperature,   logprob = z[target] - logsumexp(z),   entropy = -sum_j p_j log p_j
+    z = (hidden @ weight.T + logit_bias) / temperature
+    logprob = z[target] - logsumexp(z),   entropy = -sum_j p_j log p_j
 
 The logits [T, V] never exist: they are made in tiles and, but for a fixed number of them, made again in backward
 (chunked.py): 8*T*H*V operations for forward and backward together, against 6*T*H*V with all logits kept.
@@ -28,6 +29,7 @@ def linear_logprob(
     tp_group: ProcessGroup | None = None,
     vocab_start: int = 0,
     vocab_size: int | None = None,
+    logit_bias: Tensor | None = None,
 ) -> LogProbs:
     """Natural-log probability of `targets`, differentiable in `hidden` and `weight`.
 
@@ -51,6 +53,7 @@ def linear_logprob(
         vocab_start: id of the first row of `weight`.
         vocab_size: number of true ids; rows of the head from here on are padding, of probability 0 and gradient 0.
             None: there is no padding.
+        logit_bias: [V_local], added to the logits before the temperature, as a sampler's logit bias is; constant.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, a temperature that is not positive, a shard that is not where
@@ -61,7 +64,7 @@ def linear_logprob(
     scored = _scored_rows(targets, size)
     inverse_temperature = _inverse_temperature(temperature, hidden)
     columns = min(max(size - vocab_start, 0), weight.shape[0])
-    shard = VocabShard(vocab_start, columns, tp_group)
+    shard = VocabShard(vocab_start, columns, tp_group, _bias(logit_bias, weight))
     if scored is None:
         return LogProbs(*chunked_logprob(hidden, weight, targets, inverse_temperature, shard, entropy))
     # Unscored rows are taken out, not masked: they cost nothing, and whatever they hold cannot reach a gradient.
@@ -89,6 +92,16 @@ def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
             f"linear_logprob: hidden is {hidden.dtype} and weight is {weight.dtype}; both must be the same "
             "floating-point dtype. Cast one of them."
         )
+
+
+def _bias(bias: Tensor | None, weight: Tensor) -> Tensor | None:
+    if bias is None:
+        return None
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"linear_logprob: logit_bias {tuple(bias.shape)} must be one number per row of weight, [{weight.shape[0]}]."
+        )
+    return bias.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _vocabulary_size(weight: Tensor, group: ProcessGroup | None, start: int, size: int | None) -> int:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-_FACTORIES = (
-    "zeros ones empty full tensor arange linspace rand randn randint randperm eye as_tensor empty_strided "
-    "zeros_like ones_like empty_like full_like rand_like randn_like"
-).split()
+_FACTORIES = """
+    zeros ones empty full tensor arange linspace rand randn randint randperm eye as_tensor empty_strided
+    zeros_like ones_like empty_like full_like rand_like randn_like
+"""
 _CPU = torch.device("cpu")
 _CUDA_TYPES = {
     torch.float32: "torch.cuda.FloatTensor",
@@ -71,7 +71,7 @@ def install_cpu_shim() -> None:
     _installed = True
     # `with torch.device(...)` recognises factories by identity: let it remember the real ones, not the wrappers
     _device_constructors()
-    for name in _FACTORIES:
+    for name in _FACTORIES.split():
         setattr(torch, name, _wrap_factory(getattr(torch, name)))
     torch.Tensor.to = _wrap_to(torch.Tensor.to)
     torch.nn.Module.to = _wrap_to(torch.nn.Module.to)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
+import signal
+import sys
+import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
+import torch.multiprocessing
 
 from megatron_sr1.platform.cpu_shim import install_cpu_shim, patch_megatron_rng
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a rank that waits longer than this for a dead peer fails
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -34,30 +43,72 @@ class Platform:
         return self.device.type == "cpu"
 
 
+def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) -> None:
+    """Calls `function(*arguments)` on `num_ranks` processes of this machine that form one process group.
+
+    Under torchrun, which has started the ranks already, it calls `function` here. Ranks that are started here meet over
+    a file and talk over loopback only; when one fails, or this process dies, the others are stopped.
+
+    Raises:
+        torch.multiprocessing.ProcessException: a rank failed; the message holds its traceback.
+    """
+    if "RANK" in os.environ or num_ranks == 1:
+        function(*arguments)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_rank(num_ranks)))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        torch.multiprocessing.spawn(_run_rank, args=(num_ranks, store, function, arguments), nprocs=num_ranks)
+
+
+def _run_rank(rank: int, num_ranks: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
+    torch.distributed.init_process_group(
+        _backend(),
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=num_ranks,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    try:
+        function(*arguments)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def start_platform() -> Platform:
     """Prepares this process: patches Megatron-Core where there is no accelerator, joins the process group.
 
-    Under torchrun the environment names the ranks; without it the process is a group of one. Call it before anything
-    imports Megatron-Core.
+    A process that is in no group yet joins the one that torchrun's environment names; without that it is alone. Call it
+    before anything imports Megatron-Core.
     """
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         install_cpu_shim()
         # Megatron-Core says on every import that apex and Transformer Engine are absent: here that is as it should be
         warnings.filterwarnings("ignore", module="megatron.*")
+        # torch renames collectives that Megatron-Core still calls by their old names
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
     define_missing_torchvision_ops()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if not on_cpu:
         torch.cuda.set_device(device)
-    backend = "gloo" if on_cpu else "nccl"
     if not torch.distributed.is_initialized():
-        alone = "RANK" not in os.environ
-        torch.distributed.init_process_group(
-            backend,
-            timeout=COLLECTIVE_TIMEOUT,
-            **({"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
-        )
+        alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        named = {} if "RANK" in os.environ else alone
+        torch.distributed.init_process_group(_backend(), timeout=COLLECTIVE_TIMEOUT, **named)
     if on_cpu:
         patch_megatron_rng()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // torch.distributed.get_world_size()))
-    return Platform(device, backend, torch.distributed.get_rank(), torch.distributed.get_world_size())
+        torch.set_num_threads(_threads_per_rank(torch.distributed.get_world_size()))
+    return Platform(device, _backend(), torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def _backend() -> str:
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _threads_per_rank(num_ranks: int) -> int:
+    return max(1, (os.cpu_count() or 1) // num_ranks)

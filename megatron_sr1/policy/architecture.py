@@ -72,11 +72,13 @@ def check_layout(architecture: Architecture, layout: LayoutConfig) -> None:
     text = architecture.hf.text_config
     if text.num_attention_heads % layout.tensor:
         raise ValueError(
-            f"layout.tensor={layout.tensor} is not allowed: it must divide the model's {text.num_attention_heads} heads."
+            f"layout.tensor={layout.tensor} is not allowed: it must divide the {text.num_attention_heads} heads of the "
+            "model. Choose a divisor."
         )
     if text.num_hidden_layers % layout.pipeline:
         raise ValueError(
-            f"layout.pipeline={layout.pipeline} is not allowed: it must divide the model's {text.num_hidden_layers} layers."
+            f"layout.pipeline={layout.pipeline} is not allowed: it must divide the {text.num_hidden_layers} layers of "
+            "the model. Choose a divisor."
         )
 
 

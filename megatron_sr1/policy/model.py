@@ -1,4 +1,4 @@
-"""Qwen-VL on Megatron-Core: the language model's stages, with the vision tower on the first and log-probs on the last."""
+"""Qwen-VL on Megatron-Core: a pipeline stage, with the vision tower on the first and log-probs on the last."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_sr1.kernels import linear_logprob
 from megatron_sr1.platform.layers import torch_block_spec
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.groups import ParallelGroups
-from megatron_sr1.types import MicroBatch
+from megatron_sr1.types import BANNED_LOGIT_BIAS, MicroBatch, Scoring
 
 
 class QwenVLModel(GPTModel):
@@ -53,8 +53,8 @@ class QwenVLModel(GPTModel):
             )
             self.vision.requires_grad_(train_vision)
 
-    def forward(self, batch: MicroBatch, temperature: float) -> Tensor:
-        """See the class. `temperature` divides the logits."""
+    def forward(self, batch: MicroBatch, scoring: Scoring) -> Tensor:
+        """See the class."""
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
@@ -69,7 +69,7 @@ class QwenVLModel(GPTModel):
             decoder_input=self._embed(batch) if self.pre_process else None,
             packed_seq_params=packed,
         )
-        return self._score(hidden, batch, temperature) if self.post_process else hidden
+        return self._score(hidden, batch, scoring) if self.post_process else hidden
 
     def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         """Megatron would form logits here; the head is ours, so the hidden states pass through."""
@@ -87,7 +87,7 @@ class QwenVLModel(GPTModel):
             embedded = tensor_parallel.scatter_to_sequence_parallel_region(embedded, group=self.groups.tensor)
         return embedded
 
-    def _score(self, hidden: Tensor, batch: MicroBatch, temperature: float) -> Tensor:
+    def _score(self, hidden: Tensor, batch: MicroBatch, scoring: Scoring) -> Tensor:
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=self.groups.tensor
@@ -102,10 +102,20 @@ class QwenVLModel(GPTModel):
             rows,
             weight,
             batch.targets,
-            temperature=temperature,
+            temperature=scoring.temperature,
             entropy=True,
             tp_group=self.groups.tensor if self.groups.tensor.size() > 1 else None,
             vocab_start=self.groups.tensor.rank() * len(weight),
             vocab_size=self.architecture.vocab_size,
+            logit_bias=self._ban(weight, scoring.banned_ids),
         )
         return torch.stack([scores.logprobs, scores.entropy.detach()])
+
+    def _ban(self, weight: Tensor, banned_ids: tuple[int, ...]) -> Tensor | None:
+        """The bias [V_local] on this rank's part of the vocabulary."""
+        if not banned_ids:
+            return None
+        rows = torch.tensor(banned_ids, device=weight.device) - self.groups.tensor.rank() * len(weight)
+        bias = torch.zeros(len(weight), device=weight.device)
+        bias[rows[(rows >= 0) & (rows < len(weight))]] = BANNED_LOGIT_BIAS
+        return bias

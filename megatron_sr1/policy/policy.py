@@ -22,7 +22,7 @@ from megatron_sr1.policy.architecture import Architecture, check_layout, read_ar
 from megatron_sr1.policy.groups import ParallelGroups, build_groups
 from megatron_sr1.policy.model import QwenVLModel
 from megatron_sr1.policy.optimizer import build_optimizer, load_optimizer_state
-from megatron_sr1.types import LogProbs, LossFn, MicroBatch
+from megatron_sr1.types import LogProbs, LossFn, MicroBatch, Scoring
 
 CHECKPOINT_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -78,17 +78,17 @@ class Policy:
         )
         self._reference = [p.detach().clone() for p in self.stage.parameters()] if keep_reference else None
 
-    def logprobs(self, batches: Sequence[MicroBatch], temperature: float) -> list[LogProbs]:
+    def logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
         """Scores of each micro-batch's R rows, without gradient, on every rank of the pipeline."""
-        scores = self._run(batches, temperature, forward_only=True, collect=lambda _, output: output)
+        scores = self._run(batches, scoring, forward_only=True, collect=lambda _, output: output)
         return self._from_last_stage(scores, batches)
 
-    def reference_logprobs(self, batches: Sequence[MicroBatch], temperature: float) -> list[LogProbs]:
+    def reference_logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
         """The same under the weights the policy started from."""
         with self._reference_weights():
-            return self.logprobs(batches, temperature)
+            return self.logprobs(batches, scoring)
 
-    def train_step(self, batches: Sequence[MicroBatch], loss_fn: LossFn, temperature: float) -> StepResult:
+    def train_step(self, batches: Sequence[MicroBatch], loss_fn: LossFn, scoring: Scoring) -> StepResult:
         """Forward and backward of all micro-batches, gradient clipping, one optimizer step.
 
         Raises:
@@ -101,7 +101,7 @@ class Policy:
             loss, metrics = loss_fn(index, LogProbs(output[0], output[1]))
             return loss, torch.ones((), dtype=torch.int), {name: value.detach() for name, value in metrics.items()}
 
-        reported = self._run(batches, temperature, forward_only=False, collect=collect)
+        reported = self._run(batches, scoring, forward_only=False, collect=collect)
         metrics = self._add_metrics(reported)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
@@ -132,7 +132,7 @@ class Policy:
     def _run(
         self,
         batches: Sequence[MicroBatch],
-        temperature: float,
+        scoring: Scoring,
         *,
         forward_only: bool,
         collect: Callable[[int, Tensor], Any],
@@ -143,7 +143,7 @@ class Policy:
             batch_iterator: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module
         ) -> tuple[Tensor, Any]:
             index, batch = next(batch_iterator)
-            output = model(batch, temperature)
+            output = model(batch, scoring)
             return output, (lambda out, non_loss_data=False: collect(index, out))
 
         schedule = get_forward_backward_func()

@@ -8,16 +8,19 @@ ranks must then construct their engines together, and afterwards each works on i
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
+from safetensors import safe_open
 
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.rollout.request import Draw, Generation
+from megatron_sr1.types import BANNED_LOGIT_BIAS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,7 +67,10 @@ class Engine:
 
         _register_architectures(hf_dir)
         set_num_threads = torch.set_num_threads
+        # At each reload it warns of every layer that has no weights of its own. _complete() watches what matters.
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         on_cpu = current_platform.is_cpu()
+        in_job = torch.distributed.is_initialized()
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=hf_dir,
@@ -79,15 +85,20 @@ class Engine:
                 kv_cache_memory_bytes=int(kv_cache_gib * _GIB),
                 enable_prefix_caching=True,
                 limit_mm_per_prompt={"image": max_images, "video": 0},
+                # PIL's resizing, as in processing.py: torchvision's differs by up to 0.2 in normalised pixel values.
+                mm_processor_kwargs={"use_fast": False},
                 logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
                 generation_config="vllm",  # no sampling default of the model directory is applied
-                distributed_executor_backend="external_launcher" if torch.distributed.is_initialized() else None,
+                distributed_executor_backend="external_launcher" if in_job else None,
                 disable_log_stats=True,
             )
         )
+        if in_job:  # vLLM's shutdown destroys the process groups, which are the job's
+            self._engine.engine_core._finalizer.detach()
         torch.set_num_threads = set_num_threads  # vLLM replaces it on a CPU by one that only warns
         # vLLM compiles a few small functions even when it runs eagerly. On a CPU that takes 20 s and a C++ compiler.
         self._stance = "force_eager" if on_cpu else "default"
+        self._weight_names = _checkpoint_names(hf_dir)
         self._max_model_tokens = max_model_tokens
         self._weight_version = 0
 
@@ -121,7 +132,7 @@ class Engine:
             seed=draw.seed if draw.temperature > 0 else None,
             stop_token_ids=[draw.end_of_turn_id],
             ignore_eos=True,  # the end-of-turn id alone ends a response, whatever the tokenizer calls eos
-            logit_bias=dict.fromkeys(draw.banned_ids, -100.0),
+            logit_bias=dict.fromkeys(draw.banned_ids, BANNED_LOGIT_BIAS),
             logprobs=0,  # the sampled token's alone
             flat_logprobs=True,
             detokenize=False,
@@ -144,17 +155,31 @@ class Engine:
 
         Raises:
             ValueError: requests are still running; they would mix two policies.
+            ValueError: a tensor of the model directory is missing, or one is not in it. Old weights are gone by then.
         """
         if self.has_unfinished():
             raise ValueError(
                 f"weights of version {version} arrived while requests of version {self._weight_version} are running. "
                 "Finish them with step() first."
             )
-        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": self._complete(weights)})
+        self._engine.collective_rpc(_repack_output_head)
         self._engine.reset_prefix_cache()
         self._engine.reset_mm_cache()
         self._engine.reset_encoder_cache()
         self._weight_version = version
+
+    def _complete(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Passes on what the model has, all of it: a tensor that never came would stay as it was, in silence."""
+        remedy = "Stream exactly the tensors that the model directory's safetensors name."
+        missing = set(self._weight_names)
+        for name, tensor in weights:
+            if name not in self._weight_names:
+                raise ValueError(f"weight update: the model directory has no tensor {name!r}. {remedy}")
+            missing.discard(name)
+            yield name, tensor
+        if missing:
+            raise ValueError(f"weight update: {len(missing)} tensors are missing, first {min(missing)!r}. {remedy}")
 
 
 def _generation(output: Any) -> Generation:
@@ -167,6 +192,27 @@ def _generation(output: Any) -> Generation:
         logprobs=tuple(completion.logprobs.logprobs),
         finish_reason=completion.finish_reason,
     )
+
+
+def _repack_output_head(worker: Any) -> None:
+    """Makes the output head compute with the embedding that was just loaded, where the two are tied.
+
+    On a CPU vLLM computes with a packed copy of each weight. A reload packs the layers named in the checkpoint anew; a
+    tied head is not named there, and would keep the copy of the old weights.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in worker.get_model().modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+def _checkpoint_names(hf_dir: str) -> set[str]:
+    names: set[str] = set()
+    for path in Path(hf_dir).glob("*.safetensors"):
+        with safe_open(path, framework="pt") as tensors:
+            names.update(tensors.keys())
+    return names
 
 
 def _register_architectures(hf_dir: str) -> None:

@@ -1,0 +1,1 @@
+"""The order of things: cold start, self-rewarded GRPO, evaluation. No mathematics here."""

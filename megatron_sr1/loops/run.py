@@ -1,0 +1,103 @@
+"""A run folder and what every loop does with it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+
+from megatron_sr1.checkpoint import Checkpointer
+from megatron_sr1.config import Config, dump_config
+from megatron_sr1.convert import compare_greedy, write_hf_dir
+from megatron_sr1.metrics import MetricsWriter
+from megatron_sr1.platform import Platform
+from megatron_sr1.policy import Policy
+from megatron_sr1.types import RolloutGroup
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command's run: its configuration, its place among the ranks, its folder."""
+
+    config: Config
+    platform: Platform
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def export_dir(self) -> Path:
+        """Where the trained policy goes in Hugging Face format."""
+        return self.folder / "hf"
+
+    def checkpointer(self) -> Checkpointer:
+        return Checkpointer(self.folder / "checkpoints", self.config.train.keep_checkpoints, self.platform)
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """All ranks' items on every rank, in rank order. Collective."""
+        lists: list[list[Any]] = [[] for _ in range(self.platform.world_size)]
+        torch.distributed.all_gather_object(lists, items)
+        return [item for part in lists for item in part]
+
+    def export(self, policy: Policy) -> None:
+        """Writes the policy's weights, with the starting model's configuration and processor files. Collective."""
+        if self.platform.is_main:
+            write_hf_dir(policy.hf_weights(), self.config.model.hf_dir, self.export_dir)
+        else:
+            for _ in policy.hf_weights():
+                pass
+        torch.distributed.barrier()
+
+    def verify_export(self, answers: Sequence[RolloutGroup]) -> None:
+        """Compares transformers' greedy answers on the export with `answers`; writes `export.json`. No answers, no
+        comparison: it loads the whole model on the main rank.
+
+        Raises:
+            ValueError: an answer differs; the message names its key and both texts.
+        """
+        if answers and self.platform.is_main:
+            compare_greedy(str(self.export_dir), answers)
+            report = {"identical_greedy_answers": len(answers), "keys": [group.prompt.key for group in answers]}
+            (self.folder / "export.json").write_text(json.dumps(report, indent=1) + "\n")
+        torch.distributed.barrier()
+
+
+@contextmanager
+def open_run(config: Config, platform: Platform) -> Iterator[Run]:
+    """Makes the folder, writes the resolved configuration and keeps other processes out while the run lasts.
+
+    Raises:
+        ValueError: another process is at work in the folder.
+    """
+    run = Run(config, platform)
+    if not platform.is_main:
+        yield run
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"run_dir={config.run_dir!r} is in use by another process. Wait for it, stop it, or choose "
+                "another run_dir."
+            ) from None
+        (run.folder / "config.yaml").write_text(dump_config(config))
+        yield run
+
+
+@contextmanager
+def metrics_of(run: Run, start_step: int) -> Iterator[MetricsWriter | None]:
+    """The metrics writer on the main rank, None on the others."""
+    if not run.platform.is_main:
+        yield None
+        return
+    with MetricsWriter(run.folder, start_step, run.config.train.steps) as writer:
+        yield writer

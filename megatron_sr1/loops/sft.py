@@ -1,0 +1,68 @@
+"""The cold start: supervised fine-tuning on both response layouts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from megatron_sr1.checkpoint import Progress
+from megatron_sr1.config import Config
+from megatron_sr1.data import SampleStream, ShardDataset, expand_shards
+from megatron_sr1.loops.batches import Batcher, SftBatch
+from megatron_sr1.loops.run import Run, metrics_of, open_run
+from megatron_sr1.objective import sft_loss
+from megatron_sr1.platform import Platform
+from megatron_sr1.policy import Policy
+from megatron_sr1.processing import Processor
+from megatron_sr1.types import LogProbs, Prompt, Scoring, SftSample
+
+
+def run_sft(config: Config, platform: Platform) -> None:
+    """Trains on `data.cold_start` and exports to `<run_dir>/hf`. Continues from the newest checkpoint."""
+    with open_run(config, platform) as run:
+        _train(run)
+
+
+def _train(run: Run) -> None:
+    config = run.config
+    dataset = ShardDataset(expand_shards(config.data.cold_start, "data.cold_start"))
+    stream = SampleStream(dataset, config.seed)
+    policy = Policy(config, run.platform, num_optimizer_steps=config.train.steps, keep_reference=False)
+    batcher = Batcher(config, Processor.from_pretrained(config.model.hf_dir), policy.groups.data)
+    checkpoints = run.checkpointer()
+    source = (dataset.fingerprint, config.model.hf_dir)
+    progress = checkpoints.restore(policy, *source) or Progress(0, 0, *source)
+    with metrics_of(run, progress.step) as writer:
+        for step in range(progress.step, config.train.steps):
+            start = time.perf_counter()
+            samples = _only_demonstrations(stream.take(progress.position, config.train.batch_size))
+            batch = batcher.sft(samples)
+            result = policy.train_step(batch.micro_batches, _Loss(batch), Scoring())
+            progress = Progress(step + 1, progress.position + len(samples), *source)
+            if writer is not None:
+                optimizer = {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+                writer.write(step, {**result.metrics, **optimizer, "seconds/step": time.perf_counter() - start})
+            if progress.step % config.train.save_every == 0 or progress.step == config.train.steps:
+                checkpoints.save(policy, progress)
+    run.export(policy)
+
+
+def _only_demonstrations(samples: Sequence[Prompt | SftSample]) -> list[SftSample]:
+    for sample in samples:
+        if not isinstance(sample, SftSample):
+            raise ValueError(
+                f"data.cold_start holds the prompt {sample.key!r} without a response. Give demonstrations."
+            )
+    return list(samples)
+
+
+class _Loss:
+    """The loss of each micro-batch of one step."""
+
+    def __init__(self, batch: SftBatch) -> None:
+        self._batch = batch
+
+    def __call__(self, index: int, logprobs: LogProbs) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return sft_loss(logprobs.logprobs, self._batch.token_weights[index])
