@@ -12,6 +12,8 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
+from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
+
 TIMEOUT_SECONDS = 300  # a collective whose peer died fails after this, instead of hanging the test
 
 
@@ -27,6 +29,7 @@ def run_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any) ->
 
 def _run_rank(rank: int, num_ranks: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    define_missing_torchvision_ops()
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{store}",
