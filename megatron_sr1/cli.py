@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sr1.config import Config, check_train_batch, dump_config, load_config
-from megatron_sr1.data import expand_shards
 
 TRAINING_DATA = {"sft": ("cold_start",), "grpo": ("train", "heldout"), "evaluate": ("heldout",)}
 HELP = {
@@ -42,14 +41,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     report = commands.add_parser("report", help="table and HTML page of finished runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders that hold some")
     report.add_argument("--out", type=Path, help="the page; default: report.html in the first folder")
-    args = parser.parse_args(arguments)
-    if args.command != "report" and args.nproc is not None:
+    args, rest = parser.parse_known_args(arguments)
+    if args.command == "report" or any(word.startswith("-") for word in rest):
+        parser.parse_args(arguments)  # ends here where words are left that no option takes
+        return args
+    args.overrides += rest  # argparse takes overrides that follow an option for strangers
+    if args.nproc is not None:
         args.overrides.append(f"nproc={args.nproc}")
     return args
 
 
 def _launch(command: str, config: Config, args: argparse.Namespace) -> None:
     """Checks what can be checked without torch, then starts the ranks."""
+    from megatron_sr1.data import expand_shards
+
     for name in TRAINING_DATA[command]:
         expand_shards(getattr(config.data, name), f"data.{name}")
     if command == "grpo":

@@ -219,6 +219,13 @@ class Config:
             f"a multiple of layout.tensor * layout.pipeline * layout.context = {self.layout.model_ranks}",
             "Change nproc or the layout.",
         )
+        _require(
+            self.train.batch_size >= self.data_ranks,
+            "train.batch_size",
+            self.train.batch_size,
+            f"at least the {self.data_ranks} data-parallel replicas of nproc={self.nproc}",
+            "Raise it, or give the ranks to layout.tensor or layout.pipeline.",
+        )
 
     @property
     def data_ranks(self) -> int:

@@ -28,6 +28,7 @@ LEVELS = {
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 ALLOWED_SIDEWAYS = {  # within a level; a room that is not here imports no neighbour
+    "rewards": {"prompts"},  # one parser for the layouts, used by whoever looks into a response
     "platform": set(),
     "kernels": {"platform"},
     "convert": {"platform"},
@@ -329,7 +330,7 @@ VIOLATIONS = [
     ("every_room_has_a_level", "megatron_sr1/attic.py", DOC),
     ("every_room_has_a_level", "megatron_sr1/attic/box.py", DOC),
     ("imports_go_down", "megatron_sr1/types.py", "from megatron_sr1.prompts import x\n"),
-    ("imports_go_down", "megatron_sr1/rewards/a.py", "from megatron_sr1 import prompts\n"),
+    ("imports_go_down", "megatron_sr1/objective/a.py", "from megatron_sr1 import prompts\n"),
     ("imports_go_down", "megatron_sr1/rewards/a.py", "from ..objective import losses\n"),
     ("imports_go_down", "megatron_sr1/packing.py", "import megatron_sr1.policy.model\n"),
     ("imports_go_down", "megatron_sr1/policy/a.py", "from megatron_sr1.objective.losses import x\n"),

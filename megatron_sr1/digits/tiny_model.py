@@ -41,7 +41,7 @@ NUM_LEARNED_TOKENS = 640  # bytes and merges, without the special tokens
 VOCAB_MULTIPLE = 64  # the embedding has rows beyond the tokenizer's last id, as in the real model
 MAX_POSITION = 2048
 # mRoPE gives an image's columns the slowest frequencies, theta^(-10/16) ... theta^(-15/16) here. With the real model's
-# 1e6 neighbouring columns differ by less than 0.0002 rad, and the order of the digits is invisible; with 20, by 0.1 rad.
+# 1e6 neighbouring columns differ by less than 0.0002 rad and the order of the digits is invisible; with 20, by 0.1 rad.
 ROPE_THETA = 20.0
 VISION_PREPROCESSOR = {
     "do_convert_rgb": True,

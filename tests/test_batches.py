@@ -1,0 +1,165 @@
+"""From groups and rewards to micro-batches: every response token gets its stream's advantage and weight, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from PIL import Image
+
+from megatron_sr1.config import Config, load_config
+from megatron_sr1.loops.batches import Batcher, StreamBatch
+from megatron_sr1.objective import PRESETS, preset_from_config
+from megatron_sr1.packing import gather_rows
+from megatron_sr1.processing import Processor
+from megatron_sr1.prompts import find_description, render_caption_reasoner, render_see_think
+from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, SftSample
+
+GOOD = r"<description> The digits are 3 7 . </description> <think> 3 + 7 = 10 </think> \boxed{10}"
+BROKEN = r"<think> 3 + 7 </think> \boxed{10}"
+SECOND = r"<think> 3 + 7 = 10 </think> \boxed{10}"
+
+
+@dataclass(frozen=True)
+class Shares:
+    index: int = 0
+    count: int = 1
+
+    def rank(self) -> int:
+        return self.index
+
+    def size(self) -> int:
+        return self.count
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_model_dir: str) -> Processor:
+    return Processor.from_pretrained(tiny_model_dir)
+
+
+def _rollout(processor: Processor, prompt_ids: tuple[int, ...], text: str, name: str) -> Rollout:
+    ids = processor.response_ids(text)
+    logprobs = tuple(-0.01 * place for place in range(len(ids)))
+    return Rollout(name, prompt_ids, ids, text, logprobs, "stop", 0)
+
+
+def _groups(processor: Processor) -> list[RolloutGroup]:
+    """Two prompts x two samples; the last sample has no description, so no second pass."""
+    groups = []
+    for group in range(2):
+        image = Image.new("RGB", (56, 28), (200 * group, 10, 10))
+        prompt = Prompt(f"p{group}", "What is the sum of all digits?", "10", (image,))
+        grid = processor.encode_image(image).grid_thw
+        first_ids = processor.expand(processor.prompt_ids(render_see_think(prompt.problem), 1), [grid])
+        pairs = []
+        for sample in range(2):
+            text = BROKEN if (group, sample) == (1, 1) else GOOD
+            description = find_description(text)
+            second = None
+            if description is not None:
+                ids = processor.prompt_ids(render_caption_reasoner(description, prompt.problem), 0)
+                second = _rollout(processor, ids, SECOND, f"{group}/{sample}/second")
+            first = _rollout(processor, first_ids, text, f"{group}/{sample}/first")
+            pairs.append(RolloutPair(sample, first, second, description))
+        groups.append(RolloutGroup(group, prompt, tuple(pairs)))
+    return groups
+
+
+def _rewards() -> dict[str, torch.Tensor]:
+    return {
+        "acc": torch.tensor([1.0, 0.0, 1.0, 0.0]),
+        "fmt": torch.tensor([1.0, 1.0, 1.0, 0.0]),
+        "acc_vis": torch.tensor([0.0, 1.0, 1.0, 0.0]),
+        "fmt_vis": torch.tensor([1.0, 1.0, 1.0, 0.0]),
+    }
+
+
+def _config(*overrides: str) -> Config:
+    return load_config(None, ["train.micro_batch_tokens=256", *overrides])
+
+
+def _streams(processor: Processor, config: Config, shares: Shares = Shares()) -> StreamBatch:  # noqa: B008, frozen
+    preset = preset_from_config(config.objective)
+    return Batcher(config, processor, shares).streams(_groups(processor), _rewards(), preset)
+
+
+def _by_sequence(batch: StreamBatch, values: list[torch.Tensor]) -> list[torch.Tensor]:
+    count = 1 + max(int(micro.row_sequence.max()) for micro in batch.micro_batches)
+    return gather_rows(values, batch.micro_batches, count)
+
+
+def test_each_pass_carries_its_own_advantage(processor: Processor) -> None:
+    batch = _streams(processor, _config())
+    advantages = _by_sequence(batch, batch.advantages)
+    weights = _by_sequence(batch, batch.token_weights)
+    # first, second of (0,0); first, second of (0,1); first, second of (1,0); first of (1,1)
+    assert len(advantages) == 7
+    z = 0.5**0.5  # two rewards, sample standard deviation: +-1/sqrt(2)
+    expected_answer = [z, z, -z, -z, z, z, -z]  # acc + 0.1 fmt
+    expected_visual = [-z, -z, z, z, z, z, -z]
+    for row, (answer, visual) in enumerate(zip(expected_answer, expected_visual, strict=True)):
+        is_second = row in (1, 3, 5)
+        assert advantages[row][0].tolist() == pytest.approx([answer] * advantages[row].shape[1], rel=1e-4)
+        assert advantages[row][1].tolist() == pytest.approx([visual] * advantages[row].shape[1], rel=1e-4)
+        assert bool(weights[row][0].any()) is not is_second, "the answer stream trains first passes only"
+        assert bool(weights[row][1].any()) is is_second, "the visual stream trains second passes only"
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_token_mean_weights_add_to_one_per_stream(processor: Processor, preset: str) -> None:
+    config = _config(f"objective.preset={preset}")
+    rewards = {**_rewards(), "fmt_cot": torch.zeros(4)}
+    chosen = preset_from_config(config.objective)
+    batch = Batcher(config, processor, Shares()).streams(_groups(processor), rewards, chosen)
+    totals = sum(weights.sum(1) for weights in batch.token_weights)
+    assert totals.tolist() == pytest.approx([1.0] * len(chosen.streams), rel=1e-5)
+
+
+def test_perception_credit_splits_the_first_pass_at_the_description_block(processor: Processor) -> None:
+    batch = _streams(processor, _config("objective.preset=perception_credit"))
+    weights = _by_sequence(batch, batch.token_weights)
+    groups = _groups(processor)
+    names = [stream.tokens for stream in PRESETS["perception_credit"].streams]
+    reasoning, description = names.index("reasoning"), names.index("description")
+    first = groups[0].pairs[0].first
+    credited = [token for token, weight in zip(first.response_ids, weights[0][description], strict=True) if weight > 0]
+    assert processor.decode(credited).strip() == "<description> The digits are 3 7 . </description>"
+    others = [token for token, weight in zip(first.response_ids, weights[0][reasoning], strict=True) if weight > 0]
+    assert r"\boxed{10}" in processor.decode(others) and "digits are" not in processor.decode(others)
+    assert len(credited) + len(others) == len(first.response_ids), "every token belongs to exactly one of the two"
+    assert not weights[6][description].any(), "no description, no tokens in its stream"
+    assert weights[6][reasoning].all()
+
+
+def test_replicas_share_the_groups_and_keep_global_denominators(processor: Processor) -> None:
+    whole = _streams(processor, _config())
+    parts = [_streams(processor, _config(), Shares(index, 2)) for index in range(2)]
+    assert sum(len(micro.targets) for part in parts for micro in part.micro_batches) == whole.num_tokens
+    totals = [sum(weights.sum(1) for weights in part.token_weights) for part in parts]
+    assert (totals[0] + totals[1]).tolist() == pytest.approx([1.0, 1.0], rel=1e-5)
+    for part in parts:
+        assert part.num_tokens == whole.num_tokens
+        for micro in part.micro_batches:
+            assert len(micro.image_grid_thw) == 1 if micro.image_grid_thw is not None else True
+
+
+def test_siblings_share_one_image_and_generator_logprobs_stay_aligned(processor: Processor) -> None:
+    batch = _streams(processor, _config("train.micro_batch_tokens=4096"))
+    (micro,) = batch.micro_batches
+    assert len(micro.image_grid_thw) == 2, "four first passes over two images"
+    expected = -0.01 * micro.row_offset.float()
+    assert torch.allclose(batch.generator_logprobs[0], expected)
+
+
+def test_sft_takes_both_layouts(processor: Processor) -> None:
+    prompt = Prompt("p", "What is the sum of all digits?", "10", (Image.new("RGB", (56, 28)),))
+    samples = [
+        SftSample(prompt, "see_think", GOOD),
+        SftSample(prompt, "caption_reasoner", SECOND, description="The digits are 3 7 ."),
+    ]
+    batch = Batcher(_config(), processor, Shares()).sft(samples)
+    num_tokens = sum(len(processor.response_ids(sample.response)) for sample in samples)
+    assert sum(len(micro.targets) for micro in batch.micro_batches) == num_tokens
+    assert sum(weights.sum().item() for weights in batch.token_weights) == pytest.approx(1.0)
+    assert sum(len(micro.image_grid_thw) for micro in batch.micro_batches if micro.pixel_values is not None) == 1

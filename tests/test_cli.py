@@ -1,0 +1,85 @@
+"""Bad input ends with one line that names the key, before any rank starts and without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sr1.cli import main
+from megatron_sr1.config import load_config
+
+QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """A GRPO configuration whose shards exist."""
+    for name in ("train", "heldout", "cold_start"):
+        (tmp_path / f"{name}-0.tar").write_bytes(b"")
+    path = tmp_path / "grpo.yaml"
+    shards = "\n".join(f"  {name}: ['{tmp_path}/{name}-*.tar']" for name in ("train", "heldout", "cold_start"))
+    path.write_text(
+        f"run_dir: {tmp_path}/run\ndata:\n{shards}\nrollout:\n  prompts_per_step: 8\ntrain:\n  batch_size: 4\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trian.steps=3"], ["trian", "Known keys"]),
+        (["train.stesp=3"], ["train.stesp", "Known keys", "steps"]),
+        (["train.steps=many"], ["train.steps", "many"]),
+        (["train.steps=0"], ["train.steps", "0"]),
+        (["data.train=[/nowhere/*.tar]"], ["data.train", "/nowhere/*.tar"]),
+        (["data.heldout=[]"], ["data.heldout"]),
+        (["layout.tensor=3", "nproc=2"], ["nproc", "layout.tensor", "3"]),
+        (["train.batch_size=3"], ["train.batch_size", "prompts_per_step=8"]),
+        (["nproc=8"], ["train.batch_size", "8"]),
+        (["objective.preset=vision_sr2"], ["objective.preset", "vision_sr1"]),
+        (["rollout.max_model_tokens=64"], ["rollout.max_model_tokens", "max_response_tokens"]),
+        (["rollout.temperature=0"], ["rollout.temperature"]),
+        (["steps"], ["steps", "key=value"]),
+    ],
+)
+def test_grpo_names_the_key(
+    config_file: Path, overrides: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["grpo", str(config_file), *overrides])
+    message = str(stopped.value.code)
+    assert message.startswith("megatron-sr1 grpo: ") and "\n" not in message
+    for word in words:
+        assert word in message
+    assert not (config_file.parent / "run").exists(), "nothing may be started or written"
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(SystemExit, match=r"no/such\.yaml"):
+        main(["sft", "no/such.yaml"])
+
+
+def test_dry_run_prints_a_configuration_that_loads_again(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["grpo", str(config_file), "--dry-run", "--nproc", "2", "train.steps=7"])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    config = load_config(printed, [])
+    assert config == load_config(config_file, ["train.steps=7", "nproc=2"])
+
+
+def test_dry_run_needs_no_torch(config_file: Path) -> None:
+    code = (
+        "import sys; from megatron_sr1.cli import main; "
+        f"main(['grpo', {str(config_file)!r}, '--dry-run']); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_report_of_a_folder_without_runs(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="holds no run"):
+        main(["report", str(tmp_path)])

@@ -1,0 +1,97 @@
+"""Rewards over ranks, the summary's definitions, and the rollout file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sr1.loops.scoring import score_groups, summarise, without_leaks, write_rollouts
+from megatron_sr1.objective import PRESETS
+from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
+
+RIGHT_SECOND = r"<think> 3 + 7 = 10 </think> \boxed{10}"
+
+
+def _pair(sample: int, description: str | None, answer: str, second: str | None) -> RolloutPair:
+    def rollout(text: str, name: str) -> Rollout:
+        return Rollout(f"0/p/{sample}/{name}", (1, 2), (3,), text, (-0.5,), "stop", 0)
+
+    block = "" if description is None else f"<description> {description} </description> "
+    first = rollout(block + rf"<think> t </think> \boxed{{{answer}}}", "first")
+    return RolloutPair(sample, first, None if second is None else rollout(second, "second"), description)
+
+
+@pytest.fixture
+def groups() -> list[RolloutGroup]:
+    """Four samples: both right and faithful; a shortcut (right, but the description misleads); wrong; no description."""
+    prompt = Prompt("p", "What is the sum of all digits?", "10", metadata={"facts": ["3", "7"]})
+    pairs = (
+        _pair(0, "The digits are 3 7 .", "10", RIGHT_SECOND),
+        _pair(1, "The digits are 3 8 .", "10", r"<think> 3 + 8 = 11 </think> \boxed{11}"),
+        _pair(2, "The digits are 3 7 .", "9", RIGHT_SECOND),
+        _pair(3, None, "10", None),
+    )
+    return [RolloutGroup(0, prompt, pairs)]
+
+
+def test_summary_follows_the_definitions(groups: list[RolloutGroup]) -> None:
+    rewards = score_groups(groups, PRESETS["vision_sr1"], 0, 1, list)
+    assert rewards["acc"].tolist() == [1, 1, 0, 1]
+    assert rewards["acc_vis"].tolist() == [1, 0, 1, 0]
+    assert rewards["fmt"].tolist() == [1, 1, 1, 0]
+    summary = summarise(groups, rewards)
+    assert summary["accuracy"] == 0.75
+    assert summary["second_pass_accuracy"] == 0.5
+    assert summary["language_shortcut_rate"] == 0.5, "samples 1 and 3: right, and the description alone is not enough"
+    assert summary["faithful"] == 0.5
+    assert summary["format"] == 0.75
+    assert summary["leak"] == 0.0
+
+
+def test_without_known_facts_faithfulness_is_not_measured(groups: list[RolloutGroup]) -> None:
+    unknown = [RolloutGroup(0, Prompt("p", "q", "10"), groups[0].pairs)]
+    rewards = score_groups(unknown, PRESETS["see_think"], 0, 1, list)
+    assert summarise(unknown, rewards)["faithful"] is None
+
+
+def test_two_ranks_grade_halves_and_agree(groups: list[RolloutGroup]) -> None:
+    many = [RolloutGroup(index, groups[0].prompt, groups[0].pairs) for index in range(3)]
+    alone = score_groups(many, PRESETS["vision_sr1"], 0, 1, list)
+    sent: list[list[Any]] = []
+    for rank in range(2):
+        with pytest.raises(_Stop):
+            score_groups(many, PRESETS["vision_sr1"], rank, 2, lambda items: _stop(sent, items))
+    assert [len(items) for items in sent] == [2, 1]
+    both = score_groups(many, PRESETS["vision_sr1"], 0, 2, lambda _: [*sent[1], *sent[0]])
+    assert all(torch.equal(both[name], alone[name]) for name in alone)
+
+
+class _Stop(Exception):
+    pass
+
+
+def _stop(sent: list[list[Any]], items: list[Any]) -> list[Any]:
+    sent.append(items)
+    raise _Stop
+
+
+def test_the_leak_filter_takes_only_visual_rewards(groups: list[RolloutGroup]) -> None:
+    rewards = {"acc": torch.ones(2), "acc_vis": torch.ones(2), "fmt_vis": torch.ones(2), "leak": torch.tensor([0.0, 1])}
+    filtered = without_leaks(rewards)
+    assert filtered["acc"].tolist() == [1, 1]
+    assert filtered["acc_vis"].tolist() == filtered["fmt_vis"].tolist() == [1, 0]
+
+
+def test_rollouts_are_kept_whole(groups: list[RolloutGroup], tmp_path: Path) -> None:
+    rewards = score_groups(groups, PRESETS["vision_sr1"], 0, 1, list)
+    path = tmp_path / "rollouts" / "step_000000.jsonl"
+    write_rollouts(path, groups, rewards)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 4
+    assert lines[1]["rewards"]["acc_vis"] == 0.0 and lines[1]["rewards"]["acc"] == 1.0
+    assert lines[0]["first"]["prompt_ids"] == [1, 2] and lines[0]["first"]["generator_logprobs"] == [-0.5]
+    assert lines[3]["second"] is None and lines[3]["description"] is None
