@@ -18,7 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Reduction = Literal["sum", "mean", "max", "min", "last"]
-PROGRESS_METRICS = {"reward/total": "reward", "language_shortcut_rate": "LSR", "tokens_per_second": "tokens/s"}
+PROGRESS_METRICS = {
+    "loss/sft/nll": "loss",
+    "reward/total": "reward",
+    "accuracy": "accuracy",
+    "language_shortcut_rate": "LSR",
+    "tokens_per_second": "tokens/s",
+}
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def _config(*overrides: str) -> Config:
     return load_config(None, ["train.micro_batch_tokens=256", *overrides])
 
 
-def _streams(processor: Processor, config: Config, shares: Shares = Shares()) -> StreamBatch:  # noqa: B008, frozen
+def _streams(processor: Processor, config: Config, shares: Shares = Shares()) -> StreamBatch:
     preset = preset_from_config(config.objective)
     return Batcher(config, processor, shares).streams(_groups(processor), _rewards(), preset)
 

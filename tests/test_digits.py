@@ -63,27 +63,23 @@ def test_a_picture_is_a_row_of_cells_in_the_order_given(num_digits: int) -> None
     blank, stroke = np.zeros((8, 8)), np.full((8, 8), 16.0)
     for bright in range(num_digits):
         scans = [stroke if cell == bright else blank for cell in range(num_digits)]
-        image = compose(scans, np.random.default_rng(1))
+        image = compose(scans)
         assert (image.mode, image.size) == ("RGB", (28 * num_digits, 28))
         means = np.asarray(image)[:, :, 0].reshape(28, num_digits, 28).mean(axis=(0, 2))
         assert means.argmax() == bright and np.ptp(np.delete(means, bright)) == 0 if num_digits > 1 else means[0] > 100
 
 
-def test_the_drawing_jitters_and_keeps_the_scan() -> None:
-    scan = load_scans("train")[3][0]
-    rng = np.random.default_rng(0)
-    drawings = [compose([scan], rng) for _ in range(20)]
-    assert len({digest(drawing) for drawing in drawings}) > 10
-    for drawing in drawings:
-        small = np.asarray(drawing.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=float)
-        assert np.corrcoef(small.ravel(), scan.ravel())[0, 1] > 0.6
+def test_the_drawing_keeps_the_scan() -> None:
+    for scan in load_scans("train")[3][:20]:
+        small = np.asarray(compose([scan]).convert("L").resize((8, 8), Image.Resampling.BOX), dtype=float)
+        assert np.corrcoef(small.ravel(), scan.ravel())[0, 1] > 0.95
 
 
 def test_bad_scans_are_refused() -> None:
     with pytest.raises(ValueError, match="no scans"):
-        compose([], np.random.default_rng(0))
+        compose([])
     with pytest.raises(ValueError, match=r"shape \(8, 7\)"):
-        compose([np.zeros((8, 7))], np.random.default_rng(0))
+        compose([np.zeros((8, 7))])
 
 
 # ---------------------------------------------------------------- questions

@@ -27,7 +27,7 @@ def _pair(sample: int, description: str | None, answer: str, second: str | None)
 
 @pytest.fixture
 def groups() -> list[RolloutGroup]:
-    """Four samples: both right and faithful; a shortcut (right, but the description misleads); wrong; no description."""
+    """Four samples: right and faithful; a shortcut (right, but the description misleads); wrong; no description."""
     prompt = Prompt("p", "What is the sum of all digits?", "10", metadata={"facts": ["3", "7"]})
     pairs = (
         _pair(0, "The digits are 3 7 .", "10", RIGHT_SECOND),

@@ -20,9 +20,8 @@ CELL_PIXELS = 28
 SCAN_LEVELS = 16  # a scan's pixel is 0 (background) ... 16 (stroke)
 HELDOUT_FRACTION = 0.2
 SPLIT_SEED = 0  # fixed: a scan held out in one run is held out in all of them
-MIN_DIGIT_PIXELS = 26  # a digit is drawn this large or larger, anywhere it fits in its cell
-BOARD_LEVEL, CHALK_LEVEL = 48, 255  # light on dark: after the processor's normalisation the mean pixel is near 0,
-MIN_CHALK = 0.8  # ... which a small model learns from much faster. The faintest digit, as a fraction of the contrast
+# Light on dark: after the processor's normalisation the mean pixel is near 0, which a small model learns from much faster
+BOARD_LEVEL, CHALK_LEVEL = 48, 255
 
 
 @cache
@@ -49,28 +48,22 @@ def _split_indices(targets: np.ndarray, digit: int) -> dict[str, np.ndarray]:
     return {"heldout": np.sort(shuffled[:num_heldout]), "train": np.sort(shuffled[num_heldout:])}
 
 
-def compose(scans: Sequence[np.ndarray], rng: np.random.Generator) -> Image.Image:
-    """Draws `scans` (each [8, 8]) from left to right, light on dark, with jitter of size, place and contrast.
-
-    Returns an RGB image of 28 x 28 pixels a scan.
+def compose(scans: Sequence[np.ndarray]) -> Image.Image:
+    """Draws `scans` (each [8, 8]) from left to right, light on dark: an RGB image of 28 x 28 pixels a scan.
 
     Raises:
         ValueError: no scan, or a scan that is not 8 x 8.
     """
     if not scans:
         raise ValueError("compose got no scans: give at least one 8 x 8 array.")
-    cells = [_draw_cell(np.asarray(scan), rng) for scan in scans]
+    cells = [_draw_cell(np.asarray(scan)) for scan in scans]
     return Image.fromarray(np.concatenate(cells, axis=1)).convert("RGB")
 
 
-def _draw_cell(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _draw_cell(scan: np.ndarray) -> np.ndarray:
     """One scan -> [28, 28] uint8 grey levels."""
     if scan.shape != (8, 8):
         raise ValueError(f"a scan has the shape {scan.shape}; it must be (8, 8).")
-    size = int(rng.integers(MIN_DIGIT_PIXELS, CELL_PIXELS + 1))
-    left, top = (int(value) for value in rng.integers(0, CELL_PIXELS - size + 1, size=2))
-    contrast = (CHALK_LEVEL - BOARD_LEVEL) * rng.uniform(MIN_CHALK, 1.0)
-    grey = Image.fromarray((BOARD_LEVEL + contrast * scan / SCAN_LEVELS).round().astype(np.uint8))
-    cell = np.full((CELL_PIXELS, CELL_PIXELS), BOARD_LEVEL, dtype=np.uint8)
-    cell[top : top + size, left : left + size] = np.asarray(grey.resize((size, size), Image.Resampling.BICUBIC))
-    return cell
+    levels = BOARD_LEVEL + (CHALK_LEVEL - BOARD_LEVEL) * scan / SCAN_LEVELS
+    small = Image.fromarray(levels.round().astype(np.uint8))
+    return np.asarray(small.resize((CELL_PIXELS, CELL_PIXELS), Image.Resampling.BICUBIC))

@@ -16,7 +16,7 @@ from PIL.Image import Image
 from megatron_sr1.digits.images import Split, compose, load_scans
 from megatron_sr1.types import Prompt, SftSample
 
-NUM_DIGITS = (2, 3)  # a picture holds this many digits, each length equally often
+NUM_DIGITS = {2: 0.75, 3: 0.25}  # how many digits a picture holds -> how often
 Digits = tuple[int, ...]
 
 
@@ -98,7 +98,7 @@ def _prompt(key: str, name: str, digits: Digits, images: tuple[Image, ...]) -> P
 
 def _draw_digits(kind: Kind, rng: np.random.Generator) -> Digits:
     """Rejection sampling: the first row of uniform digits that has the wanted answer."""
-    num_digits = int(rng.choice(NUM_DIGITS))
+    num_digits = int(rng.choice(list(NUM_DIGITS), p=list(NUM_DIGITS.values())))
     wanted = int(rng.integers(10)) if kind.uniform_answer else None
     while True:
         digits = tuple(int(digit) for digit in rng.integers(10, size=num_digits))
@@ -108,4 +108,4 @@ def _draw_digits(kind: Kind, rng: np.random.Generator) -> Digits:
 
 def _picture(split: Split, digits: Digits, rng: np.random.Generator) -> Image:
     scans = load_scans(split)
-    return compose([scans[digit][rng.integers(len(scans[digit]))] for digit in digits], rng)
+    return compose([scans[digit][rng.integers(len(scans[digit]))] for digit in digits])

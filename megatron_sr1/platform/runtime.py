@@ -73,10 +73,11 @@ def _run_rank(rank: int, num_ranks: int, store: str, function: Callable[..., Non
         world_size=num_ranks,
         timeout=COLLECTIVE_TIMEOUT,
     )
-    try:
-        function(*arguments)
-    finally:
-        torch.distributed.destroy_process_group()
+    function(*arguments)
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the interpreter's own end makes compiled libraries print pages about objects they still hold
 
 
 def start_platform() -> Platform:
@@ -93,6 +94,7 @@ def start_platform() -> Platform:
         # torch renames collectives that Megatron-Core still calls by their old names
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
     define_missing_torchvision_ops()
+    _quieten_transformers()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if not on_cpu:
         torch.cuda.set_device(device)
@@ -104,6 +106,14 @@ def start_platform() -> Platform:
         patch_megatron_rng()
         torch.set_num_threads(_threads_per_rank(torch.distributed.get_world_size()))
     return Platform(device, _backend(), torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def _quieten_transformers() -> None:
+    """Its bars and hints speak of loading a model from the command line; runs have bars and errors of their own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _backend() -> str:

@@ -38,7 +38,7 @@ def prepare_environment() -> None:
         VLLM_CPU_OMP_THREADS_BIND="nobind",  # ranks of one machine would all be bound to the same first cores
         HF_HUB_OFFLINE="1",
     )
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if torch.distributed.is_initialized():
         rank = str(torch.distributed.get_rank())
         os.environ.setdefault("RANK", rank)
@@ -91,6 +91,7 @@ class Engine:
                 generation_config="vllm",  # no sampling default of the model directory is applied
                 distributed_executor_backend="external_launcher" if in_job else None,
                 disable_log_stats=True,
+                use_tqdm_on_load=False,
             )
         )
         if in_job:  # vLLM's shutdown destroys the process groups, which are the job's

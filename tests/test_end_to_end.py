@@ -1,0 +1,215 @@
+"""The main job for real: shards, Megatron-Core over two ranks, vLLM, rewards, resume after a kill, export, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+START_TIMEOUT, RUN_TIMEOUT = 300, 600  # seconds
+TIMED = ("seconds/", "tokens_per_second")  # metrics that differ from run to run
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder with tiny shards, an untrained model and a short cold start."""
+
+    folder: Path
+
+    def command(self, name: str, run: str, *overrides: str) -> list[str]:
+        data = self.folder / "data"
+        hf_dir = self.folder / ("base" if name == "sft" else "sft/hf")
+        return [
+            *(sys.executable, "-m", "megatron_sr1.cli", name, str(REPOSITORY / "examples/quickstart/grpo.yaml")),
+            f"run_dir={self.folder / run}",
+            f"model.hf_dir={hf_dir}",
+            *(f"data.{part}=[{data}/{part}-*.tar]" for part in ("train", "heldout", "cold_start")),
+            *("rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "train.batch_size=4"),
+            *("train.micro_batch_tokens=1024", "optimizer.lr=1e-3", "evaluate.verify_export=0"),
+            *overrides,
+        ]
+
+    def run(self, name: str, run: str, *overrides: str) -> str:
+        """Runs to the end and returns what it printed."""
+        done = subprocess.run(
+            self.command(name, run, *overrides),
+            cwd=REPOSITORY,
+            timeout=RUN_TIMEOUT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert done.returncode == 0, done.stdout[-4000:]
+        return done.stdout
+
+    def metrics(self, run: str) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
+
+    def summary(self, run: str, label: str) -> dict[str, float]:
+        return json.loads((self.folder / run / "eval" / f"{label}.json").read_text())["summary"]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    folder = tmp_path_factory.mktemp("end_to_end")
+    build = [sys.executable, str(REPOSITORY / "tools/build_digits.py"), "--out", str(folder)]
+    sizes = ["--train", "40", "--heldout", "12", "--demonstrations", "400"]
+    subprocess.run([*build, *sizes], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    made = Workspace(folder)
+    made.run("sft", "sft", "train.steps=60", "train.batch_size=32", "optimizer.lr=3e-3", "train.save_every=60")
+    return made
+
+
+@pytest.fixture(scope="module")
+def finished(workspace: Workspace) -> Workspace:
+    """An uninterrupted run of eight steps, TP=2, which the other tests compare with."""
+    printed = workspace.run("grpo", "whole", "train.steps=8", "train.save_every=3", "evaluate.verify_export=12")
+    assert "step 8/8" in printed
+    return workspace
+
+
+def test_the_cold_start_learned_the_layouts(finished: Workspace) -> None:
+    losses = [entry["loss/sft/nll"] for entry in finished.metrics("sft")]
+    assert losses[-1] < 0.3 * losses[0]
+    assert finished.summary("whole", "before")["format"] > 0.5
+
+
+def test_step_one_has_ratio_one_and_kl_zero(finished: Workspace) -> None:
+    first = finished.metrics("whole")[0]
+    for stream in ("answer", "visual"):
+        assert first[f"loss/{stream}/kl"] == 0.0
+        assert first[f"loss/{stream}/ratio_mean"] == pytest.approx(first[f"loss/{stream}/weight"], abs=1e-12)
+        assert first[f"loss/{stream}/clip_fraction"] == 0.0
+    later = finished.metrics("whole")[-1]
+    assert later["loss/answer/kl"] > 0 and later["loss/visual/kl"] > 0
+
+
+def test_trainer_and_generator_agree_after_every_update(finished: Workspace) -> None:
+    """Sampled responses with images and without, eight updates at a large learning rate; the mean over a step's
+    tokens. Stale weights in the engine would show here at once."""
+    gaps = [entry["logprob_gap"] for entry in finished.metrics("whole")]
+    assert len(gaps) == 8 and max(gaps) < 1e-5
+
+
+def test_every_sampled_token_agrees_to_a_thousandth(finished: Workspace) -> None:
+    """The exported policy's rollouts, scored again by the policy itself, token by token."""
+    from tests.ranks import run_ranks
+
+    rollouts = finished.folder / "whole" / "rollouts" / "step_000000.jsonl"
+    run_ranks(1, _check_rollouts, str(finished.folder / "sft" / "hf"), str(rollouts), str(finished.folder / "data"))
+
+
+def _check_rollouts(rank: int, num_ranks: int, hf_dir: str, rollouts: str, data: str) -> None:
+    from megatron_sr1.platform import start_platform
+
+    platform = start_platform()
+    from megatron_sr1.config import load_config
+    from megatron_sr1.data import ShardDataset, expand_shards
+    from megatron_sr1.packing import gather_rows, pack
+    from megatron_sr1.policy import Policy
+    from megatron_sr1.processing import Processor
+    from megatron_sr1.types import Scoring, TokenSequence
+
+    processor = Processor.from_pretrained(hf_dir)
+    dataset = ShardDataset(expand_shards([f"{data}/train-*.tar"], "data.train"))
+    prompts = {prompt.key: prompt for prompt in (dataset.read(index) for index in range(len(dataset)))}
+    sequences, expected = [], []
+    for line in Path(rollouts).read_text().splitlines():
+        sample = json.loads(line)
+        images = tuple(processor.encode_image(image) for image in prompts[sample["key"]].images)
+        for rollout, seen in ((sample["first"], images), (sample["second"], ())):
+            if rollout is not None:
+                sequences.append(TokenSequence(rollout["prompt_ids"], rollout["response_ids"], seen))
+                expected.append(rollout["generator_logprobs"])
+    policy = Policy(
+        load_config(None, [f"model.hf_dir={hf_dir}"]), platform, num_optimizer_steps=1, keep_reference=False
+    )
+    places = {"image_token_id": processor.image_token_id, "merge_size": processor.merge_size}
+    batches = pack(sequences, max_tokens=2048, pad_multiple=1, **places)
+    scores = policy.logprobs(batches, Scoring(1.0, processor.media_ids))
+    found = gather_rows([score.logprobs for score in scores], batches, len(sequences))
+    gaps = [
+        abs(ours - theirs)
+        for ours_row, theirs_row in zip(found, expected, strict=True)
+        for ours, theirs in zip(ours_row.tolist(), theirs_row, strict=True)
+    ]
+    assert len(gaps) > 400 and max(gaps) < 1e-3
+
+
+def test_the_run_folder_holds_everything(finished: Workspace) -> None:
+    run = finished.folder / "whole"
+    assert "preset: vision_sr1" in (run / "config.yaml").read_text()
+    assert any((run / "tensorboard").iterdir())
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000006", "step_000008"]
+    assert len(list((run / "rollouts").glob("step_*.jsonl"))) == 8
+    assert len((run / "rollouts" / "step_000007.jsonl").read_text().splitlines()) == 16
+    assert [finished.summary("whole", label)["num_prompts"] for label in ("before", "after")] == [12, 12]
+
+
+def test_transformers_answers_like_the_run(finished: Workspace) -> None:
+    """Checked by the run itself, on all held-out prompts; a difference would have failed it."""
+    report = json.loads((finished.folder / "whole" / "export.json").read_text())
+    assert report["identical_greedy_answers"] == 12
+
+
+def test_evaluating_the_export_gives_the_same_numbers(finished: Workspace) -> None:
+    finished.run("evaluate", "again", f"model.hf_dir={finished.folder / 'whole' / 'hf'}")
+    assert finished.summary("again", "evaluate") == finished.summary("whole", "after")
+
+
+def test_a_killed_run_continues_to_the_same_bits(finished: Workspace) -> None:
+    command = finished.command("grpo", "killed", "train.steps=8", "train.save_every=3")
+    log = (finished.folder / "killed.log").open("w")
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
+    checkpoint = finished.folder / "killed" / "checkpoints" / "step_000003"
+    deadline = time.monotonic() + START_TIMEOUT
+    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    assert checkpoint.exists() and process.poll() is None, (finished.folder / "killed.log").read_text()[-4000:]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (finished.folder / "killed" / "hf").exists(), "it should have been killed before its end"
+
+    finished.run("grpo", "killed", "train.steps=8", "train.save_every=3")
+    assert _untimed(finished.metrics("killed")) == _untimed(finished.metrics("whole"))
+    weights = [finished.folder / run / "hf" / "model.safetensors" for run in ("killed", "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def _untimed(entries: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: value for name, value in entry.items() if not name.startswith(TIMED)} for entry in entries]
+
+
+def test_pipeline_parallel_with_several_updates_per_batch(finished: Workspace) -> None:
+    """PP=2, two optimizer steps on each rollout batch (the second is off-policy), GDPO, leak filter."""
+    layout = ("layout.tensor=1", "layout.pipeline=2", "train.batch_size=2")
+    finished.run("grpo", "pipeline", *layout, "train.steps=2", "objective.preset=gdpo", "objective.leak_filter=true")
+    entries = finished.metrics("pipeline")
+    assert max(entry["logprob_gap"] for entry in entries) > 1e-5, "the second update is off-policy"
+    (stream,) = {name.split("/")[1] for name in entries[0] if name.endswith("/ratio_mean")}
+    assert entries[0][f"loss/{stream}/ratio_mean"] != entries[0][f"loss/{stream}/weight"]
+
+
+def test_a_folder_in_use_is_refused(finished: Workspace) -> None:
+    import fcntl
+
+    with (finished.folder / "whole" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(finished.command("grpo", "whole"), cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode != 0 and "is in use by another process" in done.stdout + done.stderr
+
+
+def test_report_of_the_run(finished: Workspace) -> None:
+    page = finished.folder / "report.html"
+    command = [sys.executable, "-m", "megatron_sr1.cli", "report", str(finished.folder / "whole"), "--out", str(page)]
+    printed = subprocess.run(command, check=True, cwd=REPOSITORY, capture_output=True, text=True).stdout
+    assert "before" in printed and "after" in printed
+    assert "data:image/png;base64," in page.read_text()
