@@ -33,7 +33,7 @@ class Workspace:
             f"model.hf_dir={hf_dir}",
             *(f"data.{part}=[{data}/{part}-*.tar]" for part in ("train", "heldout", "cold_start")),
             *("rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "train.batch_size=4"),
-            *("train.micro_batch_tokens=1024", "optimizer.lr=1e-3", "evaluate.verify_export=0"),
+            *("train.micro_batch_tokens=1024", "optimizer.lr=2e-4", "evaluate.verify_export=0"),
             *overrides,
         ]
 

@@ -20,7 +20,7 @@ CELL_PIXELS = 28
 SCAN_LEVELS = 16  # a scan's pixel is 0 (background) ... 16 (stroke)
 HELDOUT_FRACTION = 0.2
 SPLIT_SEED = 0  # fixed: a scan held out in one run is held out in all of them
-# Light on dark: after the processor's normalisation the mean pixel is near 0, which a small model learns from much faster
+# Light on dark: after the processor's normalisation the mean pixel is near 0, from which a small model learns faster
 BOARD_LEVEL, CHALK_LEVEL = 48, 255
 
 
