@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sr1.config import Config, check_train_batch, dump_config, load_config
+from megatron_sr1.config import Config, check_model, check_train_batch, dump_config, load_config
 
 TRAINING_DATA = {"sft": ("cold_start",), "grpo": ("train", "heldout"), "evaluate": ("heldout",)}
 HELP = {
@@ -48,6 +49,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args.overrides += rest  # argparse takes overrides that follow an option for strangers
     if args.nproc is not None:
         args.overrides.append(f"nproc={args.nproc}")
+    if "RANK" in os.environ:  # torchrun started this rank, and knows how many there are
+        args.overrides.append(f"nproc={os.environ['WORLD_SIZE']}")
     return args
 
 
@@ -57,6 +60,7 @@ def _launch(command: str, config: Config, args: argparse.Namespace) -> None:
 
     for name in TRAINING_DATA[command]:
         expand_shards(getattr(config.data, name), f"data.{name}")
+    check_model(config)
     if command == "grpo":
         check_train_batch(config)
     if args.dry_run:

@@ -5,6 +5,7 @@ No torch here, so that `--dry-run`, the launcher and the tests of bad input star
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,29 @@ def _known_keys(error: OmegaConfBaseException) -> str:
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def check_model(config: Config) -> None:
+    """What the model's own config.json says about the layout; no weights are read.
+
+    Raises:
+        ConfigError: no config.json in model.hf_dir, or heads or layers that the layout does not divide.
+    """
+    path = Path(config.model.hf_dir) / "config.json"
+    _require(
+        path.is_file(),
+        "model.hf_dir",
+        config.model.hf_dir,
+        "a model directory in Hugging Face format, which holds a config.json",
+        "Give the path of one; `make quickstart` makes a tiny one.",
+    )
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    text = tree.get("text_config", tree)  # older checkpoints keep the language model's keys at the top
+    for key, ranks, name in (
+        ("layout.tensor", config.layout.tensor, "num_attention_heads"),
+        ("layout.pipeline", config.layout.pipeline, "num_hidden_layers"),
+    ):
+        _require(text[name] % ranks == 0, key, ranks, f"a divisor of the model's {name}={text[name]}", f"Change {key}.")
 
 
 def check_train_batch(config: Config) -> None:

@@ -19,10 +19,15 @@ def config_file(tmp_path: Path) -> Path:
     """A GRPO configuration whose shards exist."""
     for name in ("train", "heldout", "cold_start"):
         (tmp_path / f"{name}-0.tar").write_bytes(b"")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(
+        '{"text_config": {"num_attention_heads": 4, "num_hidden_layers": 2}}'
+    )
     path = tmp_path / "grpo.yaml"
     shards = "\n".join(f"  {name}: ['{tmp_path}/{name}-*.tar']" for name in ("train", "heldout", "cold_start"))
     path.write_text(
-        f"run_dir: {tmp_path}/run\ndata:\n{shards}\nrollout:\n  prompts_per_step: 8\ntrain:\n  batch_size: 4\n"
+        f"run_dir: {tmp_path}/run\nmodel:\n  hf_dir: {tmp_path}/model\ndata:\n{shards}\n"
+        "rollout:\n  prompts_per_step: 8\ntrain:\n  batch_size: 4\n"
     )
     return path
 
@@ -37,6 +42,9 @@ def config_file(tmp_path: Path) -> Path:
         (["data.train=[/nowhere/*.tar]"], ["data.train", "/nowhere/*.tar"]),
         (["data.heldout=[]"], ["data.heldout"]),
         (["layout.tensor=3", "nproc=2"], ["nproc", "layout.tensor", "3"]),
+        (["layout.tensor=8", "nproc=8"], ["layout.tensor", "8", "num_attention_heads=4"]),
+        (["layout.pipeline=4", "nproc=4"], ["layout.pipeline", "4", "num_hidden_layers=2"]),
+        (["model.hf_dir=/nowhere"], ["model.hf_dir", "/nowhere", "config.json"]),
         (["train.batch_size=3"], ["train.batch_size", "prompts_per_step=8"]),
         (["nproc=8"], ["train.batch_size", "8"]),
         (["objective.preset=vision_sr2"], ["objective.preset", "vision_sr1"]),

@@ -161,7 +161,12 @@ def test_transformers_answers_like_the_run(finished: Workspace) -> None:
 
 
 def test_evaluating_the_export_gives_the_same_numbers(finished: Workspace) -> None:
-    finished.run("evaluate", "again", f"model.hf_dir={finished.folder / 'whole' / 'hf'}")
+    """Under torchrun, one rank without model parallelism."""
+    command = finished.command(
+        "evaluate", "again", f"model.hf_dir={finished.folder / 'whole' / 'hf'}", "layout.tensor=1"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--standalone"]
+    subprocess.run([*torchrun, *command[1:]], cwd=REPOSITORY, check=True, timeout=RUN_TIMEOUT, capture_output=True)
     assert finished.summary("again", "evaluate") == finished.summary("whole", "after")
 
 

@@ -31,13 +31,19 @@ def make_inputs(
 
 
 def dense_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0, vocab_size: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[LogProbs, Tensor, Tensor]:
     """The definition with all logits in float64, on float64 leaves (returned, so that their gradients can be read)."""
     x = hidden.detach().double().requires_grad_()
     w = weight.detach().double().requires_grad_()
     scale = temperature.double().unsqueeze(1) if isinstance(temperature, Tensor) else temperature
-    log_p = ((x @ w[:vocab_size].t()) / scale).log_softmax(1)
+    shift = 0.0 if bias is None else bias[:vocab_size].double()
+    log_p = ((x @ w[:vocab_size].t() + shift) / scale).log_softmax(1)
     scored = targets != IGNORE_INDEX
     picked = log_p.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
     return LogProbs(picked * scored, -(log_p.exp() * log_p).sum(1) * scored), x, w
@@ -347,13 +353,46 @@ def check_ranks(rank: int, num_ranks: int) -> None:
         uneven = [20, 33] if size == 2 else [20, 5, 28]
         check_shards(rank, group, uneven, None)
         check_shards(rank, group, uneven, VOCAB)
+        check_shards(rank, group, uneven, VOCAB, biased=True)
         check_shards(rank, group, uneven, 45)  # padding inside the last shard
         check_shards(rank, group, [VOCAB - 2, 2] if size == 2 else [VOCAB - 2, 1, 1], VOCAB - 2)  # shards of padding
         check_no_scored_row(group, rank)
         check_errors(group, rank)
 
 
-def check_shards(rank: int, group: ProcessGroup, shards: list[int], vocab_size: int | None) -> None:
+def make_bias() -> Tensor:
+    """Some ids shifted, some as good as forbidden."""
+    bias = torch.randn(VOCAB, generator=torch.Generator().manual_seed(2))
+    bias[[3, 21, 44]] = -100.0
+    return bias
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logit_bias_is_added_before_the_temperature(small_tiles: None, temperature: float) -> None:
+    hidden, weight, targets = make_inputs()
+    targets[2] = 21  # a forbidden id keeps a finite score
+    result = linear_logprob(
+        hidden, weight, targets, temperature=temperature, entropy=True, logit_bias=make_bias().requires_grad_()
+    )
+    expected, x, w = dense_reference(hidden, weight, targets, temperature, bias=make_bias())
+    torch.testing.assert_close(result.logprobs.double(), expected.logprobs, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(result.entropy.double(), expected.entropy, rtol=1e-6, atol=2e-6)
+    assert result.logprobs[2] < -90
+    backward_both(result)
+    backward_both(expected)
+    assert_relative(hidden.grad, x.grad, 1e-5)
+    assert_relative(weight.grad, w.grad, 1e-5)
+
+
+def test_a_bias_of_another_size_is_refused() -> None:
+    hidden, weight, targets = make_inputs()
+    with pytest.raises(ValueError, match=r"logit_bias \(7,\) must be one number per row of weight, \[53\]"):
+        linear_logprob(hidden, weight, targets, logit_bias=torch.zeros(7))
+
+
+def check_shards(
+    rank: int, group: ProcessGroup, shards: list[int], vocab_size: int | None, biased: bool = False
+) -> None:
     start = sum(shards[:rank])
     hidden, weight, targets = make_inputs()
     targets = targets % (vocab_size or VOCAB)
@@ -363,9 +402,17 @@ def check_shards(rank: int, group: ProcessGroup, shards: list[int], vocab_size: 
         weight[vocab_size or VOCAB :] = 3.0
     shard = weight.detach()[start : start + shards[rank]].clone().requires_grad_()
     result = linear_logprob(
-        hidden, shard, targets, temperature=0.7, entropy=True, tp_group=group, vocab_start=start, vocab_size=vocab_size
+        hidden,
+        shard,
+        targets,
+        temperature=0.7,
+        entropy=True,
+        tp_group=group,
+        vocab_start=start,
+        vocab_size=vocab_size,
+        logit_bias=make_bias()[start : start + shards[rank]] if biased else None,
     )
-    expected, x, w = dense_reference(hidden, weight, targets, 0.7, vocab_size)
+    expected, x, w = dense_reference(hidden, weight, targets, 0.7, vocab_size, make_bias() if biased else None)
     torch.testing.assert_close(result.logprobs.double(), expected.logprobs, rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(result.entropy.double(), expected.entropy, rtol=1e-6, atol=2e-6)
     for value in (result.logprobs, result.entropy):

@@ -1,8 +1,9 @@
 """Questions about a row of digits, their answers, and worked demonstrations of both passes.
 
-The text of a question says nothing about the picture: the answer must be read off the digits. Where the answer is one
-digit it is drawn uniformly from 0-9, so that no constant answer is right more often than one time in ten; sums keep
-the distribution of the sum of two or three such digits.
+The text of a question says nothing about the picture: the answer must be read off the digits. Differences are drawn
+uniformly from 0-9, so that no constant answer is right more often than one time in ten; sums keep the distribution of
+the sum of two or three digits. Every kind needs every digit: an answer that is right by luck while a digit was misread
+would reward an unfaithful description.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Kind:
     """One kind of question: its text, its answer and the reasoning that leads there."""
 
     problem: str
-    answer: Callable[[Digits], int]
+    answer: Callable[[Digits], int | str]
     reasoning: Callable[[Digits], str]
     uniform_answer: bool  # draw the answer uniformly from 0-9, then digits that give it
 
@@ -38,6 +39,10 @@ def _reason_difference(digits: Digits) -> str:
     return f"{max(digits)} - {min(digits)} = {max(digits) - min(digits)}"
 
 
+def _number(digits: Digits) -> str:
+    return "".join(map(str, digits))
+
+
 KINDS: Mapping[str, Kind] = {
     "sum": Kind("What is the sum of all digits?", sum, _reason_sum, uniform_answer=False),
     "difference": Kind(
@@ -46,8 +51,9 @@ KINDS: Mapping[str, Kind] = {
         _reason_difference,
         uniform_answer=True,
     ),
-    "largest": Kind("Which digit is the largest?", max, lambda digits: f"largest is {max(digits)}", True),
-    "first": Kind("Which digit comes first?", lambda digits: digits[0], lambda digits: f"first is {digits[0]}", True),
+    "number": Kind(
+        "Which number do the digits form?", _number, lambda digits: f"they form {_number(digits)}", uniform_answer=False
+    ),
 }
 
 

@@ -42,12 +42,16 @@ def _train(run: Run) -> None:
     keep_reference = any(s.kl_coef > 0 for s in preset.streams)
     policy = Policy(config, run.platform, num_optimizer_steps=train.steps * updates, keep_reference=keep_reference)
     trainer = _Trainer(config, policy, preset)
+    run.say("starting the generation engines")
     generator = build_generator(run, config.model.hf_dir)
     checkpoints = run.checkpointer()
     source = (dataset.fingerprint, config.model.hf_dir)
     progress = checkpoints.restore(policy, *source) or Progress(0, 0, *source)
+    if progress.step:
+        run.say(f"continuing after step {progress.step}")
     generator.update_weights(policy.hf_weights(), version=progress.step)
     if progress.step == 0:
+        run.say(f"evaluating the starting point on {len(heldout)} held-out prompts")
         evaluate(run, generator, heldout, label="before", step=0)
 
     with metrics_of(run, progress.step) as writer:
@@ -70,9 +74,11 @@ def _train(run: Run) -> None:
                 checkpoints.save(policy, progress)
             if train.evaluate_every and progress.step % train.evaluate_every == 0 and progress.step < train.steps:
                 evaluate(run, generator, heldout, label=f"step-{progress.step}", step=progress.step)
+    run.say(f"evaluating the trained policy on {len(heldout)} held-out prompts")
     answers = evaluate(run, generator, heldout, label="after", step=progress.step)
     run.export(policy)
     run.verify_export(answers[: config.evaluate.verify_export])
+    run.say(f"exported to {run.export_dir}")
 
 
 def _sampling(config: Config, preset: Preset) -> Sampling:

@@ -40,6 +40,11 @@ class Run:
     def checkpointer(self) -> Checkpointer:
         return Checkpointer(self.folder / "checkpoints", self.config.train.keep_checkpoints, self.platform)
 
+    def say(self, text: str) -> None:
+        """Tells whoever watches what the run is at."""
+        if self.platform.is_main:
+            print(text, flush=True)
+
     def gather(self, items: list[Any]) -> list[Any]:
         """All ranks' items on every rank, in rank order. Collective."""
         lists: list[list[Any]] = [[] for _ in range(self.platform.world_size)]

@@ -34,6 +34,8 @@ def _train(run: Run) -> None:
     checkpoints = run.checkpointer()
     source = (dataset.fingerprint, config.model.hf_dir)
     progress = checkpoints.restore(policy, *source) or Progress(0, 0, *source)
+    if progress.step:
+        run.say(f"continuing after step {progress.step}")
     with metrics_of(run, progress.step) as writer:
         for step in range(progress.step, config.train.steps):
             start = time.perf_counter()
@@ -47,6 +49,7 @@ def _train(run: Run) -> None:
             if progress.step % config.train.save_every == 0 or progress.step == config.train.steps:
                 checkpoints.save(policy, progress)
     run.export(policy)
+    run.say(f"exported to {run.export_dir}")
 
 
 def _only_demonstrations(samples: Sequence[Prompt | SftSample]) -> list[SftSample]:

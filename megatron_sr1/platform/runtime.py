@@ -91,8 +91,8 @@ def start_platform() -> Platform:
         install_cpu_shim()
         # Megatron-Core says on every import that apex and Transformer Engine are absent: here that is as it should be
         warnings.filterwarnings("ignore", module="megatron.*")
-        # torch renames collectives that Megatron-Core still calls by their old names
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
+        # torch renames collectives that Megatron-Core and vLLM still call by their old names
+        warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.")
     define_missing_torchvision_ops()
     _quieten_transformers()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -63,25 +63,6 @@ def read_architecture(hf_dir: str) -> Architecture:
     )
 
 
-def check_layout(architecture: Architecture, layout: LayoutConfig) -> None:
-    """What must divide for this model.
-
-    Raises:
-        ValueError: heads or layers that do not split evenly, naming the key.
-    """
-    text = architecture.hf.text_config
-    if text.num_attention_heads % layout.tensor:
-        raise ValueError(
-            f"layout.tensor={layout.tensor} is not allowed: it must divide the {text.num_attention_heads} heads of the "
-            "model. Choose a divisor."
-        )
-    if text.num_hidden_layers % layout.pipeline:
-        raise ValueError(
-            f"layout.pipeline={layout.pipeline} is not allowed: it must divide the {text.num_hidden_layers} layers of "
-            "the model. Choose a divisor."
-        )
-
-
 def transformer_config(architecture: Architecture, layout: LayoutConfig, on_cpu: bool) -> TransformerConfig:
     """The language model's layers, in fp32."""
     text = architecture.hf.text_config

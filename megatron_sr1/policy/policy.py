@@ -15,10 +15,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from megatron_sr1.config import Config
+from megatron_sr1.config import Config, check_model
 from megatron_sr1.convert import export_hf_weights, load_hf_weights
 from megatron_sr1.platform import Platform
-from megatron_sr1.policy.architecture import Architecture, check_layout, read_architecture, transformer_config
+from megatron_sr1.policy.architecture import Architecture, read_architecture, transformer_config
 from megatron_sr1.policy.groups import ParallelGroups, build_groups
 from megatron_sr1.policy.model import QwenVLModel
 from megatron_sr1.policy.optimizer import build_optimizer, load_optimizer_state
@@ -48,8 +48,8 @@ class Policy:
         Raises:
             ValueError: a model class that is not supported, weights that do not fit, a layout that does not divide.
         """
+        check_model(config)
         self.architecture: Architecture = read_architecture(config.model.hf_dir)
-        check_layout(self.architecture, config.layout)
         self.config = config
         self.platform = platform
         self.groups: ParallelGroups = build_groups(config.layout)
