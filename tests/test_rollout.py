@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +96,6 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
     facts["restored"] = ours.generate(batch, greedy, 0)
     stale_vision_canary(engine, processor, batch[0].images[0], weights.items)
     facts["after_canary"] = ours.generate(batch, greedy, 0)
-    facts["seconds"] = seconds_of_a_step(ours)
-    facts["seconds_of_an_update"] = seconds_of_an_update(engine, weights)
     facts["unknown"] = refused_update(ours, [("extra", torch.ones(1)), *weights.items()])
     facts["incomplete"] = refused_update(ours, list(weights.items())[1:])
     total = torch.ones(1)
@@ -153,18 +150,6 @@ def refused_update(generator: Any, weights: list[tuple[str, torch.Tensor]]) -> s
     except ValueError as error:
         return str(error)
     return ""
-
-
-def seconds_of_a_step(generator: Any) -> float:
-    start = time.perf_counter()
-    generator.generate(prompts(32), sampling(num_samples=8), 7)
-    return time.perf_counter() - start
-
-
-def seconds_of_an_update(engine: Any, weights: dict[str, torch.Tensor]) -> float:
-    start = time.perf_counter()
-    engine.update_weights(weights.items(), version=5)
-    return time.perf_counter() - start
 
 
 # ------------------------------------------------------------ one launch
@@ -285,7 +270,7 @@ def test_prompt_ids_hold_one_run_of_placeholders_per_image(facts: list[dict[str,
         assert image_id not in group.pairs[0].second.prompt_ids
 
 
-def test_banned_ids_are_never_drawn(facts: list[dict[str, Any]]) -> None:
+def test_defect_6_media_ids_are_never_drawn(facts: list[dict[str, Any]]) -> None:
     assert len(facts[0]["banned_ids"]) == 50
     assert facts[0]["banned"] and not facts[0]["banned"] & set(facts[0]["banned_ids"])
 
@@ -307,13 +292,6 @@ def test_an_update_with_other_tensors_than_the_model_is_refused(facts: list[dict
 def test_collectives_and_thread_settings_still_work(facts: list[dict[str, Any]]) -> None:
     assert [rank_facts["sum_of_ranks"] for rank_facts in facts] == [NUM_RANKS] * NUM_RANKS
     assert facts[0]["threads"] == 1
-
-
-def test_a_step_of_256_samples_is_quick(facts: list[dict[str, Any]]) -> None:
-    seconds = max(rank_facts["seconds"] for rank_facts in facts)
-    update = facts[0]["seconds_of_an_update"]
-    print(f"32 prompts x 8 samples x 2 passes on {NUM_RANKS} ranks: {seconds:.2f} s; weight update {update:.3f} s")
-    assert seconds < 20  # alone on two cores about 1 s; the limit is for a machine that is shared
 
 
 IMPORT_TORCHVISION = """

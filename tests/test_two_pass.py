@@ -96,10 +96,11 @@ def generator(engine: ScriptedEngine, **changes: Any) -> TwoPassGenerator:
     return TwoPassGenerator(engine, Letters(), **({"max_description_tokens": 50} | changes))  # type: ignore[arg-type]
 
 
-def test_a_second_pass_starts_while_first_passes_run() -> None:
+def test_defect_4_no_barrier_and_no_weight_load_between_the_passes() -> None:
     engine = ScriptedEngine()
     generator(engine).generate([prompt("a"), prompt("b")], sampling(), 0)
     assert engine.log.index("add 1/1/second") < engine.log.index("end 1/0/first")
+    assert engine.weight_version == 9, "one weight load a step, by the loop, never inside a rollout"
     barrier = ScriptedEngine()
     generator(barrier, streamed=False).generate([prompt("a"), prompt("b")], sampling(), 0)
     assert barrier.log.index("add 1/1/second") > barrier.log.index("end 0/0/first")
@@ -191,7 +192,7 @@ def test_every_rank_gets_all_groups_in_order(num_ranks: int) -> None:
     assert max(sizes) - min(sizes) <= 1 and sum(sizes) == len(prompts)
 
 
-def test_a_refusal_reaches_every_rank_before_anything_is_submitted() -> None:
+def test_defect_5_a_refusal_reaches_every_rank_before_anything_is_submitted() -> None:
     prompts = [prompt("a"), Prompt("huge", "x" * 2000, "1"), prompt("c")]
     results, meeting = on_ranks(2, prompts, sampling())
     assert results[0] == results[1]
@@ -199,7 +200,7 @@ def test_a_refusal_reaches_every_rank_before_anything_is_submitted() -> None:
     assert [len(sent) for sent in meeting.sent] == [1, 1]
 
 
-def test_the_second_pass_is_refused_before_the_first_is_submitted() -> None:
+def test_defect_5_a_second_pass_that_cannot_fit_the_engine_is_refused_at_once() -> None:
     engine = ScriptedEngine(limit=700)
     with pytest.raises(ValueError, match="'a', second pass"):
         generator(engine, max_description_tokens=600).generate([prompt("a")], sampling(), 0)
