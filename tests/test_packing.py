@@ -14,7 +14,6 @@ from megatron_sr1.packing import (
     image_starts,
     mrope_positions,
     pack,
-    rows_needed,
     scatter_rows,
     split_for_ranks,
 )
@@ -108,16 +107,11 @@ def batches_of_sequences(draw: st.DrawFn) -> list[TokenSequence]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    sequences=batches_of_sequences(), pad_multiple=st.sampled_from([1, 2, 8]), extra=st.integers(0, 3), data=st.data()
-)
-def test_rows_hold_every_sequence_whole(sequences, pad_multiple: int, extra: int, data: st.DataObject):
+@given(sequences=batches_of_sequences(), pad_multiple=st.sampled_from([1, 2, 8]), extra=st.integers(0, 3))
+def test_rows_hold_every_sequence_whole(sequences, pad_multiple: int, extra: int):
     longest = max(len(item.prompt_ids) + len(item.response_ids) for item in sequences)
     max_tokens = (-(-longest // pad_multiple) + extra) * pad_multiple
-    needed = rows_needed(sequences, max_tokens=max_tokens)
-    num_rows = data.draw(st.one_of(st.none(), st.integers(needed, len(sequences))))
-    batches = pack_all(sequences, max_tokens, pad_multiple=pad_multiple, num_rows=num_rows)
-    assert len(batches) == (num_rows or needed)
+    batches = pack_all(sequences, max_tokens, pad_multiple=pad_multiple)
     scored = []
     for batch in batches:
         num_tokens = len(batch.input_ids)
@@ -189,7 +183,6 @@ def test_siblings_share_their_image():
 def test_rows_are_filled():
     """Short sequences without images go where the long ones leave room."""
     sequences = [TokenSequence([1], [2] * size) for size in (59, 39, 49, 49, 89, 9)]
-    assert rows_needed(sequences, max_tokens=100) == 3
     assert [batch.cu_seqlens[-1].item() for batch in pack_all(sequences, 100)] == [100, 100, 100]
 
 
@@ -203,8 +196,6 @@ def test_packing_is_deterministic():
     ("sizes", "options", "message"),
     [
         ((3, 20), {"max_tokens": 16}, "sequence 1 has 20 tokens, more than the max_tokens=16"),
-        ((3, 4), {"max_tokens": 16, "num_rows": 3}, "num_rows=3 is more than the 2 sequences"),
-        ((9, 9), {"max_tokens": 16, "num_rows": 1}, "need 2 rows"),
         ((3,), {"max_tokens": 12, "pad_multiple": 8}, "multiple of pad_multiple=8"),
     ],
 )
@@ -238,7 +229,7 @@ def test_gathered_targets_are_the_responses(sequences):
 
 
 def test_gather_rejects_wrong_rows():
-    batches = pack_all([TokenSequence([1], [2, 3]), TokenSequence([1], [4])], 4, num_rows=2)
+    batches = pack_all([TokenSequence([1], [2, 3]), TokenSequence([1], [4])], 4)
     values = [batch.targets.float() for batch in batches]
     with pytest.raises(ValueError, match="1 values for 2 rows"):
         gather_rows(values[:1], batches, 2)

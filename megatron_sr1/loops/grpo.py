@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from megatron_sr1.loops.evaluate import evaluate, heldout_prompts, only_prompts
 from megatron_sr1.loops.generation import build_generator
 from megatron_sr1.loops.run import Run, metrics_of, open_run
 from megatron_sr1.loops.scoring import Rewards, score_groups, summarise, without_leaks, write_rollouts
+from megatron_sr1.metrics import MetricLog
 from megatron_sr1.objective import Preset, preset_from_config, stream_loss
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy, StepResult
@@ -69,7 +69,7 @@ def _train(run: Run) -> None:
             progress = Progress(step + 1, progress.position + len(prompts), *source)
             if writer is not None:
                 write_rollouts(run.folder / "rollouts" / f"step_{step:06d}.jsonl", groups, rewards)
-                writer.write(step, {**_rollout_metrics(groups, rewards, clock), **_mean(results), **clock.seconds})
+                writer.write(step, _metrics(groups, rewards, results, clock))
             if progress.step % train.save_every == 0 or progress.step == train.steps:
                 checkpoints.save(policy, progress)
             if train.evaluate_every and progress.step % train.evaluate_every == 0 and progress.step < train.steps:
@@ -161,29 +161,40 @@ class _Loss:
         return loss, {**metrics, **{name: value.sum() / self._batch.num_tokens for name, value in per_token.items()}}
 
 
-def _rollout_metrics(groups: Sequence[RolloutGroup], rewards: Rewards, clock: _Clock) -> dict[str, Any]:
+def _metrics(
+    groups: Sequence[RolloutGroup], rewards: Rewards, results: Sequence[StepResult], clock: _Clock
+) -> dict[str, float]:
+    """Of the rollouts, of the optimizer steps (their mean) and of the time."""
+    log = MetricLog()
+    for name, value in summarise(groups, rewards).items():
+        if value is not None:
+            log.add(name, value)
+    for name, value in rewards.items():
+        if name != "format":  # in the summary already
+            log.add(f"reward/{name}", value.mean().item())
+    log.add("reward/total", (rewards["acc"] + rewards["acc_vis"]).mean().item())
+
     pairs = [pair for group in groups for pair in group.pairs]
-    firsts = [pair.first for pair in pairs]
-    seconds = [pair.second for pair in pairs if pair.second is not None]
-    num_tokens = sum(len(rollout.response_ids) for rollout in (*firsts, *seconds))
-    shares = {name: value for name, value in summarise(groups, rewards).items() if value is not None}
-    return {
-        **shares,
-        **{f"reward/{name}": value.mean().item() for name, value in rewards.items() if name != "format"},
-        "reward/total": (rewards["acc"] + rewards["acc_vis"]).mean().item(),
-        "first/response_tokens": sum(len(rollout.response_ids) for rollout in firsts) / len(firsts),
-        "second/response_tokens": sum(len(rollout.response_ids) for rollout in seconds) / max(1, len(seconds)),
-        "truncated": sum(rollout.finish_reason == "length" for rollout in firsts) / len(firsts),
-        "tokens_per_second": num_tokens / clock.seconds["seconds/rollout"],
+    responses = {
+        "first": [pair.first for pair in pairs],
+        "second": [pair.second for pair in pairs if pair.second is not None],
     }
+    for name, rollouts in responses.items():
+        for rollout in rollouts:
+            log.add(f"{name}/response_tokens", len(rollout.response_ids))
+            log.add(f"{name}/longest_response_tokens", len(rollout.response_ids), "max")
+            log.add(f"{name}/truncated", rollout.finish_reason == "length")
+    num_tokens = sum(len(rollout.response_ids) for rollouts in responses.values() for rollout in rollouts)
+    log.add("tokens_per_second", num_tokens / clock.seconds["seconds/rollout"])
 
-
-def _mean(results: Sequence[StepResult]) -> dict[str, float]:
-    """Over the optimizer steps of one rollout batch."""
-    rows = [
-        {**result.metrics, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate} for result in results
-    ]
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    for result in results:
+        for name, value in result.metrics.items():
+            log.add(name, value)
+        log.add("grad_norm", result.grad_norm)
+        log.add("learning_rate", result.learning_rate, "last")
+    for name, value in clock.seconds.items():
+        log.add(name, value)
+    return log.reduce()
 
 
 class _Clock:

@@ -6,7 +6,7 @@ rows.py       the packed row itself
 tokens.py     per-token values: rows <-> sequences
 """
 
-from megatron_sr1.packing.bins import rows_needed, split_for_ranks
+from megatron_sr1.packing.bins import split_for_ranks
 from megatron_sr1.packing.positions import image_starts, mrope_positions
 from megatron_sr1.packing.rows import pack
 from megatron_sr1.packing.tokens import gather_rows, scatter_rows
@@ -16,7 +16,6 @@ __all__ = [
     "image_starts",
     "mrope_positions",
     "pack",
-    "rows_needed",
     "scatter_rows",
     "split_for_ranks",
 ]

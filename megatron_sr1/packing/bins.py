@@ -12,28 +12,16 @@ def sequence_length(sequence: TokenSequence) -> int:
     return len(sequence.prompt_ids) + len(sequence.response_ids)
 
 
-def rows_needed(sequences: Sequence[TokenSequence], *, max_tokens: int) -> int:
-    """How many rows `pack` makes where no number is forced.
-
-    All data-parallel ranks must run the same number of micro-batches: take the maximum over the ranks and give it to
-    `pack(..., num_rows=...)` on each.
-
-    Raises:
-        ValueError: a sequence is longer than max_tokens.
-    """
-    return len(fill_rows(sequences, max_tokens=max_tokens))
-
-
-def fill_rows(sequences: Sequence[TokenSequence], *, max_tokens: int, num_rows: int | None = None) -> list[list[int]]:
+def fill_rows(sequences: Sequence[TokenSequence], *, max_tokens: int) -> list[list[int]]:
     """Indices of the sequences of each row, in increasing order; each sequence is in one row.
 
     First-fit decreasing. What is placed is a family, the sequences that hold the same images, whole where it fits into
     a row: the row then encodes the images once for all of them. Rows are not padded to max_tokens, so a row more
-    costs less than an image encoded again. To reach `num_rows`, the row with the most tokens is halved, again and
-    again.
+    costs less than an image encoded again. Data-parallel replicas may differ in their number of rows: gradients meet
+    once, after the last of each.
 
     Raises:
-        ValueError: a sequence is longer than max_tokens; num_rows is too few, or more than there are sequences.
+        ValueError: a sequence is longer than max_tokens.
     """
     lengths = [sequence_length(sequence) for sequence in sequences]
     for index, length in enumerate(lengths):
@@ -52,8 +40,6 @@ def fill_rows(sequences: Sequence[TokenSequence], *, max_tokens: int, num_rows: 
             room.append(max_tokens)
         rows[row].extend(family)
         room[row] -= size
-    if num_rows is not None:
-        rows = _split_to(rows, lengths, num_rows, max_tokens)
     return [sorted(row) for row in rows]
 
 
@@ -93,38 +79,3 @@ def _families(sequences: Sequence[TokenSequence], lengths: Sequence[int], max_to
         parts[-1].append(index)
     everything = [part for parts in families.values() for part in parts]
     return sorted(everything, key=lambda part: (-sum(lengths[index] for index in part), part[0]))
-
-
-def _split_to(rows: list[list[int]], lengths: Sequence[int], num_rows: int, max_tokens: int) -> list[list[int]]:
-    num_sequences = sum(len(row) for row in rows)
-    if num_rows < len(rows):
-        raise ValueError(
-            f"num_rows={num_rows} is too few: {num_sequences} sequences need {len(rows)} rows of max_tokens="
-            f"{max_tokens}. Force the maximum of rows_needed over the ranks."
-        )
-    if num_rows > num_sequences:
-        raise ValueError(
-            f"num_rows={num_rows} is more than the {num_sequences} sequences, and a row without any has nothing to "
-            "score. Give every data-parallel rank more sequences (a larger batch or fewer ranks), or raise the token "
-            "budget of a row so that the others need fewer."
-        )
-    rows = [list(row) for row in rows]
-    while len(rows) < num_rows:
-        heaviest = max(
-            (row for row in range(len(rows)) if len(rows[row]) > 1),
-            key=lambda row: (sum(lengths[index] for index in rows[row]), -row),
-        )
-        rows[heaviest : heaviest + 1] = _halve(rows[heaviest], lengths)
-    return rows
-
-
-def _halve(row: list[int], lengths: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Two non-empty halves, cut where their token counts are closest. A family is in one piece in `row`: a cut goes
-    through one at most."""
-    total = sum(lengths[index] for index in row)
-    before, best, cut = 0, total + 1, 1
-    for place in range(1, len(row)):
-        before += lengths[row[place - 1]]
-        if abs(total - 2 * before) < best:
-            best, cut = abs(total - 2 * before), place
-    return row[:cut], row[cut:]

@@ -24,7 +24,6 @@ def pack(
     pad_multiple: int,
     image_token_id: int,
     merge_size: int,
-    num_rows: int | None = None,
 ) -> list[MicroBatch]:
     """Packs sequences into rows of at most max_tokens tokens, padding included.
 
@@ -34,11 +33,10 @@ def pack(
     Args:
         sequences: each with at least one prompt token, which the first response token is predicted from.
         pad_multiple: rows are padded to a multiple of it (for example the tensor-parallel size).
-        num_rows: make exactly that many, `rows_needed` or more; None: as many as needed.
 
     Raises:
         ValueError: a sequence is too long or has no prompt; images and image ids do not fit together; max_tokens is
-            no multiple of pad_multiple; num_rows cannot be had.
+            no multiple of pad_multiple.
     """
     if pad_multiple < 1 or max_tokens % pad_multiple:
         raise ValueError(
@@ -48,7 +46,7 @@ def pack(
     for index, sequence in enumerate(sequences):
         if not sequence.prompt_ids:
             raise ValueError(f"sequence {index} has no prompt token; the first response token is predicted from one.")
-    layout = fill_rows(sequences, max_tokens=max_tokens, num_rows=num_rows)
+    layout = fill_rows(sequences, max_tokens=max_tokens)
     return [_pack_row(sequences, row, pad_multiple, image_token_id, merge_size) for row in layout]
 
 
