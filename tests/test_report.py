@@ -66,7 +66,7 @@ def example(key: str = "a/1", **changes) -> dict:
         "first": "<description>a 3</description><think>3+4</think>\\boxed{7}",
         "second": EVIL,
         "description": "a 3",
-        "rewards": {"accuracy": 1.0, "visual": 0.0},
+        "rewards": {"accuracy": 1.0, "visual": 0.0, "leak": 0.0},
         "faithful": True,
     }
     return values | changes
@@ -156,9 +156,10 @@ def test_charts_are_those_that_have_numbers(page) -> None:
 def test_examples_mark_right_and_wrong_and_say_why_there_is_no_second_pass(page) -> None:
     text = " ".join(page.text)
     assert "✓ accuracy 1" in text and "✗ visual 0" in text and "✓ faithful" in text
+    assert "✓ leak 0" in text, "no leak is good"
     assert "not run: there is no description" in text
     marks = [attributes["class"] for attributes in page.of("span")]
-    assert marks[:3] == ["right", "wrong", "right"]
+    assert marks[:4] == ["right", "wrong", "right", "right"]
     assert [attributes["id"] for attributes in page.of("article")] == ["example-a/1", "example-a/2"]
     assert len([a for a in page.of("img") if a["alt"] == "image of the question"]) == 2
 

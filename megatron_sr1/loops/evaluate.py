@@ -93,6 +93,6 @@ def _example(run: Run, group: RolloutGroup, rewards: Rewards, index: int) -> dic
         "first": pair.first.response_text,
         "second": None if pair.second is None else pair.second.response_text,
         "description": pair.description,
-        "rewards": rewards_of(rewards, index),
+        "rewards": {name: value for name, value in rewards_of(rewards, index).items() if name != "format"},
         "faithful": faithful(pair.description, prompt),
     }

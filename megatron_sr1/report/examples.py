@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_sr1.report.runs import Example, Run
 
 RIGHT_FROM = 0.5  # a reward in [0, 1] is marked right from here
+PENALTIES = ("leak",)  # of these less is better
 
 
 def examples_section(runs: Sequence[Run]) -> str:
@@ -42,7 +43,10 @@ def _card(example: Example, start: Example | None, start_label: str) -> str:
 
 
 def _marks(example: Example) -> str:
-    marks = [_mark(name, value >= RIGHT_FROM, f"{value:g}") for name, value in example.rewards.items()]
+    marks = [
+        _mark(name, (value < RIGHT_FROM) if name in PENALTIES else (value >= RIGHT_FROM), f"{value:g}")
+        for name, value in example.rewards.items()
+    ]
     if example.faithful is not None:
         marks.append(_mark("faithful", example.faithful, ""))
     return f'<p class="marks">{"".join(marks)}</p>'

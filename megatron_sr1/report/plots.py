@@ -39,7 +39,7 @@ CHARTS = (
     Chart("Response length", ("*response_tokens", "*description_tokens", "*response_length"), "tokens"),
     Chart("Trainer against generator", ("*logprob_gap*",), "log-prob gap, nats per token"),
     Chart("Time per step", ("seconds", "seconds/*"), "seconds"),
-    Chart("Loss", ("loss", "loss/*"), "loss"),
+    Chart("Loss", ("loss", "loss/*/policy", "loss/*/nll"), "loss"),
     Chart("Gradient norm", ("grad_norm",), "L2 norm"),
 )
 
