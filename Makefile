@@ -28,11 +28,11 @@ $(INSTALLED): setup.py pyproject.toml
 	@echo "== making $(VENV) with $(PYTHON); the first time this takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	@echo "== installing $(TORCH)"
-	$(BIN)/pip install --quiet "$(TORCH)" $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) \
+	$(BIN)/pip install "$(TORCH)" $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) \
 	  || { echo "== $(TORCH) is not in pip's index: run make setup TORCH_INDEX_URL=<index with the CPU builds of torch>"; exit 1; }
 	@echo "== installing the project with its cpu and test extras"
 	@echo "$(TORCH)" > $(VENV)/constraints.txt
-	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[cpu,test]'
+	$(BIN)/pip install --constraint $(VENV)/constraints.txt --editable '.[cpu,test]'
 	@touch $@
 	@echo "== ready: make quickstart"
 

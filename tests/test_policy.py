@@ -52,8 +52,9 @@ def _sequences(processor: Processor) -> list[TokenSequence]:
     return [*samples, odd]
 
 
-def _hf_logprobs(model: torch.nn.Module, sequences: list[TokenSequence], image_token_id: int) -> list[Tensor]:
-    """transformers' log-probs of each response, one sequence at a time."""
+def _hf_scores(model: torch.nn.Module, sequences: list[TokenSequence], image_token_id: int) -> list[Tensor]:
+    """transformers' log-probs and entropies [2, n] of each response, one sequence at a time. The entropy is made of
+    the logits of the whole vocabulary, so that equal entropies mean equal logits."""
     results = []
     for sequence in sequences:
         prompt, response = torch.tensor(sequence.prompt_ids), torch.tensor(sequence.response_ids)
@@ -68,7 +69,9 @@ def _hf_logprobs(model: torch.nn.Module, sequences: list[TokenSequence], image_t
                 "mm_token_type_ids": marks.int(),
             }
         scores = model(input_ids=ids, **vision).logits[0].log_softmax(-1)
-        results.append(scores[len(prompt) - 1 : -1].gather(1, response[:, None])[:, 0])
+        scores = scores[len(prompt) - 1 : -1]
+        entropy = -(scores.exp() * scores).sum(-1)
+        results.append(torch.stack([scores.gather(1, response[:, None])[:, 0], entropy]))
     return results
 
 
@@ -127,12 +130,15 @@ def _check_one_rank(rank: int, num_ranks: int, model_dir: str, folder: str) -> N
         batches, _ = _rows(policy, config, processor)
         assert len(batches) > 1, "the budget should make several rows"
         hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32)
-        expected = _hf_logprobs(hf, sequences[:-1], processor.image_token_id)
+        theirs = _hf_scores(hf, sequences[:-1], processor.image_token_id)
+        expected = [score[0] for score in theirs]
 
         scores = policy.logprobs(batches, Scoring())
         found = gather_rows([score.logprobs for score in scores], batches, len(sequences))
-        for ours, theirs in zip(found, expected, strict=False):
-            assert _relative_error(ours, theirs.detach()) < TOLERANCE
+        entropies = gather_rows([score.entropy for score in scores], batches, len(sequences))
+        for logprobs, entropy, score in zip(found[:-1], entropies[:-1], theirs, strict=True):
+            assert _relative_error(logprobs, score[0].detach()) < TOLERANCE
+            assert _relative_error(entropy, score[1].detach()) < TOLERANCE
         # an image id that the policy sampled is scored as text, and changes nothing before it
         assert torch.isfinite(found[-1]).all()
         assert _relative_error(found[-1][:-2], found[2]) < TOLERANCE
@@ -170,9 +176,9 @@ def _check_one_rank(rank: int, num_ranks: int, model_dir: str, folder: str) -> N
         hf.save_pretrained(f"{folder}/hf_stepped")
         from megatron_sr1.convert.weights import HfTensors
 
-        theirs = HfTensors(f"{folder}/hf_stepped")
+        wanted = HfTensors(f"{folder}/hf_stepped")
         for name, tensor in stepped.items():
-            assert (tensor - theirs[name]).abs().max() < STEP_TOLERANCE * config.optimizer.lr, name
+            assert (tensor - wanted[name]).abs().max() < STEP_TOLERANCE * config.optimizer.lr, name
 
         # the frozen reference is still what the policy started from
         after = policy.reference_logprobs(batches, Scoring())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -245,3 +247,14 @@ def test_series_keeps_gaps_and_running_mean_skips_them(run_dir) -> None:
     steps, values = series(run.metrics[:3], "kl/answer")
     assert steps == [0.0, 1.0, 2.0] and values[1] != values[1]
     assert running_mean([1.0, float("nan"), 3.0, 5.0], 2) == [1.0, 1.0, 3.0, 4.0]
+
+
+def test_one_chart_as_a_file(run_dir, tmp_path) -> None:
+    tool = Path(__file__).parent.parent / "tools" / "draw_chart.py"
+    out = tmp_path / "docs" / "chart.png"
+    subprocess.run([sys.executable, str(tool), str(run_dir), "--chart", "Rewards", "--out", str(out)], check=True)
+    assert Image.open(out).size[0] > 300
+    missing = subprocess.run(
+        [sys.executable, str(tool), str(run_dir), "--chart", "Gradient norm", "--out", str(out)], capture_output=True
+    )
+    assert missing.returncode == 2 and b"none of the runs" in missing.stderr

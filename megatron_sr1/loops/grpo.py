@@ -69,7 +69,7 @@ def _train(run: Run) -> None:
             progress = Progress(step + 1, progress.position + len(prompts), *source)
             if writer is not None:
                 write_rollouts(run.folder / "rollouts" / f"step_{step:06d}.jsonl", groups, rewards)
-                writer.write(step, _metrics(groups, rewards, results, clock))
+                writer.write(step, _metrics(groups, rewards, preset, results, clock))
             if progress.step % train.save_every == 0 or progress.step == train.steps:
                 checkpoints.save(policy, progress)
             if train.evaluate_every and progress.step % train.evaluate_every == 0 and progress.step < train.steps:
@@ -162,7 +162,11 @@ class _Loss:
 
 
 def _metrics(
-    groups: Sequence[RolloutGroup], rewards: Rewards, results: Sequence[StepResult], clock: _Clock
+    groups: Sequence[RolloutGroup],
+    rewards: Rewards,
+    preset: Preset,
+    results: Sequence[StepResult],
+    clock: _Clock,
 ) -> dict[str, float]:
     """Of the rollouts, of the optimizer steps (their mean) and of the time."""
     log = MetricLog()
@@ -172,7 +176,8 @@ def _metrics(
     for name, value in rewards.items():
         if name != "format":  # in the summary already
             log.add(f"reward/{name}", value.mean().item())
-    log.add("reward/total", (rewards["acc"] + rewards["acc_vis"]).mean().item())
+    earned = [weight * rewards[name].mean().item() for stream in preset.streams for name, weight in stream.rewards]
+    log.add("reward/total", sum(earned))
 
     pairs = [pair for group in groups for pair in group.pairs]
     responses = {

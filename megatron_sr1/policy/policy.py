@@ -92,7 +92,7 @@ class Policy:
         """Forward and backward of all micro-batches, gradient clipping, one optimizer step.
 
         Raises:
-            FloatingPointError: the gradient norm is not finite; the weights are left as they were.
+            FloatingPointError: the gradient norm is not finite. The weights are spoilt then; what was saved is not.
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -107,7 +107,8 @@ class Policy:
         _, grad_norm, _ = self.optimizer.step()
         if not torch.isfinite(torch.as_tensor(grad_norm)):
             raise FloatingPointError(
-                f"the gradient norm is {grad_norm}: lower optimizer.lr or look at the last rollouts"
+                f"the gradient norm is {grad_norm}. Look at the last rollouts, lower optimizer.lr, and run the command "
+                "again: it continues from the newest checkpoint."
             )
         self.scheduler.step(increment=1)
         return StepResult(metrics, float(grad_norm), learning_rate)
