@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from megatron_sr1.types import EncodedImage
 
@@ -71,12 +70,13 @@ class Processor:
     def from_pretrained(cls, hf_dir: str) -> Processor:
         """Reads the tokenizer and preprocessor files of `hf_dir`; runs no code from there.
 
-        transformers' image code imports torchvision where it is installed, hence here and not at the import of this
-        module: the platform prepares torchvision first.
+        transformers decides as it is imported whether torchvision and torchaudio are there to be used, hence here and
+        not at the import of this module: the platform looks first whether they can be loaded.
 
         Raises:
             ValueError: not a directory, no preprocessor_config.json, a special token or the chat template is missing.
         """
+        from transformers import AutoTokenizer
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         folder = Path(hf_dir)

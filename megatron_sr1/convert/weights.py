@@ -94,6 +94,7 @@ def export_hf_weights(
     stages: list[list[tuple[str, torch.Size, torch.dtype]] | None] = [None] * pipeline_group.size()
     mine = [(name, parameter.shape, parameter.dtype) for name, parameter in parameters.items()]
     torch.distributed.all_gather_object(stages, mine, group=pipeline_group)
+    empty = torch.empty((), device=next(stage.parameters()).device)  # stands for what another stage holds
     seen: set[str] = set()
     for owner, contents in enumerate(stages):
         assert contents is not None
@@ -102,25 +103,23 @@ def export_hf_weights(
             if not seen.isdisjoint(rules[name].hf):  # a tied head is the embedding of the first stage
                 continue
             seen.update(rules[name].hf)
-            shards = _gather(parameters.get(name), rules[name], shape, dtype, owner, tensor_group, pipeline_group)
+            parameter = parameters[name] if name in parameters else empty.to(dtype).expand(shape)
+            shards = _gather(parameter, rules[name], owner, tensor_group, pipeline_group)
             yield from zip(rules[name].hf, hf_from_shards(rules[name], shards, sizes), strict=True)
 
 
 def _gather(
-    parameter: torch.nn.Parameter | None,
+    parameter: Tensor,
     rule: WeightRule,
-    shape: torch.Size,
-    dtype: torch.dtype,
     owner: int,
     tensor_group: ProcessGroup,
     pipeline_group: ProcessGroup,
 ) -> list[Tensor]:
     """The parameter's shards in tensor-parallel order, sent from its stage to all stages."""
-    device = torch.device("cpu") if parameter is None else parameter.device
-    local = parameter.detach() if pipeline_group.rank() == owner else torch.empty(shape, dtype=dtype, device=device)
+    local = parameter.detach()
     if pipeline_group.size() > 1:
         source = torch.distributed.get_process_group_ranks(pipeline_group)[owner]
-        local = local.contiguous().clone() if pipeline_group.rank() == owner else local
+        local = local.clone(memory_format=torch.contiguous_format)
         torch.distributed.broadcast(local, source, group=pipeline_group)
     if rule.kind == "replicated" or tensor_group.size() == 1:
         return [local]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -23,6 +23,8 @@ from megatron_sr1.types import (
     Stream,
     TokenSequence,
 )
+
+CPU = torch.device("cpu")
 
 
 class Shares(Protocol):
@@ -54,8 +56,10 @@ class StreamBatch:
 class Batcher:
     """Packs what a policy is trained on."""
 
-    def __init__(self, config: Config, processor: Processor, replicas: Shares) -> None:
+    def __init__(self, config: Config, processor: Processor, replicas: Shares, device: torch.device = CPU) -> None:
+        """`device`: where the policy computes, and so where everything it is trained on goes."""
         self._config = config
+        self._device = device
         self._processor = processor
         self._replicas = replicas
 
@@ -66,7 +70,8 @@ class Batcher:
         lengths = [len(sequence.prompt_ids) + len(sequence.response_ids) for sequence in sequences]
         mine = [sequences[index] for index in split_for_ranks(lengths, self._replicas.size())[self._replicas.rank()]]
         micro_batches = self._pack(mine)
-        return SftBatch(micro_batches, [torch.full((len(batch.targets),), weight) for batch in micro_batches])
+        weights = [torch.full((len(batch.targets),), weight, device=self._device) for batch in micro_batches]
+        return SftBatch(micro_batches, weights)
 
     def streams(self, groups: Sequence[RolloutGroup], rewards: Mapping[str, Tensor], preset: Preset) -> StreamBatch:
         """Advantages and weights of every response token in every stream.
@@ -98,7 +103,8 @@ class Batcher:
                         values.append(torch.cat([credit, weights[:, index, None] * mask, generator]))
         micro_batches = self._pack(sequences)
         num_streams = len(preset.streams)
-        parts = [value.split([num_streams, num_streams, 1]) for value in scatter_rows(values, micro_batches)]
+        rows = [value.to(self._device) for value in scatter_rows(values, micro_batches)]
+        parts = [value.split([num_streams, num_streams, 1]) for value in rows]
         return StreamBatch(
             micro_batches,
             [part[0] for part in parts],
@@ -109,13 +115,14 @@ class Batcher:
 
     def _pack(self, sequences: Sequence[TokenSequence]) -> list[MicroBatch]:
         layout = self._config.layout
-        return pack(
+        batches = pack(
             sequences,
             max_tokens=self._config.train.micro_batch_tokens,
             pad_multiple=layout.tensor if layout.sequence_parallel else 1,
             image_token_id=self._processor.image_token_id,
             merge_size=self._processor.merge_size,
         )
+        return [_moved(batch, self._device) for batch in batches]
 
     def _demonstration(self, sample: SftSample) -> TokenSequence:
         if sample.template == "caption_reasoner":
@@ -161,6 +168,11 @@ class Batcher:
         if block is not None:
             inside = torch.tensor(self._processor.segment_mask(rollout.response_ids, block), dtype=torch.float32)
         return inside if tokens == "description" else everything - inside
+
+
+def _moved(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **{name: value.to(device) for name, value in tensors.items()})
 
 
 @dataclass(frozen=True)

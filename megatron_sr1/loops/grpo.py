@@ -102,7 +102,7 @@ class _Trainer:
         self._preset = preset
         processor = Processor.from_pretrained(config.model.hf_dir)
         self._scoring = Scoring(config.rollout.temperature, processor.media_ids)
-        self._batcher = Batcher(config, processor, policy.groups.data)
+        self._batcher = Batcher(config, processor, policy.groups.data, policy.platform.device)
 
     def update(self, groups: Sequence[RolloutGroup], rewards: Rewards) -> list[StepResult]:
         """One optimizer step per `train.batch_size` prompts. With several, old log-probs are taken before the first."""

@@ -30,7 +30,7 @@ def _train(run: Run) -> None:
     dataset = ShardDataset(expand_shards(config.data.cold_start, "data.cold_start"))
     stream = SampleStream(dataset, config.seed)
     policy = Policy(config, run.platform, num_optimizer_steps=config.train.steps, keep_reference=False)
-    batcher = Batcher(config, Processor.from_pretrained(config.model.hf_dir), policy.groups.data)
+    batcher = Batcher(config, Processor.from_pretrained(config.model.hf_dir), policy.groups.data, run.platform.device)
     checkpoints = run.checkpointer()
     source = (dataset.fingerprint, config.model.hf_dir)
     progress = checkpoints.restore(policy, *source) or Progress(0, 0, *source)
