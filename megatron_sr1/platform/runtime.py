@@ -56,7 +56,7 @@ def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any)
         function(*arguments)
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_rank(num_ranks)))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         torch.multiprocessing.spawn(_run_rank, args=(num_ranks, store, function, arguments), nprocs=num_ranks)

@@ -95,7 +95,7 @@ def percent(value: float | None) -> str:
 def print_table(console: Console, rows: Sequence[Row]) -> None:
     """Prints the summary, in percent of the prompts."""
     table = Table(title="Held-out evaluation, % of prompts", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True, min_width=max((len(row.label) for row in rows), default=0))
     for column in COLUMNS:
         table.add_column(f"{column.title} {'↑' if column.higher_is_better else '↓'}", justify="right")
     table.add_column("prompts", justify="right")
