@@ -166,7 +166,9 @@ def test_evaluating_the_export_gives_the_same_numbers(finished: Workspace) -> No
         "evaluate", "again", f"model.hf_dir={finished.folder / 'whole' / 'hf'}", "layout.tensor=1"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--standalone"]
-    subprocess.run([*torchrun, *command[1:]], cwd=REPOSITORY, check=True, timeout=RUN_TIMEOUT, capture_output=True)
+    words = [*torchrun, *command[1:]]
+    done = subprocess.run(words, cwd=REPOSITORY, check=True, timeout=RUN_TIMEOUT, capture_output=True, text=True)
+    assert "Held-out evaluation" in done.stdout
     assert finished.summary("again", "evaluate") == finished.summary("whole", "after")
 
 

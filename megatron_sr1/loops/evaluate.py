@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
+
 from megatron_sr1.config import Config
 from megatron_sr1.data import ShardDataset, expand_shards
 from megatron_sr1.loops.generation import build_generator
@@ -13,15 +15,18 @@ from megatron_sr1.loops.run import Run, open_run
 from megatron_sr1.loops.scoring import Rewards, rewards_of, score_groups, summarise
 from megatron_sr1.objective import Preset, preset_from_config
 from megatron_sr1.platform import Platform
+from megatron_sr1.report import print_table, summary_rows
 from megatron_sr1.rewards import faithful
 from megatron_sr1.types import Generator, Prompt, RolloutGroup, Sampling, SftSample
 
 
 def run_evaluate(config: Config, platform: Platform) -> None:
-    """Evaluates the weights of `model.hf_dir` on `data.heldout`; the result is `<run_dir>/eval/evaluate.json`."""
+    """Evaluates the weights of `model.hf_dir` on `data.heldout`: a table, and `<run_dir>/eval/evaluate.json`."""
     with open_run(config, platform) as run:
         generator = build_generator(run, config.model.hf_dir)
         evaluate(run, generator, heldout_prompts(config), label="evaluate", step=0)
+        if platform.is_main:
+            print_table(Console(), summary_rows(run.folder))
 
 
 def heldout_prompts(config: Config) -> list[Prompt]:

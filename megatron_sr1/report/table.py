@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -94,7 +95,7 @@ def percent(value: float | None) -> str:
 
 def print_table(console: Console, rows: Sequence[Row]) -> None:
     """Prints the summary, in percent of the prompts."""
-    table = Table(title="Held-out evaluation, % of prompts", title_justify="left")
+    table = Table(title="Held-out evaluation, % of prompts", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True, min_width=max((len(row.label) for row in rows), default=0))
     for column in COLUMNS:
         table.add_column(f"{column.title} {'↑' if column.higher_is_better else '↓'}", justify="right")
