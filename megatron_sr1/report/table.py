@@ -98,7 +98,9 @@ def print_table(console: Console, rows: Sequence[Row]) -> None:
     table = Table(title="Held-out evaluation, % of prompts", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True, min_width=max((len(row.label) for row in rows), default=0))
     for column in COLUMNS:
-        table.add_column(f"{column.title} {'↑' if column.higher_is_better else '↓'}", justify="right")
+        arrow = "↑" if column.higher_is_better else "↓"
+        longest_word = max(len(word) for word in column.title.split())
+        table.add_column(f"{column.title}\n{arrow}", justify="right", min_width=longest_word)
     table.add_column("prompts", justify="right")
     for row in rows:
         cells = [percent(row.values[column.key]) for column in COLUMNS]
