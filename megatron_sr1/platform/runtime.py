@@ -27,10 +27,9 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 @dataclass(frozen=True)
 class Platform:
-    """Device and backend of this process, and its place among the ranks."""
+    """Device of this process, and its place among the ranks."""
 
     device: torch.device
-    backend: str
     rank: int
     world_size: int
 
@@ -105,7 +104,7 @@ def start_platform() -> Platform:
     if on_cpu:
         patch_megatron_rng()
         torch.set_num_threads(_threads_per_rank(torch.distributed.get_world_size()))
-    return Platform(device, _backend(), torch.distributed.get_rank(), torch.distributed.get_world_size())
+    return Platform(device, torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 
 def _quieten_transformers() -> None:

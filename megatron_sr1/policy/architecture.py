@@ -23,8 +23,6 @@ class Architecture:
     hf: Qwen2_5_VLConfig
     vocab_size: int
     tied: bool
-    image_token_id: int
-    merge_size: int  # patches along one side that become one visual token
 
     @property
     def num_layers(self) -> int:
@@ -40,16 +38,12 @@ class Architecture:
 
 
 def read_architecture(hf_dir: str) -> Architecture:
-    """Reads `hf_dir`/config.json.
+    """Reads `hf_dir`/config.json, which `config.check_model` has found.
 
     Raises:
-        ValueError: no config.json there, or a model class that is not supported.
+        ValueError: a model class that is not supported.
     """
     path = Path(hf_dir) / "config.json"
-    if not path.is_file():
-        raise ValueError(
-            f"model.hf_dir={hf_dir!r} holds no config.json. Give a model directory in Hugging Face format."
-        )
     names = json.loads(path.read_text()).get("architectures") or ["unnamed"]
     if names[0] not in SUPPORTED:
         raise ValueError(f"{path}: architecture {names[0]} is not supported. Supported: {', '.join(SUPPORTED)}.")
@@ -58,8 +52,6 @@ def read_architecture(hf_dir: str) -> Architecture:
         hf=hf,
         vocab_size=hf.text_config.vocab_size,
         tied=hf.tie_word_embeddings,
-        image_token_id=hf.image_token_id,
-        merge_size=hf.vision_config.spatial_merge_size,
     )
 
 

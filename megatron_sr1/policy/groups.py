@@ -19,7 +19,6 @@ class ParallelGroups:
     tensor: ProcessGroup
     pipeline: ProcessGroup
     data: ProcessGroup
-    model: ProcessGroup  # tensor x pipeline: the ranks that hold one copy of the policy
     collection: ProcessGroupCollection
 
     @property
@@ -47,4 +46,4 @@ def build_groups(layout: LayoutConfig) -> ParallelGroups:
         create_gloo_process_groups=False,  # the groups built anyway serve every collective
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
-    return ParallelGroups(collection.tp, collection.pp, collection.dp, collection.mp, collection)
+    return ParallelGroups(collection.tp, collection.pp, collection.dp, collection)

@@ -30,11 +30,11 @@ class QwenVLModel(GPTModel):
         max_position: int,
         train_vision: bool,
     ) -> None:
-        self.padded_vocab_size = -(-architecture.vocab_size // groups.tensor.size()) * groups.tensor.size()
+        ranks = groups.tensor.size()
         super().__init__(
             config=config,
             transformer_layer_spec=torch_block_spec(config.num_layers // groups.pipeline.size()),
-            vocab_size=self.padded_vocab_size,
+            vocab_size=-(-architecture.vocab_size // ranks) * ranks,  # padded to equal shards
             max_sequence_length=max_position,
             pre_process=groups.is_first_stage,
             post_process=groups.is_last_stage,

@@ -163,13 +163,11 @@ class Policy:
     def _from_last_stage(self, scores: list[Tensor], batches: Sequence[MicroBatch]) -> list[LogProbs]:
         if self.groups.pipeline.size() > 1:
             sizes = [len(batch.targets) for batch in batches]
-            joined = torch.cat(scores, dim=1) if self.groups.is_last_stage else self._empty_scores(sum(sizes))
+            empty = torch.empty(2, sum(sizes), device=self.platform.device)
+            joined = torch.cat(scores, dim=1) if self.groups.is_last_stage else empty
             torch.distributed.broadcast(joined, self.groups.last_stage_rank, group=self.groups.pipeline)
             scores = list(joined.split(sizes, dim=1))
         return [LogProbs(score[0], score[1]) for score in scores]
-
-    def _empty_scores(self, num_rows: int) -> Tensor:
-        return torch.empty(2, num_rows, device=self.platform.device)
 
     def _add_metrics(self, reported: list[Mapping[str, Tensor]]) -> dict[str, float]:
         names = [sorted(reported[0]) if self.groups.is_last_stage else None]
