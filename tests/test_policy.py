@@ -147,6 +147,7 @@ def _check_one_rank(rank: int, num_ranks: int, model_dir: str, folder: str) -> N
         assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(scores, reference, strict=True))
 
         _check_ban(policy, batches, hf, processor)
+        _check_unsupported(folder)
 
         num_tokens = sum(len(sequence.response_ids) for sequence in sequences)
         optimizer = torch.optim.AdamW(
@@ -189,6 +190,14 @@ def _check_one_rank(rank: int, num_ranks: int, model_dir: str, folder: str) -> N
     with _built(model_dir, []) as (policy, config):
         result = policy.train_step(_rows(policy, config, processor)[0], _MeanLoss(num_tokens), Scoring())
         torch.save({"logprobs": found, "result": result, "weights": dict(policy.hf_weights())}, f"{folder}/one_rank.pt")
+
+
+def _check_unsupported(folder: str) -> None:
+    from megatron_sr1.policy import read_architecture
+
+    (Path(folder) / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM is not supported\. Supported: Qwen2_5_VL"):
+        read_architecture(folder)
 
 
 def _check_ban(policy: Any, batches: list[MicroBatch], hf: torch.nn.Module, processor: Processor) -> None:
