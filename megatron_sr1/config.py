@@ -6,6 +6,7 @@ No torch here, so that `--dry-run`, the launcher and the tests of bad input star
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+_FP8_ALIGNMENT = {"delayed": 16, "current": 16, "blockwise": 128, "mxfp8": 32}
 PRESET_NAMES = ("vision_r1", "see_think", "summed", "gdpo", "vision_sr1", "perception_credit")
 
 
@@ -40,8 +42,13 @@ class ModelConfig:
     """The policy's weights, in Hugging Face format (config, safetensors, tokenizer, processor)."""
 
     hf_dir: str = ""
+    megatron_dir: str = ""  # the weights as `tools/convert.py hf-to-megatron` wrote them; empty: those of hf_dir
     train_vision: bool = True
     max_position: int = 4096  # longest packed sequence the policy is built for, tokens
+    layer_spec: str = "auto"  # te: Transformer Engine's layers; torch: plain ones; auto: te on GPUs
+
+    def __post_init__(self) -> None:
+        _one_of("model.layer_spec", self.layer_spec, ("auto", "te", "torch"))
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,10 @@ class LayoutConfig:
 
     tensor: int = 1
     pipeline: int = 1
+    virtual: int = 1  # pipeline chunks per rank (interleaved schedule)
+    stage_layers: tuple[int, ...] = ()  # layers of each chunk in the order of the layers; empty: equal chunks
     context: int = 1
+    expert: int = 1  # ranks that share the experts of a mixture; they are taken from data and context parallelism
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
 
@@ -58,14 +68,26 @@ class LayoutConfig:
     def model_ranks(self) -> int:
         return self.tensor * self.pipeline * self.context
 
+    @property
+    def num_chunks(self) -> int:
+        """Pieces the layers are cut into."""
+        return self.pipeline * self.virtual
+
     def __post_init__(self) -> None:
-        _positive("layout", self, "tensor", "pipeline", "context")
+        _positive("layout", self, "tensor", "pipeline", "virtual", "context", "expert")
         _require(
-            self.context == 1,
-            "layout.context",
-            self.context,
-            "1 in this release",
-            "Use layout.tensor or layout.pipeline.",
+            self.virtual == 1 or self.pipeline > 1,
+            "layout.virtual",
+            self.virtual,
+            "1 where layout.pipeline is 1",
+            "Set layout.pipeline to 2 or more, or layout.virtual to 1.",
+        )
+        _require(
+            not self.stage_layers or (len(self.stage_layers) == self.num_chunks and min(self.stage_layers) >= 0),
+            "layout.stage_layers",
+            self.stage_layers,
+            f"layout.pipeline * layout.virtual = {self.num_chunks} numbers of layers",
+            "Give one number for each chunk, or none for equal chunks.",
         )
         _require(
             not self.sequence_parallel or self.tensor > 1,
@@ -74,6 +96,47 @@ class LayoutConfig:
             "false where layout.tensor is 1",
             "Set layout.tensor to 2 or more, or layout.sequence_parallel to false.",
         )
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """What the policy computes in. The optimizer keeps fp32 weights and moments in every case.
+
+    fp8: the linear layers of the language model, by Transformer Engine; all else is bf16, the vision tower, the merger
+    and the output head included.
+    """
+
+    dtype: str = "fp32"
+    fp8_recipe: str = "blockwise"
+    bf16_first_layers: int = 1  # with fp8: these layers, counted from the embedding, stay bf16
+    bf16_last_layers: int = 1  # and these, counted from the head
+
+    @property
+    def row_alignment(self) -> int:
+        """Tokens of a rank must be a multiple of it for fp8 matrix products (Transformer Engine's tile sizes)."""
+        return _FP8_ALIGNMENT[self.fp8_recipe] if self.dtype == "fp8" else 1
+
+    def __post_init__(self) -> None:
+        _one_of("precision.dtype", self.dtype, ("fp32", "bf16", "fp8"))
+        _one_of("precision.fp8_recipe", self.fp8_recipe, tuple(_FP8_ALIGNMENT))
+        for name in ("bf16_first_layers", "bf16_last_layers"):
+            _require(getattr(self, name) >= 0, f"precision.{name}", getattr(self, name), "0 or more", "1 is common.")
+
+
+@dataclass(frozen=True)
+class RecomputeConfig:
+    """Activations that are made again in backward instead of being kept."""
+
+    mode: str = "none"  # selective: `modules` of every layer; full: every layer; block: the first `layers` of a chunk
+    modules: tuple[str, ...] = ("core_attn",)
+    layers: int = 1  # full: layers of a unit that keeps only its input; block: layers that are recomputed
+    vision: bool = False  # the blocks of the vision tower too
+
+    def __post_init__(self) -> None:
+        _one_of("recompute.mode", self.mode, ("none", "selective", "full", "block"))
+        _positive("recompute", self, "layers")
+        for module in self.modules:
+            _one_of("recompute.modules", module, ("core_attn", "mlp", "moe", "moe_act", "layernorm"))
 
 
 @dataclass(frozen=True)
@@ -90,6 +153,7 @@ class OptimizerConfig:
     """AdamW with a linear warm-up, then a constant or cosine learning rate."""
 
     lr: float = 1e-6
+    vision_lr: float | None = None  # of the vision tower and its merger; null: lr
     min_lr: float = 0.0
     schedule: str = "constant"
     warmup_steps: int = 0
@@ -101,6 +165,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _positive("optimizer", self, "lr", "eps", "clip_grad")
+        if self.vision_lr is not None:
+            _positive("optimizer", self, "vision_lr")
         _one_of("optimizer.schedule", self.schedule, ("constant", "cosine"))
 
 
@@ -204,6 +270,8 @@ class Config:
     nproc: int = 1  # ranks on this machine; under torchrun the world size counts
     model: ModelConfig = field(default_factory=ModelConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -231,6 +299,17 @@ class Config:
     @property
     def data_ranks(self) -> int:
         return self.nproc // self.layout.model_ranks
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Every sequence of a row is padded to a multiple of it: context parallelism cuts each into 2 * context."""
+        return 2 * self.layout.context if self.layout.context > 1 else 1
+
+    @property
+    def row_multiple(self) -> int:
+        """Every row is padded to a multiple of it, so that each rank's part is aligned."""
+        shares = self.layout.context * (self.layout.tensor if self.layout.sequence_parallel else 1)
+        return math.lcm(self.sequence_multiple, shares * self.precision.row_alignment)
 
 
 def load_config(path: str | Path | None, overrides: list[str]) -> Config:

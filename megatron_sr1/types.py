@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -107,13 +108,21 @@ class RolloutGroup:
 
 
 # ---------------------------------------------------------------- rollouts -> policy
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """An image after the model's own processor. Two sequences that hold the same object share one
-    pass through the vision tower."""
+    """An image for the vision tower. Two sequences that hold the same object share one pass through it.
 
-    pixel_values: Tensor  # [P, C] float32
+    The grid follows from the image's size; the patches are made when they are first asked for, because of all the ranks
+    that plan with the image only one encodes it.
+    """
+
     grid_thw: tuple[int, int, int]  # patches along time, height, width
+    make_patches: Callable[[], Tensor]
+
+    @cached_property
+    def pixel_values(self) -> Tensor:
+        """[P, C] float32, as the model's own processor makes them."""
+        return self.make_patches()
 
 
 @dataclass(frozen=True)
@@ -128,16 +137,15 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Several sequences packed into one row. Row r of the R scored tokens is predicted by the hidden
+    """Several sequences packed into one row, which the ranks of a model share. Row r of the R scored tokens is predicted by the hidden
     state at `loss_rows[r]`; it is response token `row_offset[r]` of sequence `row_sequence[r]`."""
 
     input_ids: Tensor  # [T] int64
     position_ids: Tensor  # [3, T] int64: mRoPE time, height, width
-    cu_seqlens: Tensor  # [N+1] int32, padding is the last sequence where there is any
+    cu_seqlens: Tensor  # [N+1] int32; padding of the row is its last sequence, where there is any
     max_seqlen: int
     visual_index: Tensor  # [T] int64: row of the visual tokens [V, H] that replaces this token, -1 for text
-    pixel_values: Tensor | None  # [P, C]
-    image_grid_thw: Tensor | None  # [I, 3] int64
+    images: tuple[EncodedImage, ...]  # distinct, their visual tokens in this order
     loss_rows: Tensor  # [R] int64, positions in the row
     targets: Tensor  # [R] int64
     row_sequence: Tensor  # [R] int64: index into the list of sequences that was packed
