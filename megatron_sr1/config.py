@@ -288,6 +288,14 @@ class Config:
             f"a multiple of layout.tensor * layout.pipeline * layout.context = {self.layout.model_ranks}",
             "Change nproc or the layout.",
         )
+        stage_ranks = self.nproc // self.layout.pipeline
+        _require(
+            stage_ranks % self.layout.expert == 0,
+            "layout.expert",
+            self.layout.expert,
+            f"a divisor of the {stage_ranks} ranks of a pipeline stage",
+            "Experts are shared by the ranks of one stage.",
+        )
         _require(
             self.train.batch_size >= self.data_ranks,
             "train.batch_size",
@@ -353,7 +361,7 @@ def check_model(config: Config) -> None:
     """What the model's own config.json says about the layout; no weights are read.
 
     Raises:
-        ConfigError: no config.json in model.hf_dir, or heads or layers that the layout does not divide.
+        ConfigError: no config.json in model.hf_dir, or heads, layers or experts that the layout does not divide.
     """
     path = Path(config.model.hf_dir) / "config.json"
     _require(
@@ -365,11 +373,37 @@ def check_model(config: Config) -> None:
     )
     tree = json.loads(path.read_text(encoding="utf-8"))
     text = tree.get("text_config", tree)  # older checkpoints keep the language model's keys at the top
-    for key, ranks, name in (
-        ("layout.tensor", config.layout.tensor, "num_attention_heads"),
-        ("layout.pipeline", config.layout.pipeline, "num_hidden_layers"),
-    ):
-        _require(text[name] % ranks == 0, key, ranks, f"a divisor of the model's {name}={text[name]}", f"Change {key}.")
+    layout = config.layout
+    _check_division("layout.tensor", layout.tensor, text, "num_attention_heads")
+    layers = text["num_hidden_layers"]
+    if layout.stage_layers:
+        _require(
+            sum(layout.stage_layers) == layers,
+            "layout.stage_layers",
+            layout.stage_layers,
+            f"{layout.num_chunks} numbers that add up to the model's num_hidden_layers={layers}",
+            "Change them, or leave the key out for equal chunks.",
+        )
+    else:
+        name, chunks = ("layout.pipeline * layout.virtual", layout.num_chunks)
+        _check_division(name, chunks, text, "num_hidden_layers", " or set layout.stage_layers")
+    experts = next((name for name in ("num_experts", "num_local_experts") if text.get(name)), None)  # old and new name
+    if experts is not None:
+        _check_division("layout.expert", layout.expert, text, experts)
+        _require(
+            layout.tensor == 1 or layout.sequence_parallel,
+            "layout.sequence_parallel",
+            layout.sequence_parallel,
+            "true for a mixture of experts with layout.tensor above 1",
+            "Without it every tensor-parallel rank would send every token to the experts.",
+        )
+    else:
+        _require(layout.expert == 1, "layout.expert", layout.expert, "1: the model has no experts", "Leave it out.")
+
+
+def _check_division(key: str, ranks: int, text: dict[str, Any], name: str, otherwise: str = "") -> None:
+    allowed = f"a divisor of the model's {name}={text[name]}"
+    _require(text[name] % ranks == 0, key, ranks, allowed, f"Change {key}{otherwise}.")
 
 
 def check_train_batch(config: Config) -> None:

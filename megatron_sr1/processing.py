@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from megatron_sr1.types import EncodedImage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -26,6 +28,7 @@ END_OF_TURN = "<|im_end|>"
 IMAGE = "<|image_pad|>"
 REQUIRED_TOKENS = (END_OF_TURN, IMAGE, "<|vision_start|>", "<|vision_end|>")
 MEDIA_TOKENS = (IMAGE, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
+MAX_ASPECT = 200  # of an image: transformers' `smart_resize` takes no more
 
 _USER_TEXT = "@user-text@"  # stands for the user's text while the chat template is rendered
 _LENGTH_CODE = 0xD800  # code points that UTF-8 cannot decode to: 0xD800 + n marks n undecodable bytes
@@ -119,11 +122,44 @@ class Processor:
                 expanded.append(token)
         return tuple(expanded)
 
+    def grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """Patches along time, height and width of a still image; no pixel is read.
+
+        The image is resized to multiples of patch_size * merge_size whose product lies within the pixel limits of
+        preprocessor_config.json (`smart_resize` of transformers' own processor).
+
+        Args:
+            size: width and height in pixels, as `Image.size` gives them.
+
+        Raises:
+            ValueError: a side is 0, or one is more than 200 times the other.
+        """
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        width, height = size
+        if min(size) < 1 or max(size) > MAX_ASPECT * min(size):
+            raise ValueError(
+                f"an image of {width} x {height} pixels is not allowed: both sides must be at least 1 pixel and "
+                f"neither more than {MAX_ASPECT} times the other. Crop or drop it."
+            )
+        patch, limits = self._image_processor.patch_size, self._image_processor.size
+        rows, columns = smart_resize(
+            height,
+            width,
+            factor=patch * self.merge_size,
+            min_pixels=limits["shortest_edge"],
+            max_pixels=limits["longest_edge"],
+        )
+        return 1, rows // patch, columns // patch
+
     def encode_image(self, image: Image) -> EncodedImage:
-        """Resizes, normalises and cuts one image into patches, as the model's own processor does."""
-        features = self._image_processor(images=[image], return_tensors="pt")
-        time, height, width = features["image_grid_thw"][0].tolist()
-        return EncodedImage(pixel_values=features["pixel_values"].float(), grid_thw=(time, height, width))
+        """The image as the vision tower reads it; it is resized and cut when its patches are first asked for.
+
+        Raises:
+            ValueError: an image of such a size cannot be encoded (see `grid`).
+        """
+        grid = self.grid(image.size)
+        return EncodedImage(grid_thw=grid, make_patches=partial(self._patches, image, grid))
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """Ids of `text` as data: no special id, whatever it spells."""
@@ -160,6 +196,22 @@ class Processor:
         return [max(start, first) < min(end, last) for start, end in self.token_spans(ids)]
 
     # ------------------------------------------------------------ inside
+    def _patches(self, image: Image, grid: tuple[int, int, int]) -> Tensor:
+        """[P, C] float32: resized, normalised and cut as the model's own processor does.
+
+        Raises:
+            ValueError: they are not the patches of `grid`, by which prompts and rows were laid out.
+        """
+        features = self._image_processor(images=[image], return_tensors="pt")
+        found, patches = tuple(features["image_grid_thw"][0].tolist()), features["pixel_values"].float()
+        if found != grid or len(patches) != math.prod(grid):
+            raise ValueError(
+                f"the image processor makes {len(patches)} patches, grid (time, height, width) = {found}, of an image "
+                f"of {image.width} x {image.height} pixels; its size asks for {grid}. Use the preprocessor_config.json "
+                "of the Qwen-VL model as released, with do_resize true."
+            )
+        return patches
+
     def _tokenise(self, text: str, split_special_tokens: bool) -> tuple[int, ...]:
         encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)
         return tuple(encoded["input_ids"])

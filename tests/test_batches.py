@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_sr1.config import Config, load_config
+from megatron_sr1.config import Config, ConfigError, load_config
 from megatron_sr1.loops.batches import Batcher, StreamBatch
 from megatron_sr1.objective import PRESETS, preset_from_config
 from megatron_sr1.packing import gather_rows
@@ -50,7 +50,7 @@ def _groups(processor: Processor) -> list[RolloutGroup]:
     for group in range(2):
         image = Image.new("RGB", (56, 28), (200 * group, 10, 10))
         prompt = Prompt(f"p{group}", "What is the sum of all digits?", "10", (image,))
-        grid = processor.encode_image(image).grid_thw
+        grid = processor.grid(image.size)
         first_ids = processor.expand(processor.prompt_ids(render_see_think(prompt.problem), 1), [grid])
         pairs = []
         for sample in range(2):
@@ -141,13 +141,13 @@ def test_replicas_share_the_groups_and_keep_global_denominators(processor: Proce
     for part in parts:
         assert part.num_tokens == whole.num_tokens
         for micro in part.micro_batches:
-            assert len(micro.image_grid_thw) == 1 if micro.image_grid_thw is not None else True
+            assert len(micro.images) <= 1, "a replica has one group, and its samples share their image"
 
 
 def test_siblings_share_one_image_and_generator_logprobs_stay_aligned(processor: Processor) -> None:
     batch = _streams(processor, _config("train.micro_batch_tokens=4096"))
     (micro,) = batch.micro_batches
-    assert len(micro.image_grid_thw) == 2, "four first passes over two images"
+    assert len(micro.images) == 2, "four first passes over two images"
     expected = -0.01 * micro.row_offset.float()
     assert torch.allclose(batch.generator_logprobs[0], expected)
 
@@ -162,4 +162,39 @@ def test_sft_takes_both_layouts(processor: Processor) -> None:
     num_tokens = sum(len(processor.response_ids(sample.response)) for sample in samples)
     assert sum(len(micro.targets) for micro in batch.micro_batches) == num_tokens
     assert sum(weights.sum().item() for weights in batch.token_weights) == pytest.approx(1.0)
-    assert sum(len(micro.image_grid_thw) for micro in batch.micro_batches if micro.pixel_values is not None) == 1
+    assert sum(len(micro.images) for micro in batch.micro_batches) == 1
+
+
+# ---------------------------------------------------------------- rows of a layout
+def test_rows_have_the_multiples_of_the_layout(processor: Processor) -> None:
+    config = _config(
+        *("nproc=4", "layout.tensor=2", "layout.context=2", "layout.sequence_parallel=true"),
+        *("precision.dtype=fp8", "precision.fp8_recipe=mxfp8", "train.micro_batch_tokens=500"),
+    )
+    assert (config.sequence_multiple, config.row_multiple) == (4, 128)
+    batch = _streams(processor, config)
+    plain = _streams(processor, _config("train.micro_batch_tokens=500"))
+    for micro in batch.micro_batches:
+        assert len(micro.input_ids) in (128, 256, 384), "500 tokens have room for three times 128"
+        assert not (micro.cu_seqlens % 4).any()
+    ours, theirs = (_by_sequence(item, item.token_weights) for item in (batch, plain))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), "padding changes no weight"
+
+
+def test_a_budget_below_one_row_is_refused_at_once(processor: Processor) -> None:
+    layout = ("nproc=4", "layout.tensor=2", "layout.context=2", "layout.sequence_parallel=true")
+    fp8 = ("precision.dtype=fp8", "precision.fp8_recipe=blockwise")
+    with pytest.raises(ConfigError, match=r"train.micro_batch_tokens=256 .* at least 512"):
+        Batcher(_config(*layout, *fp8), processor, Shares())
+
+
+def test_no_pixel_is_read_and_images_stay_on_the_host(processor: Processor) -> None:
+    device = torch.device("meta")
+    prompt = Prompt("p", "What is the sum of all digits?", "10", (Image.new("RGB", (56, 28)),))
+    batch = Batcher(_config(), processor, Shares(), device).sft([SftSample(prompt, "see_think", GOOD)])
+    assert sum(len(micro.images) for micro in batch.micro_batches) == 1
+    for micro in batch.micro_batches:
+        assert {value.device for value in vars(micro).values() if isinstance(value, torch.Tensor)} == {device}
+        for image in micro.images:
+            assert "pixel_values" not in vars(image), "patches are made by the rank that encodes the image"
+            assert image.pixel_values.device.type == "cpu"

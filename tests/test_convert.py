@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sr1.convert.table import WeightRule, hf_from_shards, language_rules, shard_from_hf, vision_rule
+from megatron_sr1.convert.table import (
+    WeightRule,
+    canonical_name,
+    has_published_experts,
+    hf_from_shards,
+    hf_part,
+    language_rules,
+    rules_by_hf,
+    shard_from_hf,
+    vision_rule,
+)
+from tests.model_zoo import ZOO, create_family, publish_experts
 
 
 @dataclass(frozen=True)
@@ -18,11 +30,27 @@ class Sizes:
     num_layers: int = 2
     num_heads: int = 4
     num_kv_heads: int = 2
+    hidden_size: int = 4
     vocab_size: int = 10
     tied: bool = True
+    qk_norm: bool = False
+    qkv_bias: bool = True
+    num_experts: int = 0
+    expert_ffn_size: int = 3
+    moe_layers: tuple[bool, ...] = (False, False)
+    language_prefix: str = "model."
+    vision_prefix: str = "visual."
     head: int = 2
-    hidden: int = 4
     inner: int = 8
+
+
+QWEN3 = {
+    "qk_norm": True,
+    "qkv_bias": False,
+    "language_prefix": "model.language_model.",
+    "vision_prefix": "model.visual.",
+}
+MIXTURE = QWEN3 | {"num_experts": 3, "moe_layers": (False, True)}
 
 
 def _hf_tensors(sizes: Sizes, rule: WeightRule) -> list[torch.Tensor]:
@@ -33,15 +61,21 @@ def _hf_tensors(sizes: Sizes, rule: WeightRule) -> list[torch.Tensor]:
         "v_proj": sizes.num_kv_heads * sizes.head,
         "gate_proj": sizes.inner,
         "up_proj": sizes.inner,
+        "gate": sizes.num_experts,
         "embed_tokens": sizes.vocab_size,
         "lm_head": sizes.vocab_size,
     }
     columns = {"down_proj": sizes.inner, "o_proj": sizes.num_heads * sizes.head}
+    fused = {
+        "expert_gate_up": (sizes.num_experts, sizes.hidden_size, 2 * sizes.expert_ffn_size),
+        "expert_down": (sizes.num_experts, sizes.expert_ffn_size, sizes.hidden_size),
+    }
     tensors, start = [], 0
     for name in rule.hf:
         part = name.split(".")[-2]
-        shape = (rows.get(part, sizes.hidden), columns.get(part, sizes.hidden))
+        shape = (rows.get(part, sizes.hidden_size), columns.get(part, sizes.hidden_size))
         shape = shape[:1] if name.endswith("bias") or "norm" in name else shape
+        shape = fused.get(rule.kind, shape)
         count = int(torch.tensor(shape).prod())
         tensors.append(torch.arange(start, start + count, dtype=torch.float32).reshape(shape))
         start += count
@@ -55,18 +89,51 @@ def _hf_tensors(sizes: Sizes, rule: WeightRule) -> list[torch.Tensor]:
     repeats=st.sampled_from([1, 2]),
     vocab=st.integers(5, 23),
     tied=st.booleans(),
+    family=st.sampled_from([{}, QWEN3, MIXTURE]),
 )
-def test_every_rule_joins_what_it_split(ranks: int, kv_heads: int, repeats: int, vocab: int, tied: bool) -> None:
+def test_every_rule_joins_what_it_split(
+    ranks: int, kv_heads: int, repeats: int, vocab: int, tied: bool, family: dict[str, Any]
+) -> None:
     heads = kv_heads * repeats * 4
-    sizes = Sizes(num_heads=heads, num_kv_heads=kv_heads, vocab_size=vocab, tied=tied)
+    sizes = Sizes(num_heads=heads, num_kv_heads=kv_heads, vocab_size=vocab, tied=tied, **family)
     for rule in language_rules(sizes):
-        tensors = _hf_tensors(sizes, rule)
-        shards = [shard_from_hf(rule, tensors, sizes, rank, ranks) for rank in range(ranks)]
+        parts = [hf_part(rule, tensor) for tensor in _hf_tensors(sizes, rule)]
+        width = 1 if rule.expert is not None else ranks
+        shards = [shard_from_hf(rule, parts, sizes, rank, width) for rank in range(width)]
         assert len({shard.shape for shard in shards}) == 1, f"{rule.megatron}: shards of different shapes"
         joined = hf_from_shards(rule, shards, sizes)
-        assert len(joined) == len(tensors)
-        for found, expected in zip(joined, tensors, strict=True):
+        assert len(joined) == len(parts)
+        for found, expected in zip(joined, parts, strict=True):
             assert torch.equal(found, expected), rule.megatron
+
+
+def test_experts_are_slices_of_one_tensor_in_either_layout() -> None:
+    """Published: gate_up [E, H, 2I]; transformers 5 saves [E, 2I, H]. Megatron holds [2I, H], gates first."""
+    sizes = Sizes(**MIXTURE)
+    (found,) = [rules for name, rules in rules_by_hf(language_rules(sizes)).items() if name.endswith("gate_up_proj")]
+    assert [rule.expert for rule in found] == [0, 1, 2]
+    (published,) = _hf_tensors(sizes, found[0])
+    linear = published.transpose(1, 2).contiguous()
+    for tensor, is_published in ((published, True), (linear, False)):
+        assert has_published_experts(found[0], tensor.shape, sizes) == is_published
+        shards = [shard_from_hf(rule, [hf_part(rule, tensor)], sizes, 0, 1) for rule in found]
+        assert all(torch.equal(shard, linear[index]) for index, shard in enumerate(shards))
+        parts = [
+            hf_from_shards(rule, [shard], sizes, published_experts=is_published)[0]
+            for rule, shard in zip(found, shards, strict=True)
+        ]
+        assert torch.equal(torch.stack(parts), tensor)
+
+
+def test_transformer_engine_spells_the_same_parameters_otherwise() -> None:
+    layer = "decoder.layers.3"
+    assert canonical_name(f"{layer}.self_attention.linear_qkv.layer_norm_weight") == f"{layer}.input_layernorm.weight"
+    assert canonical_name(f"{layer}.mlp.linear_fc1.layer_norm_weight") == f"{layer}.pre_mlp_layernorm.weight"
+    expert = f"{layer}.mlp.experts.local_experts.13.linear_fc2.weight"
+    assert canonical_name(f"{layer}.mlp.experts.linear_fc2.weight5", first_expert=8) == expert
+    assert canonical_name(f"{layer}.mlp.experts.local_experts.5.linear_fc2.weight", first_expert=8) == expert
+    for name in ("embedding.word_embeddings.weight", f"{layer}.mlp.linear_fc1.weight", "vision.blocks.0.norm1.weight"):
+        assert canonical_name(name, first_expert=8) == name
 
 
 def test_fused_qkv_keeps_each_group_together() -> None:
@@ -95,15 +162,37 @@ def test_names_are_those_of_the_published_checkpoints() -> None:
     untied = {name for rule in language_rules(Sizes(tied=False)) for name in rule.hf}
     assert "model.layers.1.self_attn.q_proj.bias" in tied and "model.norm.weight" in tied
     assert untied - tied == {"lm_head.weight"}
-    assert vision_rule("vision.blocks.0.attn.qkv.weight").hf == ("visual.blocks.0.attn.qkv.weight",)
+    for sizes, name in ((Sizes(), "visual.blocks.0.norm1.bias"), (Sizes(**QWEN3), "model.visual.blocks.0.norm1.bias")):
+        assert vision_rule("vision.blocks.0.norm1.bias", sizes).hf == (name,)
+    mixture = {name for rule in language_rules(Sizes(**MIXTURE)) for name in rule.hf}
+    assert {name for name in mixture if name.startswith("model.language_model.layers.1.mlp")} == {
+        f"model.language_model.layers.1.mlp.{name}"
+        for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+    }
+    assert "model.language_model.layers.0.mlp.down_proj.weight" in mixture
+    assert "model.language_model.layers.0.self_attn.q_norm.weight" in mixture
 
 
-def test_the_table_covers_a_real_checkpoint_exactly(tiny_model_dir: str) -> None:
+@pytest.mark.parametrize("family", ZOO)
+def test_the_table_covers_what_transformers_saves_exactly(family: str, tmp_path: Path) -> None:
+    """Names, and for experts the shapes, against files that transformers wrote."""
     from safetensors import safe_open
 
-    with safe_open(Path(tiny_model_dir) / "model.safetensors", "pt") as file:
-        names = {name for name in file.keys() if not name.startswith("visual.")}  # noqa: SIM118, not a mapping
-    assert names == {name for rule in language_rules(Sizes()) for name in rule.hf}
+    folder = create_family(tmp_path / family, family, num_hidden_layers=2)
+    is_mixture = "moe" in family
+    if is_mixture:
+        publish_experts(folder)
+    base = QWEN3 if "qwen3" in family else {}
+    experts = {"num_experts": 4, "expert_ffn_size": 48, "hidden_size": 64, "moe_layers": (True, True)}
+    sizes = Sizes(tied=ZOO[family].tied, **(base | experts if is_mixture else base))
+    by_name = rules_by_hf(language_rules(sizes))
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, not a mapping
+    assert {name for name in shapes if not name.startswith(sizes.vision_prefix)} == by_name.keys()
+    for name, rules in by_name.items():
+        if rules[0].expert is not None:
+            assert len(rules) == shapes[name][0]
+            assert has_published_experts(rules[0], shapes[name], sizes)
 
 
 def test_a_folder_without_weights_says_what_is_missing(tmp_path: Path) -> None:

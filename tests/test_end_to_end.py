@@ -133,7 +133,7 @@ def _check_rollouts(rank: int, num_ranks: int, hf_dir: str, rollouts: str, data:
         load_config(None, [f"model.hf_dir={hf_dir}"]), platform, num_optimizer_steps=1, keep_reference=False
     )
     places = {"image_token_id": processor.image_token_id, "merge_size": processor.merge_size}
-    batches = pack(sequences, max_tokens=2048, pad_multiple=1, **places)
+    batches = pack(sequences, max_tokens=2048, row_multiple=1, **places)
     scores = policy.logprobs(batches, Scoring(1.0, processor.media_ids))
     found = gather_rows([score.logprobs for score in scores], batches, len(sequences))
     gaps = [

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerFast
 
 from megatron_sr1.processing import REQUIRED_TOKENS, Processor
 
@@ -87,6 +87,10 @@ def test_expand(processor: Processor):
         processor.expand(prompt, [(1, 4, 6)])
 
 
+# ---------------------------------------------------------------- images
+# ---------------------------------------------------------------- images
+# ---------------------------------------------------------------- images
+# ---------------------------------------------------------------- images
 def test_encode_image(processor: Processor, tiny_model_dir: str):
     image = Image.new("RGB", (56, 84), (255, 0, 0))
     encoded = processor.encode_image(image)
@@ -99,6 +103,73 @@ def test_encode_image(processor: Processor, tiny_model_dir: str):
     limit = json.loads(Path(tiny_model_dir, "preprocessor_config.json").read_text())["max_pixels"]
     large = processor.encode_image(Image.new("L", (2000, 1000)))
     assert limit / 2 < large.grid_thw[1] * large.grid_thw[2] * 14 * 14 <= limit
+
+
+def with_preprocessor(tiny_model_dir: str, folder: Path, **changes: object) -> tuple[Processor, BaseImageProcessor]:
+    """Ours, and transformers' own image processor (the torchvision one), of the same preprocessor_config.json."""
+    shutil.copytree(tiny_model_dir, folder)
+    path = folder / "preprocessor_config.json"
+    settings_of_model = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in settings_of_model.items() if value is not None}))
+    return Processor.from_pretrained(str(folder)), AutoImageProcessor.from_pretrained(folder)
+
+
+PREPROCESSORS = {
+    "qwen2_5_vl": {"min_pixels": 3136, "max_pixels": 28 * 28 * 80},
+    "vision_sr1": {"min_pixels": 262_144, "max_pixels": 4_194_304},
+    "qwen3_vl": {
+        "min_pixels": None,
+        "max_pixels": None,
+        "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216},
+        **{"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+    },
+}
+SIZES = ((1, 1), (1, 200), (200, 1), (3, 100), (27, 29), (13, 2600), (2600, 13), (4099, 41), (333, 1001), (1500, 1499))
+
+
+@pytest.fixture(scope="module", params=sorted(PREPROCESSORS))
+def pair(request: pytest.FixtureRequest, tiny_model_dir: str, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("model") / request.param
+    return with_preprocessor(tiny_model_dir, folder, **PREPROCESSORS[request.param])
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=st.sampled_from(SIZES) | st.tuples(st.integers(4, 400), st.integers(4, 400)))
+def test_the_grid_is_transformers(pair: tuple[Processor, BaseImageProcessor], size: tuple[int, int]):
+    ours, theirs = pair
+    image = Image.new("L", size)
+    expected = theirs(images=[image], return_tensors="pt")["image_grid_thw"].tolist()
+    assert [list(ours.grid(size))] == expected
+    assert len(ours.encode_image(image).pixel_values) == expected[0][1] * expected[0][2]
+
+
+@pytest.mark.parametrize("size", [(201, 1), (3, 601), (10_000, 49), (0, 5), (5, 0)])
+def test_sizes_that_no_tower_takes(processor: Processor, size: tuple[int, int]):
+    with pytest.raises(ValueError, match=rf"{size[0]} x {size[1]} pixels is not allowed.*200 times"):
+        processor.grid(size)
+    with pytest.raises(ValueError, match="Crop or drop it"):
+        processor.encode_image(Image.new("RGB", size))
+
+
+def test_patches_are_made_late_and_once(processor: Processor, tmp_path: Path):
+    """The file's header gives the size; its pixels are cut off, and nobody misses them until patches are asked for."""
+    whole = Image.effect_noise((84, 56), 90).convert("RGB")
+    whole.save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:600])
+    cut = processor.encode_image(Image.open(tmp_path / "cut.png"))
+    assert cut.grid_thw == (1, 4, 6)
+    with pytest.raises(OSError, match="truncated"):
+        _ = cut.pixel_values
+    encoded = processor.encode_image(whole)
+    assert encoded.pixel_values is encoded.pixel_values
+
+
+def test_a_processor_that_does_not_resize_is_refused(tiny_model_dir: str, tmp_path: Path):
+    ours, _ = with_preprocessor(tiny_model_dir, tmp_path / "model", do_resize=False)
+    fits, small = ours.encode_image(Image.new("RGB", (56, 28))), ours.encode_image(Image.new("RGB", (2800, 2800)))
+    assert len(fits.pixel_values) == 8
+    with pytest.raises(ValueError, match=r"40000 patches, grid .* = \(1, 200, 200\).*do_resize true"):
+        _ = small.pixel_values
 
 
 # ---------------------------------------------------------------- spans

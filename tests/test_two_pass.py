@@ -17,10 +17,34 @@ from megatron_sr1.rollout.plan import PassPrompt, check_same_ids, cut_descriptio
 from megatron_sr1.rollout.request import Draw, Generation
 from megatron_sr1.rollout.seeds import request_seed
 from megatron_sr1.rollout.two_pass import TwoPassGenerator
-from megatron_sr1.types import EncodedImage, Prompt, Sampling
+from megatron_sr1.types import Prompt, Sampling
 
 EOT, IMAGE = 1, 2
 SEEN = "<description> a {} </description> <think> </think> \\boxed{{1}}"
+
+
+class Picture:
+    """All that a prompt's plan may know of an image: to read pixels would be an AttributeError."""
+
+    size = (84, 28)
+
+
+class Picture:
+    """All that a prompt's plan may know of an image: to read pixels would be an AttributeError."""
+
+    size = (84, 28)
+
+
+class Picture:
+    """All that a prompt's plan may know of an image: to read pixels would be an AttributeError."""
+
+    size = (84, 28)
+
+
+class Picture:
+    """All that a prompt's plan may know of an image: to read pixels would be an AttributeError."""
+
+    size = (84, 28)
 
 
 class Letters:
@@ -35,8 +59,9 @@ class Letters:
     def expand(self, prompt_ids: Sequence[int], grids: Sequence[Any]) -> tuple[int, ...]:
         return tuple(token for i in prompt_ids for token in ((i, i, i) if i == IMAGE else (i,)))
 
-    def encode_image(self, image: Any) -> EncodedImage:
-        return EncodedImage(pixel_values=image, grid_thw=(1, 2, 6))
+    def grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        assert size == Picture.size
+        return 1, 2, 6
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         return tuple(ord(letter) for letter in text)
@@ -89,7 +114,7 @@ def sampling(**changes: Any) -> Sampling:
 
 
 def prompt(key: str, num_images: int = 1) -> Prompt:
-    return Prompt(key, "How many?", "1", images=("image",) * num_images)  # type: ignore[arg-type]
+    return Prompt(key, "How many?", "1", images=(Picture(),) * num_images)  # type: ignore[arg-type]
 
 
 def generator(engine: ScriptedEngine, **changes: Any) -> TwoPassGenerator:
@@ -265,7 +290,7 @@ class WeightedEngine(ScriptedEngine):
 
 def canary(engine: WeightedEngine) -> None:
     weights = {"visual.x": torch.tensor([1.0, 2.0]), "model.norm.weight": torch.ones(2)}
-    stale_vision_canary(engine, Letters(), "image", weights.items)  # type: ignore[arg-type]
+    stale_vision_canary(engine, Letters(), Picture(), weights.items)  # type: ignore[arg-type]
 
 
 def test_the_canary_tells_stale_and_lost_vision_weights_from_good_ones() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from megatron_sr1.processing import Processor
 from megatron_sr1.types import RolloutGroup
@@ -19,7 +19,7 @@ def compare_greedy(hf_dir: str, answers: Sequence[RolloutGroup]) -> None:
         ValueError: an answer differs; the message names the sample and both texts.
     """
     processor = Processor.from_pretrained(hf_dir)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(hf_dir, dtype=torch.float32).eval()
+    model = AutoModelForImageTextToText.from_pretrained(hf_dir, dtype=torch.float32).eval()
     banned = [[token] for token in processor.media_ids]
     for group in answers:
         expected = group.pairs[0].first

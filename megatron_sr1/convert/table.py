@@ -1,17 +1,34 @@
 """The one table of weight names: Megatron-Core parameter <-> Hugging Face tensors, their layout and their split.
 
-Loading, export and weight sync all read it, so a name or a layout is right or wrong everywhere at once.
+Loading, export, weight sync and the conversion tool all read it, so a name or a layout is right or wrong everywhere at
+once. Megatron names count layers over the whole model and experts over all ranks, and are those of the plain torch
+layers; `canonical_name` gives them for Transformer Engine's too.
+
+One Hugging Face tensor holds the weights of all experts of a layer, [E, ...]; each expert is a Megatron parameter and a
+rule of its own. The two functions that move numbers deal in parts: a whole tensor, or one expert's slice of it
+(`hf_part`). Whoever writes the tensor stacks the parts of the rules that name it (`rules_by_hf`).
+
+    E experts, H hidden size, I width of the (expert's) feed-forward part
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-Kind = Literal["replicated", "columns", "qkv", "gate_up", "vocabulary"]
+Kind = Literal["replicated", "columns", "qkv", "gate_up", "vocabulary", "expert_gate_up", "expert_down"]
+
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.linear_fc([12])\.weight(\d+)$")
+_LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
 
 
 class Sizes(Protocol):
@@ -24,81 +41,165 @@ class Sizes(Protocol):
     @property
     def num_kv_heads(self) -> int: ...
     @property
+    def hidden_size(self) -> int: ...
+    @property
     def vocab_size(self) -> int: ...
     @property
     def tied(self) -> bool: ...
+    @property
+    def qk_norm(self) -> bool: ...
+    @property
+    def qkv_bias(self) -> bool: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def expert_ffn_size(self) -> int: ...
+    @property
+    def moe_layers(self) -> tuple[bool, ...]: ...
+    @property
+    def language_prefix(self) -> str: ...
+    @property
+    def vision_prefix(self) -> str: ...
 
 
 @dataclass(frozen=True)
 class WeightRule:
-    """One Megatron parameter. `megatron` counts layers over the whole model, not over the stage."""
+    """One Megatron parameter and the Hugging Face tensors it is made of."""
 
     megatron: str
     hf: tuple[str, ...]
     kind: Kind
+    expert: int | None = None  # the part of the (single) tensor: its slice [expert]; None: all of it
 
 
+# ---------------------------------------------------------------- names
 def language_rules(sizes: Sizes) -> list[WeightRule]:
     """All language-model rules in checkpoint order. The vision tower keeps its names (see `vision_rule`)."""
-    rules = [WeightRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary")]
+    prefix = sizes.language_prefix
+    embedding, final_norm = f"{prefix}embed_tokens.weight", f"{prefix}norm.weight"
+    rules = [WeightRule("embedding.word_embeddings.weight", (embedding,), "vocabulary")]
     for layer in range(sizes.num_layers):
-        ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
-        attention = f"{theirs}.self_attn"
-        rules += [
-            WeightRule(f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",), "replicated"),
-            *(
-                WeightRule(
-                    f"{ours}.self_attention.linear_qkv.{part}",
-                    tuple(f"{attention}.{x}_proj.{part}" for x in "qkv"),
-                    "qkv",
-                )
-                for part in ("weight", "bias")
-            ),
-            WeightRule(f"{ours}.self_attention.linear_proj.weight", (f"{attention}.o_proj.weight",), "columns"),
-            WeightRule(
-                f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",), "replicated"
-            ),
-            WeightRule(
-                f"{ours}.mlp.linear_fc1.weight",
-                (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight"),
-                "gate_up",
-            ),
-            WeightRule(f"{ours}.mlp.linear_fc2.weight", (f"{theirs}.mlp.down_proj.weight",), "columns"),
-        ]
-    rules.append(WeightRule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"))
-    head = "model.embed_tokens.weight" if sizes.tied else "lm_head.weight"
-    rules.append(WeightRule("output_layer.weight", (head,), "vocabulary"))
+        ours, theirs = f"decoder.layers.{layer}", f"{prefix}layers.{layer}"
+        rules += _attention_rules(ours, theirs, sizes)
+        rules += _expert_rules(ours, theirs, sizes.num_experts) if sizes.moe_layers[layer] else _mlp_rules(ours, theirs)
+    rules.append(WeightRule("decoder.final_layernorm.weight", (final_norm,), "replicated"))
+    rules.append(WeightRule("output_layer.weight", (embedding if sizes.tied else "lm_head.weight",), "vocabulary"))
     return rules
 
 
-def vision_rule(megatron: str) -> WeightRule:
+def _attention_rules(ours: str, theirs: str, sizes: Sizes) -> list[WeightRule]:
+    """The attention of a layer and both norms around it."""
+    inner, outer = f"{ours}.self_attention", f"{theirs}.self_attn"
+    rules = [WeightRule(f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",), "replicated")]
+    for part in ("weight", "bias") if sizes.qkv_bias else ("weight",):
+        rules.append(WeightRule(f"{inner}.linear_qkv.{part}", tuple(f"{outer}.{x}_proj.{part}" for x in "qkv"), "qkv"))
+    for x in "qk" if sizes.qk_norm else "":
+        rules.append(WeightRule(f"{inner}.{x}_layernorm.weight", (f"{outer}.{x}_norm.weight",), "replicated"))
+    return [
+        *rules,
+        WeightRule(f"{inner}.linear_proj.weight", (f"{outer}.o_proj.weight",), "columns"),
+        WeightRule(f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",), "replicated"),
+    ]
+
+
+def _mlp_rules(ours: str, theirs: str) -> list[WeightRule]:
+    """A dense layer's feed-forward part."""
+    gate, up, down = (f"{theirs}.mlp.{x}_proj.weight" for x in ("gate", "up", "down"))
+    return [
+        WeightRule(f"{ours}.mlp.linear_fc1.weight", (gate, up), "gate_up"),
+        WeightRule(f"{ours}.mlp.linear_fc2.weight", (down,), "columns"),
+    ]
+
+
+def _expert_rules(ours: str, theirs: str, num_experts: int) -> list[WeightRule]:
+    """The router and, expert by expert, both weights."""
+    rules = [WeightRule(f"{ours}.mlp.router.weight", (f"{theirs}.mlp.gate.weight",), "replicated")]
+    for expert in range(num_experts):
+        one = f"{ours}.mlp.experts.local_experts.{expert}"
+        fused = f"{theirs}.mlp.experts"
+        rules.append(WeightRule(f"{one}.linear_fc1.weight", (f"{fused}.gate_up_proj",), "expert_gate_up", expert))
+        rules.append(WeightRule(f"{one}.linear_fc2.weight", (f"{fused}.down_proj",), "expert_down", expert))
+    return rules
+
+
+def vision_rule(megatron: str, sizes: Sizes) -> WeightRule:
     """The vision tower is the transformers module itself, whole on every tensor-parallel rank of the first stage."""
-    return WeightRule(megatron, ("visual." + megatron.removeprefix("vision."),), "replicated")
+    return WeightRule(megatron, (sizes.vision_prefix + megatron.removeprefix("vision."),), "replicated")
 
 
-def shard_from_hf(rule: WeightRule, tensors: list[Tensor], sizes: Sizes, rank: int, ranks: int) -> Tensor:
-    """This tensor-parallel rank's parameter, from the full Hugging Face tensors of the rule."""
+def rules_by_hf(rules: Iterable[WeightRule]) -> dict[str, list[WeightRule]]:
+    """For each Hugging Face tensor the rules that name it: one; or those of all experts in order, whose parts stacked
+    are the tensor; or embedding and head, which are the same where they are tied."""
+    found: dict[str, list[WeightRule]] = {}
+    for rule in rules:
+        for name in rule.hf:
+            found.setdefault(name, []).append(rule)
+    return found
+
+
+def canonical_name(megatron: str, *, first_expert: int = 0) -> str:
+    """The table's name of a parameter under either layer spec.
+
+    Args:
+        megatron: as `named_parameters` says it, layers counted over the whole model already. Transformer Engine fuses
+            norms into the linear layer behind them and the experts of a rank into one module.
+        first_expert: the model's number of this rank's first expert.
+    """
+    for fused, plain in _FUSED_NORMS.items():
+        if megatron.endswith(fused):
+            return megatron.removesuffix(fused) + plain
+    megatron = _GROUPED_EXPERT.sub(r"mlp.experts.local_experts.\2.linear_fc\1.weight", megatron)
+    return _LOCAL_EXPERT.sub(lambda at: f"mlp.experts.local_experts.{int(at[1]) + first_expert}.", megatron)
+
+
+# ---------------------------------------------------------------- numbers
+def hf_part(rule: WeightRule, tensor: Tensor) -> Tensor:
+    """What the rule takes of one of its Hugging Face tensors: the expert's slice, or everything."""
+    return tensor if rule.expert is None else tensor[rule.expert]
+
+
+def shard_from_hf(rule: WeightRule, parts: list[Tensor], sizes: Sizes, rank: int, ranks: int) -> Tensor:
+    """This tensor-parallel rank's parameter, from the parts (`hf_part`) of the rule's Hugging Face tensors.
+
+    An expert is not split: pass rank 0 of 1. Its part may lie as in published checkpoints, gate_up [H, 2I] and
+    down [I, H], or as transformers saves it from version 5 on, [2I, H] and [H, I]; the shape tells. Where both shapes
+    are the same, transformers' is meant, as when transformers itself loads it.
+    """
     if rule.kind == "replicated":
-        return tensors[0]
+        return parts[0]
+    if rule.kind in ("expert_gate_up", "expert_down"):
+        assert ranks == 1, "experts are whole on a rank"
+        return parts[0] if parts[0].shape == _expert_shape(rule, sizes) else parts[0].T
     if rule.kind == "columns":
-        return tensors[0].chunk(ranks, dim=1)[rank]
+        return parts[0].chunk(ranks, dim=1)[rank]
     if rule.kind == "gate_up":
-        return torch.cat([tensor.chunk(ranks)[rank] for tensor in tensors])
+        return torch.cat([part.chunk(ranks)[rank] for part in parts])
     if rule.kind == "qkv":
         # Megatron keeps each key/value group together: its queries, then its key, then its value
-        groups = [tensor.unflatten(0, (sizes.num_kv_heads, -1)) for tensor in tensors]
+        groups = [part.unflatten(0, (sizes.num_kv_heads, -1)) for part in parts]
         return torch.cat(groups, dim=1).flatten(0, 1).chunk(ranks)[rank]
-    padded = -(-len(tensors[0]) // ranks) * ranks
-    if padded > len(tensors[0]):
-        padding = tensors[0].new_zeros(padded - len(tensors[0]), *tensors[0].shape[1:])
-        return torch.cat([tensors[0], padding]).chunk(ranks)[rank]
-    return tensors[0].chunk(ranks)[rank]
+    padded = -(-len(parts[0]) // ranks) * ranks
+    if padded > len(parts[0]):
+        padding = parts[0].new_zeros(padded - len(parts[0]), *parts[0].shape[1:])
+        return torch.cat([parts[0], padding]).chunk(ranks)[rank]
+    return parts[0].chunk(ranks)[rank]
 
 
-def hf_from_shards(rule: WeightRule, shards: list[Tensor], sizes: Sizes) -> list[Tensor]:
-    """The full Hugging Face tensors, from the parameter of every tensor-parallel rank, in rank order."""
+def hf_from_shards(
+    rule: WeightRule, shards: list[Tensor], sizes: Sizes, *, published_experts: bool = True
+) -> list[Tensor]:
+    """The parts of the rule's Hugging Face tensors, from the parameter of every tensor-parallel rank, in rank order
+    (one, for an expert).
+
+    Args:
+        published_experts: experts lie as in published checkpoints and as vLLM reads them, gate_up [H, 2I] and
+            down [I, H]; else as transformers saves them, [2I, H] and [H, I]. See `has_published_experts`.
+    """
     if rule.kind == "replicated":
         return [shards[0]]
+    if rule.kind in ("expert_gate_up", "expert_down"):
+        assert len(shards) == 1, "experts are whole on a rank"
+        return [shards[0].T if published_experts else shards[0]]
     if rule.kind == "columns":
         return [torch.cat(shards, dim=1)]
     if rule.kind == "gate_up":
@@ -111,3 +212,17 @@ def hf_from_shards(rule: WeightRule, shards: list[Tensor], sizes: Sizes) -> list
     head = len(whole) // (sizes.num_heads + 2 * sizes.num_kv_heads)
     queries, keys, values = groups.split([groups.shape[1] - 2 * head, head, head], dim=1)
     return [part.flatten(0, 1) for part in (queries, keys, values)]
+
+
+def has_published_experts(rule: WeightRule, shape: Iterable[int], sizes: Sizes) -> bool:
+    """Whether the experts of a checkpoint lie as in published ones, told by the shape [E, ...] of the rule's tensor.
+
+    Whoever converts there and back keeps the answer, so that the tensors come back as they were.
+    """
+    return tuple(shape)[1:] != _expert_shape(rule, sizes)
+
+
+def _expert_shape(rule: WeightRule, sizes: Sizes) -> tuple[int, int]:
+    """Of the Megatron parameter: (out, in)."""
+    hidden, inner = sizes.hidden_size, sizes.expert_ffn_size
+    return (2 * inner, hidden) if rule.kind == "expert_gate_up" else (hidden, inner)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_sr1.config import Config
+from megatron_sr1.config import Config, ConfigError
 from megatron_sr1.objective import Preset, stream_advantages, token_weights
 from megatron_sr1.packing import pack, scatter_rows, split_for_ranks
 from megatron_sr1.processing import Processor
@@ -57,8 +57,13 @@ class Batcher:
     """Packs what a policy is trained on."""
 
     def __init__(self, config: Config, processor: Processor, replicas: Shares, device: torch.device = CPU) -> None:
-        """`device`: where the policy computes, and so where everything it is trained on goes."""
+        """`device`: where the policy computes, and so where everything it is trained on goes.
+
+        Raises:
+            ConfigError: train.micro_batch_tokens has no room for a row of the layout.
+        """
         self._config = config
+        self._row_tokens = _row_tokens(config)
         self._device = device
         self._processor = processor
         self._replicas = replicas
@@ -114,11 +119,11 @@ class Batcher:
         )
 
     def _pack(self, sequences: Sequence[TokenSequence]) -> list[MicroBatch]:
-        layout = self._config.layout
         batches = pack(
             sequences,
-            max_tokens=self._config.train.micro_batch_tokens,
-            pad_multiple=layout.tensor if layout.sequence_parallel else 1,
+            max_tokens=self._row_tokens,
+            row_multiple=self._config.row_multiple,
+            sequence_multiple=self._config.sequence_multiple,
             image_token_id=self._processor.image_token_id,
             merge_size=self._processor.merge_size,
         )
@@ -170,7 +175,20 @@ class Batcher:
         return inside if tokens == "description" else everything - inside
 
 
+def _row_tokens(config: Config) -> int:
+    """train.micro_batch_tokens, rounded down to what rows are padded to."""
+    budget, multiple = config.train.micro_batch_tokens, config.row_multiple
+    if budget < multiple:
+        raise ConfigError(
+            f"train.micro_batch_tokens={budget} is not allowed: it must be at least {multiple}, the multiple that "
+            "layout.context, layout.tensor with layout.sequence_parallel, and the fp8 recipe pad every row to. "
+            "Raise it, or use a smaller layout."
+        )
+    return budget - budget % multiple
+
+
 def _moved(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The tensors go to the device; images stay where they are, for the rank that encodes one to make its patches."""
     tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
     return replace(batch, **{name: value.to(device) for name, value in tensors.items()})
 

@@ -3,15 +3,17 @@
 positions.py  where a sequence's images are, and its mRoPE positions
 bins.py       which sequences share a row, which a rank
 rows.py       the packed row itself
+context.py    which of its tokens a context-parallel rank holds
 tokens.py     per-token values: rows <-> sequences
 """
 
 from megatron_sr1.packing.bins import split_for_ranks
 from megatron_sr1.packing.positions import image_starts, mrope_positions
-from megatron_sr1.packing.rows import pack
+from megatron_sr1.packing.rows import empty_row, pack
 from megatron_sr1.packing.tokens import gather_rows, scatter_rows
 
 __all__ = [
+    "empty_row",
     "gather_rows",
     "image_starts",
     "mrope_positions",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from megatron_sr1.types import TokenSequence
+
+FULL = 0.96  # share of the budget of all rows but one, below which families are broken up
+MAX_TRIALS = 32  # ways to fill the rows that are tried, about
 
 
 def sequence_length(sequence: TokenSequence) -> int:
@@ -12,35 +16,38 @@ def sequence_length(sequence: TokenSequence) -> int:
     return len(sequence.prompt_ids) + len(sequence.response_ids)
 
 
-def fill_rows(sequences: Sequence[TokenSequence], *, max_tokens: int) -> list[list[int]]:
+def fill_rows(sequences: Sequence[TokenSequence], *, max_tokens: int, sequence_multiple: int = 1) -> list[list[int]]:
     """Indices of the sequences of each row, in increasing order; each sequence is in one row.
 
-    First-fit decreasing. What is placed is a family, the sequences that hold the same images, whole where it fits into
-    a row: the row then encodes the images once for all of them. Rows are not padded to max_tokens, so a row more
-    costs less than an image encoded again. Data-parallel replicas may differ in their number of rows: gradients meet
-    once, after the last of each.
+    What is placed is a family, the sequences that hold the same images, whole where it fits into a row: the row then
+    encodes the images once for all of them. First-fit decreasing. A row is not padded to max_tokens, so one part-filled
+    row costs less than an image encoded again; many do not. Where all rows but one are less than FULL, families are
+    broken up to fill the gaps, those with the fewest patches first, and no more than needed. Batches of two passes
+    hardly need it, for second passes have no images and fill any gap; batches of first passes alone do. What it costs
+    and gains: `benchmarks/packing.py`.
+
+    Data-parallel replicas may differ in their number of rows: gradients meet once, after the last of each.
+
+    Args:
+        sequence_multiple: sequences count as padded to a multiple of it.
 
     Raises:
-        ValueError: a sequence is longer than max_tokens.
+        ValueError: a sequence, padded, is longer than max_tokens.
     """
-    lengths = [sequence_length(sequence) for sequence in sequences]
-    for index, length in enumerate(lengths):
-        if length > max_tokens:
-            raise ValueError(
-                f"sequence {index} has {length} tokens, more than the max_tokens={max_tokens} of a row. "
-                "Raise the token budget of a row, or shorten prompts or responses."
-            )
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for family in _families(sequences, lengths, max_tokens):
-        size = sum(lengths[index] for index in family)
-        row = next((row for row in range(len(rows)) if room[row] >= size), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(max_tokens)
-        rows[row].extend(family)
-        room[row] -= size
-    return [sorted(row) for row in rows]
+    lengths = _padded_lengths(sequences, max_tokens, sequence_multiple)
+    families = _families(sequences)
+    num_shared = sum(len(family) > 1 for family in families)
+    total = sum(lengths)
+    enough = 1 + int(total / (FULL * max_tokens))
+    step = max(1, num_shared // MAX_TRIALS)
+    trials: list[list[list[int]]] = []
+    for num_broken in range(0, num_shared + step, step):
+        whole = [part for family in families[num_broken:] for part in _parts(family, lengths, max_tokens)]
+        single = [[index] for family in families[:num_broken] for index in family]
+        trials.append(_first_fit(whole + single, lengths, max_tokens))
+        if len(trials[-1]) <= enough:
+            break
+    return [sorted(row) for row in min(trials, key=len)]
 
 
 def split_for_ranks(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
@@ -67,15 +74,56 @@ def split_for_ranks(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     return [sorted(rank) for rank in ranks]
 
 
-def _families(sequences: Sequence[TokenSequence], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices by shared images, in parts of at most max_tokens, the part with the most tokens first."""
-    families: dict[tuple[int, ...], list[list[int]]] = {}
+def _padded_lengths(sequences: Sequence[TokenSequence], max_tokens: int, multiple: int) -> list[int]:
+    lengths = [-(-sequence_length(sequence) // multiple) * multiple for sequence in sequences]
+    for index, length in enumerate(lengths):
+        if length > max_tokens:
+            padded = f" ({length} when padded to a multiple of {multiple})" if multiple > 1 else ""
+            raise ValueError(
+                f"sequence {index} has {sequence_length(sequences[index])} tokens{padded}, more than the "
+                f"max_tokens={max_tokens} of a row. Raise the token budget of a row, or shorten prompts or responses."
+            )
+    return lengths
+
+
+def _families(sequences: Sequence[TokenSequence]) -> list[list[int]]:
+    """Indices by shared images: first the families of several, from the fewest patches on, then the sequences alone."""
+    families: dict[tuple[int, ...], list[int]] = {}
     for index, sequence in enumerate(sequences):
         # Negative numbers are no object's identity: a sequence without images is a family of its own.
         identity = tuple(id(image) for image in sequence.images) or (-1 - index,)
-        parts = families.setdefault(identity, [[]])
-        if sum(lengths[member] for member in parts[-1]) + lengths[index] > max_tokens:
+        families.setdefault(identity, []).append(index)
+
+    def price(family: list[int]) -> tuple[bool, int, int]:
+        patches = sum(math.prod(image.grid_thw) for image in sequences[family[0]].images)
+        return len(family) == 1, patches, family[0]
+
+    return sorted(families.values(), key=price)
+
+
+def _parts(family: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """The family in as few pieces of at most max_tokens as its order allows."""
+    parts: list[list[int]] = [[]]
+    room = max_tokens
+    for index in family:
+        if lengths[index] > room:
             parts.append([])
+            room = max_tokens
         parts[-1].append(index)
-    everything = [part for parts in families.values() for part in parts]
-    return sorted(everything, key=lambda part: (-sum(lengths[index] for index in part), part[0]))
+        room -= lengths[index]
+    return parts
+
+
+def _first_fit(parts: list[list[int]], lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Rows of whole parts: the part with the most tokens first, each into the first row with room for it."""
+    sized = sorted((-sum(lengths[index] for index in part), part[0], part) for part in parts)
+    rows: list[list[int]] = []
+    rooms: list[int] = []
+    for negative, _, part in sized:
+        row = next((row for row, room in enumerate(rooms) if room >= -negative), len(rows))
+        if row == len(rows):
+            rows.append([])
+            rooms.append(max_tokens)
+        rows[row].extend(part)
+        rooms[row] += negative
+    return rows

@@ -62,14 +62,16 @@ def image_starts(sequence: TokenSequence, *, image_token_id: int, merge_size: in
     return starts
 
 
-def mrope_positions(sequence: TokenSequence, *, image_token_id: int, merge_size: int) -> Tensor:
-    """Positions of prompt and response: [3, n] int64, rows time, height, width.
+def mrope_positions(sequence: TokenSequence, *, image_token_id: int, merge_size: int, num_pad: int = 0) -> Tensor:
+    """Positions of prompt and response: [3, n + num_pad] int64, rows time, height, width.
+
+    Padding is counted on as text would be.
 
     Raises:
         ValueError: images and image ids do not fit together (see `image_starts`).
     """
     starts = image_starts(sequence, image_token_id=image_token_id, merge_size=merge_size)
-    num_tokens = len(sequence.prompt_ids) + len(sequence.response_ids)
+    num_tokens = len(sequence.prompt_ids) + len(sequence.response_ids) + num_pad
     pieces: list[Tensor] = []
     token, position = 0, 0  # the first token without a position, and the position it gets
     for start, image in zip(starts, sequence.images, strict=True):

@@ -56,10 +56,11 @@ def scatter_rows(values_per_sequence: Sequence[Tensor], batches: Sequence[MicroB
     Raises:
         ValueError: a sequence has not as many values as response tokens in the rows, which must be all of one `pack`.
     """
-    lengths = torch.tensor([value.shape[-1] for value in values_per_sequence], dtype=torch.int64)
-    starts = lengths.cumsum(0) - lengths
     if not batches:
         return []
+    sizes = [value.shape[-1] for value in values_per_sequence]
+    lengths = torch.tensor(sizes, dtype=torch.int64, device=batches[0].row_sequence.device)
+    starts = lengths.cumsum(0) - lengths
     counts = torch.cat([batch.row_sequence for batch in batches]).bincount(minlength=len(lengths))
     if not torch.equal(counts, lengths):
         raise ValueError(

@@ -94,9 +94,23 @@ def install_cpu_shim() -> None:
     torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
 
-def patch_megatron_rng() -> None:
-    """Points Megatron's RNG tracker, which reads CUDA generators directly, at the CPU generator."""
+def patch_megatron() -> None:
+    """Replaces what in Megatron-Core asks CUDA for more than a device: generators and streams."""
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()  # one is made where there is none; here nobody uses it
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _counts_for_collectives
+
+
+def _counts_for_collectives(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
+    """Megatron copies token counts from the device on a side stream here. They are on the host already, but still
+    tensors, where collectives take sequences of numbers."""
+    if point == dispatcher.cuda_dtoh_point:
+        for name in ("input_splits", "output_splits"):
+            splits = getattr(dispatcher, name)
+            if isinstance(splits, torch.Tensor):
+                setattr(dispatcher, name, splits.numpy())
+    return tokens_per_expert

@@ -1,7 +1,10 @@
 """The layer spec of the language model where Transformer Engine is absent: plain torch modules that know packed rows
-and sequence parallelism.
+and sequence parallelism, dense or with a mixture of experts.
 
-Shapes: T tokens of a packed row, h query heads and g key/value heads on this rank, d head size.
+The distributed checkpoints of these layers have the names that Transformer Engine's layers give theirs, so that either
+loads what the other saved; the names of the parameters themselves are not touched.
+
+Shapes: T tokens of a packed row.
 """
 
 from __future__ import annotations
@@ -9,14 +12,20 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-PADDING_LIMIT = 2.0  # one padded attention call is used while it computes at most this many times the real tokens
+from megatron_sr1.platform.attention import PackedCausalAttention
+
+# Transformer Engine fuses a norm into the linear layer behind it; the norm before experts stands for itself there too
+_FUSED_INPUT_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_FUSED_MLP_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+# the router asks for Transformer Engine's matrix product by a name that Megatron defines only where that is installed
+vars(moe_utils).setdefault("te_general_gemm", None)
 
 
 class RMSNorm(torch.nn.Module):
@@ -30,67 +39,43 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[T, 1, H] -> [T, 1, H]."""
+        """[..., H] -> [..., H]."""
         return F.rms_norm(hidden.float(), (hidden.shape[-1],), self.weight.float(), self.eps).to(hidden.dtype)
 
 
-class PackedCausalAttention(torch.nn.Module):
-    """Causal attention within each sequence of a packed row, by torch's own scaled dot-product attention."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        softmax_scale: float | None = None,
-        **_: object,
-    ) -> None:
-        super().__init__()
-        assert attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal) and attention_type == "self"
-        self.softmax_scale = softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        packed_seq_params: PackedSeqParams,
-        **_: object,
-    ) -> Tensor:
-        """query [T, h, d], key and value [T, g, d] -> [T, h * d]."""
-        lengths = torch.diff(packed_seq_params.cu_seqlens_q)
-        longest = packed_seq_params.max_seqlen_q
-        if len(lengths) * longest <= PADDING_LIMIT * len(query):
-            attended = self._padded(query, key, value, packed_seq_params.cu_seqlens_q, longest)
-        else:
-            sizes = lengths.tolist()
-            parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
-            attended = torch.cat([self._attend(*(x.transpose(0, 1) for x in part)).transpose(0, 1) for part in parts])
-        return attended.reshape(len(query), -1)
-
-    def _padded(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        """All sequences in one call, padded on the right, where a causal mask already hides the padding."""
-        starts, ends = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
-        index = starts + torch.arange(longest, device=query.device)  # [N, longest]
-        real = index < ends
-        index = index.clamp(max=len(query) - 1)
-        attended = self._attend(*(x[index].transpose(1, 2) for x in (query, key, value)))  # [N, h, longest, d]
-        return attended.transpose(1, 2)[real]
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.shape[-3] != key.shape[-3]
-        )
-
-
-def torch_block_spec(num_layers: int) -> TransformerBlockSubmodules:
-    """The spec of a stage's `num_layers` layers and final norm."""
-    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
+def torch_layer_spec(config: TransformerConfig, *, is_moe: bool = False) -> ModuleSpec:
+    """The spec of one layer: dense, or with the experts of `config`, each a module of its own."""
+    layer: ModuleSpec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts if is_moe else None,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
+    )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedCausalAttention
-    # Megatron's map renames norms after Transformer Engine's fused modules; there are none here
-    layer.submodules.sharded_state_dict_keys_map = {}
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedCausalAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
+    layer.submodules.sharded_state_dict_keys_map = _FUSED_INPUT_NORM | ({} if is_moe else _FUSED_MLP_NORM)
+    return layer
+
+
+def torch_block_spec(
+    config: TransformerConfig, num_layers: int, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The spec of the `num_layers` layers and final norm of a chunk: this pipeline rank's, or its `vp_stage`-th where
+    there is a virtual pipeline."""
+    pattern = moe_pattern(config, num_layers, vp_stage)
+    layers = [torch_layer_spec(config, is_moe=is_moe) for is_moe in pattern]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def moe_pattern(config: TransformerConfig, num_layers: int, vp_stage: int | None) -> list[bool]:
+    """Which of a chunk's `num_layers` layers have experts."""
+    if config.num_moe_experts is None:
+        return [False] * num_layers
+    if config.moe_layer_freq == 1:
+        return [True] * num_layers
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    return [bool(is_moe) for is_moe in config.moe_layer_freq[first : first + num_layers]]

@@ -18,7 +18,8 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from megatron_sr1.platform.cpu_shim import install_cpu_shim, patch_megatron_rng
+from megatron_sr1.platform.accelerator import Accelerator, find_accelerator
+from megatron_sr1.platform.cpu_shim import install_cpu_shim, patch_megatron
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a rank that waits longer than this for a dead peer fails
@@ -32,6 +33,7 @@ class Platform:
     device: torch.device
     rank: int
     world_size: int
+    accelerator: Accelerator | None = None  # None: the CPU
 
     @property
     def is_main(self) -> bool:
@@ -98,13 +100,21 @@ def start_platform() -> Platform:
     if not on_cpu:
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-        named = {} if "RANK" in os.environ else alone
-        torch.distributed.init_process_group(_backend(), timeout=COLLECTIVE_TIMEOUT, **named)
+        if "RANK" in os.environ:
+            torch.distributed.init_process_group(_backend(), timeout=COLLECTIVE_TIMEOUT)
+        else:
+            join_alone()
     if on_cpu:
-        patch_megatron_rng()
+        patch_megatron()
         torch.set_num_threads(_threads_per_rank(torch.distributed.get_world_size()))
-    return Platform(device, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return Platform(device, rank, world_size, find_accelerator(device))
+
+
+def join_alone() -> None:
+    """Makes a process group of this process only."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group(_backend(), timeout=COLLECTIVE_TIMEOUT, store=store, rank=0, world_size=1)
 
 
 def _quieten_transformers() -> None:

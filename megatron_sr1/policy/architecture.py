@@ -1,32 +1,98 @@
-"""From a Hugging Face config.json to Megatron-Core's transformer configuration."""
+"""From a Hugging Face config.json to what the policy needs to know about a model.
+
+Supported: every model whose config.json names one of the classes in FAMILIES. Whatever such a config asks for that the
+policy does not compute the same way is refused here, by name, and never ignored.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers import Qwen2_5_VLConfig
+from transformers import PreTrainedConfig, PreTrainedModel, Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionModel
 
-from megatron_sr1.config import LayoutConfig
+from megatron_sr1.policy.supported import unsupported_settings
 
-SUPPORTED = ("Qwen2_5_VLForConditionalGeneration",)
+
+@dataclass(frozen=True)
+class Family:
+    """What the models of one Hugging Face class have in common, beyond their config.json."""
+
+    name: str
+    config_class: type[PreTrainedConfig]
+    vision_class: type[PreTrainedModel]
+    language_prefix: str  # of tensor names in a checkpoint, as published and as transformers saves them
+    vision_prefix: str
+    qk_norm: bool  # RMSNorm of each head's query and key, before the rotary embedding
+    qkv_bias: bool
+    own_head_dim: bool  # config.json may set head_dim; else it is hidden_size / num_attention_heads
+    interleaved_rotary: bool  # mRoPE: time, height, width by turns along the frequencies; else in three sections
+    has_experts: bool = False  # feed-forward parts may be mixtures of experts
+
+
+FAMILIES: dict[str, Family] = {
+    "Qwen2_5_VLForConditionalGeneration": Family(
+        name="qwen2_5_vl",
+        config_class=Qwen2_5_VLConfig,
+        vision_class=Qwen2_5_VisionTransformerPretrainedModel,
+        language_prefix="model.",
+        vision_prefix="visual.",
+        qk_norm=False,
+        qkv_bias=True,
+        own_head_dim=False,
+        interleaved_rotary=False,
+    ),
+    "Qwen3VLForConditionalGeneration": Family(
+        name="qwen3_vl",
+        config_class=Qwen3VLConfig,
+        vision_class=Qwen3VLVisionModel,
+        language_prefix="model.language_model.",
+        vision_prefix="model.visual.",
+        qk_norm=True,
+        qkv_bias=False,
+        own_head_dim=True,
+        interleaved_rotary=True,
+    ),
+    "Qwen3VLMoeForConditionalGeneration": Family(
+        name="qwen3_vl_moe",
+        config_class=Qwen3VLMoeConfig,
+        vision_class=Qwen3VLMoeVisionModel,
+        language_prefix="model.language_model.",
+        vision_prefix="model.visual.",
+        qk_norm=True,
+        qkv_bias=False,
+        own_head_dim=True,
+        interleaved_rotary=True,
+        has_experts=True,
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the policy needs to know about a model, beside its layer configuration."""
+    """A model as its config.json describes it. `hf` is the configuration that transformers made of it."""
 
-    hf: Qwen2_5_VLConfig
-    vocab_size: int
-    tied: bool
+    hf: Any  # one of the family's config_class
+    family: Family
 
     @property
     def num_layers(self) -> int:
         return self.hf.text_config.num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        return self.hf.text_config.hidden_size
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of a dense layer's feed-forward part."""
+        return self.hf.text_config.intermediate_size
 
     @property
     def num_heads(self) -> int:
@@ -36,57 +102,129 @@ class Architecture:
     def num_kv_heads(self) -> int:
         return self.hf.text_config.num_key_value_heads
 
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head; heads together need not be as wide as the hidden state (Qwen3-VL-4B, 32B, 30B-A3B)."""
+        text = self.hf.text_config.to_dict()
+        return text.get("head_dim") or self.hidden_size // self.num_heads
+
+    @property
+    def vocab_size(self) -> int:
+        return self.hf.text_config.vocab_size
+
+    @property
+    def tied(self) -> bool:
+        """The head is the transposed embedding."""
+        return self.hf.tie_word_embeddings
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.family.qk_norm
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.family.qkv_bias
+
+    @property
+    def language_prefix(self) -> str:
+        return self.family.language_prefix
+
+    @property
+    def vision_prefix(self) -> str:
+        return self.family.vision_prefix
+
+    @property
+    def num_experts(self) -> int:
+        """0 for a dense model."""
+        return self.hf.text_config.num_experts if self.family.has_experts else 0
+
+    @property
+    def expert_ffn_size(self) -> int:
+        """Width of one expert; 0 for a dense model."""
+        return self.hf.text_config.moe_intermediate_size if self.num_experts else 0
+
+    @property
+    def moe_layers(self) -> tuple[bool, ...]:
+        """For each layer: is its feed-forward part a mixture of experts (transformers, Qwen3VLMoeTextDecoderLayer)."""
+        text = self.hf.text_config
+        if not self.num_experts:
+            return (False,) * self.num_layers
+        return tuple(
+            layer not in text.mlp_only_layers and (layer + 1) % text.decoder_sparse_step == 0
+            for layer in range(self.num_layers)
+        )
+
+    @property
+    def rope_theta(self) -> float:
+        return self.hf.text_config.rope_parameters["rope_theta"]
+
+    @property
+    def mrope_section(self) -> tuple[int, int, int]:
+        """Frequencies of time, height, width; together half a head."""
+        time, height, width = self.hf.text_config.rope_parameters["mrope_section"]
+        return time, height, width
+
+    @property
+    def deepstack_layers(self) -> tuple[int, ...]:
+        """Layers of the vision tower whose features the first language layers add (n-th feature: after layer n)."""
+        return tuple(self.hf.vision_config.to_dict().get("deepstack_visual_indexes", ()))
+
 
 def read_architecture(hf_dir: str) -> Architecture:
     """Reads `hf_dir`/config.json, which `config.check_model` has found.
 
     Raises:
-        ValueError: a model class that is not supported.
+        ValueError: a model class that is not supported, or a setting of it that is not.
     """
     path = Path(hf_dir) / "config.json"
-    names = json.loads(path.read_text()).get("architectures") or ["unnamed"]
-    if names[0] not in SUPPORTED:
-        raise ValueError(f"{path}: architecture {names[0]} is not supported. Supported: {', '.join(SUPPORTED)}.")
-    hf = Qwen2_5_VLConfig.from_pretrained(hf_dir)
-    return Architecture(
-        hf=hf,
-        vocab_size=hf.text_config.vocab_size,
-        tied=hf.tie_word_embeddings,
-    )
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    name = (tree.get("architectures") or ["unnamed"])[0]
+    if name not in FAMILIES:
+        raise ValueError(f"{path}: architecture {name} is not supported. Supported: {', '.join(FAMILIES)}.")
+    family = FAMILIES[name]
+    architecture = Architecture(hf=family.config_class.from_pretrained(hf_dir), family=family)
+    complaints = unsupported_settings(architecture, tree)
+    if complaints:
+        raise ValueError(f"{path}: the policy would not compute what this model computes: {'; '.join(complaints)}.")
+    return architecture
 
 
-def transformer_config(architecture: Architecture, layout: LayoutConfig, on_cpu: bool) -> TransformerConfig:
-    """The language model's layers, in fp32."""
-    text = architecture.hf.text_config
-    return TransformerConfig(
-        num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        ffn_hidden_size=text.intermediate_size,
-        num_attention_heads=text.num_attention_heads,
-        num_query_groups=text.num_key_value_heads,
-        kv_channels=text.hidden_size // text.num_attention_heads,
-        mrope_section=list(text.rope_parameters["mrope_section"]),
-        normalization="RMSNorm",
-        layernorm_epsilon=text.rms_norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        perform_initialization=False,  # the weights are loaded
-        use_cpu_initialization=on_cpu,
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        context_parallel_size=layout.context,
-        sequence_parallel=layout.sequence_parallel,
-        variable_seq_lengths=True,  # packed rows differ in length between micro-batches
-        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, in dense models too
-        calculate_per_token_loss=True,  # losses arrive divided by their global denominators: the schedule only adds
-    )
+def architecture_fields(architecture: Architecture) -> dict[str, Any]:
+    """The arguments of Megatron-Core's TransformerConfig that follow from the model alone.
+
+    Layout, precision and recompute are added by the caller. No loss term balances the experts: the objective is the
+    caller's and nothing else.
+    """
+    fields: dict[str, Any] = {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_size,
+        "num_attention_heads": architecture.num_heads,
+        "num_query_groups": architecture.num_kv_heads,
+        "kv_channels": architecture.head_dim,
+        "qk_layernorm": architecture.qk_norm,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": architecture.hf.text_config.rms_norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": architecture.qkv_bias,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    moe_layers = architecture.moe_layers
+    if any(moe_layers):
+        fields |= {
+            "num_moe_experts": architecture.num_experts,
+            "moe_ffn_hidden_size": architecture.expert_ffn_size,
+            "moe_layer_freq": 1 if all(moe_layers) else [int(is_moe) for is_moe in moe_layers],
+            "moe_router_topk": architecture.hf.text_config.num_experts_per_tok,
+            # transformers: softmax over all experts, then the chosen ones divided by their sum; that is the softmax
+            # over the chosen ones
+            "moe_router_pre_softmax": False,
+            "moe_router_score_function": "softmax",
+            "moe_router_dtype": "fp32",
+            "moe_router_load_balancing_type": "none",
+            "moe_aux_loss_coeff": 0.0,
+        }
+    return fields

@@ -18,7 +18,10 @@ class ParallelGroups:
 
     tensor: ProcessGroup
     pipeline: ProcessGroup
-    data: ProcessGroup
+    context: ProcessGroup
+    data: ProcessGroup  # replicas; each holds a share of the sequences
+    tensor_context: ProcessGroup  # the ranks that share the rows of a pipeline stage
+    expert: ProcessGroup
     collection: ProcessGroupCollection
 
     @property
@@ -42,8 +45,11 @@ def build_groups(layout: LayoutConfig) -> ParallelGroups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,  # an expert is small: it is whole on a rank
         create_gloo_process_groups=False,  # the groups built anyway serve every collective
     )
-    collection = ProcessGroupCollection.use_mpu_process_groups()
-    return ParallelGroups(collection.tp, collection.pp, collection.dp, collection)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return ParallelGroups(groups.tp, groups.pp, groups.cp, groups.dp, groups.tp_cp, groups.ep, groups)

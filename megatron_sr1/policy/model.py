@@ -1,107 +1,134 @@
-"""Qwen-VL on Megatron-Core: a pipeline stage, with the vision tower on the first and log-probs on the last."""
+"""Qwen-VL on Megatron-Core: a chunk of the layers, with the vision tower before the first and log-probs after the last.
+
+T_local   tokens of the row on this context-parallel rank (T without context parallelism)
+"""
 
 from __future__ import annotations
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+from megatron_sr1.config import Config
 from megatron_sr1.kernels import linear_logprob
-from megatron_sr1.platform.layers import torch_block_spec
+from megatron_sr1.packing.context import context_index
 from megatron_sr1.policy.architecture import Architecture
+from megatron_sr1.policy.deepstack import PackedRow, with_deepstack
 from megatron_sr1.policy.groups import ParallelGroups
+from megatron_sr1.policy.rotary import MultimodalRotary
+from megatron_sr1.policy.vision import SharedVision
 from megatron_sr1.types import BANNED_LOGIT_BIAS, MicroBatch, Scoring
 
 
 class QwenVLModel(GPTModel):
-    """One pipeline stage of the policy. It returns hidden states [T, 1, H] (a part of T under sequence parallelism) or,
-    on the last stage, log-probs and entropies [2, R] of the micro-batch's scored tokens."""
+    """One chunk of the policy. It returns hidden states [T_local, 1, H] (a part of them under sequence parallelism,
+    followed by visual features that later layers add) or, after the last layer, log-probs and entropies [2, R] of the
+    micro-batch's scored tokens."""
 
     def __init__(
         self,
         architecture: Architecture,
-        config: TransformerConfig,
+        megatron_config: TransformerConfig,
+        block: TransformerBlockSubmodules,
         groups: ParallelGroups,
+        config: Config,
         *,
-        max_position: int,
-        train_vision: bool,
+        vp_stage: int | None,
+        is_first: bool,
+        is_last: bool,
     ) -> None:
         ranks = groups.tensor.size()
         super().__init__(
-            config=config,
-            transformer_layer_spec=torch_block_spec(config.num_layers // groups.pipeline.size()),
+            config=megatron_config,
+            transformer_layer_spec=block,
             vocab_size=-(-architecture.vocab_size // ranks) * ranks,  # padded to equal shards
-            max_sequence_length=max_position,
-            pre_process=groups.is_first_stage,
-            post_process=groups.is_last_stage,
+            max_sequence_length=config.model.max_position,
+            pre_process=is_first,
+            post_process=is_last,
             share_embeddings_and_output_weights=architecture.tied,
-            position_embedding_type="mrope",
-            rotary_base=architecture.hf.text_config.rope_parameters["rope_theta"],
+            position_embedding_type="none",  # the angles come from mRoPE positions, below
             scatter_embedding_sequence_parallel=False,  # visual tokens are written into the whole row first
             pg_collection=groups.collection,
+            vp_stage=vp_stage,
         )
         self.architecture = architecture
         self.groups = groups
-        self.train_vision = train_vision
-        if self.pre_process:
-            self.vision = Qwen2_5_VisionTransformerPretrainedModel._from_config(
-                architecture.hf.vision_config, attn_implementation="sdpa", dtype=config.params_dtype
+        self.rotary = MultimodalRotary(
+            architecture.head_dim,
+            architecture.rope_theta,
+            architecture.mrope_section,
+            interleaved=architecture.family.interleaved_rotary,
+        )
+        if is_first:
+            self.vision = architecture.family.vision_class._from_config(
+                architecture.hf.vision_config, attn_implementation="sdpa", dtype=megatron_config.params_dtype
             )
-            self.vision.requires_grad_(train_vision)
+            self.vision.requires_grad_(config.model.train_vision)
+            self.shared_vision = SharedVision(
+                self.vision,
+                group=groups.tensor_context,
+                context_group=groups.context,
+                trained=config.model.train_vision,
+                recompute=config.recompute.vision,
+            )
 
     def forward(self, batch: MicroBatch, scoring: Scoring) -> Tensor:
         """See the class."""
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-        )
-        hidden = super().forward(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[:, None],
+        local = context_index(batch.cu_seqlens, self.groups.context.rank(), self.groups.context.size())
+        hidden = self.decoder(
+            hidden_states=self._embed(batch, local) if self.pre_process else None,
             attention_mask=None,
-            decoder_input=self._embed(batch) if self.pre_process else None,
-            packed_seq_params=packed,
+            rotary_pos_emb=self.rotary(batch.position_ids[:, local]),
+            packed_seq_params=PackedRow(
+                qkv_format="thd",
+                cu_seqlens_q=batch.cu_seqlens,
+                cu_seqlens_kv=batch.cu_seqlens,
+                max_seqlen_q=batch.max_seqlen,
+                max_seqlen_kv=batch.max_seqlen,
+                num_local_tokens=len(local) // (self.groups.tensor.size() if self.config.sequence_parallel else 1),
+            ),
         )
-        return self._score(hidden, batch, scoring) if self.post_process else hidden
+        return self._score(hidden, batch, local, scoring) if self.post_process else hidden
 
-    def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        """Megatron would form logits here; the head is ours, so the hidden states pass through."""
-        return hidden_states
-
-    def _embed(self, batch: MicroBatch) -> Tensor:
-        """Token embeddings with the visual tokens in their places, [T, 1, H]."""
-        embedded = self.embedding(input_ids=batch.input_ids[None], position_ids=None)  # [T, 1, H]
-        if batch.pixel_values is not None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_vision):
-                visual = self.vision(batch.pixel_values, grid_thw=batch.image_grid_thw).pooler_output  # [V, H]
-            rows = torch.nonzero(batch.visual_index >= 0).squeeze(1)
-            embedded = embedded.index_put((rows,), visual[batch.visual_index[rows]][:, None])
+    def _embed(self, batch: MicroBatch, local: Tensor) -> Tensor:
+        """Token embeddings with the visual tokens in their places, [T_local, 1, H]; behind them, as further rows, what
+        the first layers add (DeepStack), where the row has images and the model such layers."""
+        embedded = self.embedding(input_ids=batch.input_ids[local][None], position_ids=None)  # [T_local, 1, H]
+        parts = [embedded]
+        if batch.images:
+            visual = self.shared_vision(batch)  # [1 + L, V, H]
+            index = batch.visual_index[local]
+            rows = torch.nonzero(index >= 0).squeeze(1)
+            bases = [embedded, *(torch.zeros_like(embedded) for _ in visual[1:])]
+            parts = [
+                base.index_put((rows,), features[index[rows]][:, None])
+                for base, features in zip(bases, visual, strict=True)
+            ]
         if self.config.sequence_parallel:
-            embedded = tensor_parallel.scatter_to_sequence_parallel_region(embedded, group=self.groups.tensor)
-        return embedded
+            parts = [tensor_parallel.scatter_to_sequence_parallel_region(x, group=self.groups.tensor) for x in parts]
+        return with_deepstack(parts[0], parts[1:])
 
-    def _score(self, hidden: Tensor, batch: MicroBatch, scoring: Scoring) -> Tensor:
+    def _score(self, hidden: Tensor, batch: MicroBatch, local: Tensor, scoring: Scoring) -> Tensor:
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=self.groups.tensor
             )
-            rows = hidden[:, 0][batch.loss_rows]
-        else:
-            rows = hidden[:, 0][batch.loss_rows]
+        place = torch.full_like(batch.input_ids, -1)  # [T] where this rank holds a token of the row
+        place[local] = torch.arange(len(local), device=local.device)
+        place = place[batch.loss_rows]  # [R]
+        mine = torch.nonzero(place >= 0).squeeze(1)
+        rows = hidden[:, 0][place[mine]]
+        if not self.config.sequence_parallel:
             rows = tensor_parallel.copy_to_tensor_model_parallel_region(rows, group=self.groups.tensor)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
         scores = linear_logprob(
             rows,
             weight,
-            batch.targets,
+            batch.targets[mine],
             temperature=scoring.temperature,
             entropy=True,
             tp_group=self.groups.tensor if self.groups.tensor.size() > 1 else None,
@@ -109,7 +136,16 @@ class QwenVLModel(GPTModel):
             vocab_size=self.architecture.vocab_size,
             logit_bias=self._ban(weight, scoring.banned_ids),
         )
-        return torch.stack([scores.logprobs, scores.entropy.detach()])
+        return self._all_scores(torch.stack([scores.logprobs, scores.entropy.detach()]), mine, len(place))
+
+    def _all_scores(self, scores: Tensor, mine: Tensor, num_scored: int) -> Tensor:
+        """[2, R] of the row's scored tokens, of which this context-parallel rank made those at `mine`.
+
+        Every rank then forms the whole loss, and each gradient goes back to the rank that made the score."""
+        if self.groups.context.size() == 1:
+            return scores
+        whole = scores.new_zeros(2, num_scored).index_copy(1, mine, scores)
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(whole, group=self.groups.context)
 
     def _ban(self, weight: Tensor, banned_ids: tuple[int, ...]) -> Tensor | None:
         """The bias [V_local] on this rank's part of the vocabulary."""

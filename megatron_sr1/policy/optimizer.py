@@ -6,34 +6,50 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_sr1.config import OptimizerConfig
+from megatron_sr1.config import OptimizerConfig, PrecisionConfig
+from megatron_sr1.platform.precision import compute_dtype
 
 
 def build_optimizer(
-    config: OptimizerConfig, model: DistributedDataParallel, num_steps: int, distributed: bool
+    config: OptimizerConfig,
+    precision: PrecisionConfig,
+    model: list[DistributedDataParallel],
+    num_steps: int,
+    distributed: bool,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """The optimizer and its schedule over `num_steps` optimizer steps. Biases and norms get no weight decay."""
-    optimizer = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=config.lr,
-            min_lr=config.min_lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.beta1,
-            adam_beta2=config.beta2,
-            adam_eps=config.eps,
-            clip_grad=config.clip_grad,
-            params_dtype=torch.float32,
-            use_distributed_optimizer=distributed,
-        ),
-        [model],
-        use_gloo_process_groups=False,
+    """The optimizer and its schedule over `num_steps` optimizer steps. Biases and norms get no weight decay.
+
+    It keeps fp32 weights beside those of a bf16 or fp8 model.
+    """
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        params_dtype=compute_dtype(precision),
+        bf16=compute_dtype(precision) == torch.bfloat16,
+        use_distributed_optimizer=distributed,
     )
+    overrides = get_standard_config_overrides(settings)
+    if config.vision_lr is not None:
+        scale = config.vision_lr / config.lr
+        overrides[ParamKey(name="*vision.*")] = {"max_lr": config.vision_lr, "min_lr": config.min_lr * scale}
+    optimizer = get_megatron_optimizer(settings, model, config_overrides=overrides, use_gloo_process_groups=False)
     prepare_adam_state(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -49,6 +65,11 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, scheduler
+
+
+def learning_rate(optimizer: MegatronOptimizer) -> float:
+    """That of the language model, in the next step."""
+    return next(group["lr"] for group in optimizer.param_groups if group["default_config"])
 
 
 def prepare_adam_state(optimizer: MegatronOptimizer) -> None:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from megatron_sr1.config import Config, check_model
-from megatron_sr1.convert import export_hf_weights, load_hf_weights
+from megatron_sr1.convert import export_hf_weights, load_hf_weights, mark_shards
 from megatron_sr1.platform import Platform
-from megatron_sr1.policy.architecture import Architecture, read_architecture, transformer_config
+from megatron_sr1.platform.precision import check_precision
+from megatron_sr1.platform.specs import layer_spec_name
+from megatron_sr1.policy.architecture import Architecture, read_architecture
+from megatron_sr1.policy.build import build_chunks
+from megatron_sr1.policy.gradients import add_gradients
 from megatron_sr1.policy.groups import ParallelGroups, build_groups
-from megatron_sr1.policy.model import QwenVLModel
-from megatron_sr1.policy.optimizer import build_optimizer, load_optimizer_state
+from megatron_sr1.policy.optimizer import build_optimizer, learning_rate, load_optimizer_state
+from megatron_sr1.policy.schedule import Schedule
+from megatron_sr1.policy.sharded import load_model_weights, load_sharded_weights, sharded_weights
 from megatron_sr1.types import LogProbs, LossFn, MicroBatch, Scoring
 
 CHECKPOINT_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -49,38 +53,57 @@ class Policy:
             ValueError: a model class that is not supported, weights that do not fit, a layout that does not divide.
         """
         check_model(config)
+        check_precision(config.precision, layer_spec_name(config.model.layer_spec, platform), platform)
         self.architecture: Architecture = read_architecture(config.model.hf_dir)
         self.config = config
         self.platform = platform
         self.groups: ParallelGroups = build_groups(config.layout)
         model_parallel_cuda_manual_seed(config.seed)
-        megatron_config = transformer_config(self.architecture, config.layout, platform.on_cpu)
-        self.stage = QwenVLModel(
-            self.architecture,
-            megatron_config,
-            self.groups,
-            max_position=config.model.max_position,
-            train_vision=config.model.train_vision,
-        ).to(platform.device)
-        load_hf_weights(self.stage, config.model.hf_dir, self.architecture, self.groups.tensor)
-        self.model = DistributedDataParallel(
-            megatron_config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=config.layout.distributed_optimizer
-            ),
-            self.stage,
-            pg_collection=self.groups.collection,
-        )
-        megatron_config.finalize_model_grads_func = _add_gradients
-        megatron_config.no_sync_func = self.model.no_sync
+        self.chunks = build_chunks(self.architecture, config, platform, self.groups, platform.device)
+        self._load_weights()
+        self.model = self._wrap()
         self.optimizer, self.scheduler = build_optimizer(
-            config.optimizer, self.model, num_optimizer_steps, config.layout.distributed_optimizer
+            config.optimizer, config.precision, self.model, num_optimizer_steps, config.layout.distributed_optimizer
         )
-        self._reference = [p.detach().clone() for p in self.stage.parameters()] if keep_reference else None
+        self._schedule = Schedule(self.model, self.groups, config)
+        self._reference = [p.detach().clone() for p in self._parameters()] if keep_reference else None
+
+    def _load_weights(self) -> None:
+        """From the Megatron checkpoint where one is named, else from the Hugging Face directory."""
+        if self.config.model.megatron_dir:
+            load_model_weights(self.chunks, self.config.model.megatron_dir)
+        else:
+            load_hf_weights(self.chunks, self.config.model.hf_dir, self.architecture, self.groups)
+        mark_shards(self.chunks, self.architecture, self.groups)
+
+    def _wrap(self) -> list[DistributedDataParallel]:
+        megatron_config = self.chunks[0].config
+        wrapped = [
+            DistributedDataParallel(
+                megatron_config,
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True, use_distributed_optimizer=self.config.layout.distributed_optimizer
+                ),
+                chunk,
+                disable_bucketing=number > 0,  # later chunks finish their gradients together
+                pg_collection=self.groups.collection,
+            )
+            for number, chunk in enumerate(self.chunks)
+        ]
+        megatron_config.finalize_model_grads_func = partial(add_gradients, tensor_group=self.groups.tensor)
+        no_sync = [model.no_sync for model in wrapped]
+        megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        return wrapped
+
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        for chunk in self.chunks:
+            yield from chunk.parameters()
 
     def logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
         """Scores of each micro-batch's R rows, without gradient, on every rank of the pipeline."""
-        scores = self._run(batches, scoring, forward_only=True, collect=lambda _, output: output)
+        scores = self._schedule.run(
+            batches, scoring, forward_only=True, collect=lambda _, output: output, nothing=lambda output: output
+        )
         return self._from_last_stage(scores, batches)
 
     def reference_logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
@@ -94,16 +117,21 @@ class Policy:
         Raises:
             FloatingPointError: the gradient norm is not finite. The weights are spoilt then; what was saved is not.
         """
-        self.model.zero_grad_buffer()
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        no_tokens = torch.zeros((), dtype=torch.int)  # the schedule's own normalisation, which is not used
 
         def collect(index: int, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             loss, metrics = loss_fn(index, LogProbs(output[0], output[1]))
-            return loss, torch.ones((), dtype=torch.int), {name: value.detach() for name, value in metrics.items()}
+            return loss, no_tokens, {name: value.detach() for name, value in metrics.items()}
 
-        reported = self._run(batches, scoring, forward_only=False, collect=collect)
+        def nothing(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            return output.sum(), no_tokens, {}
+
+        reported = self._schedule.run(batches, scoring, forward_only=False, collect=collect, nothing=nothing)
         metrics = self._add_metrics(reported)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
+        rate = learning_rate(self.optimizer)
         _, grad_norm, _ = self.optimizer.step()
         if not torch.isfinite(torch.as_tensor(grad_norm)):
             raise FloatingPointError(
@@ -111,54 +139,24 @@ class Policy:
                 "again: it continues from the newest checkpoint."
             )
         self.scheduler.step(increment=1)
-        return StepResult(metrics, float(grad_norm), learning_rate)
+        return StepResult(metrics, float(grad_norm), rate)
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights under their Hugging Face names, full, on every rank; all ranks iterate together."""
-        return export_hf_weights(self.stage, self.architecture, self.groups.tensor, self.groups.pipeline)
+        return export_hf_weights(self.chunks, self.architecture, self.groups)
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Model, optimizer and schedule as Megatron-Core's distributed checkpointing takes them: any layout can load
         what any other saved."""
-        model = self.stage.sharded_state_dict()
+        model = sharded_weights(self.chunks)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=CHECKPOINT_FORMAT)
         return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes what was loaded into `sharded_state(loading=True)`."""
-        self.stage.load_state_dict(state["model"])
+        load_sharded_weights(self.chunks, state["model"])
         load_optimizer_state(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-
-    def _run(
-        self,
-        batches: Sequence[MicroBatch],
-        scoring: Scoring,
-        *,
-        forward_only: bool,
-        collect: Callable[[int, Tensor], Any],
-    ) -> list[Any]:
-        """Megatron's schedule over the micro-batches. `collect(index, output)` sees the last stage's outputs."""
-
-        def forward_step(
-            batch_iterator: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module
-        ) -> tuple[Tensor, Any]:
-            index, batch = next(batch_iterator)
-            output = model(batch, scoring)
-            return output, (lambda out, non_loss_data=False: collect(index, out))
-
-        schedule = get_forward_backward_func()
-        with torch.set_grad_enabled(not forward_only):
-            return schedule(
-                forward_step_func=forward_step,
-                data_iterator=enumerate(batches),
-                model=self.model,
-                num_microbatches=len(batches),
-                seq_length=max(len(batch.input_ids) for batch in batches),
-                micro_batch_size=1,
-                forward_only=forward_only,
-                collect_non_loss_data=forward_only,
-            )
 
     def _from_last_stage(self, scores: list[Tensor], batches: Sequence[MicroBatch]) -> list[LogProbs]:
         if self.groups.pipeline.size() > 1:
@@ -193,12 +191,7 @@ class Policy:
     @torch.no_grad()
     def _exchange_weights(self) -> None:
         """Swaps trained and reference values in place, one parameter at a time."""
-        for parameter, other in zip(self.stage.parameters(), self._reference, strict=True):
+        for parameter, other in zip(self._parameters(), self._reference, strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(other)
             other.copy_(kept)
-
-
-def _add_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None, **options: Any) -> None:
-    """Megatron's reduction without its division by a token count: losses carry their own global denominators."""
-    finalize_model_grads(model, num_tokens=None, **options)

@@ -38,7 +38,7 @@ def plan_first(processor: Processor, prompt: Prompt, template: Template) -> Pass
             f"sampling.template={template!r} is not a first-pass template: it must be one of {', '.join(_FIRST_PASS)}."
         )
     ids = processor.prompt_ids(_FIRST_PASS[template](prompt.problem), num_images=len(prompt.images))
-    grids = [processor.encode_image(image).grid_thw for image in prompt.images]
+    grids = [processor.grid(image.size) for image in prompt.images]
     return PassPrompt(prompt.key, "first", ids, processor.expand(ids, grids), prompt.images)
 
 

@@ -1,0 +1,237 @@
+"""Hugging Face weights into a Megatron checkpoint, piece by piece: memory holds one piece and what it is made of.
+
+The result is what `dist_checkpointing.save` writes, format torch_dist: `.metadata` (the index of pieces that
+torch.distributed.checkpoint reads), data files, `common.pt` and `metadata.json`. torch's own writer keeps every tensor
+of a file alive until the file is closed, so the data files are written here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_sr1.checkpoint.streaming_layout import HF_FOLDER, HfLayout, ModelSlots, ParameterSlot, assign, model_slots
+from megatron_sr1.convert.hf_dir import HfTensors, check_finite, copy_side_files, row_blocks
+from megatron_sr1.convert.pickles import BACKEND, COMMON
+from megatron_sr1.convert.safetensors_format import TensorInfo
+from megatron_sr1.convert.table import Sizes, has_published_experts, hf_from_shards, shard_from_hf
+from megatron_sr1.platform import Platform
+
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a parameter that are written together."""
+
+    slot: ParameterSlot
+    start: int
+    stop: int
+    info: TensorInfo  # of the piece
+
+    @property
+    def index(self) -> MetadataIndex:
+        return MetadataIndex(self.slot.key, self.slot.offsets(self.start))
+
+
+def hf_to_megatron(hf_dir: str, out_dir: Path, platform: Platform, advance: Callable[[int, int], None]) -> None:
+    """Writes a checkpoint into `out_dir`, an empty folder. All ranks call it and share the work.
+
+    Args:
+        advance: told the bytes that this rank has done, and those it has to do.
+
+    Raises:
+        ValueError: naming the file and the tensor: missing, extra, misshaped, truncated, not finite.
+    """
+    slots, tensors = model_slots(hf_dir), HfTensors(hf_dir)
+    check_tensors(slots, tensors)
+    dtypes = _dtypes(slots, tensors)
+    pieces = [piece for slot in slots.parameters for piece in _pieces(slot, dtypes[slot.key])]
+    mine = assign(pieces, [piece.info.nbytes for piece in pieces], platform.world_size)[platform.rank]
+    written = _write(mine, tensors, slots.architecture, out_dir / f"__{platform.rank}_0.distcp", advance)
+    gathered: list[list[WriteResult]] = [[] for _ in range(platform.world_size)]
+    torch.distributed.all_gather_object(gathered, written)
+    if platform.is_main:
+        assert sum(len(results) for results in gathered) == len(pieces)
+        copy_side_files(hf_dir, out_dir / HF_FOLDER)
+        HfLayout(_published_experts(slots, tensors), _stores_tied_head(slots, tensors)).write(out_dir)
+        torch.save({}, out_dir / COMMON)
+        FileSystemWriter(out_dir).finish(_metadata(pieces), gathered)
+        save_config(CheckpointingConfig(BACKEND), str(out_dir))
+    torch.distributed.barrier()
+
+
+def check_tensors(slots: ModelSlots, tensors: HfTensors) -> None:
+    """Compares names and shapes with what the model's config.json calls for.
+
+    Raises:
+        ValueError: a tensor is missing, is no part of the model or has another shape.
+    """
+    expected = slots.by_hf()
+    found = tensors.tensors
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing:
+        raise ValueError(
+            f"{tensors.folder} has no tensor {_some(missing)}, which the model's config.json calls for. Copy the "
+            "missing files, or correct config.json."
+        )
+    if extra == [HEAD] and _stores_tied_head(slots, tensors):
+        _check_tied(tensors, next(slot for slot in slots.parameters if slot.rule.kind == "vocabulary"))
+    elif extra:
+        raise ValueError(
+            f"{tensors.folder} holds {_some(extra)}, which the model's config.json has no place for. Correct "
+            "config.json, or remove the tensors: they would be lost."
+        )
+    for name, owners in expected.items():
+        allowed = _hf_shapes(owners, slots.architecture)
+        if found[name].shape not in allowed:
+            raise ValueError(
+                f"{tensors.slot(name).file}: {name} has the shape {list(found[name].shape)}, but config.json calls for "
+                f"{' or '.join(str(list(shape)) for shape in allowed)}. They do not belong together."
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _check_tied(tensors: HfTensors, embedding: ParameterSlot) -> None:
+    """A head that is stored although it is the embedding must be the embedding, or it would be lost."""
+    name = embedding.rule.hf[0]
+    pairs = zip(tensors.pieces(name), tensors.pieces(HEAD), strict=True)
+    if tensors.tensors[name] != tensors.tensors[HEAD] or not all(torch.equal(a, b) for (_, a), (_, b) in pairs):
+        raise ValueError(
+            f"{tensors.folder}: config.json says tie_word_embeddings, but {HEAD} differs from {name}. Set "
+            "tie_word_embeddings to false, or remove the tensor that is wrong."
+        )
+
+
+def _hf_shapes(owners: list[tuple[ParameterSlot, int]], sizes: Sizes) -> list[tuple[int, ...]]:
+    """The shapes that a Hugging Face tensor may have, from those of its parameters."""
+    (slot, number), rule = owners[0], owners[0][0].rule
+    meta = torch.empty(slot.shape, device="meta")
+    if rule.expert is None:
+        return [tuple(hf_from_shards(rule, [meta], sizes)[number].shape)]
+    parts = [hf_from_shards(rule, [meta], sizes, published_experts=way)[number].shape for way in (True, False)]
+    return [(len(owners), *part) for part in dict.fromkeys(parts)]
+
+
+def _stores_tied_head(slots: ModelSlots, tensors: HfTensors) -> bool:
+    return slots.architecture.tied and HEAD in tensors.tensors
+
+
+def _published_experts(slots: ModelSlots, tensors: HfTensors) -> bool:
+    found = tensors.tensors
+    return all(
+        has_published_experts(slot.rule, found[slot.rule.hf[0]].shape, slots.architecture)
+        for slot in slots.parameters
+        if slot.rule.expert is not None
+    )
+
+
+def _dtypes(slots: ModelSlots, tensors: HfTensors) -> dict[str, torch.dtype]:
+    """The checkpoint's tensors' types: those of the Hugging Face tensors, which must agree."""
+    found = tensors.tensors
+    types: dict[str, tuple[torch.dtype, str]] = {}
+    for slot in slots.parameters:
+        for name in slot.rule.hf:
+            dtype, first = types.setdefault(slot.key, (found[name].dtype, name))
+            if found[name].dtype != dtype:
+                raise ValueError(
+                    f"{tensors.folder}: {name} is {found[name]}, {first} is {found[first]}: the checkpoint's "
+                    f"{slot.key} can have only one type. Convert one of them."
+                )
+    return {key: dtype for key, (dtype, _) in types.items()}
+
+
+def _pieces(slot: ParameterSlot, dtype: torch.dtype) -> Iterator[Piece]:
+    whole = TensorInfo(dtype, slot.shape)
+    if slot.rule.kind == "gate_up":
+        half = TensorInfo(dtype, (slot.shape[0] // 2, *slot.shape[1:]))
+        blocks = [(row + start, row + stop) for row in (0, half.num_rows) for start, stop in row_blocks(half)]
+    elif slot.rule.kind == "qkv" or slot.rule.expert is not None:
+        blocks = [(0, whole.num_rows)]  # their rows are not in the order of the Hugging Face tensors
+    else:
+        blocks = list(row_blocks(whole))
+    for start, stop in blocks:
+        shape = (stop - start, *slot.shape[1:]) if slot.shape else ()
+        yield Piece(slot, start, stop, TensorInfo(dtype, shape))
+
+
+def _read(piece: Piece, tensors: HfTensors, sizes: Sizes) -> Tensor:
+    """The values of a piece; only the rows that it is made of are read."""
+    rule, start, stop = piece.slot.rule, piece.start, piece.stop
+    if rule.kind == "qkv" or rule.expert is not None:
+        rows = [(0, None) if rule.expert is None else (rule.expert, rule.expert + 1)] * len(rule.hf)
+        parts = [_checked(tensors, name, *row) for name, row in zip(rule.hf, rows, strict=True)]
+        parts = parts if rule.expert is None else [part[0] for part in parts]
+        return shard_from_hf(rule, parts, sizes, 0, 1)
+    if rule.kind == "gate_up":
+        number, first = divmod(start, piece.slot.shape[0] // 2)
+        return _checked(tensors, rule.hf[number], first, first + stop - start)
+    if rule.kind == "vocabulary" and stop > sizes.vocab_size:  # rows that fill up the last rank's part
+        filled = torch.zeros(piece.info.shape, dtype=piece.info.dtype)
+        filled[: sizes.vocab_size - start] = _checked(tensors, rule.hf[0], start, sizes.vocab_size)
+        return filled
+    return _checked(tensors, rule.hf[0], start, stop)
+
+
+def _checked(tensors: HfTensors, name: str, start: int, stop: int | None) -> Tensor:
+    rows = tensors.slot(name).read(start, stop)
+    check_finite(rows, name, tensors.slot(name).file, start)
+    return rows
+
+
+def _write(
+    pieces: list[Piece], tensors: HfTensors, sizes: Sizes, file: Path, advance: Callable[[int, int], None]
+) -> list[WriteResult]:
+    total = sum(piece.info.nbytes for piece in pieces)
+    results = []
+    with file.open("wb") as stream:
+        for piece in pieces:
+            value = _read(piece, tensors, sizes).contiguous()
+            assert TensorInfo(value.dtype, tuple(value.shape)) == piece.info, (piece, value.shape)
+            offset = stream.tell()
+            torch.save(value.view(piece.slot.sizes(piece.stop - piece.start)), stream)
+            place = _StorageInfo(file.name, offset, stream.tell() - offset)
+            results.append(WriteResult(piece.index, place.length, place))
+            advance(piece.info.nbytes, total)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return results
+
+
+def _metadata(pieces: list[Piece]) -> Metadata:
+    tensors: dict[str, TensorStorageMetadata] = {}
+    for piece in pieces:
+        slot = piece.slot
+        size = torch.Size((*slot.leading, *slot.shape))
+        entry = tensors.setdefault(slot.key, TensorStorageMetadata(TensorProperties(piece.info.dtype), size, []))
+        chunk = ChunkStorageMetadata(
+            torch.Size(slot.offsets(piece.start)), torch.Size(slot.sizes(piece.stop - piece.start))
+        )
+        entry.chunks.append(chunk)
+    _check_cover(tensors)
+    return Metadata(state_dict_metadata=dict(tensors))
+
+
+def _check_cover(tensors: Mapping[str, TensorStorageMetadata]) -> None:
+    for key, entry in tensors.items():
+        assert sum(chunk.sizes.numel() for chunk in entry.chunks) == entry.size.numel(), key

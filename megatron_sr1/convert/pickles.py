@@ -1,0 +1,136 @@
+"""A look into a Megatron checkpoint's pickles before Megatron-Core opens them.
+
+torch.distributed.checkpoint reads `.metadata`, and the objects stored beside the tensors, with a pickle loader that
+runs whatever code the file names. Here both are read first with a loader that knows only the classes a checkpoint is
+made of.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import json
+import pathlib
+import pickle
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata, planner
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.serialization import _get_layout
+
+METADATA = ".metadata"
+COMMON = "common.pt"
+FORMAT = "metadata.json"
+BACKEND = "torch_dist"
+_CLASSES = (
+    metadata.BytesStorageMetadata,
+    metadata.ChunkStorageMetadata,
+    metadata.Metadata,
+    metadata.MetadataIndex,
+    metadata.StorageMeta,
+    metadata.TensorProperties,
+    metadata.TensorStorageMetadata,
+    metadata._MEM_FORMAT_ENCODING,
+    filesystem._StorageInfo,
+    planner.BytesIOWriteData,
+    planner.SavePlan,
+    planner.TensorWriteData,
+    planner.WriteItem,
+    planner.WriteItemType,
+    collections.OrderedDict,
+    torch.Size,
+    _get_layout,
+)
+_ALLOWED: dict[tuple[str, str], Any] = {(item.__module__, item.__qualname__): item for item in _CLASSES} | {
+    ("torch", "Size"): torch.Size,
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
+    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,  # its name since Python 3.13
+}
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+
+class _CheckpointUnpickler(pickle.Unpickler):
+    """Knows the classes of a checkpoint's metadata and no others."""
+
+    def __init__(self, stream: IO[bytes], path: Path) -> None:
+        super().__init__(stream)
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        if (module, name) not in _ALLOWED:
+            raise ValueError(
+                f"{self.path} asks for {module}.{name}, which no checkpoint needs: opening it could run foreign code. "
+                "Do not use it unless you know where it comes from."
+            )
+        return _ALLOWED[module, name]
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The tensors of a Megatron checkpoint and their places, read without running code of the file's choice.
+
+    Raises:
+        ValueError: no such checkpoint, another format, a file that is corrupt or asks for a class it should not.
+    """
+    path = folder / METADATA
+    for file in (folder / FORMAT, path, folder / COMMON):
+        if not file.is_file():
+            raise ValueError(
+                f"{folder} is no complete Megatron checkpoint: {file.name} is missing. Give a folder that "
+                "hf-to-megatron or a training run has written."
+            )
+    try:
+        backend = json.loads((folder / FORMAT).read_text(encoding="utf-8"))["sharded_backend"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / FORMAT} is corrupt ({error!r}). Copy the checkpoint again.") from error
+    if backend != BACKEND:
+        raise ValueError(f"{folder / FORMAT}: the format is {backend!r}, which cannot be read; {BACKEND!r} can.")
+    try:
+        with path.open("rb") as stream:
+            found = _CheckpointUnpickler(stream, path).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is corrupt ({error!r}). Copy the checkpoint again.") from error
+    if not isinstance(found, Metadata):
+        raise ValueError(f"{path} holds a {type(found).__name__} where a checkpoint's metadata belongs.")
+    return found
+
+
+def check_megatron_dir(folder: str | Path) -> Metadata:
+    """Makes sure that Megatron-Core may open a checkpoint: no pickle in it asks for foreign code, no file is short.
+
+    Raises:
+        ValueError: naming the file, and the class where there is one.
+    """
+    folder = Path(folder)
+    found = read_metadata(folder)
+    _check_object(folder / COMMON, (folder / COMMON).read_bytes())
+    for index, place in found.storage_data.items():
+        path = folder / place.relative_path
+        if Path(place.relative_path).name != place.relative_path:
+            raise ValueError(
+                f"{folder / METADATA} puts {index.fqn} outside of the checkpoint: {place.relative_path!r}."
+            )
+        if not path.is_file() or path.stat().st_size < place.offset + place.length:
+            raise ValueError(
+                f"{path} is missing or truncated: {index.fqn} should lie at bytes {place.offset} to "
+                f"{place.offset + place.length}. Copy the checkpoint again."
+            )
+        if isinstance(found.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+            with path.open("rb") as stream:
+                stream.seek(place.offset)
+                _check_object(path, stream.read(place.length))
+    return found
+
+
+def _check_object(path: Path, content: bytes) -> None:
+    """Opens a small object as torch does when it trusts nothing."""
+    if not content:
+        return  # an object that a layer has nothing to say in
+    try:
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).partition("Please file")[0].strip()
+        raise ValueError(f"{path} cannot be opened safely. {reason}") from error

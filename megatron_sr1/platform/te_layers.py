@@ -1,0 +1,41 @@
+"""The layer spec of the language model on GPUs: Transformer Engine's layers.
+
+Norms are fused into the linear that follows (where it is one), attention takes packed rows (THD) and context
+parallelism, the experts of a mixture are grouped matrix products.
+"""
+
+from __future__ import annotations
+
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_sr1.platform.layers import moe_pattern
+
+
+def te_layer_spec(config: TransformerConfig, *, is_moe: bool = False) -> ModuleSpec:
+    """One layer: dense, or with the experts of `config`. Each call gives a new one, so that its parts may be replaced.
+
+    Raises:
+        ImportError: Transformer Engine is absent or does not load.
+    """
+    # Megatron-Core passes over a Transformer Engine that does not load; what is wrong with it shows here
+    import transformer_engine.pytorch  # noqa: F401
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts if is_moe else None,
+        moe_grouped_gemm=is_moe,
+        qk_layernorm=config.qk_layernorm,
+    )
+
+
+def te_block_spec(
+    config: TransformerConfig, num_layers: int, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The `num_layers` layers and final norm of a chunk: this pipeline rank's, or its `vp_stage`-th where there is a
+    virtual pipeline."""
+    layers = [te_layer_spec(config, is_moe=is_moe) for is_moe in moe_pattern(config, num_layers, vp_stage)]
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)

@@ -1,0 +1,49 @@
+"""DeepStack (Meng et al. 2024, arXiv 2406.04334): features of several vision layers enter the first language layers.
+
+The features ride along with the hidden states, `cat([hidden, ds_1, ..., ds_n])` along the tokens. Each layer takes the
+first part, computes, adds ds_1 and passes the rest on; after n layers nothing is left. So pipeline stages, chunks and
+recomputation move them like any other activation.
+
+Shapes: T_part tokens of the row in this rank's hidden states (context and sequence parallelism split them), n features
+that remain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+
+@dataclass
+class PackedRow(PackedSeqParams):
+    """A packed row as the layers see it."""
+
+    num_local_tokens: int = 0  # T_part: without what rides along
+
+
+class DeepstackLayer(TransformerLayer):
+    """A layer that adds the first of the features that ride along with its input. Without any it is a plain layer."""
+
+    def forward(
+        self, hidden_states: Tensor, *arguments: Any, packed_seq_params: PackedRow, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """[(1 + n) * T_part, 1, H] -> [(1 + max(n - 1, 0)) * T_part, 1, H], and Megatron's context, passed through."""
+        size = packed_seq_params.num_local_tokens
+        assert size > 0 and len(hidden_states) % size == 0, (tuple(hidden_states.shape), size)
+        hidden, *features = hidden_states.split(size)
+        output, context = super().forward(hidden, *arguments, packed_seq_params=packed_seq_params, **options)
+        if features:
+            output = torch.cat([output + features[0], *features[1:]])
+        return output, context
+
+
+def with_deepstack(hidden: Tensor, features: list[Tensor]) -> Tensor:
+    """What the first layer takes: hidden [T_part, 1, H] and, for each language layer that adds one, a feature
+    [T_part, 1, H] that is 0 at text tokens -> [(1 + n) * T_part, 1, H]."""
+    assert all(feature.shape == hidden.shape for feature in features)
+    return torch.cat([hidden, *features]) if features else hidden

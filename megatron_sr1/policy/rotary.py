@@ -1,0 +1,56 @@
+"""Multimodal rotary embedding: the angles of each token (Qwen2-VL, arXiv 2409.12191, section 2.1).
+
+Shapes: T tokens, d channels of a head, positions [3, T] = time, height, width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class MultimodalRotary(torch.nn.Module):
+    """Angle of frequency i of token t: position[axis(i), t] / theta^(2i / d), for i < d / 2; the second half of a head
+    repeats the first.
+
+    axis(i) is time, height or width: in three sections of the frequencies (Qwen2.5-VL), or by turns, T H W T H W ...,
+    until the sections of height and width are used up, and time for the rest (Qwen3-VL).
+    """
+
+    def __init__(self, head_dim: int, theta: float, section: tuple[int, int, int], *, interleaved: bool) -> None:
+        """Args: section: how many frequencies time, height and width have; together d / 2."""
+        super().__init__()
+        assert 2 * sum(section) == head_dim
+        frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
+        axes = _interleaved(section) if interleaved else _sectioned(section)
+        # [d / 2]: which of the three positions turns each frequency
+        self.register_buffer("axes", axes, persistent=False)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """[3, T] -> angles [T, 1, 1, d], radians, fp32, for Megatron-Core's `apply_rotary_pos_emb` (halves)."""
+        positions = position_ids[self.axes].float()  # [d / 2, T]
+        angles = positions.T * self.frequencies
+        return torch.cat([angles, angles], dim=-1)[:, None, None]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultimodalRotary:
+        """Moves between devices, but stays fp32 in a model that is cast to bf16: 8 bits do not hold a position."""
+        kept = self.frequencies
+        super()._apply(fn, recurse)
+        self.frequencies = kept.to(self.frequencies.device)
+        return self
+
+
+def _sectioned(section: tuple[int, int, int]) -> Tensor:
+    return torch.tensor([axis for axis in range(3) for _ in range(section[axis])])
+
+
+def _interleaved(section: tuple[int, int, int]) -> Tensor:
+    """As transformers' Qwen3VLTextRotaryEmbedding.recomposition_frequencies: slices of step 3 over the time axis."""
+    axes = torch.zeros(sum(section), dtype=torch.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * section[axis] : 3] = axis
+    return axes

@@ -1,0 +1,55 @@
+"""The weights of a rank's chunks as Megatron-Core's distributed checkpointing saves and loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_sr1.convert import check_megatron_dir
+
+EXTRA_STATE = "_extra_state"  # what Transformer Engine keeps beside a weight: the scales of delayed fp8 recipes
+
+
+def sharded_weights(chunks: Sequence[torch.nn.Module], *, extra_state: bool = True) -> dict[str, Any]:
+    """Names in the whole model, shapes and shards of this rank's weights. What one layout saved any other can load.
+
+    Args:
+        extra_state: also Transformer Engine's own state; a checkpoint made of Hugging Face weights has none.
+    """
+    states = {f"chunk_{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+    if extra_state:
+        return states
+    return {
+        chunk: {name: value for name, value in state.items() if not name.endswith(EXTRA_STATE)}
+        for chunk, state in states.items()
+    }
+
+
+def load_sharded_weights(chunks: Sequence[torch.nn.Module], states: dict[str, Any]) -> None:
+    """Takes what was loaded into `sharded_weights`.
+
+    Raises:
+        ValueError: the state names other weights than the chunks have.
+    """
+    for number, chunk in enumerate(chunks):
+        report = chunk.load_state_dict(states[f"chunk_{number}"], strict=False)
+        missing = [name for name in report.missing_keys if not name.endswith(EXTRA_STATE)]
+        if missing or report.unexpected_keys:
+            raise ValueError(
+                f"the checkpoint does not hold this model: missing {missing[:3]}, unexpected "
+                f"{report.unexpected_keys[:3]}. Give the checkpoint of a model with the same config.json."
+            )
+
+
+def load_model_weights(chunks: Sequence[torch.nn.Module], megatron_dir: str) -> None:
+    """Fills the chunks from a directory that `tools/convert.py hf-to-megatron` wrote.
+
+    Raises:
+        ValueError: the directory is none, or holds another model.
+    """
+    check_megatron_dir(megatron_dir)
+    state = dist_checkpointing.load({"model": sharded_weights(chunks, extra_state=False)}, megatron_dir)
+    load_sharded_weights(chunks, state["model"])

@@ -1,0 +1,299 @@
+"""Precision and layer specs: what is refused, what Megatron-Core makes of what is not, and that both layer specs are
+the same model. What only a GPU can show is in test_gpu.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sr1.config import Config, ConfigError, LayoutConfig, ModelConfig, PrecisionConfig
+from megatron_sr1.platform.accelerator import Accelerator
+from megatron_sr1.platform.precision import check_bf16_layers, check_precision, compute_dtype, megatron_precision
+from megatron_sr1.platform.runtime import Platform
+from tests.ranks import run_ranks
+
+TESTS = Path(__file__).resolve().parent
+ADA, HOPPER = ("NVIDIA L40S", (8, 9)), ("NVIDIA H100", (9, 0))
+BLACKWELL, CONSUMER_BLACKWELL = ("NVIDIA B200", (10, 0)), ("NVIDIA RTX 5090", (12, 0))
+AMPERE = ("NVIDIA A100", (8, 0))
+CPU = Platform(torch.device("cpu"), 0, 1)
+
+
+def _gpu(card: tuple[str, tuple[int, int]], *, te: str | None = "2.8.0", toolkit: str = "12.9") -> Platform:
+    return Platform(torch.device("cuda"), 0, 1, Accelerator(card[0], card[1], toolkit, te))
+
+
+def _fp8(recipe: str, first: int = 0, last: int = 0) -> PrecisionConfig:
+    return PrecisionConfig(dtype="fp8", fp8_recipe=recipe, bf16_first_layers=first, bf16_last_layers=last)
+
+
+# ---------------------------------------------------------------- what is refused
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_fp32_and_bf16_run_everywhere(dtype: str) -> None:
+    for platform in (CPU, _gpu(AMPERE, te=None)):
+        check_precision(PrecisionConfig(dtype=dtype), "torch", platform)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "card"),
+    [
+        *[(recipe, card) for recipe in ("delayed", "current") for card in (ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL)],
+        ("blockwise", HOPPER),
+        ("mxfp8", BLACKWELL),
+    ],
+)
+def test_a_recipe_runs_on_its_cards(recipe: str, card: tuple[str, tuple[int, int]]) -> None:
+    for spec in ("auto", "te"):
+        check_precision(_fp8(recipe), spec, _gpu(card))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "card", "remedy"),
+    [
+        ("delayed", AMPERE, "Set precision.dtype to bf16."),
+        ("current", AMPERE, "Set precision.dtype to bf16."),
+        ("blockwise", AMPERE, "Set precision.dtype to bf16."),
+        ("blockwise", ADA, "Set it to delayed or current."),
+        ("blockwise", BLACKWELL, "Set it to delayed or current or mxfp8."),
+        ("mxfp8", HOPPER, "Set it to delayed or current or blockwise."),
+        ("mxfp8", CONSUMER_BLACKWELL, "Set it to delayed or current."),
+    ],
+)
+def test_a_card_that_cannot_is_named_with_what_it_can(
+    recipe: str, card: tuple[str, tuple[int, int]], remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_precision(_fp8(recipe), "te", _gpu(card))
+    message = str(caught.value)
+    assert f"precision.fp8_recipe={recipe!r}" in message and card[0] in message and message.endswith(remedy)
+
+
+@pytest.mark.parametrize(
+    ("platform", "spec", "message"),
+    [
+        (CPU, "auto", "no GPU"),
+        (CPU, "torch", "no GPU"),
+        (_gpu(HOPPER, te=None), "auto", "needs Transformer Engine, which is not installed"),
+        (_gpu(HOPPER), "torch", "model.layer_spec='torch' is not allowed with precision.dtype='fp8'"),
+        (_gpu(HOPPER, te="2.2.0"), "te", "with Transformer Engine 2.2.0: it needs 2.3 or newer"),
+        (_gpu(HOPPER, toolkit="12.8"), "te", "built for CUDA 12.8: it needs 12.9 or newer"),
+    ],
+)
+def test_fp8_is_refused_where_something_lacks(platform: Platform, spec: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_precision(_fp8("blockwise"), spec, platform)
+    assert message in str(caught.value)
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    check_precision(_fp8("blockwise"), "te", _gpu(HOPPER, te="2.10.0+cu13", toolkit="13.0"))
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, 0), (0, 1)])
+def test_delayed_scaling_cannot_leave_layers_in_bf16(first: int, last: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_precision(_fp8("delayed", first, last), "te", _gpu(HOPPER))
+    assert f"bf16_first_layers={first}" in str(caught.value) and "Set both to 0" in str(caught.value)
+
+
+def test_more_bf16_layers_than_the_model_has() -> None:
+    check_bf16_layers(_fp8("blockwise", 9, 9), num_layers=36, pipeline=4)
+    check_bf16_layers(PrecisionConfig(dtype="bf16", bf16_first_layers=99), num_layers=36, pipeline=4)
+    for first, last, named in ((10, 0, "bf16_first_layers=10"), (0, 10, "bf16_last_layers=10")):
+        with pytest.raises(ConfigError, match=named):
+            check_bf16_layers(_fp8("blockwise", first, last), num_layers=36, pipeline=4)
+    with pytest.raises(ConfigError, match="none would be FP8"):
+        check_bf16_layers(_fp8("blockwise", 18, 18), num_layers=36, pipeline=1)
+
+
+# ---------------------------------------------------------------- dtype and alignment
+def test_only_fp32_computes_in_fp32() -> None:
+    dtypes = {name: compute_dtype(PrecisionConfig(dtype=name)) for name in ("fp32", "bf16", "fp8")}
+    assert dtypes == {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+
+
+@pytest.mark.parametrize(("recipe", "alignment"), [("delayed", 16), ("current", 16), ("blockwise", 128), ("mxfp8", 32)])
+@pytest.mark.parametrize("parallel", [(1, 1, False), (4, 1, True), (4, 1, False), (1, 2, False), (2, 4, True)])
+def test_the_tokens_of_each_rank_are_aligned(recipe: str, alignment: int, parallel: tuple[int, int, bool]) -> None:
+    tensor, context, sequence = parallel
+    layout = LayoutConfig(tensor=tensor, context=context, sequence_parallel=sequence)
+    config = Config(layout=layout, precision=_fp8(recipe), nproc=tensor * context)
+    row = 3 * config.row_multiple
+    assert row / (context * (tensor if sequence else 1)) % alignment == 0
+    assert row % config.sequence_multiple == 0
+
+
+# ---------------------------------------------------------------- without Transformer Engine
+def _plain_checks(rank: int, num_ranks: int) -> None:
+    """What Megatron-Core's own configuration says; which layers are chosen."""
+    from megatron_sr1.platform import start_platform
+
+    start_platform()
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_sr1.platform.specs import layer_spec_name
+
+    sizes = {"num_layers": 6, "hidden_size": 64, "num_attention_heads": 4}
+    for precision in (PrecisionConfig(), PrecisionConfig(dtype="bf16"), _fp8("current", 1, 2), _fp8("delayed")):
+        config = TransformerConfig(**sizes, **megatron_precision(precision))
+        dtype = compute_dtype(precision)
+        assert (config.params_dtype, config.pipeline_dtype, config.autocast_dtype) == (dtype, dtype, dtype)
+        assert config.bf16 == (precision.dtype != "fp32") and not config.fp16
+        assert (config.fp8 is not None) == (precision.dtype == "fp8") and not config.fp8_param
+    with pytest.raises(ValueError, match="Delayed scaling does not support"):  # what check_precision spares its user
+        TransformerConfig(**sizes, **megatron_precision(_fp8("delayed", 1, 1)))
+    with pytest.raises(ValueError, match="num_layers_at_end_in_bf16"):  # and check_bf16_layers
+        TransformerConfig(**sizes, pipeline_model_parallel_size=3, **megatron_precision(_fp8("current", 1, 3)))
+
+    with_te, without = _gpu(AMPERE), _gpu(HOPPER, te=None)
+    names = {(choice, p): layer_spec_name(choice, p) for choice in ("auto", "torch") for p in (CPU, with_te, without)}
+    assert [key for key, name in names.items() if name == "te"] == [("auto", with_te)]
+    assert layer_spec_name("te", with_te) == "te"
+    for platform, lack in ((CPU, "no GPU"), (without, "not installed")):
+        with pytest.raises(ConfigError, match=lack):
+            layer_spec_name("te", platform)
+
+
+def test_without_transformer_engine() -> None:
+    run_ranks(1, _plain_checks)
+
+
+# ---------------------------------------------------------------- with a stand-in for Transformer Engine
+def _small_config(name: str, folder: str) -> str:
+    """A published configuration with fewer and smaller layers, as a model directory."""
+    tree = json.loads((TESTS / "configs" / f"{name}.json").read_text())
+    text = tree.get("text_config", tree)
+    text.update(num_hidden_layers=4, hidden_size=256, intermediate_size=96, num_attention_heads=4, vocab_size=1002)
+    text["num_key_value_heads"] = 2
+    text["max_window_layers"] = 4
+    if "head_dim" in text:
+        text["head_dim"] = 128
+    else:
+        text["rope_scaling"]["mrope_section"] = [8, 12, 12]
+    if "num_experts" in text:
+        text.update(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, mlp_only_layers=[1])
+    tree["vision_config"].update(depth=1, out_hidden_size=256)
+    if "deepstack_visual_indexes" in tree["vision_config"]:
+        tree["vision_config"]["deepstack_visual_indexes"] = [0]
+    path = Path(folder) / name
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(tree))
+    return str(path)
+
+
+CASES = [  # model, layout, ranks
+    ("Qwen2.5-VL-3B-Instruct", LayoutConfig(), 1),
+    ("Qwen2.5-VL-7B-Instruct", LayoutConfig(tensor=2, pipeline=2, sequence_parallel=True), 4),
+    ("Qwen3-VL-4B-Instruct", LayoutConfig(tensor=2), 2),
+    ("Qwen3-VL-30B-A3B-Instruct", LayoutConfig(expert=4), 4),
+    ("Qwen3-VL-30B-A3B-Instruct", LayoutConfig(pipeline=2, virtual=2, expert=2), 4),
+]
+
+
+@contextmanager
+def _chunks(model_dir: str, layout: LayoutConfig, rank: int, num_ranks: int, spec: str) -> Iterator[list[Any]]:
+    from megatron_sr1.platform.fake_ranks import fake_ranks
+    from megatron_sr1.policy.architecture import read_architecture
+    from megatron_sr1.policy.build import build_chunks
+    from megatron_sr1.policy.groups import build_groups
+
+    model = ModelConfig(hf_dir=model_dir, layer_spec=spec)
+    config = Config(model=model, layout=layout, nproc=num_ranks, precision=PrecisionConfig(dtype="bf16"))
+    with fake_ranks(rank, num_ranks):
+        groups = build_groups(layout)
+        yield build_chunks(read_architecture(model_dir), config, _gpu(HOPPER), groups, torch.device("meta"))
+
+
+def _checkpoint_entries(chunk: Any) -> dict[tuple[Any, ...], int]:
+    """What a distributed checkpoint of the chunk would hold: name, shapes and place of each tensor, name and place of
+    each other thing."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    state = chunk.sharded_state_dict()
+    apply_factories(state)
+    entries: dict[tuple[Any, ...], int] = {}
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor):
+            entry = (value.key, value.global_shape, value.global_offset, value.local_shape, value.dtype)
+        else:
+            entry = (value.key, value.global_shape, value.global_offset)
+        entries[entry] = entries.get(entry, 0) + 1
+    return entries
+
+
+def _parameters(chunk: Any, first_expert: int) -> dict[str, tuple[int, ...]]:
+    from megatron_sr1.convert.table import canonical_name
+
+    named = chunk.named_parameters()
+    return {canonical_name(name, first_expert=first_expert): tuple(parameter.shape) for name, parameter in named}
+
+
+def _compare_specs(model_dir: str, layout: LayoutConfig, num_ranks: int) -> None:
+    """Both specs give the same parameters and the same checkpoint on every rank."""
+    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
+
+    from megatron_sr1.policy.attention import PackedSelfAttention
+    from megatron_sr1.policy.deepstack import DeepstackLayer
+
+    for rank in range(num_ranks):
+        found: dict[str, list[Any]] = {}
+        for spec in ("torch", "te"):
+            with _chunks(model_dir, layout, rank, num_ranks, spec) as chunks:
+                found[spec] = [(_parameters(chunk, first_expert=0), _checkpoint_entries(chunk)) for chunk in chunks]
+                for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+                    assert type(layer) is DeepstackLayer and type(layer.self_attention) is PackedSelfAttention
+                    linear = layer.self_attention.linear_qkv
+                    assert isinstance(linear, TELayerNormColumnParallelLinear) == (spec == "te")
+        for (plain, plain_entries), (fused, fused_entries) in zip(found["torch"], found["te"], strict=True):
+            assert plain == fused
+            differing = set(plain_entries.items()) ^ set(fused_entries.items())
+            # Transformer Engine's modules also keep what delayed scaling remembers
+            assert all(entry[0].endswith("_extra_state") for entry, _ in differing), differing
+
+
+def _check_recipes() -> None:
+    """The recipe that Megatron-Core asks Transformer Engine for, layer by layer."""
+    from megatron.core.fp8_utils import get_fp8_context, get_fp8_recipe
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from transformer_engine.common import recipe as te_recipes
+    from transformer_engine.pytorch import fp8_autocast
+
+    sizes = {"num_layers": 6, "hidden_size": 64, "num_attention_heads": 4, "num_moe_experts": 4}
+    expected = {
+        "delayed": (te_recipes.DelayedScaling, te_recipes.Format.HYBRID),
+        "current": (te_recipes.Float8CurrentScaling, te_recipes.Format.HYBRID),
+        "blockwise": (te_recipes.Float8BlockScaling, te_recipes.Format.E4M3),
+        "mxfp8": (te_recipes.MXFP8BlockScaling, te_recipes.Format.E4M3),
+    }
+    for name, (kind, number_format) in expected.items():
+        bf16 = (0, 0) if name == "delayed" else (1, 2)
+        config = TransformerConfig(**sizes, add_bias_linear=False, **megatron_precision(_fp8(name, *bf16)))
+        recipe = get_fp8_recipe(config)
+        assert isinstance(recipe, kind) and recipe.arguments["fp8_format"] is number_format
+        in_fp8 = [isinstance(get_fp8_context(config, layer), fp8_autocast) for layer in range(6)]
+        assert in_fp8 == [bf16[0] <= layer < 6 - bf16[1] for layer in range(6)]
+        if name == "delayed":
+            assert (recipe.arguments["amax_history_len"], recipe.arguments["amax_compute_algo"]) == (1024, "max")
+
+
+def _stand_in_checks(rank: int, num_ranks: int, folder: str) -> None:
+    sys.path.insert(0, str(TESTS / "te_stand_in"))
+    from megatron_sr1.platform import start_platform
+
+    start_platform()
+    _check_recipes()
+    for name, layout, ranks in CASES:
+        _compare_specs(_small_config(name, folder), layout, ranks)
+
+
+def test_with_transformer_engine(tmp_path: Path) -> None:
+    """Up to its kernels: the recipe, and that both layer specs are one model with one checkpoint."""
+    run_ranks(1, _stand_in_checks, str(tmp_path))
