@@ -180,7 +180,7 @@ def _check_family(model_dir: str, family: str) -> None:
 
 
 def _check_greedy(model_dir: str, family: str) -> None:
-    """The comparison accepts what a plain argmax over transformers' logits answers, and names an answer that differs."""
+    """The comparison accepts what an argmax over transformers' logits answers, and names an answer that differs."""
     import transformers
     from PIL import Image
 
@@ -239,7 +239,7 @@ def test_families_equal_transformers(tmp_path: Path) -> None:
 
 
 def _check_stages(rank: int, num_ranks: int, model_dir: str) -> None:
-    """Two pipeline stages whose dense layers lie unevenly, and two ranks that share the experts, against transformers."""
+    """Two stages with the dense layers in the first, then two ranks that share the experts, against transformers."""
     import transformers
 
     processor = Processor.from_pretrained(model_dir)
@@ -263,7 +263,7 @@ def test_a_mixture_with_dense_layers_is_cut_into_stages_and_experts(tmp_path: Pa
 
 # ---------------------------------------------------------------- parts
 def _check_parts(model_dir: Path, family: str) -> None:
-    """Rotary angles equal transformers' to the bit, in any precision of the model; checkpoint names are the common ones."""
+    """Rotary angles equal transformers' to the bit, also in a bf16 model; checkpoint names are the common ones."""
     import transformers
 
     from megatron_sr1.policy import read_architecture

@@ -1,5 +1,5 @@
-"""Precision and layer specs: what is refused, what Megatron-Core makes of what is not, and that both layer specs are
-the same model. What only a GPU can show is in test_gpu.py."""
+"""Precision and layer specs: what is refused, what Megatron-Core makes of what is not, that both layer specs are the
+same model, and what bf16, FP8 and aligned rows do to numbers. What only a card can show is marked gpu."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,14 @@ import pytest
 import torch
 
 from megatron_sr1.config import Config, ConfigError, LayoutConfig, ModelConfig, PrecisionConfig
+from megatron_sr1.packing import gather_rows, pack
 from megatron_sr1.platform.accelerator import Accelerator
 from megatron_sr1.platform.precision import check_bf16_layers, check_precision, compute_dtype, megatron_precision
 from megatron_sr1.platform.runtime import Platform
+from megatron_sr1.processing import Processor
+from megatron_sr1.types import MicroBatch, Scoring
+from tests.model_zoo import ZOO, create_family
+from tests.policy_cases import MeanLoss, built, make_sequences
 from tests.ranks import run_ranks
 
 TESTS = Path(__file__).resolve().parent
@@ -297,3 +303,148 @@ def _stand_in_checks(rank: int, num_ranks: int, folder: str) -> None:
 def test_with_transformer_engine(tmp_path: Path) -> None:
     """Up to its kernels: the recipe, and that both layer specs are one model with one checkpoint."""
     run_ranks(1, _stand_in_checks, str(tmp_path))
+
+
+# ---------------------------------------------------------------- numbers
+_WIDTHS = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "initializer_range": 0.04}
+_OWN = {
+    "qwen2_5_vl_tied": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}},
+    "qwen3_vl": {},
+    "qwen3_vl_moe": {"moe_intermediate_size": 128},
+}
+BF16 = "precision.dtype=bf16"
+BF16_ERROR = 0.03  # mean difference of a log-prob, nats: 8 bits of mantissa through 6 layers
+FP8_ERROR = 0.15  # 4 bits of mantissa
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def _create_wide(folder: Path, family: str) -> str:
+    """A random model of the family, wide enough for every FP8 recipe: widths are multiples of 128."""
+    ZOO["wide"] = replace(
+        ZOO[family],
+        text=dict(ZOO[family].text) | _WIDTHS | _OWN[family],
+        vision=dict(ZOO[family].vision) | {"out_hidden_size": 256},
+    )
+    try:
+        return str(create_family(folder / family, "wide"))
+    finally:
+        del ZOO["wide"]
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    logprobs: torch.Tensor  # of all sequences, one after the other
+    loss: float
+    grad_norm: float
+    exported: set[torch.dtype]
+
+
+def _numbers(model_dir: str, *overrides: str, row_multiple: int | None = None) -> _Numbers:
+    """Log-probs, one training step and the dtypes of the weights that are exported after it."""
+    processor = Processor.from_pretrained(model_dir)
+    sequences = make_sequences(processor)
+    num_tokens = sum(len(sequence.response_ids) for sequence in sequences)
+    with built(model_dir, overrides) as (policy, config):
+        batches = pack(
+            sequences,
+            max_tokens=256,
+            row_multiple=row_multiple or config.row_multiple,
+            sequence_multiple=config.sequence_multiple,
+            image_token_id=processor.image_token_id,
+            merge_size=processor.merge_size,
+        )
+        batches = [_on(batch, policy.platform.device) for batch in batches]
+        scores = [score.logprobs for score in policy.logprobs(batches, Scoring())]
+        result = policy.train_step(batches, MeanLoss(num_tokens), Scoring())
+        return _Numbers(
+            logprobs=torch.cat(gather_rows(scores, batches, len(sequences))).float().cpu(),
+            loss=result.metrics["loss"],
+            grad_norm=result.grad_norm,
+            exported={tensor.dtype for _, tensor in policy.hf_weights()},
+        )
+
+
+def _on(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    tensors = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    return replace(batch, **tensors)
+
+
+def _assert_close(found: _Numbers, expected: _Numbers, error: float) -> None:
+    assert (found.logprobs - expected.logprobs).abs().mean() < error
+    assert found.loss == pytest.approx(expected.loss, rel=error)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=3 * error)
+
+
+def _cpu_numbers(rank: int, num_ranks: int, folder: str) -> None:
+    for family in _OWN:
+        model_dir = f"{folder}/{family}"
+        exact, rounded = _numbers(model_dir), _numbers(model_dir, BF16)
+        assert exact.exported == {torch.float32} and rounded.exported == {torch.bfloat16}
+        _assert_close(rounded, exact, BF16_ERROR)
+        assert not torch.equal(rounded.logprobs, exact.logprobs)
+        aligned = _numbers(model_dir, row_multiple=128)
+        _assert_close(aligned, exact, 1e-5)
+
+
+def test_bf16_and_aligned_rows_on_the_cpu(tmp_path: Path) -> None:
+    """bf16 is near fp32 and exports bf16; the padding that aligns a row changes nothing."""
+    for family in _OWN:
+        _create_wide(tmp_path, family)
+    run_ranks(1, _cpu_numbers, str(tmp_path))
+
+
+# ---------------------------------------------------------------- on a card
+@pytest.fixture(scope="module", params=_OWN)
+def wide_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return _create_wide(tmp_path_factory.mktemp("wide"), request.param)
+
+
+def _te_or_skip(precision: PrecisionConfig) -> None:
+    from megatron_sr1.platform import start_platform
+    from megatron_sr1.platform.specs import layer_spec_name
+
+    platform = start_platform()
+    try:
+        layer_spec_name("te", platform)
+        check_precision(precision, "te", platform)
+    except ConfigError as lack:
+        pytest.skip(str(lack))
+
+
+@gpu
+@needs_gpu
+def test_both_layer_specs_give_the_same_numbers(wide_model: str) -> None:
+    _te_or_skip(PrecisionConfig(dtype="bf16"))
+    _assert_close(
+        _numbers(wide_model, BF16, "model.layer_spec=te"),
+        _numbers(wide_model, BF16, "model.layer_spec=torch"),
+        BF16_ERROR,
+    )
+
+
+@gpu
+@needs_gpu
+def test_padding_that_aligns_a_row_changes_no_number_of_transformer_engine(wide_model: str) -> None:
+    _te_or_skip(PrecisionConfig(dtype="bf16"))
+    te = (BF16, "model.layer_spec=te")
+    _assert_close(
+        _numbers(wide_model, *te, row_multiple=128), _numbers(wide_model, *te, row_multiple=1), BF16_ERROR / 3
+    )
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("recipe", ["delayed", "current", "blockwise", "mxfp8"])
+def test_fp8_is_near_bf16_and_exports_bf16(recipe: str, wide_model: str) -> None:
+    layers = 0 if recipe == "delayed" else 1
+    _te_or_skip(_fp8(recipe, layers, layers))
+    rounded = _numbers(
+        wide_model,
+        "precision.dtype=fp8",
+        f"precision.fp8_recipe={recipe}",
+        f"precision.bf16_first_layers={layers}",
+        f"precision.bf16_last_layers={layers}",
+    )
+    _assert_close(rounded, _numbers(wide_model, BF16), FP8_ERROR)
+    assert rounded.exported == {torch.bfloat16}

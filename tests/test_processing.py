@@ -88,9 +88,6 @@ def test_expand(processor: Processor):
 
 
 # ---------------------------------------------------------------- images
-# ---------------------------------------------------------------- images
-# ---------------------------------------------------------------- images
-# ---------------------------------------------------------------- images
 def test_encode_image(processor: Processor, tiny_model_dir: str):
     image = Image.new("RGB", (56, 84), (255, 0, 0))
     encoded = processor.encode_image(image)

@@ -29,24 +29,6 @@ class Picture:
     size = (84, 28)
 
 
-class Picture:
-    """All that a prompt's plan may know of an image: to read pixels would be an AttributeError."""
-
-    size = (84, 28)
-
-
-class Picture:
-    """All that a prompt's plan may know of an image: to read pixels would be an AttributeError."""
-
-    size = (84, 28)
-
-
-class Picture:
-    """All that a prompt's plan may know of an image: to read pixels would be an AttributeError."""
-
-    size = (84, 28)
-
-
 class Letters:
     """A processor whose text ids are code points; every image is three visual tokens."""
 

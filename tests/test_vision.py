@@ -34,7 +34,8 @@ TINY = {
 }
 GRIDS = {  # rows and columns of patches; a window is 4 x 4
     "one image": [(12, 20)],
-    "one window": [(4, 4)],
+    "two windows": [(4, 6)],  # on four ranks: two share an image, the others hold nothing
+    "two tokens": [(2, 4)],
     "three images": [(8, 8), (6, 10), (4, 14)],
     "very uneven": [(2, 2), (30, 26), (2, 6), (4, 4)],
     "odd sizes": [(6, 14), (10, 2), (2, 30), (14, 18)],
@@ -172,6 +173,8 @@ def _check_that_plans_split(num_ranks: int) -> None:
         uneven = plan_grids(tower, grids["very uneven"], num_ranks, free)
         assert uneven.shared_images == {1}, "small images stay whole beside a large one"
         assert max(uneven.patches) <= 1.1 * sum(uneven.patches) / num_ranks
+        fewer = plan_grids(tower, grids["two windows" if name == "Qwen2.5-VL" else "two tokens"], num_ranks, free)
+        assert fewer.shared_images == {0} and sum(patches > 0 for patches in fewer.patches) == 2
     whole = plan_grids(tower, grids["one image"], num_ranks, SplitCosts(per_collective=math.inf))
     assert sorted(whole.patches) == [0] * (num_ranks - 1) + [240], "the other ranks hold nothing"
 
@@ -231,7 +234,7 @@ def _check_recompute() -> None:
     tower = _tower("Qwen3-VL")
     calls = []
     for block in tower.blocks:
-        block.mlp.register_forward_hook(lambda *_: calls.append(1))
+        block.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     for recompute, runs in ((False, 1), (True, 2)):
         calls.clear()
         vision = _shared_vision(tower, trained=True, recompute=recompute)

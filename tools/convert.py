@@ -24,34 +24,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from megatron_sr1.checkpoint.parity import Agreement
-    from megatron_sr1.checkpoint.streaming_verify import Comparison
     from megatron_sr1.config import Config
 
-HASH_LETTERS = 12
 TABLE_WIDTH = 200  # columns, where the output is no terminal
 EQUAL, DIFFERENT, ERROR = 0, 1, 2
+MARKS = ("config.json", "metadata.json")  # one of them lies in every checkpoint
 TOLERANCE = 1e-5  # relative, of log-probs and entropies in fp32
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = _parse(arguments)
-    import torch.multiprocessing
+    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
     try:
         return args.run(args)
-    except ValueError as error:
-        print(f"convert.py {args.command}: {error}", file=sys.stderr)
-    except torch.multiprocessing.ProcessException as error:  # a rank's, with its traceback
-        lines = str(error).strip().splitlines()
-        known = lines[-1].startswith("ValueError: ")
-        text = lines[-1].removeprefix("ValueError: ") if known else str(error)
-        print(f"convert.py {args.command}: {text}", file=sys.stderr)
-    except OSError as error:
-        print(f"convert.py {args.command}: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        text = str(error)
+    except (ProcessRaisedException, ProcessExitedException) as error:  # a rank's; the message holds its traceback
+        last = str(error).strip().splitlines()[-1]
+        text = last.removeprefix("ValueError: ") if last.startswith("ValueError: ") else str(error)
+    print(f"convert.py {args.command}: {text}", file=sys.stderr)
     return ERROR
 
 
@@ -96,21 +90,58 @@ def _megatron_to_hf(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace, source: Path, function: Callable[..., None], *options: object) -> int:
-    from megatron_sr1.convert.output import commit, prepare
     from megatron_sr1.platform import run_on_ranks
 
     if "RANK" in os.environ:
         raise ValueError("started by torchrun. Start it as one process, with --nproc for more.")
     if args.nproc < 1:
         raise ValueError(f"--nproc {args.nproc} is not allowed: it must be 1 or more.")
-    partial = prepare(args.out, [source], overwrite=args.overwrite)
+    partial = _prepare(args.out, source, overwrite=args.overwrite)
     try:
         run_on_ranks(function, args.nproc, str(partial), *options)
-        commit(args.out)
+        _commit(args.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"written: {args.out}")
     return EQUAL
+
+
+def _partial_of(out_dir: Path) -> Path:
+    """Where a folder is made."""
+    return out_dir.with_name(out_dir.name + ".partial")
+
+
+def _prepare(out_dir: Path, source: Path, *, overwrite: bool) -> Path:
+    """Clears what an interrupted run has left, and makes the folder to write to.
+
+    Raises:
+        ValueError: `out_dir` exists, and may not or should not be replaced.
+    """
+    resolved = out_dir.resolve()
+    nested = source.resolve() in resolved.parents or resolved in source.resolve().parents
+    if nested or resolved == source.resolve():
+        raise ValueError(f"--out {out_dir} and {source} lie in each other. Choose another folder for the result.")
+    if out_dir.exists():
+        empty = out_dir.is_dir() and next(out_dir.iterdir(), None) is None
+        checkpoint = out_dir.is_dir() and any((out_dir / mark).is_file() for mark in MARKS)
+        if not empty and not overwrite:
+            raise ValueError(f"--out {out_dir} exists. Give --overwrite to replace it, or choose another folder.")
+        if not empty and not checkpoint:
+            raise ValueError(f"--out {out_dir} holds no checkpoint, so it is not replaced. Choose another folder.")
+    partial = _partial_of(out_dir)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _commit(out_dir: Path) -> None:
+    """Gives a complete folder its name; what had the name before is removed last."""
+    old = out_dir.with_name(out_dir.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out_dir.exists():
+        out_dir.rename(old)
+    _partial_of(out_dir).rename(out_dir)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _rank_hf_to_megatron(out_dir: str, hf_dir: str) -> None:
@@ -165,50 +196,21 @@ def _verify(args: argparse.Namespace) -> int:
     from megatron_sr1.platform import start_platform
 
     start_platform()
+    from megatron_sr1.checkpoint.streaming_tables import print_agreements, print_tensors
     from megatron_sr1.checkpoint.streaming_verify import compare, open_checkpoint
 
     console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
     first, second = (open_checkpoint(folder, args.hf) for folder in (args.first, args.second))
     with _progress("comparing", True) as advance:
         found = list(compare(first, second, advance))
-    _print_tensors(console, found, args.only_differences)
+    print_tensors(console, found, args.only_differences)
     equal = all(item.equal for item in found)
     if args.logits:
         agreements = _logits(args)
-        _print_agreements(console, agreements)
+        print_agreements(console, agreements)
         equal &= all(item.logprob_rel <= TOLERANCE and item.entropy_rel <= TOLERANCE for item in agreements)
     console.print("equal" if equal else "[bold red]different")
     return EQUAL if equal else DIFFERENT
-
-
-def _print_tensors(console: Console, found: Sequence[Comparison], only_differences: bool) -> None:
-    from rich.table import Table
-
-    table = Table("tensor", "A", "B", "SHA-256 of A", "SHA-256 of B", "first difference")
-    for item in found:
-        if item.equal and only_differences:
-            continue
-        table.add_row(
-            item.name,
-            str(item.first or "missing"),
-            str(item.second or "missing"),
-            *((digest or "-")[:HASH_LETTERS] for digest in (item.first_hash, item.second_hash)),
-            _what_differs(item),
-            style=None if item.equal else "red",
-        )
-    console.print(table, markup=False)
-    console.print(f"{len(found)} tensors, {sum(not item.equal for item in found)} different")
-
-
-def _what_differs(item: Comparison) -> str:
-    if item.equal:
-        return ""
-    if item.first is None or item.second is None:
-        return "only in B" if item.first is None else "only in A"
-    if item.difference is None:
-        return "type" if item.first.shape == item.second.shape else "shape"
-    at = item.difference
-    return f"{list(at.index)}: {at.first!r}, {at.second!r}"
 
 
 def _logits(args: argparse.Namespace) -> list[Agreement]:
@@ -250,16 +252,6 @@ def _rank_logits(first: Config, second: Config, result: str) -> None:
     agreements = compare_scores(first, second, platform)
     if platform.is_main:
         Path(result).write_text(json.dumps([asdict(item) for item in agreements]))
-
-
-def _print_agreements(console: Console, agreements: Sequence[Agreement]) -> None:
-    from rich.table import Table
-
-    table = Table("sample", "tokens", "log-prob, abs", "relative", "entropy, abs", "relative")
-    for item in agreements:
-        apart = (item.logprob_abs, item.logprob_rel, item.entropy_abs, item.entropy_rel)
-        table.add_row(item.sample, str(item.num_tokens), *(f"{value:.3g}" for value in apart))
-    console.print(table)
 
 
 if __name__ == "__main__":

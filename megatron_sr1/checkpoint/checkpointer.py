@@ -69,7 +69,7 @@ class Checkpointer:
         """Loads the newest checkpoint; None where there is none.
 
         Raises:
-            ValueError: the checkpoint belongs to other data or to another starting model.
+            ValueError: the checkpoint belongs to other data, another starting model or another kind of optimizer.
         """
         steps = self.steps()
         if not steps:
@@ -83,6 +83,13 @@ class Checkpointer:
                     f"{path} was saved with {name} {then!r}, but this run has {now!r}. Continue with the same data and "
                     "model.hf_dir, or choose another run_dir."
                 )
+        then = dist_checkpointing.load_common_state_dict(str(path))["distributed_optimizer"]
+        now = policy.config.layout.distributed_optimizer
+        if then != now:
+            raise ValueError(
+                f"{path} was saved with layout.distributed_optimizer={then}, but this run has {now}: the one cannot read "
+                "the other's moments. Keep it as it was; every other key of the layout may change."
+            )
         policy.load_state(dist_checkpointing.load(policy.sharded_state(loading=True), str(path)))
         return progress
 

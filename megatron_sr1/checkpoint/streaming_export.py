@@ -41,7 +41,7 @@ def megatron_to_hf(
     Raises:
         ValueError: naming the file and the tensor: missing, extra, misshaped, truncated, not finite, unsafe to open.
     """
-    source = MegatronSource(Path(megatron_dir), config_dir(Path(megatron_dir), hf_dir))
+    source = MegatronSource(Path(megatron_dir), hf_dir if hf_dir is not None else config_dir(Path(megatron_dir), None))
     tensors = {name: _cast(info, dtype) for name, info in source.tensors.items()}
     shards = PlannedShards(out_dir, tensors, max_shard_bytes)
     if platform.is_main:

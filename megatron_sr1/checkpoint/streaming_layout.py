@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
 
-from megatron_sr1.convert.table import WeightRule, language_rules, vision_rule
+from megatron_sr1.convert.table import Sizes, WeightRule, hf_from_shards, language_rules, vision_rule
 from megatron_sr1.policy import Architecture
 from megatron_sr1.policy.build import meta_model
 
@@ -102,8 +103,10 @@ def model_slots(hf_dir: str) -> ModelSlots:
     """Reads the model's config.json; no weights are read.
 
     Raises:
-        ValueError: a model class that is not supported.
+        ValueError: no config.json, or a model class that is not supported.
     """
+    if not (Path(hf_dir) / "config.json").is_file():
+        raise ValueError(f"{hf_dir} holds no config.json. Give a model folder in Hugging Face format.")
     chunks, architecture = meta_model(hf_dir)
     rules = {rule.megatron: rule for rule in language_rules(architecture)}
     slots: dict[tuple[str, tuple[int, ...]], ParameterSlot] = {}
@@ -130,6 +133,20 @@ def _slot(rule: WeightRule, shape: tuple[int, ...], shards: Sequence[ShardedTens
     assert sum(math.prod(shard.local_shape) for shard in shards) == math.prod(shape)
     assert first.global_shape[num_leading:] == shape, (rule.megatron, first.global_shape, shape)
     return ParameterSlot(rule, first.key, tuple(leading), tuple(index), shape)
+
+
+def hf_shapes(slots: ModelSlots) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes that each Hugging Face tensor may have: one, or two where experts may lie either way."""
+    return {name: _hf_shapes(owners, slots.architecture) for name, owners in slots.by_hf().items()}
+
+
+def _hf_shapes(owners: list[tuple[ParameterSlot, int]], sizes: Sizes) -> list[tuple[int, ...]]:
+    slot, number = owners[0]
+    meta = torch.empty(slot.shape, device="meta")
+    ways = (True,) if slot.rule.expert is None else (True, False)
+    parts = [hf_from_shards(slot.rule, [meta], sizes, published_experts=way)[number].shape for way in ways]
+    leading = () if slot.rule.expert is None else (len(owners),)
+    return [(*leading, *part) for part in dict.fromkeys(parts)]
 
 
 def assign(items: Sequence[T], sizes: Sequence[int], num_ranks: int) -> list[list[T]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +28,19 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_sr1.checkpoint.streaming_layout import HF_FOLDER, HfLayout, ModelSlots, ParameterSlot, assign, model_slots
+from megatron_sr1.checkpoint.streaming_layout import (
+    HF_FOLDER,
+    HfLayout,
+    ModelSlots,
+    ParameterSlot,
+    assign,
+    hf_shapes,
+    model_slots,
+)
 from megatron_sr1.convert.hf_dir import HfTensors, check_finite, copy_side_files, row_blocks
 from megatron_sr1.convert.pickles import BACKEND, COMMON
 from megatron_sr1.convert.safetensors_format import TensorInfo
-from megatron_sr1.convert.table import Sizes, has_published_experts, hf_from_shards, shard_from_hf
+from megatron_sr1.convert.table import Sizes, has_published_experts, shard_from_hf
 from megatron_sr1.platform import Platform
 
 HEAD = "lm_head.weight"
@@ -99,8 +108,7 @@ def check_tensors(slots: ModelSlots, tensors: HfTensors) -> None:
             f"{tensors.folder} holds {_some(extra)}, which the model's config.json has no place for. Correct "
             "config.json, or remove the tensors: they would be lost."
         )
-    for name, owners in expected.items():
-        allowed = _hf_shapes(owners, slots.architecture)
+    for name, allowed in hf_shapes(slots).items():
         if found[name].shape not in allowed:
             raise ValueError(
                 f"{tensors.slot(name).file}: {name} has the shape {list(found[name].shape)}, but config.json calls for "
@@ -121,16 +129,6 @@ def _check_tied(tensors: HfTensors, embedding: ParameterSlot) -> None:
             f"{tensors.folder}: config.json says tie_word_embeddings, but {HEAD} differs from {name}. Set "
             "tie_word_embeddings to false, or remove the tensor that is wrong."
         )
-
-
-def _hf_shapes(owners: list[tuple[ParameterSlot, int]], sizes: Sizes) -> list[tuple[int, ...]]:
-    """The shapes that a Hugging Face tensor may have, from those of its parameters."""
-    (slot, number), rule = owners[0], owners[0][0].rule
-    meta = torch.empty(slot.shape, device="meta")
-    if rule.expert is None:
-        return [tuple(hf_from_shards(rule, [meta], sizes)[number].shape)]
-    parts = [hf_from_shards(rule, [meta], sizes, published_experts=way)[number].shape for way in (True, False)]
-    return [(len(owners), *part) for part in dict.fromkeys(parts)]
 
 
 def _stores_tied_head(slots: ModelSlots, tensors: HfTensors) -> bool:
@@ -204,7 +202,7 @@ def _write(
 ) -> list[WriteResult]:
     total = sum(piece.info.nbytes for piece in pieces)
     results = []
-    with file.open("wb") as stream:
+    with file.open("wb") as stream, _without_checksums():
         for piece in pieces:
             value = _read(piece, tensors, sizes).contiguous()
             assert TensorInfo(value.dtype, tuple(value.shape)) == piece.info, (piece, value.shape)
@@ -216,6 +214,17 @@ def _write(
         stream.flush()
         os.fsync(stream.fileno())
     return results
+
+
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """torch.save without CRC-32, which nothing that loads a checkpoint looks at and which takes most of the time."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _metadata(pieces: list[Piece]) -> Metadata:

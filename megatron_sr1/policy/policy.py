@@ -150,7 +150,12 @@ class Policy:
         what any other saved."""
         model = sharded_weights(self.chunks)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=CHECKPOINT_FORMAT)
-        return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "scheduler": self.scheduler.state_dict(),
+            "distributed_optimizer": self.config.layout.distributed_optimizer,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes what was loaded into `sharded_state(loading=True)`."""

@@ -99,10 +99,11 @@ def run_tower(tower: VisionTower, inputs: TowerInputs, group: ProcessGroup, *, r
         attend = partial(_attend_fully, rows=inputs.rows, group=group) if layer in full else None
         attend = attend or partial(_attend_in_windows, rows=inputs.rows)
         run = partial(_run_block, block, rotary=rotary, attend=attend)
-        # the whole block runs again, so that a rank whose part is empty issues the same collectives as the others
-        again = recompute and torch.is_grad_enabled()
-        options = {"use_reentrant": False, "preserve_rng_state": False, "early_stop": False}
-        hidden = checkpoint(run, hidden, **options) if again else run(hidden)
+        if recompute and torch.is_grad_enabled():
+            # the linear layers behind attention keep their inputs, so every rank runs the block again past its exchange
+            hidden = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
+        else:
+            hidden = run(hidden)
         if not has_windows(tower) and layer in tower.deepstack_visual_indexes:
             features.append(tower.deepstack_merger_list[len(features)](hidden))
     tokens = torch.stack([tower.merger(hidden), *features], dim=1)

@@ -1,12 +1,11 @@
 """transformer_engine/pytorch: the modules, as far as their parameters go."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from transformer_engine.pytorch import distributed, fp8, ops, tensor  # noqa: F401
-from transformer_engine.pytorch.fp8 import fp8_autocast  # noqa: F401
+from transformer_engine.pytorch.fp8 import fp8_autocast, fp8_model_init  # noqa: F401
 
 
 class _Base(torch.nn.Module):
@@ -57,10 +56,11 @@ class GroupedLinear(_Base):
 
 
 class RMSNorm(_Base):
-    def __init__(self, hidden_size: int, eps: float, **options: Any) -> None:
+    def __init__(self, normalized_shape: int = 0, *, hidden_size: int = 0, eps: float, **options: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=options["params_dtype"]))
+        size = normalized_shape or hidden_size  # the newer and the older name
+        self.weight = torch.nn.Parameter(torch.ones(size, dtype=options["params_dtype"]))
 
 
 class LayerNorm(RMSNorm):
@@ -80,7 +80,3 @@ class Fp8Padding(torch.nn.Module):
 
 class Fp8Unpadding(Fp8Padding):
     pass
-
-
-def fp8_model_init(**_: Any) -> nullcontext:
-    return nullcontext()

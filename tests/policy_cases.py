@@ -1,0 +1,96 @@
+"""What the policy's tests share: sequences of every kind, a policy built from overrides, packed rows, a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sr1.config import Config, load_config
+from megatron_sr1.packing import pack
+from megatron_sr1.processing import Processor
+from megatron_sr1.types import LogProbs, MicroBatch, TokenSequence
+
+TOLERANCE = 1e-5  # relative, fp32
+LEARNING_RATE = 1e-3
+# with the usual eps of 1e-8, AdamW's first step is the sign of the gradient, and the sign of a gradient that should be
+# 0 is noise
+OPTIMIZER = (f"optimizer.lr={LEARNING_RATE}", "optimizer.eps=1e-3")
+STEP_TOLERANCE = 1e-3  # of a weight after a step, in learning rates
+BUDGET = 96  # tokens of a row: several sequences share one, and there are several rows
+
+
+def make_sequences(processor: Processor) -> list[TokenSequence]:
+    """One image, several, none; images that sequences share; odd sizes; long and short responses."""
+    generator = torch.Generator().manual_seed(0)
+    side = 28
+
+    def picture(columns: float, rows: float) -> Any:
+        from PIL import Image
+
+        size = (int(rows * side), int(columns * side), 3)
+        pixels = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+        return processor.encode_image(Image.fromarray(pixels.numpy()))
+
+    def sequence(num_words: int, *images: Any) -> TokenSequence:
+        ids = processor.prompt_ids("What is the sum of all digits?", len(images))
+        response = torch.randint(0, 300, (num_words,), generator=generator).tolist()
+        return TokenSequence(processor.expand(ids, [image.grid_thw for image in images]), response, images)
+
+    wide, tall, odd = picture(3, 1), picture(1, 4), picture(3.3, 2.6)
+    return [
+        sequence(9, wide),
+        sequence(13, tall, odd),
+        sequence(21),
+        sequence(5, odd),
+        sequence(7, odd),
+        sequence(30),
+        sequence(2, wide, tall),
+    ]
+
+
+@contextmanager
+def built(model_dir: str, overrides: Sequence[str], **options: Any) -> Iterator[tuple[Any, Config]]:
+    from megatron_sr1.platform import start_platform
+
+    platform = start_platform()
+    from megatron_sr1.policy import Policy
+
+    config = load_config(None, [f"model.hf_dir={model_dir}", f"nproc={platform.world_size}", *OPTIMIZER, *overrides])
+    yield Policy(config, platform, num_optimizer_steps=10, **{"keep_reference": False, **options}), config
+
+
+def packed_rows(
+    policy: Any, config: Config, processor: Processor, budget: int = BUDGET
+) -> tuple[list[MicroBatch], list[int]]:
+    """This replica's packed share (every n-th sequence) and which sequences it holds."""
+    sequences = make_sequences(processor)
+    replicas = policy.groups.data
+    mine = list(range(replicas.rank(), len(sequences), replicas.size()))
+    batches = pack(
+        [sequences[index] for index in mine],
+        max_tokens=budget,
+        row_multiple=config.row_multiple,
+        sequence_multiple=config.sequence_multiple,
+        image_token_id=processor.image_token_id,
+        merge_size=processor.merge_size,
+    )
+    return batches, mine
+
+
+class MeanLoss:
+    """-mean of all response log-probs of the step; the denominator is global."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+
+    def __call__(self, index: int, logprobs: LogProbs) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = -logprobs.logprobs.sum() / self.num_tokens
+        return loss, {"loss": loss}
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm().clamp(min=1e-12)).item()
