@@ -375,6 +375,15 @@ def check_model(config: Config) -> None:
     text = tree.get("text_config", tree)  # older checkpoints keep the language model's keys at the top
     layout = config.layout
     _check_division("layout.tensor", layout.tensor, text, "num_attention_heads")
+    _check_division("layout.tensor", layout.tensor, text, "intermediate_size")
+    key_value_heads = text["num_key_value_heads"]
+    _require(
+        key_value_heads % layout.tensor == 0 or layout.tensor % key_value_heads == 0,
+        "layout.tensor",
+        layout.tensor,
+        f"a divisor or a multiple of the model's num_key_value_heads={key_value_heads}",
+        "Ranks share key/value heads evenly.",
+    )
     layers = text["num_hidden_layers"]
     if layout.stage_layers:
         _require(

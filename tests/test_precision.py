@@ -159,12 +159,14 @@ def _plain_checks(rank: int, num_ranks: int) -> None:
         TransformerConfig(**sizes, pipeline_model_parallel_size=3, **megatron_precision(_fp8("current", 1, 3)))
 
     with_te, without = _gpu(AMPERE), _gpu(HOPPER, te=None)
-    names = {(choice, p): layer_spec_name(choice, p) for choice in ("auto", "torch") for p in (CPU, with_te, without)}
+    names = {
+        (choice, p): layer_spec_name(choice, p, "bf16") for choice in ("auto", "torch") for p in (CPU, with_te, without)
+    }
     assert [key for key, name in names.items() if name == "te"] == [("auto", with_te)]
-    assert layer_spec_name("te", with_te) == "te"
+    assert layer_spec_name("te", with_te, "fp32") == "te" and layer_spec_name("auto", with_te, "fp32") == "torch"
     for platform, lack in ((CPU, "no GPU"), (without, "not installed")):
         with pytest.raises(ConfigError, match=lack):
-            layer_spec_name("te", platform)
+            layer_spec_name("te", platform, "bf16")
 
 
 def test_without_transformer_engine() -> None:
@@ -406,7 +408,7 @@ def _te_or_skip(precision: PrecisionConfig) -> None:
 
     platform = start_platform()
     try:
-        layer_spec_name("te", platform)
+        layer_spec_name("te", platform, "bf16")
         check_precision(precision, "te", platform)
     except ConfigError as lack:
         pytest.skip(str(lack))

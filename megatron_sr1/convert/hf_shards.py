@@ -84,7 +84,7 @@ class GrowingShards:
         info = TensorInfo(tensor.dtype, tuple(tensor.shape))
         entry = len(json.dumps(name)) + _ENTRY_BYTES
         full = self.size + info.nbytes > self.max_shard_bytes or self.header_bytes + entry > _RESERVED_BYTES
-        if not self.shards or (full and self.size):
+        if not self.shards or full:
             self.shards.append({})
             self.size, self.header_bytes = 0, _ENTRY_BYTES
             self._path(len(self.shards) - 1).touch()

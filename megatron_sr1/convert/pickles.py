@@ -12,6 +12,7 @@ import io
 import json
 import pathlib
 import pickle
+import re
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,10 +63,7 @@ class _CheckpointUnpickler(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         if (module, name) not in _ALLOWED:
-            raise ValueError(
-                f"{self.path} asks for {module}.{name}, which no checkpoint needs: opening it could run foreign code. "
-                "Do not use it unless you know where it comes from."
-            )
+            raise ValueError(_foreign(self.path, f"{module}.{name}"))
         return _ALLOWED[module, name]
 
 
@@ -132,5 +130,14 @@ def _check_object(path: Path, content: bytes) -> None:
     try:
         torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).partition("Please file")[0].strip()
-        raise ValueError(f"{path} cannot be opened safely. {reason}") from error
+        refused = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text says how to open the file regardless
+        if refused:
+            raise ValueError(_foreign(path, refused[1])) from None
+        raise ValueError(f"{path} is corrupt ({error}). Copy the checkpoint again.") from error
+
+
+def _foreign(path: Path, name: str) -> str:
+    return (
+        f"{path} asks for {name}, which no checkpoint needs: opening it could run foreign code. Do not use it unless "
+        "you know where it comes from."
+    )

@@ -87,6 +87,7 @@ def install_cpu_shim() -> None:
     torch.Tensor.type = tensor_type
 
     torch.cuda.current_device = lambda: _CPU
+    torch.cuda.current_stream = torch.cpu.current_stream  # waits for nothing; Megatron-Core asks for it from 0.19 on
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.empty_cache = lambda: None
     torch.cuda.manual_seed = torch.manual_seed

@@ -18,8 +18,9 @@ from megatron_sr1.platform.te_layers import te_block_spec
 LayerSpecName = Literal["te", "torch"]
 
 
-def layer_spec_name(choice: str, platform: Platform) -> LayerSpecName:
-    """`choice` is model.layer_spec; "auto" takes Transformer Engine on a GPU that has it installed.
+def layer_spec_name(choice: str, platform: Platform, dtype: str) -> LayerSpecName:
+    """`choice` is model.layer_spec, `dtype` precision.dtype. "auto" takes Transformer Engine on a GPU that has it
+    installed; not for fp32, where its attention falls back to one that keeps all scores.
 
     Raises:
         ConfigError: Transformer Engine is asked for where there is none.
@@ -30,7 +31,7 @@ def layer_spec_name(choice: str, platform: Platform) -> LayerSpecName:
         lack = "this machine has no GPU" if card is None else "Transformer Engine is not installed"
         raise ConfigError(f"model.layer_spec='te' is not allowed: {lack}. Set model.layer_spec to auto or torch.")
     if choice == "auto":
-        return "te" if available else "torch"
+        return "te" if available and dtype != "fp32" else "torch"
     assert choice in ("te", "torch"), choice
     return choice
 

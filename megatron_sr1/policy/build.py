@@ -24,7 +24,7 @@ def build_chunks(
     Args:
         device: where the parameters are made; "meta" makes none.
     """
-    spec = layer_spec_name(config.model.layer_spec, platform)
+    spec = layer_spec_name(config.model.layer_spec, platform, config.precision.dtype)
     on_host = platform.on_cpu or device.type == "meta"
     megatron_config = transformer_config(architecture, config, spec=spec, on_cpu=on_host)
     chunks = []

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_sr1.config import Config, check_model
 from megatron_sr1.convert import export_hf_weights, load_hf_weights, mark_shards
 from megatron_sr1.platform import Platform
-from megatron_sr1.platform.precision import check_precision
+from megatron_sr1.platform.precision import check_bf16_layers, check_precision
 from megatron_sr1.platform.specs import layer_spec_name
 from megatron_sr1.policy.architecture import Architecture, read_architecture
 from megatron_sr1.policy.build import build_chunks
@@ -53,8 +53,10 @@ class Policy:
             ValueError: a model class that is not supported, weights that do not fit, a layout that does not divide.
         """
         check_model(config)
-        check_precision(config.precision, layer_spec_name(config.model.layer_spec, platform), platform)
+        spec = layer_spec_name(config.model.layer_spec, platform, config.precision.dtype)
+        check_precision(config.precision, spec, platform)
         self.architecture: Architecture = read_architecture(config.model.hf_dir)
+        check_bf16_layers(config.precision, self.architecture.num_layers, config.layout.pipeline)
         self.config = config
         self.platform = platform
         self.groups: ParallelGroups = build_groups(config.layout)
@@ -148,7 +150,9 @@ class Policy:
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Model, optimizer and schedule as Megatron-Core's distributed checkpointing takes them: any layout can load
         what any other saved."""
-        model = sharded_weights(self.chunks)
+        precision = self.config.precision
+        scales = precision.dtype == "fp8" and precision.fp8_recipe == "delayed"  # the others make theirs anew
+        model = sharded_weights(self.chunks, extra_state=scales)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=CHECKPOINT_FORMAT)
         return {
             "model": model,

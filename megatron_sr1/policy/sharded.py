@@ -10,14 +10,15 @@ from megatron.core import dist_checkpointing
 
 from megatron_sr1.convert import check_megatron_dir
 
-EXTRA_STATE = "_extra_state"  # what Transformer Engine keeps beside a weight: the scales of delayed fp8 recipes
+EXTRA_STATE = "_extra_state"  # ends the names of what Transformer Engine keeps beside its weights
 
 
-def sharded_weights(chunks: Sequence[torch.nn.Module], *, extra_state: bool = True) -> dict[str, Any]:
+def sharded_weights(chunks: Sequence[torch.nn.Module], *, extra_state: bool = False) -> dict[str, Any]:
     """Names in the whole model, shapes and shards of this rank's weights. What one layout saved any other can load.
 
     Args:
-        extra_state: also Transformer Engine's own state; a checkpoint made of Hugging Face weights has none.
+        extra_state: also Transformer Engine's own state, which only its layers save and load: the scales of a delayed
+            fp8 recipe.
     """
     states = {f"chunk_{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
     if extra_state:
@@ -51,5 +52,5 @@ def load_model_weights(chunks: Sequence[torch.nn.Module], megatron_dir: str) -> 
         ValueError: the directory is none, or holds another model.
     """
     check_megatron_dir(megatron_dir)
-    state = dist_checkpointing.load({"model": sharded_weights(chunks, extra_state=False)}, megatron_dir)
+    state = dist_checkpointing.load({"model": sharded_weights(chunks)}, megatron_dir)
     load_sharded_weights(chunks, state["model"])

@@ -6,9 +6,11 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sr1.config import Config, LayoutConfig, RecomputeConfig
+from megatron_sr1.config import Config, ConfigError, LayoutConfig, RecomputeConfig
 from megatron_sr1.platform.precision import megatron_precision
 from megatron_sr1.policy.architecture import Architecture, architecture_fields
+
+_ONLY_TE = {"layernorm", "moe_act"}
 
 
 def transformer_config(architecture: Architecture, config: Config, *, spec: str, on_cpu: bool) -> TransformerConfig:
@@ -21,12 +23,13 @@ def transformer_config(architecture: Architecture, config: Config, *, spec: str,
         **architecture_fields(architecture),
         **megatron_precision(config.precision),
         **_layout_fields(config.layout),
-        **_recompute_fields(config.recompute),
+        **_recompute_fields(config.recompute, spec),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=spec == "te",
+        moe_grouped_gemm=spec == "te" and architecture.num_experts > 0,
         perform_initialization=False,  # the weights are loaded
         use_cpu_initialization=on_cpu,
         calculate_per_token_loss=True,  # losses arrive divided by their global denominators: the schedule only adds
@@ -56,14 +59,22 @@ def _layout_fields(layout: LayoutConfig) -> dict[str, Any]:
     return fields
 
 
-def _recompute_fields(recompute: RecomputeConfig) -> dict[str, Any]:
+def _recompute_fields(recompute: RecomputeConfig, spec: str) -> dict[str, Any]:
+    """Raises:
+    ConfigError: a module that only Transformer Engine's layers can make again, with other layers.
+    """
     if recompute.mode == "none":
         return {}
     if recompute.mode == "selective":
+        impossible = sorted(_ONLY_TE.intersection(recompute.modules)) if spec == "torch" else []
+        if impossible:
+            raise ConfigError(
+                f"recompute.modules={list(recompute.modules)} is not allowed with plain torch layers: "
+                f"{', '.join(impossible)} is made again by Transformer Engine's only. Leave it out."
+            )
         return {"recompute_granularity": "selective", "recompute_modules": list(recompute.modules)}
-    method = "uniform" if recompute.mode == "full" else "block"
     return {
         "recompute_granularity": "full",
-        "recompute_method": method,
+        "recompute_method": "uniform" if recompute.mode == "full" else "block",
         "recompute_num_layers": recompute.layers,
     }
