@@ -86,16 +86,19 @@ class Rollout:
     generator_logprobs: tuple[float, ...]  # one per response id
     finish_reason: Literal["stop", "length"]
     weight_version: int
+    queued_at: float = field(default=0.0, compare=False)  # seconds since the rollouts of the step began
+    finished_at: float = field(default=0.0, compare=False)  # the same clock
 
 
 @dataclass(frozen=True)
 class RolloutPair:
-    """The two passes of one sample. `second` is None where the first pass has no description."""
+    """The two passes of one sample. `second` is None where the first pass has no description, or was cut short."""
 
     sample_index: int
     first: Rollout
     second: Rollout | None
     description: str | None  # what the second pass was given
+    description_cut: bool = False  # it was longer than a description may be
 
 
 @dataclass(frozen=True)
@@ -223,9 +226,16 @@ class WeightSink(Protocol):
 
 
 class Generator(WeightSink, Protocol):
-    """Runs both passes for a batch of prompts; every rank passes the same arguments and gets all groups."""
+    """Runs both passes for a batch of prompts; every rank passes the same arguments and gets all groups. A rank that
+    generates a group hands it to its `on_group` at once, before the others are done."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[RolloutGroup]: ...
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        step: int,
+        on_group: Callable[[RolloutGroup], None] | None = None,
+    ) -> list[RolloutGroup]: ...
 
 
 RewardFn = Callable[[RolloutPair, Prompt], float]

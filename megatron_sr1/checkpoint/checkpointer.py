@@ -87,8 +87,8 @@ class Checkpointer:
         now = policy.config.layout.distributed_optimizer
         if then != now:
             raise ValueError(
-                f"{path} was saved with layout.distributed_optimizer={then}, but this run has {now}: the one cannot read "
-                "the other's moments. Keep it as it was; every other key of the layout may change."
+                f"{path} was saved with layout.distributed_optimizer={then}, but this run has {now}: the one cannot "
+                "read the other's moments. Keep it as it was; every other key of the layout may change."
             )
         policy.load_state(dist_checkpointing.load(policy.sharded_state(loading=True), str(path)))
         return progress

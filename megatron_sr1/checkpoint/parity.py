@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_sr1.config import Config
 from megatron_sr1.packing import pack
 from megatron_sr1.platform import Platform
-from megatron_sr1.policy import Policy
+from megatron_sr1.policy import Scorer
 from megatron_sr1.processing import Processor
 from megatron_sr1.types import MicroBatch, Scoring, TokenSequence
 
@@ -35,7 +35,7 @@ class Agreement:
 
 
 def compare_scores(first: Config, second: Config, platform: Platform) -> list[Agreement]:
-    """Builds a policy for each configuration, one after the other, and scores the built-in batch. All ranks call it.
+    """Builds a model for each configuration, one after the other, and scores the built-in batch. All ranks call it.
 
     The processor is the first one's: both score the same ids and images.
 
@@ -88,8 +88,7 @@ def _picture(width: int, height: int) -> Image.Image:
 
 
 def _scores(config: Config, batches: list[MicroBatch], platform: Platform) -> list[tuple[Tensor, Tensor]]:
-    policy = Policy(config, platform, num_optimizer_steps=1, keep_reference=False)
-    scores = policy.logprobs(batches, Scoring())
+    scores = Scorer(config, platform).logprobs(batches, Scoring())
     return [(score.logprobs.double().cpu(), score.entropy.double().cpu()) for score in scores]
 
 

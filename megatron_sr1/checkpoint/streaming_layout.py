@@ -24,6 +24,7 @@ from megatron_sr1.policy.build import meta_model
 
 HF_FOLDER = "hf"  # in a checkpoint: configuration, tokenizer and processor files, so that it needs no other folder
 HF_LAYOUT = "hf_layout.json"
+HEAD = "lm_head.weight"
 T = TypeVar("T")
 
 

@@ -28,22 +28,24 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_sr1.checkpoint.streaming_check import (
+    check_tensors,
+    published_experts,
+    stored_dtypes,
+    stores_tied_head,
+)
 from megatron_sr1.checkpoint.streaming_layout import (
     HF_FOLDER,
     HfLayout,
-    ModelSlots,
     ParameterSlot,
     assign,
-    hf_shapes,
     model_slots,
 )
 from megatron_sr1.convert.hf_dir import HfTensors, check_finite, copy_side_files, row_blocks
 from megatron_sr1.convert.pickles import BACKEND, COMMON
 from megatron_sr1.convert.safetensors_format import TensorInfo
-from megatron_sr1.convert.table import Sizes, has_published_experts, shard_from_hf
+from megatron_sr1.convert.table import Sizes, shard_from_hf
 from megatron_sr1.platform import Platform
-
-HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def hf_to_megatron(hf_dir: str, out_dir: Path, platform: Platform, advance: Call
     """
     slots, tensors = model_slots(hf_dir), HfTensors(hf_dir)
     check_tensors(slots, tensors)
-    dtypes = _dtypes(slots, tensors)
+    dtypes = stored_dtypes(slots, tensors)
     pieces = [piece for slot in slots.parameters for piece in _pieces(slot, dtypes[slot.key])]
     mine = assign(pieces, [piece.info.nbytes for piece in pieces], platform.world_size)[platform.rank]
     written = _write(mine, tensors, slots.architecture, out_dir / f"__{platform.rank}_0.distcp", advance)
@@ -80,83 +82,11 @@ def hf_to_megatron(hf_dir: str, out_dir: Path, platform: Platform, advance: Call
     if platform.is_main:
         assert sum(len(results) for results in gathered) == len(pieces)
         copy_side_files(hf_dir, out_dir / HF_FOLDER)
-        HfLayout(_published_experts(slots, tensors), _stores_tied_head(slots, tensors)).write(out_dir)
+        HfLayout(published_experts(slots, tensors), stores_tied_head(slots, tensors)).write(out_dir)
         torch.save({}, out_dir / COMMON)
         FileSystemWriter(out_dir).finish(_metadata(pieces), gathered)
         save_config(CheckpointingConfig(BACKEND), str(out_dir))
     torch.distributed.barrier()
-
-
-def check_tensors(slots: ModelSlots, tensors: HfTensors) -> None:
-    """Compares names and shapes with what the model's config.json calls for.
-
-    Raises:
-        ValueError: a tensor is missing, is no part of the model or has another shape.
-    """
-    expected = slots.by_hf()
-    found = tensors.tensors
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing:
-        raise ValueError(
-            f"{tensors.folder} has no tensor {_some(missing)}, which the model's config.json calls for. Copy the "
-            "missing files, or correct config.json."
-        )
-    if extra == [HEAD] and _stores_tied_head(slots, tensors):
-        _check_tied(tensors, next(slot for slot in slots.parameters if slot.rule.kind == "vocabulary"))
-    elif extra:
-        raise ValueError(
-            f"{tensors.folder} holds {_some(extra)}, which the model's config.json has no place for. Correct "
-            "config.json, or remove the tensors: they would be lost."
-        )
-    for name, allowed in hf_shapes(slots).items():
-        if found[name].shape not in allowed:
-            raise ValueError(
-                f"{tensors.slot(name).file}: {name} has the shape {list(found[name].shape)}, but config.json calls for "
-                f"{' or '.join(str(list(shape)) for shape in allowed)}. They do not belong together."
-            )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _check_tied(tensors: HfTensors, embedding: ParameterSlot) -> None:
-    """A head that is stored although it is the embedding must be the embedding, or it would be lost."""
-    name = embedding.rule.hf[0]
-    pairs = zip(tensors.pieces(name), tensors.pieces(HEAD), strict=True)
-    if tensors.tensors[name] != tensors.tensors[HEAD] or not all(torch.equal(a, b) for (_, a), (_, b) in pairs):
-        raise ValueError(
-            f"{tensors.folder}: config.json says tie_word_embeddings, but {HEAD} differs from {name}. Set "
-            "tie_word_embeddings to false, or remove the tensor that is wrong."
-        )
-
-
-def _stores_tied_head(slots: ModelSlots, tensors: HfTensors) -> bool:
-    return slots.architecture.tied and HEAD in tensors.tensors
-
-
-def _published_experts(slots: ModelSlots, tensors: HfTensors) -> bool:
-    found = tensors.tensors
-    return all(
-        has_published_experts(slot.rule, found[slot.rule.hf[0]].shape, slots.architecture)
-        for slot in slots.parameters
-        if slot.rule.expert is not None
-    )
-
-
-def _dtypes(slots: ModelSlots, tensors: HfTensors) -> dict[str, torch.dtype]:
-    """The checkpoint's tensors' types: those of the Hugging Face tensors, which must agree."""
-    found = tensors.tensors
-    types: dict[str, tuple[torch.dtype, str]] = {}
-    for slot in slots.parameters:
-        for name in slot.rule.hf:
-            dtype, first = types.setdefault(slot.key, (found[name].dtype, name))
-            if found[name].dtype != dtype:
-                raise ValueError(
-                    f"{tensors.folder}: {name} is {found[name]}, {first} is {found[first]}: the checkpoint's "
-                    f"{slot.key} can have only one type. Convert one of them."
-                )
-    return {key: dtype for key, (dtype, _) in types.items()}
 
 
 def _pieces(slot: ParameterSlot, dtype: torch.dtype) -> Iterator[Piece]:

@@ -94,6 +94,8 @@ def start_platform() -> Platform:
         warnings.filterwarnings("ignore", module="megatron.*")
         # torch renames collectives that Megatron-Core and vLLM still call by their old names
         warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.")
+        # and the sharded tensors that Megatron-Core's checkpoints are made of
+        warnings.filterwarnings("ignore", category=FutureWarning, message="Please use DTensor")
     define_missing_torchvision_ops()
     _quieten_transformers()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

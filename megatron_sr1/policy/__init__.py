@@ -2,5 +2,6 @@
 
 from megatron_sr1.policy.architecture import Architecture, read_architecture
 from megatron_sr1.policy.policy import Policy, StepResult
+from megatron_sr1.policy.scorer import Scorer
 
-__all__ = ["Architecture", "Policy", "StepResult", "read_architecture"]
+__all__ = ["Architecture", "Policy", "Scorer", "StepResult", "read_architecture"]

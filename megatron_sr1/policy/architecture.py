@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
@@ -182,7 +183,11 @@ def read_architecture(hf_dir: str) -> Architecture:
     if name not in FAMILIES:
         raise ValueError(f"{path}: architecture {name} is not supported. Supported: {', '.join(FAMILIES)}.")
     family = FAMILIES[name]
-    architecture = Architecture(hf=family.config_class.from_pretrained(hf_dir), family=family)
+    try:
+        hf = family.config_class.from_pretrained(hf_dir)
+    except StrictDataclassError as error:
+        raise ValueError(f"{path}: {error}") from error
+    architecture = Architecture(hf=hf, family=family)
     complaints = unsupported_settings(architecture, tree)
     if complaints:
         raise ValueError(f"{path}: the policy would not compute what this model computes: {'; '.join(complaints)}.")

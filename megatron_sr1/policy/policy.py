@@ -1,4 +1,4 @@
-"""The trained policy: log-prob passes, one optimizer step, weights out."""
+"""The trained policy: one optimizer step, a frozen reference, states to save."""
 
 from __future__ import annotations
 
@@ -11,21 +11,15 @@ from typing import Any
 import torch
 import torch.distributed
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from megatron_sr1.config import Config, check_model
-from megatron_sr1.convert import export_hf_weights, load_hf_weights, mark_shards
+from megatron_sr1.config import Config
 from megatron_sr1.platform import Platform
-from megatron_sr1.platform.precision import check_bf16_layers, check_precision
-from megatron_sr1.platform.specs import layer_spec_name
-from megatron_sr1.policy.architecture import Architecture, read_architecture
-from megatron_sr1.policy.build import build_chunks
 from megatron_sr1.policy.gradients import add_gradients
-from megatron_sr1.policy.groups import ParallelGroups, build_groups
 from megatron_sr1.policy.optimizer import build_optimizer, learning_rate, load_optimizer_state
 from megatron_sr1.policy.schedule import Schedule
-from megatron_sr1.policy.sharded import load_model_weights, load_sharded_weights, sharded_weights
+from megatron_sr1.policy.scorer import Scorer
+from megatron_sr1.policy.sharded import load_sharded_weights, sharded_weights
 from megatron_sr1.types import LogProbs, LossFn, MicroBatch, Scoring
 
 CHECKPOINT_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -40,43 +34,18 @@ class StepResult:
     learning_rate: float
 
 
-class Policy:
-    """A Qwen-VL policy in the layout of the configuration, with optimizer and frozen reference.
-
-    Every rank calls every method, in the same order; micro-batches are those of this rank's data-parallel replica.
-    """
+class Policy(Scorer):
+    """A scorer that is trained: with an optimizer and, where wanted, a frozen reference."""
 
     def __init__(self, config: Config, platform: Platform, *, num_optimizer_steps: int, keep_reference: bool) -> None:
-        """Loads `config.model.hf_dir`.
-
-        Raises:
-            ValueError: a model class that is not supported, weights that do not fit, a layout that does not divide.
-        """
-        check_model(config)
-        spec = layer_spec_name(config.model.layer_spec, platform, config.precision.dtype)
-        check_precision(config.precision, spec, platform)
-        self.architecture: Architecture = read_architecture(config.model.hf_dir)
-        check_bf16_layers(config.precision, self.architecture.num_layers, config.layout.pipeline)
-        self.config = config
-        self.platform = platform
-        self.groups: ParallelGroups = build_groups(config.layout)
-        model_parallel_cuda_manual_seed(config.seed)
-        self.chunks = build_chunks(self.architecture, config, platform, self.groups, platform.device)
-        self._load_weights()
+        """See `Scorer` for what it loads and raises."""
+        super().__init__(config, platform)
         self.model = self._wrap()
         self.optimizer, self.scheduler = build_optimizer(
             config.optimizer, config.precision, self.model, num_optimizer_steps, config.layout.distributed_optimizer
         )
         self._schedule = Schedule(self.model, self.groups, config)
         self._reference = [p.detach().clone() for p in self._parameters()] if keep_reference else None
-
-    def _load_weights(self) -> None:
-        """From the Megatron checkpoint where one is named, else from the Hugging Face directory."""
-        if self.config.model.megatron_dir:
-            load_model_weights(self.chunks, self.config.model.megatron_dir)
-        else:
-            load_hf_weights(self.chunks, self.config.model.hf_dir, self.architecture, self.groups)
-        mark_shards(self.chunks, self.architecture, self.groups)
 
     def _wrap(self) -> list[DistributedDataParallel]:
         megatron_config = self.chunks[0].config
@@ -101,15 +70,8 @@ class Policy:
         for chunk in self.chunks:
             yield from chunk.parameters()
 
-    def logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
-        """Scores of each micro-batch's R rows, without gradient, on every rank of the pipeline."""
-        scores = self._schedule.run(
-            batches, scoring, forward_only=True, collect=lambda _, output: output, nothing=lambda output: output
-        )
-        return self._from_last_stage(scores, batches)
-
     def reference_logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
-        """The same under the weights the policy started from."""
+        """`logprobs` under the weights the policy started from."""
         with self._reference_weights():
             return self.logprobs(batches, scoring)
 
@@ -143,10 +105,6 @@ class Policy:
         self.scheduler.step(increment=1)
         return StepResult(metrics, float(grad_norm), rate)
 
-    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights under their Hugging Face names, full, on every rank; all ranks iterate together."""
-        return export_hf_weights(self.chunks, self.architecture, self.groups)
-
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Model, optimizer and schedule as Megatron-Core's distributed checkpointing takes them: any layout can load
         what any other saved."""
@@ -166,15 +124,6 @@ class Policy:
         load_sharded_weights(self.chunks, state["model"])
         load_optimizer_state(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-
-    def _from_last_stage(self, scores: list[Tensor], batches: Sequence[MicroBatch]) -> list[LogProbs]:
-        if self.groups.pipeline.size() > 1:
-            sizes = [len(batch.targets) for batch in batches]
-            empty = torch.empty(2, sum(sizes), device=self.platform.device)
-            joined = torch.cat(scores, dim=1) if self.groups.is_last_stage else empty
-            torch.distributed.broadcast(joined, self.groups.last_stage_rank, group=self.groups.pipeline)
-            scores = list(joined.split(sizes, dim=1))
-        return [LogProbs(score[0], score[1]) for score in scores]
 
     def _add_metrics(self, reported: list[Mapping[str, Tensor]]) -> dict[str, float]:
         names = [sorted(reported[0]) if self.groups.is_last_stage else None]

@@ -1,0 +1,77 @@
+"""A model that scores: weights in a layout, log-prob passes, weights out. No optimizer, no gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from megatron_sr1.config import Config, check_model
+from megatron_sr1.convert import export_hf_weights, load_hf_weights, mark_shards
+from megatron_sr1.platform import Platform
+from megatron_sr1.platform.precision import check_bf16_layers, check_precision
+from megatron_sr1.platform.specs import layer_spec_name
+from megatron_sr1.policy.architecture import Architecture, read_architecture
+from megatron_sr1.policy.build import build_chunks
+from megatron_sr1.policy.groups import ParallelGroups, build_groups
+from megatron_sr1.policy.schedule import Schedule
+from megatron_sr1.policy.sharded import load_model_weights
+from megatron_sr1.types import LogProbs, MicroBatch, Scoring
+
+
+class Scorer:
+    """A Qwen-VL model in the layout of the configuration.
+
+    Every rank calls every method, in the same order; micro-batches are those of this rank's data-parallel replica.
+    """
+
+    def __init__(self, config: Config, platform: Platform) -> None:
+        """Loads `config.model.megatron_dir`, or `config.model.hf_dir` where that is empty.
+
+        Raises:
+            ValueError: a model class that is not supported, weights that do not fit, a layout that does not divide, a
+                precision that the machine does not have.
+        """
+        check_model(config)
+        spec = layer_spec_name(config.model.layer_spec, platform, config.precision.dtype)
+        check_precision(config.precision, spec, platform)
+        self.architecture: Architecture = read_architecture(config.model.hf_dir)
+        check_bf16_layers(config.precision, self.architecture.num_layers, config.layout.pipeline)
+        self.config = config
+        self.platform = platform
+        self.groups: ParallelGroups = build_groups(config.layout)
+        model_parallel_cuda_manual_seed(config.seed)
+        self.chunks = build_chunks(self.architecture, config, platform, self.groups, platform.device)
+        self._load_weights()
+        self._schedule = Schedule(self.chunks, self.groups, config)
+
+    def _load_weights(self) -> None:
+        """From the Megatron checkpoint where one is named, else from the Hugging Face directory."""
+        if self.config.model.megatron_dir:
+            load_model_weights(self.chunks, self.config.model.megatron_dir)
+        else:
+            load_hf_weights(self.chunks, self.config.model.hf_dir, self.architecture, self.groups)
+        mark_shards(self.chunks, self.architecture, self.groups)
+
+    def logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
+        """Scores of each micro-batch's R rows, without gradient, on every rank of the pipeline."""
+        scores = self._schedule.run(
+            batches, scoring, forward_only=True, collect=lambda _, output: output, nothing=lambda output: output
+        )
+        return self._from_last_stage(scores, batches)
+
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights under their Hugging Face names, full, on every rank; all ranks iterate together."""
+        return export_hf_weights(self.chunks, self.architecture, self.groups)
+
+    def _from_last_stage(self, scores: list[Tensor], batches: Sequence[MicroBatch]) -> list[LogProbs]:
+        if self.groups.pipeline.size() > 1:
+            sizes = [len(batch.targets) for batch in batches]
+            empty = torch.empty(2, sum(sizes), device=self.platform.device)
+            joined = torch.cat(scores, dim=1) if self.groups.is_last_stage else empty
+            torch.distributed.broadcast(joined, self.groups.last_stage_rank, group=self.groups.pipeline)
+            scores = list(joined.split(sizes, dim=1))
+        return [LogProbs(score[0], score[1]) for score in scores]
