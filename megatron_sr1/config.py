@@ -107,6 +107,7 @@ class PrecisionConfig:
     """
 
     dtype: str = "fp32"
+    logits: str = "fp32"  # bf16: round the output head's logits as a generator does that computes them in bf16
     fp8_recipe: str = "blockwise"
     bf16_first_layers: int = 1  # with fp8: these layers, counted from the embedding, stay bf16
     bf16_last_layers: int = 1  # and these, counted from the head
@@ -118,6 +119,7 @@ class PrecisionConfig:
 
     def __post_init__(self) -> None:
         _one_of("precision.dtype", self.dtype, ("fp32", "bf16", "fp8"))
+        _one_of("precision.logits", self.logits, ("fp32", "bf16"))
         _one_of("precision.fp8_recipe", self.fp8_recipe, tuple(_FP8_ALIGNMENT))
         for name in ("bf16_first_layers", "bf16_last_layers"):
             _require(getattr(self, name) >= 0, f"precision.{name}", getattr(self, name), "0 or more", "1 is common.")
@@ -141,11 +143,38 @@ class RecomputeConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Shards, as paths or glob patterns. Every pattern must match at least one file."""
+    """Shards, as paths, glob patterns, or URLs with braces ("https://host/train-{00000..00007}.tar").
+
+    Every path or pattern must match at least one file. Weights make a mixture: one for each entry of the list they
+    belong to, which then is a dataset of its own; without weights all entries are one dataset.
+    """
 
     train: tuple[str, ...] = ()
+    train_weights: tuple[float, ...] = ()
     cold_start: tuple[str, ...] = ()
+    cold_start_weights: tuple[float, ...] = ()
     heldout: tuple[str, ...] = ()
+    shuffle_window: int = 65_536  # samples shuffled together; smaller: reads stay within fewer shards
+    max_prompt_tokens: int = 0  # longer prompts are left out, by the shards' index; 0: none
+    max_bad_samples: int = 0  # samples that may be skipped, named in <run_dir>/quarantine/; one more stops the run
+    workers: int = 2  # threads of each rank that read and decode
+    prefetch_mib: int = 256  # of samples that wait to be used, of each rank; never more than a batch
+    cache_dir: str = "~/.cache/megatron_sr1/shards"  # where shards behind URLs are kept
+    cache_gib: float = 100.0  # the least recently used make room
+
+    def __post_init__(self) -> None:
+        _positive("data", self, "shuffle_window", "workers", "prefetch_mib", "cache_gib")
+        for name in ("max_prompt_tokens", "max_bad_samples"):
+            _require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "0 or more", "0 is the default.")
+        for name in ("train", "cold_start"):
+            weights, entries = getattr(self, f"{name}_weights"), getattr(self, name)
+            _require(
+                not weights or (len(weights) == len(entries) and min(weights) > 0),
+                f"data.{name}_weights",
+                weights,
+                f"a positive number for each of the {len(entries)} entries of data.{name}, or empty",
+                "Give one weight for each entry.",
+            )
 
 
 @dataclass(frozen=True)
@@ -172,20 +201,29 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Generation of training rollouts. Each rank (of one engine) holds a colocated engine."""
+    """Generation of training rollouts, by engines in the training ranks."""
 
     prompts_per_step: int = 512
     samples_per_prompt: int = 8
     temperature: float = 1.0
+    top_p: float = 1.0  # 1 and 0 alone: the trainer's log-probs are of the whole vocabulary, and so must the draws be
+    top_k: int = 0
     max_response_tokens: int = 2048
     max_description_tokens: int = 1024  # a longer description is cut here, and counted
     max_model_tokens: int = 8192  # prompt + response, both passes
     max_running_requests: int = 256
     max_images: int = 1  # images of one prompt, at most
-    kv_cache_gib: float = 1.0
+    kv_cache_gib: float = 1.0  # of a rank
+    engine_tensor: int = 1  # ranks of one engine; nproc / engine_tensor engines share the prompts
+    sleep: bool = True  # engines give their memory back while the policy trains; a CPU's engines cannot
+    sync_bucket_mib: int = 256  # weights go to the engines in pieces of this size: the memory a sync takes
+    checksum_every: int = 50  # weight syncs between two that are checked tensor by tensor; the first always is
 
     def __post_init__(self) -> None:
-        _positive("rollout", self, *(f.name for f in fields(self)))
+        _positive("rollout", self, *(f.name for f in fields(self) if f.name not in ("top_p", "top_k", "sleep")))
+        for key, got, whole in (("top_p", self.top_p, 1.0), ("top_k", self.top_k, 0)):
+            reason = "A draw from a cut distribution has another log-prob than the trainer gives it"
+            _require(got == whole, f"rollout.{key}", got, f"{whole}", f"{reason}; lower rollout.temperature instead.")
         need = self.max_response_tokens + self.max_description_tokens
         _require(
             need < self.max_model_tokens,
@@ -211,13 +249,26 @@ class ObjectiveConfig:
     clip_high: float = 0.2
     dual_clip: float | None = None
     leak_filter: bool = False  # true: a description that states the answer earns no visual reward
+    mismatch: str = "none"  # truncate or mask: weighs tokens by trainer / generator probability, see objective/mismatch
+    mismatch_level: str = "token"  # sequence: one weight for all tokens of a response
+    mismatch_low: float = 0.5  # mask: smaller weights become 0
+    mismatch_high: float = 2.0  # mask: larger weights become 0; truncate: they become this
 
     def __post_init__(self) -> None:
         _one_of("objective.preset", self.preset, PRESET_NAMES)
         _one_of("objective.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
         _one_of("objective.advantage_scope", self.advantage_scope, ("group", "batch"))
         _one_of("objective.aggregation", self.aggregation, ("token_mean", "sequence_mean", "sequence_sum"))
-        _positive("objective", self, "advantage_eps", "clip_low", "clip_high")
+        _one_of("objective.mismatch", self.mismatch, ("none", "truncate", "mask"))
+        _one_of("objective.mismatch_level", self.mismatch_level, ("token", "sequence"))
+        _positive("objective", self, "advantage_eps", "clip_low", "clip_high", "mismatch_high")
+        _require(
+            0 <= self.mismatch_low < self.mismatch_high,
+            "objective.mismatch_low",
+            self.mismatch_low,
+            f"in [0, objective.mismatch_high={self.mismatch_high})",
+            "0.5 with mismatch_high=2.0 to 5.0 is common.",
+        )
         _require(
             0 <= self.format_weight <= 1,
             "objective.format_weight",
@@ -287,6 +338,13 @@ class Config:
             self.nproc,
             f"a multiple of layout.tensor * layout.pipeline * layout.context = {self.layout.model_ranks}",
             "Change nproc or the layout.",
+        )
+        _require(
+            self.nproc % self.rollout.engine_tensor == 0,
+            "rollout.engine_tensor",
+            self.rollout.engine_tensor,
+            f"a divisor of nproc={self.nproc}",
+            "The ranks divide into engines.",
         )
         stage_ranks = self.nproc // self.layout.pipeline
         _require(
@@ -376,6 +434,7 @@ def check_model(config: Config) -> None:
     layout = config.layout
     _check_division("layout.tensor", layout.tensor, text, "num_attention_heads")
     _check_division("layout.tensor", layout.tensor, text, "intermediate_size")
+    _check_division("rollout.engine_tensor", config.rollout.engine_tensor, text, "num_attention_heads")
     key_value_heads = text["num_key_value_heads"]
     _require(
         key_value_heads % layout.tensor == 0 or layout.tensor % key_value_heads == 0,

@@ -153,6 +153,7 @@ class MicroBatch:
     targets: Tensor  # [R] int64
     row_sequence: Tensor  # [R] int64: index into the list of sequences that was packed
     row_offset: Tensor  # [R] int64
+    grad_rows: Tensor | None = None  # [G] int64: the scored tokens whose log-probs the loss depends on; None: all
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_sr1.kernels import IGNORE_INDEX, chunked, linear_logprob
+from megatron_sr1.kernels import IGNORE_INDEX, backends, chunked, linear_logprob
+from megatron_sr1.kernels.backends import BackendName
+from megatron_sr1.kernels.torch_tiles import TORCH
+from megatron_sr1.platform.cpu_shim import install_cpu_shim
 from megatron_sr1.types import LogProbs
 from tests.ranks import run_ranks
 
@@ -72,9 +76,20 @@ def assert_matches_dense(
     vocab_size: int | None = None,
     entropy: bool = True,
     floor: float = 1e-30,
+    bias: Tensor | None = None,
+    backend: BackendName = "auto",
 ) -> None:
-    result = linear_logprob(hidden, weight, targets, temperature=temperature, entropy=entropy, vocab_size=vocab_size)
-    expected, x, w = dense_reference(hidden, weight, targets, temperature, vocab_size)
+    result = linear_logprob(
+        hidden,
+        weight,
+        targets,
+        temperature=temperature,
+        entropy=entropy,
+        vocab_size=vocab_size,
+        logit_bias=bias,
+        backend=backend,
+    )
+    expected, x, w = dense_reference(hidden, weight, targets, temperature, vocab_size, bias)
     torch.testing.assert_close(result.logprobs.double(), expected.logprobs, rtol=1e-6, atol=2e-6)
     if entropy:
         torch.testing.assert_close(result.entropy.double(), expected.entropy, rtol=1e-6, atol=2e-6)
@@ -249,19 +264,6 @@ def test_no_grad_builds_no_graph() -> None:
     assert torch.equal(result.logprobs, with_graph.logprobs) and torch.equal(result.entropy, with_graph.entropy)
 
 
-def test_agrees_with_torch_linear_cross_entropy() -> None:
-    hidden, weight, targets = make_inputs()
-    targets[4] = IGNORE_INDEX
-    linear_logprob(hidden, weight, targets).logprobs.sum().neg().backward()
-    x, w = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
-    loss = functional.linear_cross_entropy(x, w, targets, reduction="sum")
-    loss.backward()
-    with torch.no_grad():
-        torch.testing.assert_close(-linear_logprob(hidden, weight, targets).logprobs.sum(), loss, rtol=1e-6, atol=0)
-    assert_relative(hidden.grad, x.grad.double(), 1e-5)
-    assert_relative(weight.grad, w.grad.double(), 1e-5)
-
-
 class ProductCounter(TorchDispatchMode):
     """Counts matrix products and remembers the largest tensor that any operation returned."""
 
@@ -298,6 +300,207 @@ def test_logits_are_never_held(tokens: int, vocab: int) -> None:
     inputs = (hidden.data_ptr(), weight.data_ptr())
     kept = sum(tensor.numel() for tensor in saved if tensor.data_ptr() not in inputs)
     assert tile < kept <= chunked.KEPT_ELEMENTS + 4 * tokens < tokens * vocab / 2
+
+
+class TestChosenRows:
+    """Rows that take part in backward: named before, or found by their gradients."""
+
+    ROWS = torch.tensor([0, 3, 4, 17, TOKENS - 1])
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Weights of log-probs and entropies: zero but for ROWS, two of which have only one of them."""
+        generator = torch.Generator().manual_seed(5)
+        of_logprobs, of_entropy = torch.zeros(2, TOKENS)
+        of_logprobs[self.ROWS[1:]] = torch.randn(4, generator=generator)
+        of_entropy[self.ROWS[:-1]] = torch.randn(4, generator=generator)
+        return of_logprobs, of_entropy
+
+    @pytest.mark.usefixtures("small_tiles")
+    @pytest.mark.parametrize("named", [True, False])
+    @pytest.mark.parametrize("ignored", [True, False])
+    def test_gradients_are_those_of_all_rows(self, named: bool, ignored: bool) -> None:
+        hidden, weight, targets = make_inputs()
+        if ignored:
+            targets[[2, 3, 30]] = IGNORE_INDEX
+        of_logprobs, of_entropy = self.weights()
+        temperature = torch.linspace(0.5, 2.0, TOKENS)
+        grad_rows = self.ROWS if named else "nonzero"
+        result = linear_logprob(hidden, weight, targets, temperature=temperature, entropy=True, grad_rows=grad_rows)
+        expected, x, w = dense_reference(hidden, weight, targets, temperature)
+        torch.testing.assert_close(result.logprobs.double(), expected.logprobs, rtol=1e-6, atol=2e-6)
+        for scores in (result, expected):
+            (scores.logprobs * of_logprobs + scores.entropy * of_entropy).sum().backward()
+        assert_relative(hidden.grad, x.grad, 1e-5)
+        assert_relative(weight.grad, w.grad, 1e-5)
+
+    @pytest.mark.parametrize("grad_rows", [ROWS, "nonzero"])
+    def test_the_other_rows_cost_nothing(self, grad_rows: Tensor | str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(chunked, "KEPT_ELEMENTS", 0)
+        seen: list[int] = []
+
+        class Spy(type(TORCH.tiles)):
+            def make(self, hidden: Tensor, *others: Tensor) -> Tensor:
+                seen.append(len(hidden))
+                return super().make(hidden, *others)
+
+        monkeypatch.setattr(backends, "TORCH", replace(TORCH, tiles=Spy()))
+        hidden, weight, targets = make_inputs()
+        result = linear_logprob(hidden, weight, targets, grad_rows=grad_rows)
+        (result.logprobs * torch.zeros(TOKENS).index_fill(0, self.ROWS, 1.0)).sum().backward()
+        assert seen == [TOKENS, len(self.ROWS)]
+
+    def test_no_logits_wait_for_rows_named_before(self) -> None:
+        """A backward over chosen rows has other tiles than forward."""
+        for grad_rows, most in ((self.ROWS, 8 * TOKENS), ("all", TOKENS * VOCAB + 8 * TOKENS)):
+            hidden, weight, targets = make_inputs()
+            saved: list[int] = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()), lambda x: x):
+                linear_logprob(hidden, weight, targets, grad_rows=grad_rows)
+            assert most / 8 <= sum(saved) - hidden.numel() - weight.numel() <= most
+
+    def test_no_row_and_every_row(self) -> None:
+        hidden, weight, targets = make_inputs()
+        for grad_rows in ("nonzero", torch.zeros(0, dtype=torch.int64)):
+            (linear_logprob(hidden, weight, targets, grad_rows=grad_rows).logprobs.sum() * 0).backward()
+            assert not hidden.grad.any() and not weight.grad.any()
+        runs = []
+        for grad_rows in ("all", "nonzero"):
+            hidden, weight, targets = make_inputs()
+            backward_both(linear_logprob(hidden, weight, targets, entropy=True, grad_rows=grad_rows))
+            runs.append((hidden.grad, weight.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+    @pytest.mark.parametrize("rows", [[3, 3], [4, 1], [-1], [TOKENS]])
+    def test_rows_that_are_not_rows(self, rows: list[int]) -> None:
+        with pytest.raises(ValueError, match=rf"ascending row numbers, each once, in \[0, {TOKENS}\)"):
+            linear_logprob(*make_inputs(), grad_rows=torch.tensor(rows))
+        with pytest.raises(ValueError, match="'some' is not allowed"):
+            linear_logprob(*make_inputs(), grad_rows="some")
+        with pytest.raises(ValueError, match=r"torch.bool \(37,\); it must be int64"):
+            linear_logprob(*make_inputs(), grad_rows=torch.ones(TOKENS, dtype=torch.bool))
+
+
+class TestMainGradient:
+    @pytest.mark.usefixtures("small_tiles")
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_two_micro_batches_add_up_unrounded(self, dtype: torch.dtype) -> None:
+        hidden, weight, targets = make_inputs(dtype=dtype)
+        main = torch.zeros(weight.shape, dtype=torch.promote_types(dtype, torch.float32))
+        total = torch.zeros(weight.shape, dtype=torch.float64)
+        for seed in (1, 2):
+            result = linear_logprob(hidden, weight, targets, entropy=True, vocab_size=VOCAB, accumulate_into=main)
+            expected, _, w = dense_reference(hidden, weight, targets)
+            backward_both(result, seed)
+            backward_both(expected, seed)
+            total += w.grad
+        # Only the CPU's float32 factors of products come between a bfloat16 head and its float32 gradient.
+        assert_relative(main, total, 1e-5)
+        assert not weight.grad.any() and weight.grad_added_to_main_grad
+
+    def test_padding_and_frozen_heads_are_left_alone(self) -> None:
+        hidden, weight, targets = make_inputs()
+        main = torch.full_like(weight.detach(), 7.0)
+        result = linear_logprob(hidden, weight, targets % 40, vocab_size=40, accumulate_into=main)
+        backward_both(result)
+        assert (main[40:] == 7).all() and (main[:40] != 7).any()
+        frozen = torch.full_like(main, 7.0)
+        backward_both(linear_logprob(hidden, weight.detach(), targets, accumulate_into=frozen))
+        assert (frozen == 7).all()
+
+    def test_a_buffer_that_does_not_fit(self) -> None:
+        hidden, weight, targets = make_inputs(dtype=torch.bfloat16)
+        for wrong in (torch.zeros(VOCAB, HIDDEN, dtype=torch.bfloat16), torch.zeros(VOCAB, 2)):
+            with pytest.raises(ValueError, match=r"needs torch.float32 \(53, 24\) on cpu"):
+                linear_logprob(hidden, weight, targets, accumulate_into=wrong)
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_under_the_ddp_of_megatron(self, tied: bool) -> None:
+        run_ranks(1, check_ddp, tied)
+
+
+class Head(torch.nn.Module):
+    """A model of one matrix: the head and, tied, the embedding as well."""
+
+    def __init__(self, config: Any, weight: Tensor, tied: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = torch.nn.Parameter(weight.clone())
+        self.weight.zero_out_wgrad = tied
+        self.tied = tied
+
+    def forward(self, hidden: Tensor, targets: Tensor, straight: bool) -> Tensor:
+        if self.tied:
+            hidden = hidden + functional.embedding(targets, self.weight)
+        into = self.weight.main_grad if straight else None
+        return linear_logprob(hidden, self.weight, targets, accumulate_into=into).logprobs
+
+
+def check_ddp(rank: int, num_ranks: int, tied: bool) -> None:
+    """Megatron's own hook on the parameter, of two micro-batches: the same main gradient on both ways to it."""
+    install_cpu_shim()
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    parallel_state.initialize_model_parallel()
+    config = TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=1)
+    gradients = []
+    for straight in (False, True):
+        hidden, weight, targets = make_inputs()
+        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        model = DistributedDataParallel(config, settings, Head(config, weight.detach(), tied))
+        model.zero_grad_buffer()
+        for part in (slice(0, 20), slice(20, None)):
+            model(hidden[part], targets[part], straight).sum().backward()
+        gradients.append(model.module.weight.main_grad)
+    x, w = hidden.detach().double(), weight.detach().double().requires_grad_()
+    x = x + functional.embedding(targets, w) if tied else x
+    (x @ w.t()).log_softmax(1).gather(1, targets.unsqueeze(1)).sum().backward()
+    for gradient in gradients:
+        assert_relative(gradient, w.grad, 1e-5)
+
+
+class TestRoundedLogits:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_every_use_sees_the_same_rounded_logits(self, small_tiles: None, dtype: torch.dtype) -> None:
+        """Autograd through rounded dense logits, whose rounding passes the gradient on, is the reference."""
+        hidden, weight, targets = make_inputs(dtype=dtype)
+        result = linear_logprob(
+            hidden, weight, targets, entropy=True, temperature=0.7, logit_bias=make_bias(), logits="bf16"
+        )
+        x, w = hidden.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
+        log_p = (((x @ w.t()).bfloat16().double() + make_bias()) / 0.7).log_softmax(1)
+        expected = LogProbs(log_p.gather(1, targets.unsqueeze(1)).squeeze(1), -(log_p.exp() * log_p).sum(1))
+        torch.testing.assert_close(result.logprobs.double(), expected.logprobs, rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(result.entropy.double(), expected.entropy, rtol=1e-6, atol=2e-6)
+        backward_both(result)
+        backward_both(expected)
+        assert_relative(hidden.grad, x.grad.double(), 2**-8)  # that reference rounds the gradient of its logits too
+        assert_relative(weight.grad, w.grad.double(), 2**-8)
+
+    def test_rounding_costs_what_is_said(self) -> None:
+        plain, rounded = (linear_logprob(*make_inputs(), logits=logits).logprobs for logits in ("fp32", "bf16"))
+        assert 1e-3 < (plain - rounded).abs().max() < 0.06
+        with pytest.raises(ValueError, match="logits='fp16' is not allowed"):
+            linear_logprob(*make_inputs(), logits="fp16")
+
+
+class TestBackends:
+    def test_without_a_gpu_it_is_torch(self) -> None:
+        assert backends.select_backend("auto", torch.zeros(1, 8)) is TORCH
+
+    @pytest.mark.parametrize("name", ["triton", "fused"])
+    def test_what_cannot_run_is_refused(self, name: BackendName, monkeypatch: pytest.MonkeyPatch) -> None:
+        hidden, weight, targets = make_inputs()
+        with pytest.raises(ValueError, match="for float64 use torch"):
+            linear_logprob(hidden.double(), weight.double(), targets, backend=name)
+        monkeypatch.setattr(backends, "find_spec", lambda package: None)
+        with pytest.raises(ValueError, match="needs the package triton"):
+            linear_logprob(hidden, weight, targets, backend=name)
+
+    def test_an_unknown_name(self) -> None:
+        with pytest.raises(ValueError, match="backend='cuda' is unknown: use auto, torch, triton or fused"):
+            linear_logprob(*make_inputs(), backend="cuda")
 
 
 class TestErrors:
@@ -391,7 +594,12 @@ def test_a_bias_of_another_size_is_refused() -> None:
 
 
 def check_shards(
-    rank: int, group: ProcessGroup, shards: list[int], vocab_size: int | None, biased: bool = False
+    rank: int,
+    group: ProcessGroup,
+    shards: list[int],
+    vocab_size: int | None,
+    biased: bool = False,
+    backend: BackendName = "auto",
 ) -> None:
     start = sum(shards[:rank])
     hidden, weight, targets = make_inputs()
@@ -411,6 +619,7 @@ def check_shards(
         vocab_start=start,
         vocab_size=vocab_size,
         logit_bias=make_bias()[start : start + shards[rank]] if biased else None,
+        backend=backend,
     )
     expected, x, w = dense_reference(hidden, weight, targets, 0.7, vocab_size, make_bias() if biased else None)
     torch.testing.assert_close(result.logprobs.double(), expected.logprobs, rtol=1e-6, atol=2e-6)
@@ -429,10 +638,11 @@ def check_shards(
     assert_relative(shard.grad, w.grad[start : start + shards[rank]], 1e-5)
 
 
-def check_no_scored_row(group: ProcessGroup, rank: int) -> None:
+def check_no_scored_row(group: ProcessGroup, rank: int, backend: BackendName = "auto") -> None:
     hidden, weight, targets = make_inputs(4, 10)
+    ignored = torch.full_like(targets, IGNORE_INDEX)
     result = linear_logprob(
-        hidden, weight, torch.full_like(targets, IGNORE_INDEX), tp_group=group, vocab_start=10 * rank, entropy=True
+        hidden, weight, ignored, tp_group=group, vocab_start=10 * rank, entropy=True, backend=backend
     )
     backward_both(result)
     assert not result.logprobs.any() and not hidden.grad.any() and not weight.grad.any()

@@ -1,4 +1,4 @@
-"""The Triton back ends of linear_logprob: in the interpreter, compiled for a GPU that is not there, and on one that is."""
+"""The Triton back ends of linear_logprob: in the interpreter, compiled for a GPU that is not there, and on a GPU."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def test_compiled_for_sm90_the_kernels_fit() -> None:
     kernels = {name: Compiled(**values) for name, values in json.loads(run.stdout.splitlines()[-1]).items()}
     assert len(kernels) == 8
     for name, kernel in kernels.items():
-        # 16 bytes a thread is four registers, outside the inner loop of the kernel that has every feature.
-        assert kernel.stack_bytes <= (16 if name == "fused bf16 full" else 0), f"{name}: {kernel}"
+        # 32 bytes a thread are eight registers, where every feature is asked for at once.
+        assert kernel.stack_bytes <= (32 if name == "fused bf16 full" else 0), f"{name}: {kernel}"
         assert kernel.registers <= 255 and kernel.shared_bytes <= 227 * 1024, f"{name}: {kernel}"
         if name.startswith("fused bf16"):
             assert kernel.tensor_core_products > 0 and kernel.bulk_loads > 0, f"{name}: {kernel}"
@@ -163,7 +163,7 @@ def dense_rows(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor) ->
 def gradients_of(
     inputs: tuple[Tensor, Tensor, Tensor], backend: BackendName, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, weight, targets = inputs
+    hidden, weight, _ = inputs
     hidden.grad = weight.grad = None
     result = linear_logprob(*inputs, temperature=TEMPERATURE, entropy=True, vocab_size=IDS, backend=backend, **options)
     (result.logprobs.sum() + 0.1 * result.entropy.sum()).backward()
@@ -174,7 +174,7 @@ def gradients_of(
 @needs_gpu
 @pytest.mark.parametrize("backend", ["torch", "triton", "fused"])
 def test_at_full_size_in_bfloat16(backend: BackendName) -> None:
-    """T*V = 2.5e9 > 2**31; rows from the whole range against float64, the head's gradient against the torch back end."""
+    """T*V = 2.5e9 > 2**31; rows from the whole range against float64, the head's gradient against torch's."""
     inputs = large_inputs()
     rows = torch.tensor([0, 1, 63, 8191, 8192, 14125, TOKENS - 1], device="cuda")
     logprobs, entropy, grad_hidden, grad_weight = gradients_of(inputs, backend)
@@ -234,7 +234,7 @@ def test_peak_memory_on_a_gpu(backend: BackendName) -> None:
     with torch.no_grad():
         forward = peak(lambda: linear_logprob(hidden, weight, targets, **options))
     splits = -(-VOCAB // 4096)
-    temporaries = splits * 4 * 4 * TOKENS if backend == "fused" else 4 * tile
+    temporaries = splits * 4 * 4 * TOKENS if backend == "fused" else 2 * 4 * tile
     assert forward <= temporaries + slack
     gradients = 2 * (TOKENS + VOCAB) * HIDDEN
     workspace = (4 * TOKENS + 4 * chunked.MAX_TILE_COLUMNS) * HIDDEN + 6 * tile

@@ -1,4 +1,4 @@
-"""The torch back end of linear_logprob: tiles of logits, folded into four numbers per token.
+"""The driver of linear_logprob: tiles of logits, folded into four numbers per token, by interchangeable operations.
 
 Shapes: T tokens, H hidden size, V columns of this rank's shard without padding, C columns and R rows of a tile.
 
@@ -10,17 +10,39 @@ theirs in rank order. Backward recomputes a tile with the same operations (or fi
 then
 
     dL/dlogits_j = [g_logprob * (1[j = target] - p_j) - g_entropy * p_j * (log p_j + entropy)] / temperature
+
+Memory beyond the inputs, at its peak, in elements of the accumulation dtype, with C = MAX_TILE_COLUMNS or V if that is
+less, and R*C the larger of the tile elements of the device and MIN_TILE_ROWS * C (or T*C if that is less):
+
+    forward    [T] vectors; tiles of R*C: 4 with entropy and 2 without (torch), 2 (triton), and in place of tiles
+               4T per 4096 columns (fused)
+    backward   T*H and C*H, the accumulators of both gradients; tiles of R*C: 2 (torch), 1 and one of the hidden
+               states' dtype (triton, fused); at most KEPT_ELEMENTS logits since forward; the gradients themselves,
+               T*H and V*H in the inputs' dtype
+
+On the CPU, below float32, also the cast factors of a product: C*H of the head and R*H of the hidden states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.distributed import ProcessGroup, all_gather, get_world_size
+
+from megatron_sr1.kernels.tiles import (
+    Backend,
+    RowGradients,
+    Rows,
+    Tile,
+    VocabShard,
+    add_product,
+    dtypes,
+    empty_state,
+    spans,
+)
 
 MAX_TILE_COLUMNS = 8192
 # Logits of one tile: on the CPU they should stay in the caches, an accelerator needs many rows to be busy (256 MiB).
@@ -36,48 +58,25 @@ _Tiles = dict[tuple[int, int], Tensor]  # first column and first row of a tile -
 
 
 @dataclass(frozen=True)
-class VocabShard:
-    """The part of the vocabulary that this rank holds: ids [start, start + columns)."""
+class Plan:
+    """How a call is computed: everything but the tensors that autograd follows."""
 
-    start: int
-    columns: int  # padding not counted
-    group: ProcessGroup | None  # the ranks that share the vocabulary
-    bias: Tensor | None = None  # [V] added to the logits, in the accumulation dtype; no gradient flows to it
-
-    def bias_of(self, left: int, right: int) -> Tensor | None:
-        return None if self.bias is None else self.bias[left:right]
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What a tile needs to know about its tokens, besides their hidden states."""
-
-    targets: Tensor  # [T] id minus the shard's start; outside the shard it lies outside [0, V)
-    inverse_temperature: Tensor | None  # [T]; None: 1
-
-
-@dataclass(frozen=True)
-class _RowGradients:
-    """Coefficients, all [T], of d_logits = at_target * 1[j = target] - p * (of_p + of_p_log_p * log p)."""
-
-    at_target: Tensor
-    of_p: Tensor
-    of_p_log_p: Tensor | None  # None: no gradient of the entropy
+    shard: VocabShard
+    backend: Backend
+    entropy: bool
+    rounded: bool  # products are rounded to bfloat16 before anything is done with them
+    grad_rows: Tensor | None = None  # [G] the only rows that take part in backward, ascending; None: all
+    drop_zero_rows: bool = False  # find the rows that take part in backward by their gradients
+    accumulate_into: Tensor | None = None  # [V_local, H] receives the gradient of the head
 
 
 def chunked_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    inverse_temperature: Tensor | None,
-    shard: VocabShard,
-    entropy: bool,
+    hidden: Tensor, weight: Tensor, targets: Tensor, inverse_temperature: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs [T] and, where asked for, entropy [T]; linear_logprob has checked the arguments, nothing is ignored."""
-    arguments = (hidden, weight, targets, inverse_temperature, shard, entropy)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _ChunkedLogProb.apply(*arguments)
-    return _forward(*arguments)[:2]
+        return _ChunkedLogProb.apply(hidden, weight, targets, inverse_temperature, plan)
+    return _forward(hidden, weight, targets, inverse_temperature, plan)[:2]
 
 
 class _ChunkedLogProb(torch.autograd.Function):
@@ -90,14 +89,15 @@ class _ChunkedLogProb(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         inverse_temperature: Tensor | None,
-        shard: VocabShard,
-        entropy: bool,
+        plan: Plan,
     ) -> tuple[Tensor, Tensor | None]:
         kept: _Tiles = {}
-        logprobs, nats, logsumexp = _forward(hidden, weight, targets, inverse_temperature, shard, entropy, kept)
+        # Tiles are kept by their place among all rows; a backward over chosen rows has other tiles.
+        keep = kept if plan.grad_rows is None else None
+        logprobs, nats, logsumexp = _forward(hidden, weight, targets, inverse_temperature, plan, keep)
         ctx.save_for_backward(hidden, weight, targets, inverse_temperature, logsumexp, nats, *kept.values())
         ctx.kept = tuple(kept)
-        ctx.shard = shard
+        ctx.plan = plan
         ctx.set_materialize_grads(False)
         return logprobs, nats
 
@@ -108,13 +108,21 @@ class _ChunkedLogProb(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, inverse_temperature, logsumexp, nats, *tiles = ctx.saved_tensors
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 6
-        rows = _Rows(targets - ctx.shard.start, inverse_temperature)
+            return (None,) * 5
+        plan: Plan = ctx.plan
+        rows = Rows(targets - plan.shard.start, inverse_temperature)
         gradients = _row_gradients(grad_logprobs, grad_entropy, nats, inverse_temperature)
         kept = dict(zip(ctx.kept, tiles, strict=True))
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        wanted = _backward(hidden, weight, rows, logsumexp, gradients, ctx.shard, kept, needs)
-        return *wanted, None, None, None, None
+        chosen = _chosen_rows(plan, gradients)
+        if chosen is None:
+            wanted = _backward(hidden, weight, rows, logsumexp, gradients, plan, kept, needs)
+        else:
+            parts = (hidden[chosen], weight, rows.select(chosen), logsumexp[chosen], gradients.select(chosen))
+            grad_part, grad_weight = _backward(*parts, plan, {}, needs)
+            grad_hidden = None if grad_part is None else torch.zeros_like(hidden).index_copy_(0, chosen, grad_part)
+            wanted = grad_hidden, grad_weight
+        return *wanted, None, None, None
 
 
 def _forward(
@@ -122,58 +130,38 @@ def _forward(
     weight: Tensor,
     targets: Tensor,
     inverse_temperature: Tensor | None,
-    shard: VocabShard,
-    entropy: bool,
+    plan: Plan,
     kept: _Tiles | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Log-probs, entropy (or None) and logsumexp of the scaled logits, [T] each, in the accumulation dtype.
     Fills `kept` with the first tiles, as far as KEPT_ELEMENTS goes."""
-    rows = _Rows(targets - shard.start, inverse_temperature)
-    state = _merge(_local_state(hidden, weight, rows, shard, entropy, kept), shard.group)
-    top, total, z_target, weighted = state.unbind()
+    rows = Rows(targets - plan.shard.start, inverse_temperature)
+    if plan.backend.statistics is None:
+        state = _local_state(hidden, weight, rows, plan, kept)
+    else:
+        state = plan.backend.statistics(hidden, weight, rows, plan.shard, plan.entropy, plan.rounded)
+    top, total, z_target, weighted = _merge(state, plan.shard.group).unbind()
     log_total = total.log()
     # Both terms are <= 0 (total holds exp(0)), so no log-prob can be above 0.
     logprobs = (z_target - top) - log_total
-    return logprobs, log_total - weighted / total if entropy else None, top + log_total
+    return logprobs, log_total - weighted / total if plan.entropy else None, top + log_total
 
 
-def _local_state(
-    hidden: Tensor, weight: Tensor, rows: _Rows, shard: VocabShard, entropy: bool, kept: _Tiles | None
-) -> Tensor:
-    """[4, T]: max, sum of exp(z - max), z of the target, sum of exp(z - max) * (z - max), over this rank's ids."""
-    accumulate, operand = _dtypes(hidden)
-    state = torch.zeros(4, len(hidden), dtype=accumulate, device=hidden.device)
-    # The smallest number stands for "nothing yet": unlike -inf it can be subtracted from itself.
-    state[0].fill_(torch.finfo(accumulate).min)
-    state[2].fill_(torch.finfo(accumulate).min)
+def _local_state(hidden: Tensor, weight: Tensor, rows: Rows, plan: Plan, kept: _Tiles | None) -> Tensor:
+    """The state [4, T] over this rank's ids."""
+    accumulate, operand = dtypes(hidden)
+    state = empty_state(len(hidden), accumulate, hidden.device)
     room = KEPT_ELEMENTS
-    for left, right in _spans(shard.columns, MAX_TILE_COLUMNS):
-        tile = weight[left:right].to(operand)
-        for first, last in _spans(len(hidden), _tile_rows(hidden, right - left)):
-            z = _logits(hidden[first:last], tile, shard.bias_of(left, right), rows.inverse_temperature, first)
-            _fold(state[:, first:last], z, rows.targets[first:last] - left, entropy)
+    for left, right in spans(plan.shard.columns, MAX_TILE_COLUMNS):
+        head = weight[left:right].to(operand)
+        for first, last in spans(len(hidden), _tile_rows(hidden, right - left)):
+            tile = _tile(rows, plan, (first, last), (left, right))
+            z = plan.backend.tiles.make(hidden[first:last], head, tile)
+            plan.backend.tiles.fold(state[:, first:last], z, tile, plan.entropy)
             room -= z.numel()
             if kept is not None and room >= 0:
                 kept[left, first] = z
     return state
-
-
-def _fold(state: Tensor, z: Tensor, targets: Tensor, entropy: bool) -> None:
-    """Adds a tile [R, C] to the state [4, R]."""
-    top, total, z_target, weighted = state.unbind()
-    held, index = _held(targets, z.shape[1])
-    z_target.copy_(torch.where(held, z.gather(1, index).squeeze(1), z_target))
-    new_top = torch.maximum(top, z.amax(1))
-    shifted = z - new_top.unsqueeze(1)
-    drop = top - new_top
-    decay = drop.exp()
-    if entropy:
-        exponentials = shifted.exp()
-        weighted.copy_(decay * (weighted + drop * total) + torch.linalg.vecdot(exponentials, shifted))
-    else:
-        exponentials = shifted.exp_()
-    total.mul_(decay).add_(exponentials.sum(1))
-    top.copy_(new_top)
 
 
 def _merge(state: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -195,102 +183,76 @@ def _merge(state: Tensor, group: ProcessGroup | None) -> Tensor:
 
 def _row_gradients(
     grad_logprobs: Tensor | None, grad_entropy: Tensor | None, nats: Tensor | None, inverse_temperature: Tensor | None
-) -> _RowGradients:
+) -> RowGradients:
     scale = 1.0 if inverse_temperature is None else inverse_temperature
     if grad_entropy is None:
         at_target = grad_logprobs * scale
-        return _RowGradients(at_target, at_target, None)
+        return RowGradients(at_target, at_target, None)
     at_target = torch.zeros_like(grad_entropy) if grad_logprobs is None else grad_logprobs * scale
     of_p_log_p = grad_entropy * scale
-    return _RowGradients(at_target, at_target + of_p_log_p * nats, of_p_log_p)
+    return RowGradients(at_target, at_target + of_p_log_p * nats, of_p_log_p)
+
+
+def _chosen_rows(plan: Plan, gradients: RowGradients) -> Tensor | None:
+    """The rows [G] that take part in backward, ascending; None: all."""
+    if not plan.drop_zero_rows:
+        return plan.grad_rows
+    nonzero = gradients.nonzero()
+    chosen = nonzero.nonzero().squeeze(1)  # the host learns their number here
+    return None if len(chosen) == len(nonzero) else chosen
 
 
 def _backward(
     hidden: Tensor,
     weight: Tensor,
-    rows: _Rows,
+    rows: Rows,
     logsumexp: Tensor,
-    gradients: _RowGradients,
-    shard: VocabShard,
+    gradients: RowGradients,
+    plan: Plan,
     kept: _Tiles,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of hidden [T, H] (this rank's part) and weight [V_local, H], each only where needed."""
-    accumulate, operand = _dtypes(hidden)
+    accumulate, operand = dtypes(hidden)
     grad_hidden = torch.zeros_like(hidden, dtype=accumulate) if needs[0] else None
+    into = plan.accumulate_into if needs[1] else None
     grad_weight = torch.zeros_like(weight) if needs[1] else None  # padding stays 0
-    for left, right in _spans(shard.columns, MAX_TILE_COLUMNS):
-        tile = weight[left:right].to(operand)
-        grad_tile = torch.zeros_like(tile, dtype=accumulate) if needs[1] else None
-        for first, last in _spans(len(hidden), _tile_rows(hidden, right - left)):
+    for left, right in spans(plan.shard.columns, MAX_TILE_COLUMNS):
+        head = weight[left:right].to(operand)
+        grad_head = None
+        if needs[1]:
+            grad_head = torch.zeros_like(head, dtype=accumulate) if into is None else into[left:right]
+        for first, last in spans(len(hidden), _tile_rows(hidden, right - left)):
+            tile = _tile(rows, plan, (first, last), (left, right))
             z = kept.get((left, first))
+            overwrite = z is None  # a kept tile must survive: backward may run again
             if z is None:
-                z = _logits(hidden[first:last], tile, shard.bias_of(left, right), rows.inverse_temperature, first)
-            log_p = z - logsumexp[first:last].unsqueeze(1)  # not in place: backward may run again
-            grad_z = _logit_gradients(log_p, rows.targets[first:last] - left, gradients, first).to(operand)
+                z = plan.backend.tiles.make(hidden[first:last], head, tile)
+            part = gradients.part(first, last)
+            grad_z = plan.backend.tiles.gradient(z, logsumexp[first:last], tile, part, operand, overwrite)
             if grad_hidden is not None:
-                _add_product(grad_hidden[first:last], grad_z, tile)
-            if grad_tile is not None:
-                _add_product(grad_tile, grad_z.t(), hidden[first:last].to(operand))
-        if grad_weight is not None:
-            grad_weight[left:right] = grad_tile
+                add_product(grad_hidden[first:last], grad_z, head)
+            if grad_head is not None:
+                add_product(grad_head, grad_z.t(), hidden[first:last].to(operand))
+            del z, grad_z  # before the next tile is made: both would add to the peak
+        if grad_weight is not None and into is None:
+            grad_weight[left:right] = grad_head
+    if into is not None:
+        # What Megatron's DDP reads when autograd delivers the gradient, which is zeros: it must not be added again.
+        weight.grad_added_to_main_grad = True
     return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
 
 
-def _logit_gradients(log_p: Tensor, targets: Tensor, gradients: _RowGradients, first: int) -> Tensor:
-    """Gradient [R, C] of the logits, from their log-probabilities [R, C], which it overwrites."""
-    part = slice(first, first + len(log_p))
-    of_p = gradients.of_p[part].unsqueeze(1)
-    if gradients.of_p_log_p is None:
-        grad_z = log_p.exp_().mul_(-of_p)
-    else:
-        p = log_p.exp()
-        grad_z = log_p.mul_(gradients.of_p_log_p[part].unsqueeze(1)).add_(of_p).mul_(p).neg_()
-    held, index = _held(targets, log_p.shape[1])
-    return grad_z.scatter_add_(1, index, (gradients.at_target[part] * held).unsqueeze(1))
-
-
-def _logits(
-    hidden: Tensor, tile: Tensor, bias: Tensor | None, inverse_temperature: Tensor | None, first: int
-) -> Tensor:
-    """z = (hidden @ tile.T + bias) / temperature, [R, C] in the accumulation dtype; `first` is the row of hidden[0]."""
-    accumulate, operand = _dtypes(hidden)
-    z = _product(hidden.to(operand), tile.t(), accumulate)
-    if bias is not None:
-        z.add_(bias)
-    if inverse_temperature is not None:
-        z.mul_(inverse_temperature[first : first + len(z)].unsqueeze(1))
-    return z
-
-
-def _held(targets: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Which targets [R] lie in this tile, and an index [R, 1] that is valid for all of them."""
-    return (targets >= 0) & (targets < columns), targets.clamp(0, columns - 1).unsqueeze(1)
-
-
-def _dtypes(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """(accumulation dtype, dtype of the factors of a product). Rounding logits to bfloat16 costs up to 0.05 nats a
-    token, so products of low-precision factors have float32 results; the CPU has no such product, so it casts."""
-    accumulate = torch.promote_types(hidden.dtype, torch.float32)
-    return accumulate, hidden.dtype if hidden.is_cuda else accumulate
-
-
-def _product(left: Tensor, right: Tensor, accumulate: torch.dtype) -> Tensor:
-    return left @ right if left.dtype == accumulate else torch.mm(left, right, out_dtype=accumulate)
-
-
-def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.dtype == into.dtype:
-        into.addmm_(left, right)
-    else:
-        into.add_(_product(left, right, into.dtype))
+def _tile(rows: Rows, plan: Plan, row_span: tuple[int, int], column_span: tuple[int, int]) -> Tile:
+    part = slice(*row_span)
+    return Tile(
+        targets=rows.targets[part] - column_span[0],
+        inverse_temperature=None if rows.inverse_temperature is None else rows.inverse_temperature[part],
+        bias=plan.shard.bias_of(*column_span),
+        rounded=plan.rounded,
+    )
 
 
 def _tile_rows(hidden: Tensor, columns: int) -> int:
     elements = TILE_ELEMENTS_ACCELERATOR if hidden.is_cuda else TILE_ELEMENTS_CPU
     return max(MIN_TILE_ROWS, elements // columns)
-
-
-def _spans(total: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, total, size):
-        yield start, min(start + size, total)

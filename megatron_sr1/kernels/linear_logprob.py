@@ -4,16 +4,45 @@
     logprob = z[target] - logsumexp(z),   entropy = -sum_j p_j log p_j
 
 The logits [T, V] never exist: they are made in tiles and, but for a fixed number of them, made again in backward
-(chunked.py): 8*T*H*V operations for forward and backward together, against 6*T*H*V with all logits kept.
+(chunked.py): 8*T*H*V operations for forward and backward together, against 6*T*H*V with all logits kept. Of these,
+6 are backward's and go only over the rows that take part in it.
+
+Numbers. Softmax statistics, log-probs and both gradient accumulators are float32 (float64 for float64 inputs). The
+results are the same bits in every run on one machine: the order of every sum is fixed. They are also the same with and
+without a graph, so a reference with the same weights is at distance 0.
+
+Tensor parallelism. Every rank of `tp_group` passes the same hidden states and targets and its own rows of the head;
+shards may be uneven. The log-probs and the entropy come out equal on all ranks. The gradient of `weight` is this
+rank's shard, complete. The gradient of `hidden` is only this rank's part of the sum over the vocabulary and is NOT
+reduced here: the region operation through which the caller brought the hidden states to the head does it
+(`copy_to_tensor_model_parallel_region` all-reduces in backward,
+`gather_from_sequence_parallel_region(tensor_parallel_output_grad=True)` reduce-scatters).
+
+Rounding. `logits="bf16"` rounds every product hidden @ weight.T to bfloat16, in the target's logit, in the softmax and
+in backward alike, as an inference engine does that scores with bfloat16 logits: up to 0.05 nats a token.
+
+Rows of backward. Rows that take no part get gradient 0 and cost nothing in backward. `grad_rows` names the others
+before ([G], as when a group's advantages are all 0: any gradient that comes in for another row is dropped), at no cost;
+"nonzero" finds in backward those whose incoming gradient of log-prob or entropy is not exactly 0, for which the host
+waits once for the device. Leaving rows out changes the order of sums, so the last bits of the gradient of `weight`.
+
+The main gradient. Backward adds the gradient of `weight` to `accumulate_into` in place, tile by tile, rounded nowhere;
+`weight` itself gets zeros and `weight.grad_added_to_main_grad = True`, as from Megatron's linear layers with gradient
+accumulation fusion, so that its DDP does not add twice. A weight that is an embedding too needs Megatron's
+`zero_out_wgrad = True`, which Megatron sets on tied weights, or DDP drops the embedding's part.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce, get_world_size
 
-from megatron_sr1.kernels.chunked import VocabShard, chunked_logprob
+from megatron_sr1.kernels.backends import BackendName, select_backend
+from megatron_sr1.kernels.chunked import Plan, chunked_logprob
+from megatron_sr1.kernels.tiles import VocabShard
 from megatron_sr1.types import LogProbs
 
 IGNORE_INDEX = -100  # a target with this value is not scored
@@ -30,18 +59,15 @@ def linear_logprob(
     vocab_start: int = 0,
     vocab_size: int | None = None,
     logit_bias: Tensor | None = None,
+    backend: BackendName = "auto",
+    logits: Literal["fp32", "bf16"] = "fp32",
+    grad_rows: Tensor | Literal["all", "nonzero"] = "all",
+    accumulate_into: Tensor | None = None,
 ) -> LogProbs:
-    """Natural-log probability of `targets`, differentiable in `hidden` and `weight`.
+    """Natural-log probability of `targets`, differentiable in `hidden` and `weight`; the module tells the details.
 
-    Softmax statistics, log-probs and both gradient accumulators are float32 (float64 for float64 inputs). The
-    results are the same bits in every run on one machine: the order of every sum is fixed.
-
-    Tensor parallelism: every rank of `tp_group` passes the same hidden states and targets and its own rows of the
-    head; shards may be uneven. The log-probs and the entropy come out equal on all ranks. The gradient of `weight`
-    is this rank's shard, complete. The gradient of `hidden` is only this rank's part of the sum over the vocabulary
-    and is NOT reduced here: the region operation through which the caller brought the hidden states to the head
-    does it (`copy_to_tensor_model_parallel_region` all-reduces in backward,
-    `gather_from_sequence_parallel_region(tensor_parallel_output_grad=True)` reduce-scatters).
+    The host looks at the targets once, and once more at a temperature or grad_rows that is a tensor, which waits for
+    the device.
 
     Args:
         hidden: [T, H] float; T may be 0.
@@ -54,26 +80,53 @@ def linear_logprob(
         vocab_size: number of true ids; rows of the head from here on are padding, of probability 0 and gradient 0.
             None: there is no padding.
         logit_bias: [V_local], added to the logits before the temperature, as a sampler's logit bias is; constant.
+        backend: how tiles are computed (backends.py). Log-probs to be compared bit by bit need the same one.
+        logits: whether products are rounded to bfloat16; "fp32" keeps them in the accumulation dtype.
+        grad_rows: rows that take part in backward: "all", "nonzero", or ascending row numbers [G] int64.
+        accumulate_into: [V_local, H] in the accumulation dtype, such as `weight.main_grad`.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a temperature that is not positive, a shard that is not where
-            it should be, or a target that is neither IGNORE_INDEX nor in the vocabulary.
+        ValueError: shapes, dtypes or options that do not fit, a temperature that is not positive, a shard that is not
+            where it should be, a target that is no id and not IGNORE_INDEX, or a back end that cannot run here.
     """
     _check_tensors(hidden, weight, targets)
     size = _vocabulary_size(weight, tp_group, vocab_start, vocab_size)
     scored = _scored_rows(targets, size)
-    inverse_temperature = _inverse_temperature(temperature, hidden)
     columns = min(max(size - vocab_start, 0), weight.shape[0])
-    shard = VocabShard(vocab_start, columns, tp_group, _bias(logit_bias, weight))
+    plan = Plan(
+        shard=VocabShard(vocab_start, columns, tp_group, _bias(logit_bias, weight)),
+        backend=select_backend(backend, hidden),
+        entropy=entropy,
+        rounded=_rounded(logits),
+        grad_rows=_grad_rows(grad_rows, targets, scored),
+        drop_zero_rows=isinstance(grad_rows, str) and grad_rows == "nonzero",
+        accumulate_into=_accumulator(accumulate_into, weight),
+    )
+    return _score(hidden, weight, targets, _inverse_temperature(temperature, hidden), scored, plan)
+
+
+def _score(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    inverse_temperature: Tensor | None,
+    scored: Tensor | None,
+    plan: Plan,
+) -> LogProbs:
+    """Unscored rows are taken out, not masked: they cost nothing, and what they hold cannot reach a gradient."""
     if scored is None:
-        return LogProbs(*chunked_logprob(hidden, weight, targets, inverse_temperature, shard, entropy))
-    # Unscored rows are taken out, not masked: they cost nothing, and whatever they hold cannot reach a gradient.
+        return LogProbs(*chunked_logprob(hidden, weight, targets, inverse_temperature, plan))
     if inverse_temperature is not None:
         inverse_temperature = inverse_temperature[scored]
-    kept_hidden, kept_targets = hidden.index_select(0, scored), targets[scored]
-    parts = chunked_logprob(kept_hidden, weight, kept_targets, inverse_temperature, shard, entropy)
+    parts = chunked_logprob(hidden.index_select(0, scored), weight, targets[scored], inverse_temperature, plan)
     zeros = torch.zeros(targets.shape, dtype=parts[0].dtype, device=hidden.device)
     return LogProbs(*(part if part is None else zeros.index_copy(0, scored, part) for part in parts))
+
+
+def _rounded(logits: str) -> bool:
+    if logits not in ("fp32", "bf16"):
+        raise ValueError(f'linear_logprob: logits={logits!r} is not allowed: use "fp32" or "bf16".')
+    return logits == "bf16"
 
 
 def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
@@ -102,6 +155,37 @@ def _bias(bias: Tensor | None, weight: Tensor) -> Tensor | None:
             f"linear_logprob: logit_bias {tuple(bias.shape)} must be one number per row of weight, [{weight.shape[0]}]."
         )
     return bias.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _accumulator(into: Tensor | None, weight: Tensor) -> Tensor | None:
+    accumulate = torch.promote_types(weight.dtype, torch.float32)
+    if into is not None and (into.shape != weight.shape or into.dtype != accumulate or into.device != weight.device):
+        raise ValueError(
+            f"linear_logprob: accumulate_into is {into.dtype} {tuple(into.shape)} on {into.device}; the gradient of "
+            f"weight needs {accumulate} {tuple(weight.shape)} on {weight.device}."
+        )
+    return into
+
+
+def _grad_rows(rows: Tensor | str, targets: Tensor, scored: Tensor | None) -> Tensor | None:
+    """The chosen rows, as places among the scored rows; None where nothing is chosen beforehand."""
+    if isinstance(rows, str):
+        if rows not in ("all", "nonzero"):
+            raise ValueError(f'linear_logprob: grad_rows={rows!r} is not allowed: use "all", "nonzero" or row numbers.')
+        return None
+    num_rows = len(targets)
+    if rows.dim() != 1 or rows.dtype != torch.int64:
+        raise ValueError(f"linear_logprob: grad_rows is {rows.dtype} {tuple(rows.shape)}; it must be int64, [G].")
+    if bool(((rows < 0) | (rows >= num_rows)).any() | (rows.diff() <= 0).any()):
+        raise ValueError(
+            f"linear_logprob: grad_rows must be ascending row numbers, each once, in [0, {num_rows}): "
+            f"got {rows.numel()} numbers that are not. Sort them and take out the repeated ones."
+        )
+    if scored is None:
+        return rows
+    chosen = torch.zeros(num_rows, dtype=torch.bool, device=rows.device)
+    chosen[rows] = True
+    return chosen[scored].nonzero().squeeze(1)
 
 
 def _vocabulary_size(weight: Tensor, group: ProcessGroup | None, start: int, size: int | None) -> int:

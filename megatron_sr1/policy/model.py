@@ -5,6 +5,8 @@ T_local   tokens of the row on this context-parallel rank (T without context par
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -56,6 +58,7 @@ class QwenVLModel(GPTModel):
         )
         self.architecture = architecture
         self.groups = groups
+        self.logits = config.precision.logits
         self.rotary = MultimodalRotary(
             architecture.head_dim,
             architecture.rope_theta,
@@ -135,6 +138,9 @@ class QwenVLModel(GPTModel):
             vocab_start=self.groups.tensor.rank() * len(weight),
             vocab_size=self.architecture.vocab_size,
             logit_bias=self._ban(weight, scoring.banned_ids),
+            logits=self.logits,
+            grad_rows=_local_grad_rows(batch, mine),
+            accumulate_into=weight.main_grad if torch.is_grad_enabled() and weight.requires_grad else None,
         )
         return self._all_scores(torch.stack([scores.logprobs, scores.entropy.detach()]), mine, len(place))
 
@@ -155,3 +161,12 @@ class QwenVLModel(GPTModel):
         bias = torch.zeros(len(weight), device=weight.device)
         bias[rows[(rows >= 0) & (rows < len(weight))]] = BANNED_LOGIT_BIAS
         return bias
+
+
+def _local_grad_rows(batch: MicroBatch, mine: Tensor) -> Tensor | Literal["all"]:
+    """Which of the scored tokens at `mine` the loss depends on."""
+    if batch.grad_rows is None:
+        return "all"
+    wanted = torch.zeros_like(batch.targets, dtype=torch.bool)
+    wanted[batch.grad_rows] = True
+    return torch.nonzero(wanted[mine]).squeeze(1)

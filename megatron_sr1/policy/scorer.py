@@ -65,7 +65,8 @@ class Scorer:
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights under their Hugging Face names, full, on every rank; all ranks iterate together."""
-        return export_hf_weights(self.chunks, self.architecture, self.groups)
+        bucket_bytes = self.config.rollout.sync_bucket_mib * 2**20
+        return export_hf_weights(self.chunks, self.architecture, self.groups, bucket_bytes=bucket_bytes)
 
     def _from_last_stage(self, scores: list[Tensor], batches: Sequence[MicroBatch]) -> list[LogProbs]:
         if self.groups.pipeline.size() > 1:
