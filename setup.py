@@ -10,6 +10,7 @@ BASE = [
     "numpy>=2.0",
     "omegaconf>=2.3",
     "pillow>=11.0",
+    "pyarrow>=18.0",
     "rich>=13.7",
     "safetensors>=0.5",
     "scikit-learn>=1.5",

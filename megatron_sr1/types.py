@@ -140,8 +140,9 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Several sequences packed into one row, which the ranks of a model share. Row r of the R scored tokens is predicted by the hidden
-    state at `loss_rows[r]`; it is response token `row_offset[r]` of sequence `row_sequence[r]`."""
+    """Several sequences packed into one row, which the ranks of a model share. Row r of the R scored tokens is
+    predicted by the hidden state at `loss_rows[r]`; it is response token `row_offset[r]` of sequence
+    `row_sequence[r]`."""
 
     input_ids: Tensor  # [T] int64
     position_ids: Tensor  # [3, T] int64: mRoPE time, height, width

@@ -152,6 +152,28 @@ def test_siblings_share_one_image_and_generator_logprobs_stay_aligned(processor:
     assert torch.allclose(batch.generator_logprobs[0], expected)
 
 
+def test_tokens_know_how_far_their_image_is(processor: Processor) -> None:
+    groups = _groups(processor)
+    batch = _streams(processor, _config())
+    distances = _by_sequence(batch, batch.image_distance)
+    first, second = groups[0].pairs[0].first, groups[0].pairs[0].second
+    assert second is not None and set(distances[1].tolist()) == {-1.0}, "a second pass sees no image"
+    ids = (*first.prompt_ids, *first.response_ids)
+    last = max(place for place, token in enumerate(ids) if token == processor.image_token_id)
+    starts = len(first.prompt_ids)
+    assert distances[0].tolist() == [place - last for place in range(starts, len(ids))]
+
+
+def test_counts_of_kinds_are_those_of_the_whole_step(processor: Processor) -> None:
+    whole = _streams(processor, _config())
+    parts = [_streams(processor, _config(), Shares(index, 2)) for index in range(2)]
+    assert all(part.num_of_kind == whole.num_of_kind for part in parts)
+    pairs = [pair for group in _groups(processor) for pair in group.pairs]
+    assert whole.num_of_kind["text"] == sum(len(pair.second.response_ids) for pair in pairs if pair.second is not None)
+    assert sum(whole.num_of_kind.get(name, 0) for name in ("text", "near_image", "far_image")) == whole.num_tokens
+    assert min(whole.num_of_kind.values()) > 0, "a kind that does not occur has no mean"
+
+
 def test_sft_takes_both_layouts(processor: Processor) -> None:
     prompt = Prompt("p", "What is the sum of all digits?", "10", (Image.new("RGB", (56, 28)),))
     samples = [
@@ -198,3 +220,24 @@ def test_no_pixel_is_read_and_images_stay_on_the_host(processor: Processor) -> N
         for image in micro.images:
             assert "pixel_values" not in vars(image), "patches are made by the rank that encodes the image"
             assert image.pixel_values.device.type == "cpu"
+
+
+def test_the_head_needs_a_gradient_only_where_the_loss_depends_on_a_token(processor: Processor) -> None:
+    """Group 1 has equal answers: without a KL term nothing of its first passes is trained on; with one, all is."""
+    rewards = _rewards() | {"acc": torch.tensor([1.0, 0.0, 1.0, 1.0]), "fmt": torch.ones(4)}
+    config = _config("objective.kl_coef=0", "objective.preset=see_think")
+    batch = Batcher(config, processor, Shares()).streams(
+        _groups(processor), rewards, preset_from_config(config.objective)
+    )
+    dead = []
+    for micro in batch.micro_batches:
+        wanted = torch.ones_like(micro.targets, dtype=torch.bool)
+        if micro.grad_rows is not None:
+            wanted = torch.zeros_like(wanted)
+            wanted[micro.grad_rows] = True
+        dead.append((~wanted).float())
+    by_sequence = _by_sequence(batch, dead)
+    # second passes are not trained by this preset; sequences 4 and 6 are group 1's first passes
+    assert [bool(row.all()) for row in by_sequence] == [False, True, False, True, True, True, True]
+    assert not any(by_sequence[row].any() for row in (0, 2))
+    assert all(micro.grad_rows is None for micro in _streams(processor, _config()).micro_batches)

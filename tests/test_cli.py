@@ -21,7 +21,8 @@ def config_file(tmp_path: Path) -> Path:
         (tmp_path / f"{name}-0.tar").write_bytes(b"")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(
-        '{"text_config": {"num_attention_heads": 4, "num_hidden_layers": 2}}'
+        '{"text_config": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 8,'
+        ' "num_hidden_layers": 2}}'
     )
     path = tmp_path / "grpo.yaml"
     shards = "\n".join(f"  {name}: ['{tmp_path}/{name}-*.tar']" for name in ("train", "heldout", "cold_start"))
@@ -50,6 +51,14 @@ def config_file(tmp_path: Path) -> Path:
         (["objective.preset=vision_sr2"], ["objective.preset", "vision_sr1"]),
         (["rollout.max_model_tokens=64"], ["rollout.max_model_tokens", "max_response_tokens"]),
         (["rollout.temperature=0"], ["rollout.temperature"]),
+        (["rollout.top_p=0.99"], ["rollout.top_p", "0.99", "log-prob"]),
+        (["rollout.top_k=20"], ["rollout.top_k", "20"]),
+        (["objective.mismatch=clip"], ["objective.mismatch", "truncate, mask"]),
+        (["objective.mismatch_low=3"], ["objective.mismatch_low", "mismatch_high=2.0"]),
+        (["--train-only"], ["--train-only and --from-rollouts"]),
+        (["--from-rollouts", "/nowhere"], ["--train-only and --from-rollouts"]),
+        (["--train-only", "--from-rollouts", "/nowhere"], ["--from-rollouts", "/nowhere", "not a folder"]),
+        (["--rollouts-only", "--train-only", "--from-rollouts", "/tmp"], ["--rollouts-only", "exclude each other"]),
         (["steps"], ["steps", "key=value"]),
     ],
 )

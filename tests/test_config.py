@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from megatron_sr1.config import (
     ConfigError,
     LayoutConfig,
     RolloutConfig,
+    check_model,
     check_train_batch,
     dump_config,
     load_config,
@@ -78,7 +81,16 @@ def test_missing_file_is_named(tmp_path) -> None:
         (["nproc=3", "layout.tensor=2"], "nproc"),
         (["nproc=4", "layout.tensor=2", "layout.pipeline=4"], "nproc"),
         (["layout.tensor=0"], "layout.tensor"),
-        (["nproc=2", "layout.context=2"], "layout.context"),
+        (["layout.virtual=2"], "layout.virtual"),
+        (["nproc=2", "layout.pipeline=2", "layout.stage_layers=[4]"], "layout.stage_layers"),
+        (["nproc=4", "layout.pipeline=2", "layout.expert=4"], "layout.expert"),
+        (["precision.dtype=fp16"], "precision.dtype"),
+        (["precision.logits=fp8"], "precision.logits"),
+        (["precision.fp8_recipe=rowwise"], "precision.fp8_recipe"),
+        (["precision.bf16_last_layers=-1"], "precision.bf16_last_layers"),
+        (["recompute.mode=some"], "recompute.mode"),
+        (["recompute.modules=[attention]"], "recompute.modules"),
+        (["optimizer.vision_lr=0"], "optimizer.vision_lr"),
         (["layout.sequence_parallel=true"], "layout.sequence_parallel"),
         (["optimizer.lr=0"], "optimizer.lr"),
         (["optimizer.schedule=linear"], "optimizer.schedule"),
@@ -153,3 +165,51 @@ def test_example_loads_and_fits_together(path) -> None:
         assert config.data.train and config.data.heldout
     else:
         assert config.data.cold_start
+
+
+_MODEL = {
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 6,
+    "intermediate_size": 48,
+    "num_experts": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["nproc=5", "layout.tensor=5"], "layout.tensor"),  # heads
+        (["nproc=6", "layout.tensor=6"], "layout.tensor"),  # key/value heads: 6 and 4 do not share evenly
+        (["nproc=4", "layout.pipeline=2", "layout.virtual=2"], "layout.pipeline * layout.virtual"),
+        (["nproc=2", "layout.pipeline=2", "layout.stage_layers=[2,3]"], "layout.stage_layers"),
+        (["nproc=3", "train.batch_size=3", "layout.expert=3"], "layout.expert"),
+        (["nproc=2", "layout.tensor=2"], "layout.sequence_parallel"),  # a mixture under tensor parallelism
+    ],
+)
+def test_a_layout_that_the_model_does_not_divide_is_refused(overrides: list[str], key: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": _MODEL}))
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        check_model(load_config(None, [f"model.hf_dir={tmp_path}", *overrides]))
+
+
+def test_layouts_that_the_model_divides_pass(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": _MODEL}))
+    for overrides in (
+        ["nproc=2", "layout.pipeline=2", "layout.stage_layers=[1,5]"],
+        ["nproc=8", "layout.expert=4", "layout.tensor=2", "layout.sequence_parallel=true"],
+        ["nproc=12", "layout.tensor=12", "layout.sequence_parallel=true"],  # three ranks share a key/value head
+    ):
+        check_model(load_config(None, [f"model.hf_dir={tmp_path}", *overrides]))
+    (tmp_path / "config.json").write_text(json.dumps({name: _MODEL[name] for name in _MODEL if name != "num_experts"}))
+    with pytest.raises(ConfigError, match="the model has no experts"):
+        check_model(load_config(None, [f"model.hf_dir={tmp_path}", "nproc=2", "layout.expert=2"]))
+    check_model(load_config(None, [f"model.hf_dir={tmp_path}", "nproc=2", "layout.tensor=2"]))
+
+
+def test_rows_are_padded_to_what_context_sequence_parallelism_and_fp8_ask_for() -> None:
+    config = load_config(None, ["nproc=4", "layout.context=2", "layout.tensor=2", "layout.sequence_parallel=true"])
+    assert (config.sequence_multiple, config.row_multiple) == (4, 4)
+    fp8 = load_config(None, ["nproc=2", "layout.context=2", "precision.dtype=fp8", "precision.fp8_recipe=mxfp8"])
+    assert (fp8.sequence_multiple, fp8.row_multiple) == (4, 64)
+    assert load_config(None, []).row_multiple == 1

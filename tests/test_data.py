@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import subprocess
 import sys
 import tarfile
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
 import webdataset
 from hypothesis import given, settings
@@ -20,51 +17,7 @@ from PIL import Image
 
 from megatron_sr1.data import SampleStream, ShardDataset, expand_shards, write_shards
 from megatron_sr1.types import Prompt, SftSample
-
-QUESTION = {"problem": "How many?", "answer": "3"}
-
-
-def picture(level: int, width: int = 5) -> Image.Image:
-    return Image.fromarray(np.full((4, width, 3), level, dtype=np.uint8))
-
-
-def png(level: int) -> bytes:
-    buffer = io.BytesIO()
-    picture(level).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, members: Mapping[str, bytes | dict]) -> Path:
-    """A tar as any tool would write it: no code of ours."""
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            data = content if isinstance(content, bytes) else json.dumps(content).encode()
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
-
-
-def prompts(num: int) -> list[Prompt]:
-    return [
-        Prompt(f"p{i:03d}", f"Frage {i} größer?", str(i), (picture(i),), "count", {"facts": [i]}) for i in range(num)
-    ]
-
-
-def equal(left: Prompt | SftSample, right: Prompt | SftSample) -> bool:
-    """Same fields, same pixels."""
-    a, b = (s.prompt if isinstance(s, SftSample) else s for s in (left, right))
-    pixels = len(a.images) == len(b.images) and all(
-        x.mode == y.mode == "RGB" and x.tobytes() == y.tobytes() for x, y in zip(a.images, b.images, strict=True)
-    )
-    fields = (a.key, a.problem, a.answer, a.source, a.metadata) == (b.key, b.problem, b.answer, b.source, b.metadata)
-    if isinstance(left, SftSample) and isinstance(right, SftSample):
-        fields &= (left.template, left.response, left.description) == (
-            right.template,
-            right.response,
-            right.description,
-        )
-    return pixels and fields and type(left) is type(right)
+from tests.data_cases import QUESTION, equal, picture, png, prompts, write_tar
 
 
 # ---------------------------------------------------------------- writing and reading
@@ -173,10 +126,12 @@ def test_fingerprint_follows_names_and_sizes(tmp_path: Path) -> None:
     [
         ({"k.json": b"{", "k.0.png": png(1)}, r"a\.tar, sample 'k': .*not valid JSON"),
         ({"k.json": b"\xff\xfe"}, "not valid JSON"),
+        ({"k.json": b"[" * 200_000}, "not valid JSON"),
+        ({"k.json": QUESTION | {"problem": "\ud83d"}}, "must be a string of Unicode text"),
         ({"k.json": b"[1]"}, "holds a list"),
         ({"k.json": {"problem": "q"}}, r"a\.tar, sample 'k': the required field 'answer' is missing"),
         ({"k.json": {"problem": "q", "answer": 3}}, "answer=3 must be a string"),
-        ({"k.json": {"problem": " ", "answer": "3"}}, "problem=' ' must be a string that is not empty"),
+        ({"k.json": {"problem": " ", "answer": "3"}}, "problem=' ' must be a string .*not empty"),
         ({"k.json": QUESTION | {"id": 4}}, "unknown field 'id'.*under metadata"),
         ({"k.json": QUESTION | {"metadata": []}}, "metadata=.*JSON object"),
         ({"k.json": QUESTION | {"source": 1}}, "source=1 must be a JSON string"),
@@ -276,7 +231,7 @@ def test_patterns_expand_in_order_and_once(tmp_path: Path) -> None:
     for name in ("b-1.tar", "b-0.tar", "a.tar"):
         (tmp_path / name).touch()
     found = expand_shards([f"{tmp_path}/b-*.tar", f"{tmp_path}/a.tar", f"{tmp_path}/*.tar"], "data.train")
-    assert [path.name for path in found] == ["b-0.tar", "b-1.tar", "a.tar"]
+    assert [Path(path).name for path in found] == ["b-0.tar", "b-1.tar", "a.tar"]
 
 
 def test_a_pattern_without_a_match_is_named(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -193,6 +195,50 @@ def test_a_killed_run_continues_to_the_same_bits(finished: Workspace) -> None:
 
 def _untimed(entries: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in entry.items() if not name.startswith(TIMED)} for entry in entries]
+
+
+def test_a_run_trained_from_its_saved_rollouts_is_the_run(finished: Workspace) -> None:
+    """No engine: all eight steps from the files of the whole run, to the same metrics and weights, bit for bit."""
+    saved = finished.folder / "whole" / "rollouts"
+    parts = ("--train-only", "--from-rollouts", str(saved))
+    printed = finished.run("grpo", "replayed", "train.steps=8", "train.save_every=8", *parts)
+    assert "starting the generation engines" not in printed
+    assert _untimed(finished.metrics("replayed")) == _untimed(finished.metrics("whole"))
+    weights = [finished.folder / run / "hf" / "model.safetensors" for run in ("replayed", "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_rollouts_made_alone_are_those_of_the_run(finished: Workspace) -> None:
+    """Of the step after a checkpoint, its weights pushed into fresh engines: ids, texts, log-probs and rewards."""
+    shutil.copytree(finished.folder / "whole" / "checkpoints", finished.folder / "alone" / "checkpoints")
+    shutil.rmtree(finished.folder / "alone" / "checkpoints" / "step_000008")
+    finished.run("grpo", "alone", "train.steps=8", "--rollouts-only")
+    paths = [finished.folder / run / "rollouts" / "step_000006.jsonl" for run in ("alone", "whole")]
+    assert _untimed_rollouts(paths[0]) == _untimed_rollouts(paths[1])
+    assert not (finished.folder / "alone" / "hf").exists() and len(finished.metrics("alone")) == 2
+    (kept,) = (finished.folder / "alone" / "checkpoints").iterdir()
+    assert kept.name == "step_000006", "nothing was trained"
+
+
+def _untimed_rollouts(path: Path) -> list[dict[str, Any]]:
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    for rollout in (sample[name] for sample in samples for name in ("first", "second")):
+        if rollout is not None:
+            assert 0 <= rollout.pop("queued_at") < rollout.pop("finished_at")
+    return samples
+
+
+def test_importance_weights_in_a_run(finished: Workspace) -> None:
+    """Generator and trainer agree to 1e-5, so the weights are 1 within that: another run, almost the same numbers."""
+    parts = ("--train-only", "--from-rollouts", str(finished.folder / "whole" / "rollouts"))
+    weights = ("objective.mismatch=truncate", "objective.mismatch_level=sequence")
+    finished.run("grpo", "weighted", "train.steps=1", *parts, *weights)
+    (weighted,), plain = finished.metrics("weighted"), finished.metrics("whole")[0]
+    assert weighted["mismatch/weight"] == pytest.approx(1.0, abs=1e-3) and weighted["mismatch/bounded"] == 0.0
+    assert weighted["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-2)
+    parts_of_gap = [value for name, value in plain.items() if name.startswith("mismatch/")]
+    assert {"mismatch/text", "mismatch/near_image", "mismatch/position_0"} <= plain.keys()
+    assert min(parts_of_gap) <= plain["logprob_gap"] <= max(parts_of_gap)
 
 
 def test_pipeline_parallel_with_several_updates_per_batch(finished: Workspace) -> None:

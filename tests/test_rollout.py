@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -52,10 +53,10 @@ def tracks(groups: list[RolloutGroup]) -> list[Any]:
 
 # ------------------------------------------------------------ what the two processes do
 def collect(rank: int, num_ranks: int, folder: str) -> None:
-    from megatron_sr1.rollout import Engine, TwoPassGenerator, stale_vision_canary
+    from megatron_sr1.rollout import TwoPassGenerator, stale_vision_canary
 
     model_dir = f"{folder}/model"
-    engine = Engine(
+    engine = finishing_engine()(
         model_dir,
         max_model_tokens=MAX_MODEL_TOKENS,
         max_running_requests=256,
@@ -82,6 +83,7 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
     facts["shared"] = ours.generate(batch, sampling(), 1)
     facts["alone"] = generator().generate(batch, sampling(), 1)
     facts["barrier"] = generator(streamed=False).generate(batch, sampling(), 1)
+    facts["reasons"] = set(engine.reasons)
     facts["other_step"] = generator().generate(batch, sampling(), 2)
     facts["too_long"] = [
         refused(ours, [*batch, Prompt("long", "1 " * 1000, "0")], sampling()),
@@ -92,6 +94,9 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
     facts["banned"] = draw_freely(engine, processor, facts["banned_ids"])
     ours.update_weights(iter(changed.items()), version=3)
     facts["changed"] = ours.generate(batch, greedy, 0)
+    engine.steps_to_fault = 5 if rank == 1 else None
+    recovering = generator(rank=rank, num_ranks=num_ranks, gather=gather, weights=changed.items)
+    facts["recovered"] = recovering.generate(batch, greedy, 0)
     ours.update_weights(iter(weights.items()), version=4)
     facts["restored"] = ours.generate(batch, greedy, 0)
     stale_vision_canary(engine, processor, batch[0].images[0], weights.items)
@@ -115,6 +120,27 @@ def describing_processor(model_dir: str) -> Any:
             return "<description>" + super().decode(ids).replace("<", "") + " .</description>"
 
     return Describing.from_pretrained(model_dir)
+
+
+def finishing_engine() -> Any:
+    """Random weights never end a turn, so a response of full length counts as ended; and it fails when told to."""
+    from megatron_sr1.rollout import Engine
+
+    class Finishing(Engine):
+        steps_to_fault: int | None = None
+        reasons: ClassVar[set[str]] = set()  # as the engine gave them
+
+        def step(self) -> list[Any]:
+            if self.steps_to_fault is not None:
+                self.steps_to_fault -= 1
+                if self.steps_to_fault < 0:
+                    self.steps_to_fault = None
+                    raise RuntimeError("a forward pass that fails")
+            generations = super().step()
+            self.reasons.update(generation.finish_reason for generation in generations)
+            return [replace(generation, finish_reason="stop") for generation in generations]
+
+    return Finishing
 
 
 def changed_weight(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -238,11 +264,25 @@ def test_restored_weights_give_the_old_rollouts_exactly(facts: list[dict[str, An
     assert without_version(facts[0]["after_canary"]) == without_version(facts[0]["greedy"])
 
 
+def test_an_engine_that_fails_is_restarted_with_the_present_weights(facts: list[dict[str, Any]]) -> None:
+    """On rank 1, in the middle of a batch, after an update: every prompt is answered, to the same tokens."""
+    assert tracks(facts[0]["recovered"]) == tracks(facts[0]["changed"])
+    assert tracks(facts[1]["recovered"]) == tracks(facts[0]["changed"])
+    assert facts[0]["recovered"][0].pairs[0].second.weight_version == 3
+
+
 def test_rollouts_carry_the_weight_version(facts: list[dict[str, Any]]) -> None:
     versions = [
         facts[0][name][0].pairs[0].second.weight_version for name in ("greedy", "changed", "restored", "after_canary")
     ]
     assert versions == [0, 3, 4, 4]
+
+
+def test_a_request_that_never_ends_is_cut_at_its_limit(facts: list[dict[str, Any]]) -> None:
+    assert "length" in facts[0]["reasons"]
+    rollouts = [rollout for group in facts[0]["alone"] for p in group.pairs for rollout in (p.first, p.second)]
+    assert max(len(rollout.response_ids) for rollout in rollouts) == MAX_RESPONSE
+    assert all(len(rollout.generator_logprobs) == len(rollout.response_ids) for rollout in rollouts)
 
 
 def test_streaming_does_not_change_a_token(facts: list[dict[str, Any]]) -> None:

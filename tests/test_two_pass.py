@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sr1.rollout.balance import deal, expected_tokens
 from megatron_sr1.rollout.checks import stale_vision_canary
 from megatron_sr1.rollout.plan import PassPrompt, check_same_ids, cut_description, refusal
-from megatron_sr1.rollout.request import Draw, Generation
+from megatron_sr1.rollout.request import Draw, EngineFault, Generation
 from megatron_sr1.rollout.seeds import request_seed
 from megatron_sr1.rollout.two_pass import TwoPassGenerator
-from megatron_sr1.types import Prompt, Sampling
+from megatron_sr1.types import Prompt, RolloutGroup, Sampling
 
 EOT, IMAGE = 1, 2
 SEEN = "<description> a {} </description> <think> </think> \\boxed{{1}}"
@@ -34,6 +36,7 @@ class Letters:
 
     end_of_turn_id = EOT
     media_ids = (IMAGE, 3)
+    merge_size = 2
 
     def prompt_ids(self, user_text: str, num_images: int) -> tuple[int, ...]:
         return (IMAGE,) * num_images + self.text_ids(user_text)
@@ -89,6 +92,15 @@ class ScriptedEngine:
 
     def update_weights(self, weights: Iterable[Any], version: int) -> None:
         self.weight_version = version
+        self.log.append(f"weights {dict(weights)}")
+
+    def sleep(self) -> None:
+        self.log.append("sleep")
+
+    def restart(self) -> None:
+        self.log.append("restart")
+        self._queue.clear()
+        self.weight_version = 0
 
 
 def sampling(**changes: Any) -> Sampling:
@@ -136,6 +148,129 @@ def test_without_a_description_there_is_no_second_pass() -> None:
     assert all(pair.second is None and pair.description is None for pair in group.pairs)
 
 
+def test_a_first_pass_that_was_cut_short_has_no_second_pass() -> None:
+    """Also where it had described everything by then: it is no complete first pass."""
+
+    class Endless(ScriptedEngine):
+        def step(self) -> list[Generation]:
+            (generation,) = super().step()
+            return [replace(generation, finish_reason="length" if "/0/" in generation.request_id else "stop")]
+
+    (group,) = generator(Endless()).generate([prompt("a")], sampling(), 0)
+    assert [pair.second is None for pair in group.pairs] == [True, False]
+    assert group.pairs[0].description is None and group.pairs[0].first.finish_reason == "length"
+
+
+def test_groups_are_handed_on_as_they_complete() -> None:
+    engine = ScriptedEngine()
+    handed: list[tuple[Any, int]] = []
+    prompts = [prompt("a"), prompt("b"), prompt("c")]
+    groups = generator(engine).generate(
+        prompts, sampling(), 0, on_group=lambda group: handed.append((group, len(engine.log)))
+    )
+    assert [group.group_id for group, _ in handed] == [2, 1, 0], "the engine works from the last request to the first"
+    assert sorted((group for group, _ in handed), key=lambda group: group.group_id) == groups
+    assert handed[0][1] < len(engine.log) - 6, "long before the others are done"
+    for group in groups:
+        for pair in group.pairs:
+            assert pair.second is not None
+            assert 0 <= pair.first.queued_at < pair.first.finished_at <= pair.second.queued_at < pair.second.finished_at
+
+
+def test_an_engine_sleeps_when_told_and_never_between_the_passes() -> None:
+    engine = ScriptedEngine()
+    made = generator(engine)
+    made.generate([prompt("a")], sampling(), 0)
+    assert "sleep" not in engine.log
+    made.sleep()
+    assert engine.log[-1] == "sleep"
+
+
+def test_no_first_pass_waits_behind_a_second_one() -> None:
+    engine = ScriptedEngine()
+    generator(engine).generate([prompt("a"), prompt("b")], sampling(), 0)
+    priorities = {request_id: draw.priority for request_id, draw in engine.draws.items()}
+    order = sorted(priorities, key=lambda request_id: (priorities[request_id], request_id))
+    expected = [f"{group}/{sample}/{name}" for name in ("first", "second") for group in (0, 1) for sample in (0, 1)]
+    assert order == expected
+
+
+class FailingEngine(ScriptedEngine):
+    """Fails in the steps of these numbers, counted over restarts, losing what is in it."""
+
+    def __init__(self, *failing: int, error: Exception) -> None:
+        super().__init__()
+        self._failing, self._error, self._steps = failing, error, 0
+
+    def step(self) -> list[Generation]:
+        self._steps += 1
+        if self._steps in self._failing:
+            raise self._error
+        return super().step()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), AssertionError("Encoder cache miss")])
+@pytest.mark.parametrize("failing", [(1,), (3,), (4, 5), (8,)])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_failed_engine_is_restarted_and_every_prompt_is_answered(
+    error: Exception, failing: tuple[int, ...], streamed: bool
+) -> None:
+    prompts, engine, handed = [prompt("a"), prompt("b")], FailingEngine(*failing, error=error), []
+    weights = {"model.norm.weight": 7}
+    recovering = generator(engine, weights=weights.items, streamed=streamed)
+    groups = recovering.generate(prompts, sampling(), 0, on_group=handed.append)
+    healthy = ScriptedEngine()
+    assert groups == generator(healthy, streamed=streamed).generate(prompts, sampling(), 0)
+    assert engine.draws == healthy.draws, "the same seeds and limits, so the same tokens"
+    assert sorted(group.group_id for group in handed) == [0, 1], "each group is handed on once"
+    restarts = [index for index, entry in enumerate(engine.log) if entry == "restart"]
+    assert len(restarts) == len(failing)
+    assert all(engine.log[index + 1] == f"weights {weights}" for index in restarts), "refilled before it goes on"
+    assert all(rollout.weight_version == 9 for group in groups for rollout in (group.pairs[0].first,))
+
+
+def test_what_was_finished_before_a_fault_is_not_asked_again() -> None:
+    engine = FailingEngine(8, error=RuntimeError("late"))
+    generator(engine, weights=dict).generate([prompt("a"), prompt("b")], sampling(), 0)
+    assert engine.log.count("end 1/1/first") == engine.log.count("end 1/1/second") == 1
+    assert len([entry for entry in engine.log if entry.startswith("add")]) == 8 + 1
+
+
+def test_an_engine_that_keeps_failing_ends_the_run_with_its_error() -> None:
+    engine = FailingEngine(2, 4, 6, error=RuntimeError("broken device"))
+    with pytest.raises(EngineFault, match=r"3 times.*RuntimeError: broken device"):
+        generator(engine, weights=dict).generate([prompt("a"), prompt("b"), prompt("c")], sampling(), 0)
+    assert engine.log.count("restart") == 2
+
+
+def test_an_updated_engine_that_nobody_can_refill_is_not_used_again() -> None:
+    """It would answer from the weights of its model directory."""
+    engine = FailingEngine(2, error=RuntimeError("late"))
+    with pytest.raises(EngineFault, match=r"version 9.*cannot be refilled"):
+        generator(engine).generate([prompt("a")], sampling(), 0)
+    untouched = FailingEngine(2, error=RuntimeError("late"))
+    untouched.weight_version = 0
+    (group,) = generator(untouched).generate([prompt("a")], sampling(), 0)
+    assert all(pair.second is not None for pair in group.pairs)
+
+
+def test_a_mistake_in_the_input_is_no_fault_of_the_engine() -> None:
+    engine = FailingEngine(2, error=ValueError("prompt is empty"))
+    with pytest.raises(ValueError, match="prompt is empty"):
+        generator(engine).generate([prompt("a")], sampling(), 0)
+    assert "restart" not in engine.log
+
+
+def test_an_error_of_who_takes_the_groups_is_no_fault_of_the_engine() -> None:
+    def refuse(group: RolloutGroup) -> None:
+        raise RuntimeError("no room")
+
+    engine = ScriptedEngine()
+    with pytest.raises(RuntimeError, match="no room"):
+        generator(engine).generate([prompt("a")], sampling(), 0, on_group=refuse)
+    assert "restart" not in engine.log
+
+
 def test_a_prompt_is_prepared_once_for_its_samples() -> None:
     engine = ScriptedEngine()
     generator(engine).generate([prompt("a")], sampling(num_samples=5, second_pass=False), 0)
@@ -174,13 +309,16 @@ class Meeting:
         return gather
 
 
-def on_ranks(num_ranks: int, prompts: list[Prompt], how: Sampling) -> tuple[list[Any], Meeting]:
-    """What each rank returned or raised."""
+def on_ranks(
+    num_ranks: int, prompts: list[Prompt], how: Sampling, engines: dict[int, ScriptedEngine] | None = None
+) -> tuple[list[Any], Meeting]:
+    """What each rank returned or raised; `engines` are ranks with one of their own."""
     meeting = Meeting(num_ranks)
 
     def one(rank: int) -> Any:
         try:
-            ranked = generator(ScriptedEngine(), rank=rank, num_ranks=num_ranks, gather=meeting.of(rank))
+            engine = (engines or {}).get(rank) or ScriptedEngine()
+            ranked = generator(engine, rank=rank, num_ranks=num_ranks, gather=meeting.of(rank), weights=dict)
             return ranked.generate(prompts, how, 0)
         except ValueError as error:
             return str(error)
@@ -195,8 +333,48 @@ def test_every_rank_gets_all_groups_in_order(num_ranks: int) -> None:
     results, meeting = on_ranks(num_ranks, prompts, sampling())
     assert all(groups == results[0] for groups in results)
     assert [(group.group_id, group.prompt.key) for group in results[0]] == [(i, f"p{i}") for i in range(7)]
-    sizes = [len(sent[1]) for sent in meeting.sent]
+    sizes = [len(sent[-1]) for sent in meeting.sent]
     assert max(sizes) - min(sizes) <= 1 and sum(sizes) == len(prompts)
+
+
+def test_engines_restart_together_and_healthy_ones_keep_their_answers() -> None:
+    prompts = [prompt(f"p{i}") for i in range(4)]
+    engines = {0: ScriptedEngine(), 1: FailingEngine(3, error=RuntimeError("rank 1"))}
+    results, _ = on_ranks(2, prompts, sampling(), engines)
+    assert results[0] == results[1] == generator(ScriptedEngine()).generate(prompts, sampling(), 0)
+    assert [engine.log.count("restart") for engine in engines.values()] == [1, 1], "they are made together"
+    assert len([entry for entry in engines[0].log if entry.startswith("add")]) == 8, "2 prompts x 2 samples x 2 passes"
+
+
+def test_ranks_that_share_an_engine_get_every_group_once() -> None:
+    """Both ranks of a tensor-parallel engine make the same calls and gather the same groups."""
+    prompts = [prompt("a"), Prompt("huge", "x" * 2000, "1")]
+    twice = generator(ScriptedEngine(), gather=lambda items: [*items, *items])
+    assert [group.group_id for group in twice.generate(prompts[:1], sampling(), 0)] == [0]
+    with pytest.raises(ValueError) as caught:
+        twice.generate(prompts, sampling(second_pass=False), 0)
+    assert str(caught.value).count("'huge', first pass") == 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 400)), min_size=1, max_size=40), st.integers(1, 5))
+def test_engines_get_all_prompts_in_even_shares(shapes: list[tuple[int, int]], num_engines: int) -> None:
+    prompts = [
+        Prompt(str(i), "x" * length, "1", (Picture(),) * images)  # type: ignore[arg-type]
+        for i, (images, length) in enumerate(shapes)
+    ]
+    letters: Any = Letters()
+    shares = deal(letters, prompts, sampling(), num_engines)
+    assert sorted(index for share in shares for index in share) == list(range(len(prompts)))
+    costs = [expected_tokens(letters, item, sampling()) for item in prompts]
+    loads = [sum(costs[index] for index in share) for share in shares]
+    assert max(loads) - min(loads) <= max(costs), "no engine has more than one prompt too many"
+
+
+def test_expected_tokens_count_what_every_sample_costs() -> None:
+    letters: Any = Letters()
+    with_image, without = (expected_tokens(letters, prompt("a", num_images=n), sampling()) for n in (1, 0))
+    assert with_image - without == 3, "the siblings share the image"
+    assert without == 3 + 2 * 3 + 2 * 2 * 45, "a question of 9 characters, twice again in second passes, 4 responses"
 
 
 def test_defect_5_a_refusal_reaches_every_rank_before_anything_is_submitted() -> None:

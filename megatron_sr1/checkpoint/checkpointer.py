@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import queue
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch.distributed
 from megatron.core import dist_checkpointing
@@ -32,6 +34,7 @@ class Progress:
     position: int  # samples of the training stream consumed
     dataset_fingerprint: str
     model_dir: str  # the weights the run, and its reference, started from
+    stream: Mapping[str, Any] = field(default_factory=dict)  # the state of the training stream, as JSON
 
 
 class Checkpointer:
@@ -65,6 +68,11 @@ class Checkpointer:
         torch.distributed.barrier()
         return final
 
+    def newest(self) -> Progress | None:
+        """The progress of the newest checkpoint, without its weights; None where there is none."""
+        steps = self.steps()
+        return self._progress(steps[-1]) if steps else None
+
     def restore(self, policy: Policy, dataset_fingerprint: str, model_dir: str) -> Progress | None:
         """Loads the newest checkpoint; None where there is none.
 
@@ -75,7 +83,7 @@ class Checkpointer:
         if not steps:
             return None
         path = self._path(steps[-1])
-        progress = Progress(**json.loads((path / "progress.json").read_text()))
+        progress = self._progress(steps[-1])
         for name, now in (("dataset_fingerprint", dataset_fingerprint), ("model_dir", model_dir)):
             then = asdict(progress)[name]
             if then != now:
@@ -92,6 +100,9 @@ class Checkpointer:
             )
         policy.load_state(dist_checkpointing.load(policy.sharded_state(loading=True), str(path)))
         return progress
+
+    def _progress(self, step: int) -> Progress:
+        return Progress(**json.loads((self._path(step) / "progress.json").read_text()))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}"

@@ -1,10 +1,11 @@
 """Hugging Face <-> Megatron-Core weights."""
 
+from megatron_sr1.convert.export import export_hf_weights
 from megatron_sr1.convert.greedy import compare_greedy
 from megatron_sr1.convert.hf_dir import HfTensors, write_hf_dir
 from megatron_sr1.convert.pickles import check_megatron_dir
 from megatron_sr1.convert.table import WeightRule, hf_from_shards, language_rules, shard_from_hf, vision_rule
-from megatron_sr1.convert.weights import export_hf_weights, load_hf_weights, mark_shards, table_parameters
+from megatron_sr1.convert.weights import load_hf_weights, mark_shards, table_parameters
 
 __all__ = [
     "HfTensors",

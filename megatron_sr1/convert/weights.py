@@ -1,14 +1,13 @@
-"""Moves weights between a rank's chunks of the policy and Hugging Face names and shapes."""
+"""Fills a rank's chunks of the policy from Hugging Face tensors, and finds their parameters in the name table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 import torch.distributed
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_sr1.convert.hf_dir import HfTensors
@@ -16,14 +15,13 @@ from megatron_sr1.convert.table import (
     Sizes,
     WeightRule,
     canonical_name,
-    hf_from_shards,
     language_rules,
     shard_from_hf,
     vision_rule,
 )
 
 _LAYER = "decoder.layers."
-_EXPERT_KINDS = ("expert_gate_up", "expert_down")
+EXPERT_KINDS = ("expert_gate_up", "expert_down")
 
 
 class Groups(Protocol):
@@ -65,8 +63,8 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], hf_dir: str, sizes: Sizes
         ValueError: a tensor is missing or has another shape than the model.
     """
     tensors = HfTensors(hf_dir)
-    for name, (rule, parameter) in _mine(chunks, sizes, groups).items():
-        is_expert = rule.kind in _EXPERT_KINDS
+    for name, (rule, parameter) in local_parameters(chunks, sizes, groups).items():
+        is_expert = rule.kind in EXPERT_KINDS
         place = (0, 1) if is_expert else (groups.tensor.rank(), groups.tensor.size())
         parts = [
             tensors[x] if rule.expert is None else tensors.rows(x, rule.expert, rule.expert + 1)[0] for x in rule.hf
@@ -88,86 +86,15 @@ def mark_shards(chunks: Sequence[torch.nn.Module], sizes: Sizes, groups: Groups)
     parallelism is above 1. Unmarked, their gradients would not be added over the tensor-parallel ranks, which send them
     different tokens.
     """
-    for rule, parameter in _mine(chunks, sizes, groups).values():
-        if rule.kind in _EXPERT_KINDS:
+    for rule, parameter in local_parameters(chunks, sizes, groups).values():
+        if rule.kind in EXPERT_KINDS:
             parameter.allreduce = False
         if rule.kind != "replicated" and "tensor_model_parallel" not in vars(parameter):
             set_tensor_model_parallel_attributes(parameter, True, 1 if rule.kind == "columns" else 0, 1)
 
 
-def _mine(
+def local_parameters(
     chunks: Sequence[torch.nn.Module], sizes: Sizes, groups: Groups
 ) -> dict[str, tuple[WeightRule, torch.nn.Parameter]]:
+    """`table_parameters` of this rank's share of the experts."""
     return table_parameters(chunks, sizes, groups.expert.rank(), groups.expert.size())
-
-
-@torch.no_grad()
-def export_hf_weights(
-    chunks: Sequence[torch.nn.Module],
-    sizes: Sizes,
-    groups: Groups,
-    read: Callable[[torch.nn.Parameter], Tensor] = torch.Tensor.detach,
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the whole model under its Hugging Face name, on every rank. All ranks iterate together.
-
-    Memory beyond the model: one tensor and its gathered copy.
-
-    Args:
-        read: what of a parameter is exported, in its shape: its value, or for example its gradient.
-    """
-    local = {
-        rule: read(parameter) if parameter.requires_grad else parameter.detach()
-        for rule, parameter in _mine(chunks, sizes, groups).values()
-    }
-    mine = {rule: (value.shape, value.dtype) for rule, value in local.items()}
-    stages = [mine] * groups.pipeline.size()
-    torch.distributed.all_gather_object(stages, mine, group=groups.pipeline)
-    device = next(chunks[0].parameters()).device
-    seen: set[str] = set()
-    for owner, contents in enumerate(stages):
-        for rules in _by_tensors(contents):
-            if not seen.isdisjoint(rules[0].hf):  # a tied head is the embedding of the first stage
-                continue
-            seen.update(rules[0].hf)
-            values = []
-            for rule in rules:
-                shape, dtype = contents[rule]
-                value = local[rule] if rule in local else torch.empty(shape, dtype=dtype, device=device)
-                values.append(_from_stage(value, owner, groups.pipeline))
-            yield from zip(rules[0].hf, _whole(rules, values, sizes, groups), strict=True)
-
-
-def _by_tensors(rules: Iterable[WeightRule]) -> list[list[WeightRule]]:
-    """Rules that name the same tensors together: one, or those of a rank's experts in order."""
-    groups: dict[tuple[str, ...], list[WeightRule]] = {}
-    for rule in rules:
-        groups.setdefault((rule.kind, *rule.hf), []).append(rule)
-    return list(groups.values())
-
-
-def _from_stage(value: Tensor, owner: int, pipeline: ProcessGroup) -> Tensor:
-    """The value that pipeline rank `owner` holds, on all stages."""
-    if pipeline.size() == 1:
-        return value
-    value = value.clone(memory_format=torch.contiguous_format)
-    torch.distributed.broadcast(value, torch.distributed.get_process_group_ranks(pipeline)[owner], group=pipeline)
-    return value
-
-
-def _whole(rules: list[WeightRule], values: list[Tensor], sizes: Sizes, groups: Groups) -> list[Tensor]:
-    """The Hugging Face tensors of the rules, from this rank's shard or experts and those of its peers."""
-    rule = rules[0]
-    if rule.kind not in _EXPERT_KINDS:
-        shards = values if rule.kind == "replicated" else _gather(values[0], groups.tensor)
-        return hf_from_shards(rule, shards, sizes)
-    per_expert = [_gather(value, groups.expert) for value in values]  # [local expert][rank]
-    in_order = [slot[rank] for rank in range(groups.expert.size()) for slot in per_expert]
-    return [torch.stack([hf_from_shards(rule, [value], sizes)[0] for value in in_order])]
-
-
-def _gather(value: Tensor, group: ProcessGroup) -> list[Tensor]:
-    if group.size() == 1:
-        return [value]
-    shards = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    torch.distributed.all_gather(shards, value.contiguous(), group=group)
-    return shards

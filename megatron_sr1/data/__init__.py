@@ -1,7 +1,27 @@
-"""WebDataset shards in, prompts and demonstrations out: write, index, read, shuffle, resume."""
+"""WebDataset shards in, prompts and demonstrations out: write, index, read, shuffle, mix, resume."""
 
+from megatron_sr1.data.feed import Batch, SampleFeed, Share
+from megatron_sr1.data.opening import open_dataset, open_stream, read_in_order
+from megatron_sr1.data.quarantine import BadSample, Quarantine
 from megatron_sr1.data.shards import ShardDataset, expand_shards
-from megatron_sr1.data.stream import SampleStream
+from megatron_sr1.data.state import StreamState
+from megatron_sr1.data.stream import SampleSize, SampleStream, VisualTokens
 from megatron_sr1.data.writer import write_shards
 
-__all__ = ["SampleStream", "ShardDataset", "expand_shards", "write_shards"]
+__all__ = [
+    "BadSample",
+    "Batch",
+    "Quarantine",
+    "SampleFeed",
+    "SampleSize",
+    "SampleStream",
+    "ShardDataset",
+    "Share",
+    "StreamState",
+    "VisualTokens",
+    "expand_shards",
+    "open_dataset",
+    "open_stream",
+    "read_in_order",
+    "write_shards",
+]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -22,8 +23,11 @@ from megatron_sr1.types import Prompt, SftSample, Template
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")  # no other decoder of Pillow is ever tried
 JSON_EXTENSION = "json"
+# what Pillow's PNG, JPEG and WebP decoders raise on damaged or hostile files
+_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 _PROMPT_TEXTS = ("problem", "answer")
 _DEMONSTRATION_TEXTS = ("template", "response")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a character, which no tokenizer can read
 _KNOWN = (*_PROMPT_TEXTS, "choices", "source", "metadata", *_DEMONSTRATION_TEXTS, "description")
 
 
@@ -108,7 +112,7 @@ def decode_sample(key: str, text: bytes, images: Sequence[bytes], where: str) ->
 def _parse_json(text: bytes, where: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
-    except ValueError as error:  # also UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
         raise ValueError(f"{where}: its json member is not valid JSON ({error}). Rewrite the shard.") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: its json member holds a {type(fields).__name__}; it must hold an object.")
@@ -119,11 +123,27 @@ def _decode_image(data: bytes, where: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             return image.convert("RGB")
-    # what Pillow's PNG, JPEG and WebP decoders raise on damaged or hostile files
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{where}: cannot be decoded as {', '.join(IMAGE_FORMATS)} ({error}). Replace the image or drop the sample."
-        ) from error
+    except _DECODER_ERRORS as error:
+        raise _undecodable(where, error) from error
+
+
+def image_size(data: bytes, where: str) -> tuple[int, int]:
+    """Width and height of an image in pixels; only its header is read.
+
+    Raises:
+        ValueError: it is none that `decode_sample` reads.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            return image.size
+    except _DECODER_ERRORS as error:
+        raise _undecodable(where, error) from error
+
+
+def _undecodable(where: str, error: BaseException) -> ValueError:
+    return ValueError(
+        f"{where}: cannot be decoded as {', '.join(IMAGE_FORMATS)} ({error}). Replace the image or drop the sample."
+    )
 
 
 # ---------------------------------------------------------------- one set of rules for both directions
@@ -137,8 +157,8 @@ def _check_fields(fields: Mapping[str, Any], num_images: int, where: str) -> Non
     for name in _PROMPT_TEXTS + (_DEMONSTRATION_TEXTS if is_demonstration else ()):
         if name not in fields:
             raise ValueError(f"{where}: the required field {name!r} is missing. Add it to the sample's json.")
-        if not isinstance(fields[name], str) or not fields[name].strip():
-            raise ValueError(f"{where}: {name}={fields[name]!r} must be a string that is not empty.")
+        if not isinstance(fields[name], str) or not fields[name].strip() or _SURROGATE.search(fields[name]):
+            raise ValueError(f"{where}: {name}={fields[name]!r} must be a string of Unicode text that is not empty.")
     _check_type(fields, "source", str, where)
     _check_type(fields, "metadata", dict, where)
     choices = fields.get("choices", [])

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from megatron_sr1.data.index import build_index
-from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample, image_number
+from megatron_sr1.data.index import IndexedSample, ShardIndex, content_checksum
+from megatron_sr1.data.loading import load_index
+from megatron_sr1.data.quarantine import BadSample, Quarantine
+from megatron_sr1.data.remote import ShardCache, expand_url, is_url
+from megatron_sr1.data.scan import repeated_key
+from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample, image_number, image_size
+from megatron_sr1.data.table import SampleTable, TableBuilder
 from megatron_sr1.types import Prompt, SftSample
 
+_URLS_AT_ONCE = 16
 
-def expand_shards(patterns: Sequence[str], key: str) -> list[Path]:
-    """Expands paths and glob patterns, in the given order, each pattern's matches sorted, every file once.
+
+def expand_shards(patterns: Sequence[str], key: str) -> list[str]:
+    """Expands paths, glob patterns and URLs with braces, in the given order, each glob's matches sorted, each once.
 
     Args:
         key: the configuration key the patterns come from, for messages ("data.train").
@@ -27,9 +36,12 @@ def expand_shards(patterns: Sequence[str], key: str) -> list[Path]:
     """
     if not patterns:
         raise ValueError(f"{key} is empty. Set {key} to a list of shards, for example [data/train-*.tar].")
-    found: dict[Path, None] = {}
+    found: dict[str, None] = {}
     for pattern in patterns:
-        matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(match)]
+        if is_url(pattern):
+            found.update(dict.fromkeys(expand_url(pattern)))
+            continue
+        matches = [match for match in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(match)]
         if not matches:
             raise ValueError(
                 f"{key}: {pattern!r} matches no file (looked from {os.getcwd()}). Correct the path or write the shards."
@@ -39,32 +51,49 @@ def expand_shards(patterns: Sequence[str], key: str) -> list[Path]:
 
 
 class ShardDataset:
-    """Random access to the samples of some shards. Only an index is held in memory, no open file: safe to fork."""
+    """Random access to the samples of some shards. Only columns are held in memory, no open file: safe to fork."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        """Reads the tar headers of all shards.
+    def __init__(
+        self,
+        shards: Sequence[str | Path],
+        *,
+        quarantine: Quarantine | None = None,
+        cache: ShardCache | None = None,
+    ) -> None:
+        """Reads the index beside each shard, or, where there is none, the tar headers of the shard.
+
+        Args:
+            quarantine: takes what breaks the schema; None: the first such thing is an error.
+            cache: where the shards behind URLs go; needed if there are any.
 
         Raises:
-            ValueError: no samples; a shard that is missing, compressed, truncated or damaged; a member that is not a
-                plain file of the schema or whose path leaves the archive; a sample without json, with gaps in the
-                numbers of its images, or whose key occurs twice.
+            ValueError: no samples; a shard that is missing; an index of another shard; and, beyond what the quarantine
+                takes: a shard that is compressed, truncated or damaged; a member that is not a plain file of the
+                schema or whose path leaves the archive; a sample without json, with gaps in the numbers of its images,
+                or whose key occurs twice.
         """
-        self._paths = tuple(Path(path) for path in paths)
-        index = build_index(self._paths)
-        if not index.keys:
-            raise ValueError(
-                f"no samples in the shards {[str(path) for path in self._paths]}. Give shards that hold some."
-            )
-        self._keys = tuple(index.keys)
-        self._shard_of = np.array(index.shards, dtype=np.int32)  # [samples]
-        self._first = np.array([*index.first, len(index.sizes)], dtype=np.int64)  # [samples + 1]
-        self._offsets = np.array(index.offsets, dtype=np.int64)  # [members]
-        self._sizes = np.array(index.sizes, dtype=np.int64)  # [members]
-        self._kinds, codes = np.unique(index.extensions, return_inverse=True)
-        self._kind_codes = codes.astype(np.int32)  # [members], into _kinds
+        self._shards = tuple(str(shard) for shard in shards)
+        self._cache = cache
+        self._quarantine = quarantine or Quarantine(0)
+        self.tokenizers: set[str] = set()  # that the indices name
+        self._versions: list[str] = []  # of each shard, for the cache
+        builder, fingerprints, shard_of_key = TableBuilder(), [], {}
+        for number, (shard, (index, bad)) in enumerate(zip(self._shards, self._indices(), strict=True)):
+            for sample in bad:
+                self._quarantine.add(sample)
+            samples = [sample for sample in index.samples if self._is_new(sample.key, shard, shard_of_key)]
+            builder.add(number, samples)
+            fingerprints.append((os.path.basename(shard), index.fingerprint))
+            self.tokenizers.add(index.tokenizer)
+            has_file = any(sample.checksum for sample in index.samples)
+            self._versions.append(index.fingerprint if has_file else "")
+        self._table: SampleTable = builder.build()
+        if not len(self):
+            raise ValueError(f"no samples in the shards {list(self._shards)}. Give shards that hold some.")
+        self.shard_fingerprints: tuple[tuple[str, str], ...] = tuple(fingerprints)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._table.keys)
 
     def read(self, i: int) -> Prompt | SftSample:
         """Reads and decodes sample `i`, and nothing else.
@@ -72,34 +101,99 @@ class ShardDataset:
         Raises:
             IndexError: i is not in [0, len).
             ValueError: the sample breaks the schema, an image cannot be decoded, the shard has changed on disk.
+            OSError: the shard cannot be opened any more.
+        """
+        sample, where = self.describe(i), self.where(i)
+        members = self._members(i, sample)
+        if sample.checksum and content_checksum(members) != sample.checksum:
+            raise ValueError(
+                f"{where}: its bytes are not those that the index was built from. The shard was changed or damaged: "
+                "restore it, or build the index again."
+            )
+        text = members.pop(JSON_EXTENSION)
+        images = [members[kind] for kind in sorted(members, key=_number)]
+        return decode_sample(sample.key, text, images, where)
+
+    def describe(self, i: int) -> IndexedSample:
+        """What the index says of sample `i`, without reading the shard.
+
+        Raises:
+            IndexError: i is not in [0, len).
         """
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}: it must be 0 ... {len(self) - 1}")
-        path, key = self._paths[self._shard_of[i]], self._keys[i]
-        members = {}
-        with open(path, "rb") as file:
-            for member in range(self._first[i], self._first[i + 1]):
-                file.seek(self._offsets[member])
-                data = file.read(self._sizes[member])
-                if len(data) != self._sizes[member]:
-                    raise ValueError(
-                        f"{path}, sample {key!r}: the file is shorter than when it was opened. Start again."
-                    )
-                members[str(self._kinds[self._kind_codes[member]])] = data
-        text = members.pop(JSON_EXTENSION)
-        images = [members[kind] for kind in sorted(members, key=image_number)]
-        return decode_sample(key, text, images, where=f"{path}, sample {key!r}")
+        return self._table.sample(i)
+
+    def image_sizes(self, i: int) -> tuple[tuple[int, int], ...]:
+        """Width and height of the images of sample `i`; from the index, else from the images' headers.
+
+        Raises:
+            ValueError: an image's header cannot be read.
+        """
+        sample = self.describe(i)
+        if sample.image_sizes is not None:
+            return sample.image_sizes
+        members = self._members(i, sample)
+        kinds = sorted((kind for kind in members if kind != JSON_EXTENSION), key=_number)
+        return tuple(image_size(members[kind], f"{self.where(i)}, image {n}") for n, kind in enumerate(kinds))
+
+    def where(self, i: int) -> str:
+        """Shard and key of sample `i`, for messages."""
+        return f"{self._shards[self._table.shard_of[i]]}, sample {self._table.keys[i]!r}"
+
+    def bad(self, i: int, error: ValueError) -> BadSample:
+        """The quarantine's entry for sample `i`."""
+        return BadSample(*self.place(i), str(error))
+
+    def place(self, i: int) -> tuple[str, str]:
+        """The name of the shard of sample `i`, and its key."""
+        return os.path.basename(self._shards[self._table.shard_of[i]]), self._table.keys[i]
+
+    @property
+    def shard_of(self) -> np.ndarray:
+        """The number of each sample's shard: [samples] int32, ascending."""
+        return self._table.shard_of
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256, in hex, over each sample's shard name and, per member, name and size in bytes, in reading order.
-
-        Two datasets that agree in it list the same samples in the same order; the data itself is not hashed.
-        """
+        """sha256, in hex, over the shards' names and fingerprints, in reading order (see `ShardIndex.fingerprint`)."""
         digest = hashlib.sha256()
-        for i, key in enumerate(self._keys):
-            digest.update(f"{self._paths[self._shard_of[i]].name}\0".encode())
-            for member in range(self._first[i], self._first[i + 1]):
-                kind = self._kinds[self._kind_codes[member]]
-                digest.update(f"{key}.{kind}\0{self._sizes[member]}\0".encode(errors="surrogateescape"))
+        for name, fingerprint in self.shard_fingerprints:
+            digest.update(f"{name}\0{fingerprint}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
+
+    def _indices(self) -> Iterator[tuple[ShardIndex, list[BadSample]]]:
+        """In the order of the shards; URLs answer slowly, so several are asked at once."""
+        if not any(map(is_url, self._shards)):
+            yield from (load_index(shard, self._cache) for shard in self._shards)
+            return
+        with ThreadPoolExecutor(_URLS_AT_ONCE) as pool:
+            yield from pool.map(load_index, self._shards, itertools.repeat(self._cache))
+
+    def _is_new(self, key: str, shard: str, shard_of_key: dict[str, str]) -> bool:
+        """Notes a key; one that was there is quarantined."""
+        if key not in shard_of_key:
+            shard_of_key[key] = shard
+            return True
+        self._quarantine.add(BadSample(os.path.basename(shard), key, repeated_key(shard, key, shard_of_key[key])))
+        return False
+
+    def _members(self, i: int, sample: IndexedSample) -> dict[str, bytes]:
+        """The bytes of each member, by extension."""
+        members = {}
+        number = self._table.shard_of[i]
+        path = self._shards[number]
+        if self._cache is not None and is_url(path):
+            path = self._cache.fetch(path, self._versions[number])
+        with open(path, "rb", buffering=0) as file:
+            for extension, offset, size in zip(sample.extensions, sample.offsets, sample.sizes, strict=True):
+                members[extension] = os.pread(file.fileno(), size, offset)
+                if len(members[extension]) != size:
+                    raise ValueError(f"{self.where(i)}: the file is shorter than its index says. Restore the shard.")
+        return members
+
+
+def _number(extension: str) -> int:
+    number = image_number(extension)
+    assert number is not None, extension
+    return number

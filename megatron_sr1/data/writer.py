@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_sr1.data.index import index_path
 from megatron_sr1.data.schema import encode_sample
 from megatron_sr1.types import Prompt, SftSample
 
@@ -30,11 +31,13 @@ def write_shards(samples: Iterable[Prompt | SftSample], out_dir: Path, name: str
         _write_temporary(samples, out_dir, name, samples_per_shard, temporary)
         final = [out_dir / f"{name}-{number:05d}.tar" for number in range(len(temporary))]
         for source, target in zip(temporary, final, strict=True):
+            index_path(target).unlink(missing_ok=True)  # it speaks of the shard that is replaced
             os.replace(source, target)
     finally:
         for path in temporary:
             path.unlink(missing_ok=True)
     for stale in sorted(set(out_dir.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9].tar")) - set(final)):
+        index_path(stale).unlink(missing_ok=True)
         stale.unlink()
     return final
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_sr1.kernels.loss_torch import torch_loss
-from megatron_sr1.objective.losses import _check as check_inputs
+from megatron_sr1.objective.losses import check_inputs
 from megatron_sr1.types import KlEstimator, LossInputs
 
 Backend = Literal["auto", "torch", "triton"]

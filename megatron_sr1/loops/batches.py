@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_sr1.config import Config, ConfigError
-from megatron_sr1.objective import Preset, stream_advantages, token_weights
+from megatron_sr1.objective import Preset, stream_advantages, token_kinds, token_weights
 from megatron_sr1.packing import pack, scatter_rows, split_for_ranks
 from megatron_sr1.processing import Processor
 from megatron_sr1.prompts import description_block, render_caption_reasoner, render_see_think
@@ -50,7 +50,9 @@ class StreamBatch:
     advantages: list[Tensor]  # per micro-batch [S, R]
     token_weights: list[Tensor]  # per micro-batch [S, R]
     generator_logprobs: list[Tensor]  # per micro-batch [R]
+    image_distance: list[Tensor]  # per micro-batch [R]: tokens since the prompt's last visual token, -1 without images
     num_tokens: int  # response tokens of the whole step, all replicas
+    num_of_kind: Mapping[str, int]  # the same by `token_kinds`, those alone that occur
 
 
 class Batcher:
@@ -95,7 +97,7 @@ class Batcher:
         weights = token_weights(num_tokens.long(), objective.aggregation)  # [S, B]
 
         sequences: list[TokenSequence] = []
-        values: list[Tensor] = []  # per sequence [2 * S + 1, n]: advantages, weights, generator log-probs
+        values: list[Tensor] = []  # per sequence [2 * S + 2, n]: advantages, weights, generator log-probs, distances
         for rollout in self._my_rollouts(groups):
             images = tuple(self._processor.encode_image(image) for image in rollout.group.prompt.images)
             for index in rollout.indices:
@@ -105,18 +107,40 @@ class Batcher:
                         sequences.append(TokenSequence(response.prompt_ids, response.response_ids, seen))
                         credit = advantages[:, index, None].expand_as(mask)
                         generator = torch.tensor(response.generator_logprobs)[None]
-                        values.append(torch.cat([credit, weights[:, index, None] * mask, generator]))
+                        distance = self._image_distance(response)[None]
+                        values.append(torch.cat([credit, weights[:, index, None] * mask, generator, distance]))
         micro_batches = self._pack(sequences)
         num_streams = len(preset.streams)
         rows = [value.to(self._device) for value in scatter_rows(values, micro_batches)]
-        parts = [value.split([num_streams, num_streams, 1]) for value in rows]
+        parts = [value.split([num_streams, num_streams, 1, 1]) for value in rows]
         return StreamBatch(
-            micro_batches,
+            [
+                _with_grad_rows(batch, *part[:2], preset.streams)
+                for batch, part in zip(micro_batches, parts, strict=True)
+            ],
             [part[0] for part in parts],
             [part[1] for part in parts],
             [part[2][0] for part in parts],
+            [part[3][0] for part in parts],
             sum(first.shape[1] + second.shape[1] for first, second in masks),
+            self._num_of_kind(
+                [rollout for pair in pairs for rollout in (pair.first, pair.second) if rollout is not None]
+            ),
         )
+
+    def _image_distance(self, rollout: Rollout) -> Tensor:
+        """[n]: how far each response token is behind the last visual token of its prompt; -1 without images."""
+        offset = torch.arange(len(rollout.response_ids), dtype=torch.float32)
+        behind = next(
+            (n for n, i in enumerate(reversed(rollout.prompt_ids)) if i == self._processor.image_token_id), None
+        )
+        return torch.full_like(offset, -1.0) if behind is None else offset + behind + 1
+
+    def _num_of_kind(self, rollouts: Sequence[Rollout]) -> dict[str, int]:
+        distance = torch.cat([self._image_distance(rollout) for rollout in rollouts])
+        offset = torch.cat([torch.arange(len(rollout.response_ids)) for rollout in rollouts])
+        counts = {name: int(mask.sum()) for name, mask in token_kinds(distance, offset).items()}
+        return {name: count for name, count in counts.items() if count > 0}
 
     def _pack(self, sequences: Sequence[TokenSequence]) -> list[MicroBatch]:
         batches = pack(
@@ -185,6 +209,14 @@ def _row_tokens(config: Config) -> int:
             "Raise it, or use a smaller layout."
         )
     return budget - budget % multiple
+
+
+def _with_grad_rows(batch: MicroBatch, advantages: Tensor, weights: Tensor, streams: Sequence[Stream]) -> MicroBatch:
+    """The loss depends on the tokens that a stream credits with an advantage or holds to the reference. Others, such as
+    those of a group with equal rewards where there is no KL term, cost no backward in the output head."""
+    held = torch.tensor([stream.kl_coef > 0 for stream in streams], device=weights.device)[:, None]
+    counts = ((weights != 0) & (held | (advantages != 0))).any(0)
+    return batch if counts.all() else replace(batch, grad_rows=torch.nonzero(counts).squeeze(1))
 
 
 def _moved(batch: MicroBatch, device: torch.device) -> MicroBatch:

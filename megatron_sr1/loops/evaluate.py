@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_sr1.config import Config
-from megatron_sr1.data import ShardDataset, expand_shards
+from megatron_sr1.data import open_dataset, read_in_order
 from megatron_sr1.loops.generation import build_generator
 from megatron_sr1.loops.run import Run, open_run
 from megatron_sr1.loops.scoring import Rewards, rewards_of, score_groups, summarise
@@ -24,16 +24,16 @@ def run_evaluate(config: Config, platform: Platform) -> None:
     """Evaluates the weights of `model.hf_dir` on `data.heldout`: a table, and `<run_dir>/eval/evaluate.json`."""
     with open_run(config, platform) as run:
         generator = build_generator(run, config.model.hf_dir)
-        evaluate(run, generator, heldout_prompts(config), label="evaluate", step=0)
+        evaluate(run, generator, heldout_prompts(run), label="evaluate", step=0)
         if platform.is_main:
             print_table(Console(), summary_rows(run.folder))
 
 
-def heldout_prompts(config: Config) -> list[Prompt]:
+def heldout_prompts(run: Run) -> list[Prompt]:
     """The prompts of `data.heldout`, at most `evaluate.max_prompts` of them where that is not 0."""
-    dataset = ShardDataset(expand_shards(config.data.heldout, "data.heldout"))
-    count = min(config.evaluate.max_prompts or len(dataset), len(dataset))
-    return only_prompts([dataset.read(index) for index in range(count)], "data.heldout")
+    config, quarantine = run.config, run.quarantine("heldout")
+    dataset = open_dataset(config.data, config.data.heldout, "data.heldout", quarantine)
+    return only_prompts(read_in_order(dataset, config.evaluate.max_prompts, quarantine), "data.heldout")
 
 
 def only_prompts(samples: Sequence[Prompt | SftSample], key: str) -> list[Prompt]:

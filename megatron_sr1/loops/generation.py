@@ -1,15 +1,36 @@
-"""One colocated generation engine per rank."""
+"""Colocated generation engines: every `rollout.engine_tensor` ranks are one."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
 from megatron_sr1.loops.run import Run
 from megatron_sr1.processing import Processor
-from megatron_sr1.rollout import Engine, TwoPassGenerator
+from megatron_sr1.rollout import Engine, TwoPassGenerator, stale_vision_canary
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
 
 
-def build_generator(run: Run, hf_dir: str) -> TwoPassGenerator:
-    """Engines on all ranks, each with the weights of `hf_dir` and a share of the prompts. Collective."""
-    rollout = run.config.rollout
+Weights = Callable[[], Iterable[tuple[str, "Tensor"]]]
+_CANARY_SIDE = 56  # pixels: a few visual tokens for every family
+
+
+def build_generator(run: Run, hf_dir: str, weights: Weights | None = None) -> TwoPassGenerator:
+    """Engines on all ranks, each with the weights of `hf_dir` and a share of the prompts. Collective.
+
+    Args:
+        weights: streams the policy's present weights, collectively. They are loaded at once, and whether updates reach
+            the vision tower's images is tried (`stale_vision_canary`); later they refill engines that had to be
+            restarted. None: the engines keep those of `hf_dir`.
+
+    Raises:
+        RuntimeError: the engine does not hold, or does not look through, the weights it was sent.
+    """
+    rollout, platform = run.config.rollout, run.platform
     engine = Engine(
         hf_dir,
         max_model_tokens=rollout.max_model_tokens,
@@ -17,12 +38,28 @@ def build_generator(run: Run, hf_dir: str) -> TwoPassGenerator:
         kv_cache_gib=rollout.kv_cache_gib,
         max_images=rollout.max_images,
         seed=run.config.seed,
+        tensor_parallel=rollout.engine_tensor,
+        checksum_every=rollout.checksum_every,
+        sleeps=rollout.sleep,
     )
+    processor = Processor.from_pretrained(hf_dir)
+    if weights is not None:
+        engine.update_weights(weights(), 0)
+        stale_vision_canary(engine, processor, _canary_image(), weights)
     return TwoPassGenerator(
         engine,
-        Processor.from_pretrained(hf_dir),
+        processor,
         max_description_tokens=rollout.max_description_tokens,
-        rank=run.platform.rank,
-        num_ranks=run.platform.world_size,
+        rank=platform.rank // rollout.engine_tensor,
+        num_ranks=platform.world_size // rollout.engine_tensor,
         gather=run.gather,
+        weights=weights,
     )
+
+
+def _canary_image() -> Image:
+    """Noise, the same on every rank: no part of it looks like another."""
+    from PIL import Image
+
+    pixels = random.Random(0).randbytes(3 * _CANARY_SIDE**2)
+    return Image.frombytes("RGB", (_CANARY_SIDE, _CANARY_SIDE), pixels)

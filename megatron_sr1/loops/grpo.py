@@ -2,83 +2,122 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from torch import Tensor
 
 from megatron_sr1.checkpoint import Progress
 from megatron_sr1.config import Config
-from megatron_sr1.data import SampleStream, ShardDataset, expand_shards
+from megatron_sr1.kernels import fused_stream_loss
 from megatron_sr1.loops.batches import Batcher, StreamBatch
+from megatron_sr1.loops.clock import Clock
 from megatron_sr1.loops.evaluate import evaluate, heldout_prompts, only_prompts
 from megatron_sr1.loops.generation import build_generator
+from megatron_sr1.loops.live import LiveRollouts
+from megatron_sr1.loops.replay import SavedRollouts, rollouts_file
 from megatron_sr1.loops.run import Run, metrics_of, open_run
-from megatron_sr1.loops.scoring import Rewards, score_groups, summarise, without_leaks, write_rollouts
+from megatron_sr1.loops.scoring import Rewards, summarise, without_leaks, write_rollouts
 from megatron_sr1.metrics import MetricLog
-from megatron_sr1.objective import Preset, preset_from_config, stream_loss
+from megatron_sr1.objective import (
+    Mismatch,
+    Preset,
+    importance_weights,
+    preset_from_config,
+    token_kinds,
+)
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processing import Processor
-from megatron_sr1.types import Clip, LogProbs, LossInputs, RolloutGroup, Sampling, Scoring
+from megatron_sr1.types import Clip, Generator, LogProbs, LossInputs, RolloutGroup, Sampling, Scoring
 
 
-def run_grpo(config: Config, platform: Platform) -> None:
+def run_grpo(
+    config: Config, platform: Platform, *, rollouts_only: bool = False, from_rollouts: Path | None = None
+) -> None:
     """Trains on `data.train`, evaluates before and after on `data.heldout`, exports to `<run_dir>/hf`.
 
     Continues from the newest checkpoint of the run folder, with the next prompts, to the same bits.
+
+    Args:
+        rollouts_only: the steps are generated, graded and saved, all with the weights at hand; none is trained on. The
+            first of them is the next step of the run, to the bit.
+        from_rollouts: a `rollouts` folder that the steps are trained from, to the bits of the run that saved it; no
+            engine is started, so nothing is evaluated.
     """
     with open_run(config, platform) as run:
-        _train(run)
+        _train(run, rollouts_only, from_rollouts)
 
 
-def _train(run: Run) -> None:
+def _train(run: Run, rollouts_only: bool, from_rollouts: Path | None) -> None:
     config, train = run.config, run.config.train
     preset = preset_from_config(config.objective)
-    dataset = ShardDataset(expand_shards(config.data.train, "data.train"))
-    stream, heldout = SampleStream(dataset, config.seed), heldout_prompts(config)
+    feed, heldout = run.feed("train"), heldout_prompts(run)
     updates = config.rollout.prompts_per_step // train.batch_size
     keep_reference = any(s.kl_coef > 0 for s in preset.streams)
     policy = Policy(config, run.platform, num_optimizer_steps=train.steps * updates, keep_reference=keep_reference)
     trainer = _Trainer(config, policy, preset)
-    run.say("starting the generation engines")
-    generator = build_generator(run, config.model.hf_dir)
+    generator = None
+    if from_rollouts is None:
+        run.say("starting the generation engines")
+        generator = build_generator(run, config.model.hf_dir, policy.hf_weights)
     checkpoints = run.checkpointer()
-    source = (dataset.fingerprint, config.model.hf_dir)
-    progress = checkpoints.restore(policy, *source) or Progress(0, 0, *source)
-    if progress.step:
-        run.say(f"continuing after step {progress.step}")
-    generator.update_weights(policy.hf_weights(), version=progress.step)
-    if progress.step == 0:
+    progress = run.resume(policy, feed)
+    if generator is not None:
+        generator.update_weights(policy.hf_weights(), version=progress.step)
+    evaluating = generator is not None and not rollouts_only
+    if evaluating and progress.step == 0:
         run.say(f"evaluating the starting point on {len(heldout)} held-out prompts")
         evaluate(run, generator, heldout, label="before", step=0)
 
-    with metrics_of(run, progress.step) as writer:
+    with feed, metrics_of(run, progress.step) as writer, _rollouts(run, generator, preset, from_rollouts) as rollouts:
         for step in range(progress.step, train.steps):
-            clock = _Clock()
-            prompts = only_prompts(stream.take(progress.position, config.rollout.prompts_per_step), "data.train")
-            with clock("rollout"):
-                groups = generator.generate(prompts, _sampling(config, preset), step)
-            with clock("reward"):
-                rewards = score_groups(groups, preset, run.platform.rank, run.platform.world_size, run.gather)
+            clock = Clock()
+            batch = feed.next(config.rollout.prompts_per_step)
+            prompts = only_prompts(batch.samples, "data.train")
+            groups, rewards = rollouts.take(prompts, step, clock)
+            if evaluating:
+                generator.sleep()  # the weight sync below wakes it: once a step
             with clock("train"):
-                results = trainer.update(groups, rewards)
-            with clock("sync"):
-                generator.update_weights(policy.hf_weights(), version=step + 1)
-            progress = Progress(step + 1, progress.position + len(prompts), *source)
+                results = [] if rollouts_only else trainer.update(groups, rewards)
+            if evaluating:
+                with clock("sync"):
+                    generator.update_weights(policy.hf_weights(), version=step + 1)
+            feed.finish(batch)
+            progress = Progress(step + 1, feed.position, feed.fingerprint, config.model.hf_dir, feed.state().to_json())
             if writer is not None:
-                write_rollouts(run.folder / "rollouts" / f"step_{step:06d}.jsonl", groups, rewards)
-                writer.write(step, _metrics(groups, rewards, preset, results, clock))
+                if generator is not None:
+                    write_rollouts(rollouts_file(run.folder / "rollouts", step), groups, rewards)
+                writer.write(step, {**_metrics(groups, rewards, preset, results, clock), **feed.metrics})
+            if rollouts_only:
+                continue
             if progress.step % train.save_every == 0 or progress.step == train.steps:
                 checkpoints.save(policy, progress)
-            if train.evaluate_every and progress.step % train.evaluate_every == 0 and progress.step < train.steps:
+            due = train.evaluate_every and progress.step % train.evaluate_every == 0
+            if evaluating and due and progress.step < train.steps:
                 evaluate(run, generator, heldout, label=f"step-{progress.step}", step=progress.step)
-    run.say(f"evaluating the trained policy on {len(heldout)} held-out prompts")
-    answers = evaluate(run, generator, heldout, label="after", step=progress.step)
+    if rollouts_only:
+        return
+    answers = []
+    if evaluating:
+        run.say(f"evaluating the trained policy on {len(heldout)} held-out prompts")
+        answers = evaluate(run, generator, heldout, label="after", step=progress.step)
     run.export(policy)
     run.verify_export(answers[: config.evaluate.verify_export])
     run.say(f"exported to {run.export_dir}")
+
+
+@contextmanager
+def _rollouts(
+    run: Run, generator: Generator | None, preset: Preset, from_rollouts: Path | None
+) -> Iterator[LiveRollouts | SavedRollouts]:
+    if generator is None:
+        assert from_rollouts is not None
+        yield SavedRollouts(from_rollouts, preset, run.config.rollout.samples_per_prompt)
+    else:
+        with LiveRollouts(generator, _sampling(run.config, preset), preset, run.gather) as live:
+            yield live
 
 
 def _sampling(config: Config, preset: Preset) -> Sampling:
@@ -143,22 +182,38 @@ class _Loss:
         self._batch, self._old, self._reference, self._preset = batch, old, reference, preset
         objective = config.objective
         self._clip = Clip(objective.clip_low, objective.clip_high, objective.dual_clip)
+        bounds = (objective.mismatch_low, objective.mismatch_high)
+        self._mismatch = Mismatch(objective.mismatch, objective.mismatch_level, *bounds)
 
     def __call__(self, index: int, logprobs: LogProbs) -> tuple[Tensor, Mapping[str, Tensor]]:
-        loss, metrics = stream_loss(
+        batch, trainer = self._batch, logprobs.logprobs
+        old = None if self._old is None else self._old[index].logprobs
+        generator, row_sequence = batch.generator_logprobs[index], batch.micro_batches[index].row_sequence
+        drawing = trainer if old is None else old  # the trainer's, of the weights that drew the tokens
+        weights, bounded = importance_weights(drawing, generator, row_sequence, self._mismatch)
+        loss, metrics = fused_stream_loss(
             LossInputs(
-                trainer_logprobs=logprobs.logprobs,
-                old_logprobs=None if self._old is None else self._old[index].logprobs,
+                trainer_logprobs=trainer,
+                old_logprobs=old,
                 ref_logprobs=None if self._reference is None else self._reference[index].logprobs,
-                advantages=self._batch.advantages[index],
-                token_weights=self._batch.token_weights[index],
+                advantages=batch.advantages[index] * weights,
+                token_weights=batch.token_weights[index],
                 streams=self._preset.streams,
                 clip=self._clip,
             )
         )
-        gap = (logprobs.logprobs.detach() - self._batch.generator_logprobs[index]).abs()
+        gap = (trainer.detach() - generator).abs()
         per_token = {"logprob_gap": gap, "entropy": logprobs.entropy}
-        return loss, {**metrics, **{name: value.sum() / self._batch.num_tokens for name, value in per_token.items()}}
+        if self._mismatch.kind != "none":
+            per_token |= {"mismatch/weight": weights, "mismatch/bounded": bounded}
+        sums = {name: value.sum() / batch.num_tokens for name, value in per_token.items()}
+        return loss, {**metrics, **sums, **self._gaps(index, (drawing.detach() - generator).abs())}
+
+    def _gaps(self, index: int, gap: Tensor) -> dict[str, Tensor]:
+        """Mean |log-prob gap| to the generator, by kind of token; of the weights that drew them, before any update."""
+        batch = self._batch
+        kinds = token_kinds(batch.image_distance[index], batch.micro_batches[index].row_offset)
+        return {f"mismatch/{name}": (gap * kinds[name]).sum() / count for name, count in batch.num_of_kind.items()}
 
 
 def _metrics(
@@ -166,7 +221,7 @@ def _metrics(
     rewards: Rewards,
     preset: Preset,
     results: Sequence[StepResult],
-    clock: _Clock,
+    clock: Clock,
 ) -> dict[str, float]:
     """Of the rollouts, of the optimizer steps (their mean) and of the time."""
     log = MetricLog()
@@ -189,6 +244,11 @@ def _metrics(
             log.add(f"{name}/response_tokens", len(rollout.response_ids))
             log.add(f"{name}/longest_response_tokens", len(rollout.response_ids), "max")
             log.add(f"{name}/truncated", rollout.finish_reason == "length")
+            log.add(f"seconds/{name}_pass", rollout.finished_at - rollout.queued_at)
+    for pair in pairs:
+        log.add("second/missing", pair.second is None)
+        if pair.description is not None:
+            log.add("second/description_cut", pair.description_cut)
     num_tokens = sum(len(rollout.response_ids) for rollouts in responses.values() for rollout in rollouts)
     log.add("tokens_per_second", num_tokens / clock.seconds["seconds/rollout"])
 
@@ -200,16 +260,3 @@ def _metrics(
     for name, value in clock.seconds.items():
         log.add(name, value)
     return log.reduce()
-
-
-class _Clock:
-    """Seconds spent in each part of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[f"seconds/{part}"] = time.perf_counter() - start

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed
 
-from megatron_sr1.checkpoint import Checkpointer
+from megatron_sr1.checkpoint import Checkpointer, Progress
 from megatron_sr1.config import Config, dump_config
 from megatron_sr1.convert import compare_greedy, write_hf_dir
+from megatron_sr1.data import Quarantine, SampleFeed, StreamState, VisualTokens, open_stream
 from megatron_sr1.metrics import MetricsWriter
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
+from megatron_sr1.processing import Processor
 from megatron_sr1.types import RolloutGroup
 
 
@@ -39,6 +42,39 @@ class Run:
 
     def checkpointer(self) -> Checkpointer:
         return Checkpointer(self.folder / "checkpoints", self.config.train.keep_checkpoints, self.platform)
+
+    def quarantine(self, name: str) -> Quarantine:
+        """For the bad samples of `data.<name>`; the main rank keeps the file."""
+        file = self.folder / "quarantine" / f"{name}.jsonl"
+        return Quarantine(self.config.data.max_bad_samples, file if self.platform.is_main else None)
+
+    def feed(self, name: Literal["train", "cold_start"]) -> SampleFeed:
+        """The samples of `data.<name>`, all of every batch on every rank.
+
+        Raises:
+            ValueError: shards are missing or damaged, or have no index where one is needed.
+        """
+        data, quarantine = self.config.data, self.quarantine(name)
+        lengths = visual_tokens(self.config.model.hf_dir) if data.max_prompt_tokens else None
+        stream = open_stream(data, name, self.config.seed, quarantine, lengths)
+        prefetch = data.prefetch_mib << 20
+        return SampleFeed(stream, quarantine, workers=data.workers, prefetch_bytes=prefetch, exchange=self.gather)
+
+    def resume(self, policy: Policy, feed: SampleFeed) -> Progress:
+        """Loads the newest checkpoint into the policy and sets the feed to its place; where there is none, the start.
+
+        Raises:
+            ValueError: the checkpoint belongs to other data, another starting model or another kind of optimizer.
+        """
+        checkpoints, source = self.checkpointer(), (feed.fingerprint, self.config.model.hf_dir)
+        newest = checkpoints.newest()
+        if newest is None:
+            return Progress(0, 0, *source)
+        feed.restore(StreamState.from_json(newest.stream))
+        progress = checkpoints.restore(policy, *source)
+        assert progress == newest
+        self.say(f"continuing after step {progress.step}")
+        return progress
 
     def say(self, text: str) -> None:
         """Tells whoever watches what the run is at."""
@@ -72,6 +108,12 @@ class Run:
             report = {"identical_greedy_answers": len(answers), "keys": [group.prompt.key for group in answers]}
             (self.folder / "export.json").write_text(json.dumps(report, indent=1) + "\n")
         torch.distributed.barrier()
+
+
+def visual_tokens(hf_dir: str) -> VisualTokens:
+    """How many tokens an image of a size takes up in a prompt of this model; no pixel is read."""
+    processor = Processor.from_pretrained(hf_dir)
+    return lambda size: math.prod(processor.grid(size)) // processor.merge_size**2
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sr1.loops.grading import Vectors, grade_pairs
 from megatron_sr1.objective import Preset
-from megatron_sr1.rewards import faithful, score_pair
+from megatron_sr1.rewards import faithful
 from megatron_sr1.types import Rollout, RolloutGroup
 
 ALWAYS = ("acc", "acc_vis", "leak")  # scored for the metrics whatever the preset trains on
@@ -30,15 +31,31 @@ def score_groups(
 ) -> Rewards:
     """All components of all rollouts, on every rank. Collective: each rank grades a share, so that no two ranks can
     disagree about an answer."""
-    layout = "fmt_cot" if preset.template == "cot" else "fmt"
-    components = sorted({*preset.components, *ALWAYS, layout})
+    components = scored_components(preset)
     mine = [
-        (index, [score_pair(pair, group.prompt, components) for pair in group.pairs])
+        (index, grade_pairs(group.pairs, group.prompt, components))
         for index, group in list(enumerate(groups))[rank::num_ranks]
     ]
-    vectors = [vector for _, share in sorted(gather(mine), key=lambda item: item[0]) for vector in share]
-    rewards = {name: torch.tensor([vector[name] for vector in vectors]) for name in components}
-    return {**rewards, "format": rewards[layout]}
+    return join_rewards(gather(mine), preset)
+
+
+def scored_components(preset: Preset) -> list[str]:
+    """Names of all rewards that a step measures, sorted."""
+    return sorted({*preset.components, *ALWAYS, _layout(preset)})
+
+
+def join_rewards(graded: Sequence[tuple[int, Vectors]], preset: Preset) -> Rewards:
+    """One tensor per component of what the ranks graded: (group, vectors of its samples), in any order.
+
+    The ranks of one engine grade the same groups; each group counts once.
+    """
+    vectors = [vector for _, share in sorted(dict(graded).items()) for vector in share]
+    rewards = {name: torch.tensor([vector[name] for vector in vectors]) for name in scored_components(preset)}
+    return {**rewards, "format": rewards[_layout(preset)]}
+
+
+def _layout(preset: Preset) -> str:
+    return "fmt_cot" if preset.template == "cot" else "fmt"
 
 
 def without_leaks(rewards: Rewards) -> Rewards:
@@ -67,7 +84,10 @@ def summarise(groups: Sequence[RolloutGroup], rewards: Rewards) -> dict[str, flo
 
 
 def write_rollouts(path: Path, groups: Sequence[RolloutGroup], rewards: Rewards) -> None:
-    """One JSON line per sample: ids, texts, log-probs and rewards of both passes; images by the prompt's key."""
+    """One JSON line per sample: ids, texts, log-probs and rewards of both passes; images by the prompt's key.
+
+    `replay.read_rollouts` gets all of it back, to the bit.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     index = 0
     with path.open("w", encoding="utf-8") as file:
@@ -78,7 +98,9 @@ def write_rollouts(path: Path, groups: Sequence[RolloutGroup], rewards: Rewards)
                     "key": group.prompt.key,
                     "problem": group.prompt.problem,
                     "answer": group.prompt.answer,
+                    "sample": pair.sample_index,
                     "description": pair.description,
+                    "description_cut": pair.description_cut,
                     "rewards": rewards_of(rewards, index),
                     "first": _rollout(pair.first),
                     "second": _rollout(pair.second),

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megatron_sr1.checkpoint import Progress
 from megatron_sr1.config import Config
-from megatron_sr1.data import SampleStream, ShardDataset, expand_shards
 from megatron_sr1.loops.batches import Batcher, SftBatch
 from megatron_sr1.loops.run import Run, metrics_of, open_run
 from megatron_sr1.objective import sft_loss
@@ -27,25 +26,24 @@ def run_sft(config: Config, platform: Platform) -> None:
 
 def _train(run: Run) -> None:
     config = run.config
-    dataset = ShardDataset(expand_shards(config.data.cold_start, "data.cold_start"))
-    stream = SampleStream(dataset, config.seed)
+    feed = run.feed("cold_start")
     policy = Policy(config, run.platform, num_optimizer_steps=config.train.steps, keep_reference=False)
     batcher = Batcher(config, Processor.from_pretrained(config.model.hf_dir), policy.groups.data, run.platform.device)
     checkpoints = run.checkpointer()
-    source = (dataset.fingerprint, config.model.hf_dir)
-    progress = checkpoints.restore(policy, *source) or Progress(0, 0, *source)
-    if progress.step:
-        run.say(f"continuing after step {progress.step}")
-    with metrics_of(run, progress.step) as writer:
+    progress = run.resume(policy, feed)
+    with feed, metrics_of(run, progress.step) as writer:
         for step in range(progress.step, config.train.steps):
             start = time.perf_counter()
-            samples = _only_demonstrations(stream.take(progress.position, config.train.batch_size))
-            batch = batcher.sft(samples)
+            taken = feed.next(config.train.batch_size)
+            batch = batcher.sft(_only_demonstrations(taken.samples))
             result = policy.train_step(batch.micro_batches, _Loss(batch), Scoring())
-            progress = Progress(step + 1, progress.position + len(samples), *source)
+            feed.finish(taken)
+            progress = Progress(step + 1, feed.position, feed.fingerprint, config.model.hf_dir, feed.state().to_json())
             if writer is not None:
                 optimizer = {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
-                writer.write(step, {**result.metrics, **optimizer, "seconds/step": time.perf_counter() - start})
+                writer.write(
+                    step, {**result.metrics, **optimizer, **feed.metrics, "seconds/step": time.perf_counter() - start}
+                )
             if progress.step % config.train.save_every == 0 or progress.step == config.train.steps:
                 checkpoints.save(policy, progress)
     run.export(policy)

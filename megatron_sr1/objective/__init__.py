@@ -2,17 +2,21 @@
 
 from megatron_sr1.objective.advantages import group_advantages, stream_advantages
 from megatron_sr1.objective.losses import kl_estimate, sft_loss, stream_loss
+from megatron_sr1.objective.mismatch import Mismatch, importance_weights, token_kinds
 from megatron_sr1.objective.streams import PRESETS, Preset, preset_from_config
 from megatron_sr1.objective.weights import token_weights
 
 __all__ = [
     "PRESETS",
+    "Mismatch",
     "Preset",
     "group_advantages",
+    "importance_weights",
     "kl_estimate",
     "preset_from_config",
     "sft_loss",
     "stream_advantages",
     "stream_loss",
+    "token_kinds",
     "token_weights",
 ]

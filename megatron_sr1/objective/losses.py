@@ -37,7 +37,7 @@ def stream_loss(inputs: LossInputs) -> tuple[Tensor, Mapping[str, Tensor]]:
     Raises:
         ValueError: a shape, dtype or clip bound is wrong, or a KL coefficient asks for a missing reference.
     """
-    _check(inputs)
+    check_inputs(inputs)
     trainer = inputs.trainer_logprobs
     old = trainer.detach() if inputs.old_logprobs is None else inputs.old_logprobs
     ratio = torch.exp(trainer - old)  # [R]
@@ -115,7 +115,8 @@ def _surrogate(ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, T
     return torch.where(dual_clipped, ceiling, value), clipped, dual_clipped
 
 
-def _check(inputs: LossInputs) -> None:
+def check_inputs(inputs: LossInputs) -> None:
+    """Raises ValueError where the values of `inputs` do not fit together; the message names the field."""
     _check_logprobs("trainer_logprobs", inputs.trainer_logprobs)
     num_tokens = inputs.trainer_logprobs.shape[0]
     num_streams = len(inputs.streams)

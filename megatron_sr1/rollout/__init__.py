@@ -1,4 +1,4 @@
-"""Generation: one engine per rank, two passes per sample. Importing this package does not import vllm."""
+"""Generation: engines in the training ranks, two passes per sample. Importing this package does not import vllm."""
 
 from megatron_sr1.rollout.checks import stale_vision_canary
 from megatron_sr1.rollout.engine import Engine

@@ -1,12 +1,14 @@
-"""The engine: vLLM in this process, one copy of the weights per rank. The only file that imports vllm.
+"""The engine: vLLM in this process. Only this file and its neighbours on weights import vllm.
 
 vLLM is imported when an engine is made, so that importing this package stays cheap. Where torch.distributed is already
-initialised, the engine joins that job's process group with tensor-parallel size 1 (vLLM's "external_launcher"): all
-ranks must then construct their engines together, and afterwards each works on its own requests.
+initialised, the engine joins that job's process group (vLLM's "external_launcher"): every `tensor_parallel` ranks in a
+row are one engine. All ranks must then construct their engines together; afterwards each engine works on its own
+requests, and the ranks of one engine make the same calls in the same order.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -20,6 +22,8 @@ from safetensors import safe_open
 
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.rollout.request import Draw, Generation
+from megatron_sr1.rollout.weight_check import WeightCheck
+from megatron_sr1.rollout.weight_reload import check_reloadable, reload_weights
 from megatron_sr1.types import BANNED_LOGIT_BIAS
 
 if TYPE_CHECKING:
@@ -58,50 +62,94 @@ class Engine:
         kv_cache_gib: float,
         max_images: int,
         seed: int,
+        tensor_parallel: int = 1,
+        checksum_every: int = 1,
+        sleeps: bool = False,
     ) -> None:
-        """Loads the weights of `hf_dir`; `max_images` is per prompt. Raises what vLLM raises for a bad model."""
-        prepare_environment()
-        from vllm import EngineArgs
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.llm_engine import LLMEngine
+        """Loads the weights of `hf_dir`.
 
-        _register_architectures(hf_dir)
-        set_num_threads = torch.set_num_threads
-        # At each reload it warns of every layer that has no weights of its own. _complete() watches what matters.
-        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+        Args:
+            max_images: per prompt.
+            tensor_parallel: ranks that share one copy of the weights.
+            checksum_every: the first weight update is checked, and every n-th after it.
+            sleeps: give the device memory back in `sleep`, where the platform can.
+
+        Raises:
+            ValueError: the ranks do not divide into engines. What vLLM raises for a bad model.
+        """
+        prepare_environment()
+        from vllm.platforms import current_platform
+
+        self._in_job = torch.distributed.is_initialized()
+        ranks = torch.distributed.get_world_size() if self._in_job else 1
+        if ranks % tensor_parallel:
+            raise ValueError(f"{ranks} ranks do not divide into engines of {tensor_parallel}: choose a divisor.")
         on_cpu = current_platform.is_cpu()
-        in_job = torch.distributed.is_initialized()
-        self._engine = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=hf_dir,
-                dtype="float32" if on_cpu else "bfloat16",
-                enforce_eager=True,
-                seed=seed,
-                max_model_len=max_model_tokens,
-                max_num_seqs=max_running_requests,
-                max_num_batched_tokens=max(_MIN_BATCHED_TOKENS, max_model_tokens),
-                # A seeded request whose prompt is split has its generator rewound, which a CPU generator cannot do.
-                enable_chunked_prefill=not on_cpu,
-                kv_cache_memory_bytes=int(kv_cache_gib * _GIB),
-                enable_prefix_caching=True,
-                limit_mm_per_prompt={"image": max_images, "video": 0},
-                # PIL's resizing, as in processing.py: torchvision's differs by up to 0.2 in normalised pixel values.
-                mm_processor_kwargs={"use_fast": False},
-                logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
-                generation_config="vllm",  # no sampling default of the model directory is applied
-                distributed_executor_backend="external_launcher" if in_job else None,
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
-            )
-        )
-        if in_job:  # vLLM's shutdown destroys the process groups, which are the job's
-            self._engine.engine_core._finalizer.detach()
-        torch.set_num_threads = set_num_threads  # vLLM replaces it on a CPU by one that only warns
+        self._can_sleep = sleeps and current_platform.is_sleep_mode_available()
+        self._arguments = {
+            **_fixed_arguments(on_cpu),
+            "model": hf_dir,
+            "hf_overrides": _missing_keys(hf_dir),
+            "seed": seed,
+            "tensor_parallel_size": tensor_parallel,
+            "max_model_len": max_model_tokens,
+            "max_num_seqs": max_running_requests,
+            "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS, max_model_tokens),
+            "kv_cache_memory_bytes": int(kv_cache_gib * _GIB),
+            "limit_mm_per_prompt": {"image": max_images, "video": 0},
+            "distributed_executor_backend": "external_launcher" if self._in_job else None,
+            "enable_sleep_mode": self._can_sleep,
+        }
         # vLLM compiles a few small functions even when it runs eagerly. On a CPU that takes 20 s and a C++ compiler.
         self._stance = "force_eager" if on_cpu else "default"
         self._weight_names = _checkpoint_names(hf_dir)
         self._max_model_tokens = max_model_tokens
+        self._checksum_every = checksum_every
+        self._num_updates = 0
+        self._engine = self._start()
+
+    def _start(self) -> Any:
+        """A new vLLM engine with the weights of the model directory, as version 0."""
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        _register_architectures(self._arguments["model"])
+        # At each reload it warns of every layer that has no weights of its own. _complete() watches what matters.
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+        set_num_threads = torch.set_num_threads
+        engine = LLMEngine.from_engine_args(EngineArgs(**self._arguments))
+        if self._in_job:  # vLLM's shutdown destroys the process groups, which are the job's
+            engine.engine_core._finalizer.detach()
+        torch.set_num_threads = set_num_threads  # vLLM replaces it on a CPU by one that only warns
+        (self._model,) = engine.collective_rpc("get_model")
+        check_reloadable(self._model)
+        self._asleep = False
         self._weight_version = 0
+        return engine
+
+    def restart(self) -> None:
+        """Drops all requests and everything held, and loads the model directory anew, as version 0. Collective: vLLM's
+        engines of one job agree on their memory when they start. Refill it with `update_weights`."""
+        if not self._in_job:
+            self._engine.engine_core.shutdown()
+        self._engine = self._model = None
+        gc.collect()  # the old engine refers to itself: without this, two KV caches would exist at once
+        self._num_updates = 0
+        self._engine = self._start()
+
+    def sleep(self) -> None:
+        """Gives up weights and KV cache, so that the trainer has their memory; the next `update_weights` wakes it.
+
+        Where the platform has no such memory (a CPU), or the engine was made without `sleeps`, nothing happens.
+
+        Raises:
+            ValueError: requests are still running.
+        """
+        if self.has_unfinished():
+            raise ValueError("the engine cannot sleep while requests are running. Finish them with step() first.")
+        if self._can_sleep and not self._asleep:
+            self._engine.sleep(level=2)  # weights are dropped, not kept in host memory: new ones come in any case
+            self._asleep = True
 
     @property
     def max_model_tokens(self) -> int:
@@ -123,7 +171,13 @@ class Engine:
         return prepared
 
     def add(self, request_id: str, prepared: Any, draw: Draw) -> None:
-        """Queues a request; it starts with the next `step`."""
+        """Queues a request; it starts with the next `step`.
+
+        Raises:
+            ValueError: the engine sleeps.
+        """
+        if self._asleep:
+            raise ValueError(f"request {request_id!r} for an engine that sleeps. Wake it with update_weights() first.")
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -139,7 +193,7 @@ class Engine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._engine.add_request(request_id, prepared, params)
+        self._engine.add_request(request_id, prepared, params, priority=draw.priority)
 
     def step(self) -> list[Generation]:
         """One forward pass over what is running; returns the requests it finished."""
@@ -157,20 +211,35 @@ class Engine:
         Raises:
             ValueError: requests are still running; they would mix two policies.
             ValueError: a tensor of the model directory is missing, or one is not in it. Old weights are gone by then.
+            RuntimeError: on a checked update, what the engine holds is not what it was sent.
         """
         if self.has_unfinished():
             raise ValueError(
                 f"weights of version {version} arrived while requests of version {self._weight_version} are running. "
                 "Finish them with step() first."
             )
-        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": self._complete(weights)})
-        self._engine.collective_rpc(_repack_output_head)
+        if self._asleep:
+            self._engine.wake_up(["weights"])
+        check = WeightCheck(self._model) if self._num_updates % self._checksum_every == 0 else None
+        reload_weights(self._engine, self._complete(weights, check))
+        if self._asleep:
+            self._engine.wake_up(["kv_cache"])
+            self._asleep = False
         self._engine.reset_prefix_cache()
         self._engine.reset_mm_cache()
         self._engine.reset_encoder_cache()
+        wrong = [] if check is None else check.differences()
+        if wrong:
+            raise RuntimeError(
+                f"weight update {version}: the checksums of {len(wrong)} tensors in the engine differ from those that "
+                f"were sent, first {wrong[0]!r}. The engine would sample from another policy."
+            )
+        self._num_updates += 1
         self._weight_version = version
 
-    def _complete(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _complete(
+        self, weights: Iterable[tuple[str, Tensor]], check: WeightCheck | None
+    ) -> Iterator[tuple[str, Tensor]]:
         """Passes on what the model has, all of it: a tensor that never came would stay as it was, in silence."""
         remedy = "Stream exactly the tensors that the model directory's safetensors name."
         missing = set(self._weight_names)
@@ -178,6 +247,8 @@ class Engine:
             if name not in self._weight_names:
                 raise ValueError(f"weight update: the model directory has no tensor {name!r}. {remedy}")
             missing.discard(name)
+            if check is not None:
+                check.sent(name, tensor)
             yield name, tensor
         if missing:
             raise ValueError(f"weight update: {len(missing)} tensors are missing, first {min(missing)!r}. {remedy}")
@@ -195,17 +266,23 @@ def _generation(output: Any) -> Generation:
     )
 
 
-def _repack_output_head(worker: Any) -> None:
-    """Makes the output head compute with the embedding that was just loaded, where the two are tied.
-
-    On a CPU vLLM computes with a packed copy of each weight. A reload packs the layers named in the checkpoint anew; a
-    tied head is not named there, and would keep the copy of the old weights.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in worker.get_model().modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
+def _fixed_arguments(on_cpu: bool) -> dict[str, Any]:
+    """Those of vLLM's arguments that no configuration changes."""
+    return {
+        "dtype": "float32" if on_cpu else "bfloat16",
+        "enforce_eager": True,
+        # A seeded request whose prompt is split has its generator rewound, which a CPU generator cannot do.
+        "enable_chunked_prefill": not on_cpu,
+        "gpu_memory_utilization": 0.01,  # a share that must be free at the start; the KV cache's bytes are given
+        "scheduling_policy": "priority",
+        "enable_prefix_caching": True,
+        # PIL's resizing, as in processing.py: torchvision's differs by up to 0.2 in normalised pixel values.
+        "mm_processor_kwargs": {"use_fast": False},
+        "logprobs_mode": "processed_logprobs",  # of the distribution that was drawn from
+        "generation_config": "vllm",  # no sampling default of the model directory is applied
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
 
 
 def _checkpoint_names(hf_dir: str) -> set[str]:
@@ -214,6 +291,13 @@ def _checkpoint_names(hf_dir: str) -> set[str]:
         with safe_open(path, framework="pt") as tensors:
             names.update(tensors.keys())
     return names
+
+
+def _missing_keys(hf_dir: str) -> dict[str, Any]:
+    """What vLLM needs in config.json and transformers 5 no longer writes: it always normalises the experts' weights."""
+    text = json.loads((Path(hf_dir) / "config.json").read_text(encoding="utf-8")).get("text_config", {})
+    mixture = "num_experts" in text or "num_local_experts" in text  # old and new name
+    return {"text_config": {"norm_topk_prob": True}} if mixture and "norm_topk_prob" not in text else {}
 
 
 def _register_architectures(hf_dir: str) -> None:

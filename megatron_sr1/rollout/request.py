@@ -21,6 +21,7 @@ class Draw:
     seed: int
     end_of_turn_id: int  # generation stops after it; it is part of the response
     banned_ids: tuple[int, ...]  # never drawn
+    priority: int = 0  # where requests wait for a slot, the smaller number goes first
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,16 @@ class Generation:
     finish_reason: Literal["stop", "length"]
 
 
+class EngineFault(RuntimeError):
+    """The engine failed; its requests are lost, and so is what it holds."""
+
+
 class TokenEngine(WeightSink, Protocol):
-    """Continuous batching over one copy of the weights. What `prepare` returns is opaque, and may be added often."""
+    """Continuous batching over one copy of the weights. What `prepare` returns is opaque, and may be added often.
+
+    `restart` drops all requests and everything held and loads the model directory anew, as version 0; all ranks call it
+    together. `sleep` gives memory back until the next `update_weights`, where the platform can.
+    """
 
     @property
     def max_model_tokens(self) -> int: ...
@@ -50,3 +59,7 @@ class TokenEngine(WeightSink, Protocol):
     def step(self) -> list[Generation]: ...
 
     def has_unfinished(self) -> bool: ...
+
+    def restart(self) -> None: ...
+
+    def sleep(self) -> None: ...

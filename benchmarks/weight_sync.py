@@ -1,0 +1,187 @@
+"""Weight sync from a trainer into the engines beside it: seconds, GB/s, peak extra memory; against a checkpoint's way.
+
+    python -m benchmarks.weight_sync --nproc 2 --tensor 2 --engine-tensor 1
+
+Makes a random Qwen2.5-VL of about 1.3 GB in fp32 (`--layers` for more), loads it into a policy without optimizer and
+into vLLM engines on the same ranks, and measures, the slowest rank each:
+
+    export      all tensors leave the trainer's layout, and nobody keeps them
+    sync        the same, into the engines; `checked` with the checksums of every tensor on both sides
+    save        the main rank writes the tensors as a Hugging Face directory
+    reload      every engine reads that directory (from the page cache: it was just written)
+
+Memory is how much the peak resident set (VmHWM) of a rank grows during the part, the largest over the ranks. It holds
+one bucket, the tensors of one parameter, and what vLLM keeps of a layer until it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MIB = 1 << 20
+HIDDEN, HEADS, KV_HEADS, FEED_FORWARD, VOCAB = 1024, 8, 2, 4096, 65536
+
+
+@dataclass(frozen=True)
+class Part:
+    """One measured part, on one rank."""
+
+    name: str
+    seconds: float
+    memory_mib: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nproc", type=int, default=2)
+    parser.add_argument("--tensor", type=int, default=2, help="of the trainer's layout")
+    parser.add_argument("--pipeline", type=int, default=1, help="of the trainer's layout")
+    parser.add_argument("--engine-tensor", type=int, default=1, help="ranks of one engine")
+    parser.add_argument("--bucket-mib", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--folder", type=Path, help="a new folder on the disk to use; default: in the system's own")
+    args = parser.parse_args()
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="benchmark_weight_sync_"))
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        parser.error(f"--folder {folder} is not empty")
+    try:
+        _run(folder, args)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _run(folder: Path, args: argparse.Namespace) -> None:
+    import torch.multiprocessing
+
+    from megatron_sr1.platform.runtime import run_on_ranks
+
+    options = (
+        f"model.hf_dir={folder / 'model'}",
+        f"nproc={args.nproc}",
+        f"layout.tensor={args.tensor}",
+        f"layout.pipeline={args.pipeline}",
+        f"rollout.engine_tensor={args.engine_tensor}",
+        f"rollout.sync_bucket_mib={args.bucket_mib}",
+    )
+    torch.multiprocessing.spawn(make_model, args=(str(folder / "model"), args.layers), nprocs=1)
+    run_on_ranks(measure, args.nproc, str(folder), options)
+    ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+    size = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
+    print(f"\n{size / 1e9:.2f} GB, " + " ".join(option.split(".")[-1] for option in options[1:]))
+    print(f"{'part':16}{'seconds':>10}{'GB/s':>10}{'peak MiB':>10}")
+    for parts in zip(*ranks, strict=True):
+        seconds, memory = max(part["seconds"] for part in parts), max(part["memory_mib"] for part in parts)
+        print(f"{parts[0]['name']:16}{seconds:10.2f}{size / 1e9 / seconds:10.2f}{memory:10.0f}")
+
+
+def make_model(_: int, model_dir: str, layers: int) -> None:
+    """A model of random weights with a small tokenizer and vision tower, in Hugging Face format."""
+    import torch
+
+    from megatron_sr1.digits import tiny_model
+    from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
+
+    define_missing_torchvision_ops()
+    import transformers
+
+    out = Path(model_dir)
+    tiny_model.create_tiny_model(out, ["What is the sum of all digits?"], seed=0)  # its weights are replaced
+    tree = json.loads((out / "config.json").read_text())
+    ids = {key: value for key, value in tree.items() if key.endswith("_token_id")}
+    text = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": FEED_FORWARD,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }
+    vision = tree["vision_config"] | {"out_hidden_size": HIDDEN}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+    torch.manual_seed(0)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config).float()
+    model.generation_config = transformers.GenerationConfig.from_pretrained(out)
+    (out / "model.safetensors").unlink()
+    model.save_pretrained(out)
+
+
+def measure(folder: str, options: tuple[str, ...]) -> None:
+    """On every rank: policy and engine, then the parts one after another."""
+    from megatron_sr1.platform import start_platform
+
+    platform = start_platform()
+    from megatron_sr1.config import load_config
+    from megatron_sr1.convert import HfTensors, write_hf_dir
+    from megatron_sr1.policy.scorer import Scorer
+    from megatron_sr1.rollout import Engine
+
+    config = load_config(None, list(options))
+    policy = Scorer(config, platform)
+    engine = Engine(
+        config.model.hf_dir,
+        max_model_tokens=512,
+        max_running_requests=32,
+        kv_cache_gib=0.25,
+        max_images=1,
+        seed=0,
+        tensor_parallel=config.rollout.engine_tensor,
+        checksum_every=1 << 30,
+    )
+    parts: list[Part] = []
+    saved = Path(folder) / "saved"
+    with _measured("sync, checked", parts):
+        engine.update_weights(policy.hf_weights(), 1)
+    with _measured("export", parts):
+        _drain(policy.hf_weights())
+    with _measured("sync", parts):
+        engine.update_weights(policy.hf_weights(), 2)
+    with _measured("save", parts):
+        if platform.is_main:
+            write_hf_dir(policy.hf_weights(), config.model.hf_dir, saved)
+        else:
+            _drain(policy.hf_weights())
+    tensors = HfTensors(saved)
+    with _measured("reload", parts):
+        engine.update_weights(((name, tensors[name]) for name in tensors.tensors), 3)
+    Path(folder, f"rank{platform.rank}.json").write_text(json.dumps([vars(part) for part in parts]))
+
+
+def _drain(weights: Iterator[Any]) -> None:
+    for _ in weights:
+        pass
+
+
+@contextmanager
+def _measured(name: str, parts: list[Part]) -> Iterator[None]:
+    import torch.distributed
+
+    torch.distributed.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from what is resident now
+    before, start = _status("VmRSS"), time.perf_counter()
+    yield
+    torch.distributed.barrier()
+    parts.append(Part(name, time.perf_counter() - start, (_status("VmHWM") - before) / MIB))
+
+
+def _status(key: str) -> int:
+    """Of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {key}")
+
+
+if __name__ == "__main__":
+    main()

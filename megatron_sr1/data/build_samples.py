@@ -1,0 +1,203 @@
+"""From a sample as it was found to the members of a shard, or to the reason why it is left out.
+
+Published sets mark by `<image>` where an image stands in the text. Here all images stand in front of the text, so marks
+at its beginning are dropped; the n-th mark inside the text becomes `[image n]`, which keeps what the text refers to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL import Image
+
+from megatron_sr1.data.index import content_checksum
+from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample
+from megatron_sr1.data.sources import Problem, ProblemKind, RawSample
+from megatron_sr1.types import Template
+
+PLACEHOLDER = "<image>"
+_LEADING = re.compile(r"(?:\s*<image>)+\s*")
+# Pillow's name of a format -> extension of the member, whose bytes stay as they are; every other one becomes PNG
+_KEPT_FORMATS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
+READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no other decoder of Pillow is ever tried
+Size = tuple[int, int]  # width and height in pixels
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the length of a prompt depends on."""
+
+    problem: str
+    template: Template | None  # None: a prompt without a response
+    description: str | None
+    image_sizes: tuple[Size, ...]
+
+
+class TextRules(Protocol):
+    """What only other parts of the project know about texts. Goes to worker processes, so it must be picklable."""
+
+    @property
+    def max_prompt_tokens(self) -> int | None: ...
+
+    @property
+    def tokenizer(self) -> str:
+        """What prompts are counted with, for people; "" where nothing counts them."""
+
+    def prompt_tokens(self, question: Question) -> tuple[int, int] | None:
+        """Tokens of the prompt where each image counts 1, and with all visual tokens; None where nothing counts them.
+
+        Raises:
+            ValueError: an image has a shape that the model's processor refuses.
+        """
+
+    def boxed_answer(self, template: Template, response: str) -> str | None:
+        """The answer in a response of the template's layout; None where the layout is broken."""
+
+
+@dataclass(frozen=True)
+class BuiltSample:
+    """One sample, ready to be written."""
+
+    where: str
+    key: str
+    members: tuple[tuple[str, bytes], ...]  # (extension, data): images in order, then the json
+    image_sizes: tuple[Size, ...]
+    text_tokens: int | None  # of the prompt; an image counts 1
+    checksum: str  # `content_checksum` of the members
+    content: str  # hash of what is asked, shown and answered; not of key, source and metadata
+
+
+class _Unfit(Exception):
+    """A sample that is left out."""
+
+    def __init__(self, kind: ProblemKind, reason: str) -> None:
+        super().__init__(reason)
+        self.kind: ProblemKind = kind
+
+
+def build_sample(raw: RawSample, rules: TextRules) -> BuiltSample | Problem:
+    """Every image is decoded once; the json is parsed again as the reader of shards will."""
+    try:
+        return _build(raw, rules)
+    except _Unfit as unfit:
+        return Problem(raw.where, raw.key, unfit.kind, str(unfit))
+
+
+def _build(raw: RawSample, rules: TextRules) -> BuiltSample:
+    _check_key(raw.key)
+    fields = _complete(raw.fields, rules)
+    answer = fields.get("answer")
+    if answer is None or (isinstance(answer, str) and not answer.strip()):
+        raise _Unfit("empty_answer", "it has no answer")
+    _place_images(fields, len(raw.images))
+    try:
+        text = json.dumps(fields, ensure_ascii=False, sort_keys=True).encode("utf-8")
+        decode_sample(raw.key, text, (), where=raw.where)
+    except (TypeError, ValueError) as error:
+        raise _Unfit("field", str(error)) from error
+    if "description" in fields and raw.images:
+        raise _Unfit("field", f"a caption_reasoner demonstration has {len(raw.images)} images; it must have none")
+    images = [_check_image(data, number) for number, data in enumerate(raw.images)]
+    sizes = tuple(size for _, _, size in images)
+    members = [(f"{number}.{kind}", data) for number, (kind, data, _) in enumerate(images)]
+    members.append((JSON_EXTENSION, text))
+    return BuiltSample(
+        where=raw.where,
+        key=raw.key,
+        members=tuple(members),
+        image_sizes=sizes,
+        text_tokens=_text_tokens(fields, sizes, rules),
+        checksum=content_checksum(dict(members)),
+        content=_content_hash(fields, raw.images),
+    )
+
+
+def _check_key(key: str) -> None:
+    """WebDataset ends a key at the first dot of its last part; a key must not lead out of a folder either."""
+    parts = key.split("/")
+    if "." in parts[-1] or any(part in ("", ".", "..") for part in parts) or not key.isprintable():
+        raise _Unfit("field", f"the key {key!r} must be a relative path without '..', its last part without a dot")
+
+
+def _complete(raw: Mapping[str, Any], rules: TextRules) -> dict[str, Any]:
+    """Fills the template and the answer of a demonstration, and checks its layout.
+
+    A response in the column of answers is recognised by its layout: a whole See-Think response.
+    """
+    fields = dict(raw)
+    answer = fields.get("answer")
+    if "response" not in fields and isinstance(answer, str) and rules.boxed_answer("see_think", answer) is not None:
+        fields["response"] = fields.pop("answer")
+    response = fields.get("response")
+    if response is None:
+        return fields
+    fields.setdefault("template", "caption_reasoner" if "description" in fields else "see_think")
+    if not isinstance(response, str) or fields["template"] not in ("see_think", "cot", "caption_reasoner"):
+        raise _Unfit("field", f"template={fields['template']!r} and response={response!r} must be a template and text")
+    boxed = rules.boxed_answer(fields["template"], response)
+    if boxed is None:
+        raise _Unfit("response", f"the response does not follow the layout of {fields['template']}: {response[:80]!r}")
+    fields.setdefault("answer", boxed)
+    return fields
+
+
+def _place_images(fields: dict[str, Any], num_images: int) -> None:
+    """Compares placeholders with images and takes them out of the text (see the head of this file)."""
+    problem = fields.get("problem")
+    if not isinstance(problem, str):
+        return
+    num_placeholders = problem.count(PLACEHOLDER)
+    if num_placeholders not in (0, num_images):
+        raise _Unfit("placeholders", f"{num_placeholders} times {PLACEHOLDER} in the text, but {num_images} images")
+    if not num_placeholders:
+        return
+    leading = _LEADING.match(problem)
+    first = leading.group().count(PLACEHOLDER) if leading else 0
+    head, *tail = (problem[leading.end() :] if leading else problem).split(PLACEHOLDER)
+    fields["problem"] = head + "".join(f"[image {number}]{part}" for number, part in enumerate(tail, first + 1))
+
+
+def _check_image(data: bytes, number: int) -> tuple[str, bytes, Size]:
+    """Extension, bytes to store, size."""
+    try:
+        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
+            image.load()
+            if image.format in _KEPT_FORMATS:
+                return _KEPT_FORMATS[image.format], data, image.size
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, format="PNG")
+            return "png", buffer.getvalue(), image.size
+    # what Pillow's decoders raise on damaged or hostile files
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise _Unfit("unreadable_image", f"image {number}: {error}") from error
+
+
+def _text_tokens(fields: Mapping[str, Any], sizes: tuple[Size, ...], rules: TextRules) -> int | None:
+    """As `BuiltSample.text_tokens`."""
+    question = Question(fields["problem"], fields.get("template"), fields.get("description"), sizes)
+    try:
+        lengths = rules.prompt_tokens(question)
+    except ValueError as error:
+        raise _Unfit("image_size", str(error)) from error
+    if lengths is None:
+        return None
+    (text_tokens, all_tokens), limit = lengths, rules.max_prompt_tokens
+    if limit is not None and all_tokens > limit:
+        visual = f"{text_tokens} and what images of {sizes} pixels add" if sizes else "text alone"
+        raise _Unfit("too_long", f"its prompt has {all_tokens} tokens ({visual}); {limit} are allowed")
+    return text_tokens
+
+
+def _content_hash(fields: Mapping[str, Any], images: Sequence[bytes]) -> str:
+    """Hex, 128 bits."""
+    texts = {name: value for name, value in fields.items() if name not in ("source", "metadata")}
+    digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
+    for image in images:
+        digest.update(hashlib.sha256(image).digest())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,263 @@
+"""Hands out a stream's samples: read ahead by worker threads, bad ones passed over, the place in the stream kept.
+
+Which samples come, and in which order, depends on the stream and on the bytes of its shards only: not on the number of
+workers or ranks. Pillow decodes without holding the interpreter's lock, so threads are enough, and nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+from megatron_sr1.data.quarantine import BadSample, Quarantine
+from megatron_sr1.data.state import StreamState
+from megatron_sr1.data.stream import SampleStream
+from megatron_sr1.types import Prompt, SftSample
+
+Exchange = Callable[[list[BadSample]], list[BadSample]]  # the lists of all ranks, one after the other; collective
+DEFAULT_PREFETCH = 256 << 20  # bytes
+_DECODED_PER_ENCODED = 12  # RGB bytes for a byte of PNG or JPEG: a guess, until a sample is decoded
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every batch a rank reads: the equal split of the batch into `num_ranks` runs."""
+
+    rank: int = 0
+    num_ranks: int = 1
+
+    def of(self, positions: list[int]) -> list[int]:
+        """This rank's positions; those of all ranks, one after the other, are all."""
+        start, end = (len(positions) * rank // self.num_ranks for rank in (self.rank, self.rank + 1))
+        return positions[start:end]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive good samples of a stream; `samples` are those of this rank's share."""
+
+    positions: tuple[int, ...]  # of all ranks
+    samples: tuple[Prompt | SftSample, ...]
+
+
+class SampleFeed:
+    """The samples of a stream, batch after batch. Use it in a `with`, which ends the workers."""
+
+    def __init__(
+        self,
+        stream: SampleStream,
+        quarantine: Quarantine,
+        *,
+        workers: int = 2,
+        prefetch_bytes: int = DEFAULT_PREFETCH,
+        share: Share | None = None,
+        exchange: Exchange = list,
+    ) -> None:
+        """
+        Args:
+            workers: threads that read and decode.
+            prefetch_bytes: of encoded and decoded samples that wait to be handed out, about; never more than a batch.
+            share: the part of every batch to read; None: all of it.
+            exchange: how the ranks agree on bad samples: one that any rank finds bad, all pass over.
+        """
+        self._stream = stream
+        self._quarantine = quarantine
+        self._share = share or Share()
+        self._exchange = exchange
+        self._reader = _ReadAhead(stream, workers, prefetch_bytes)
+        self._position = 0
+        self._again: list[int] = []  # positions that were in flight when the state was saved
+        self._in_flight: dict[int, str] = {}
+
+    def __enter__(self) -> SampleFeed:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reader.close()
+
+    @property
+    def position(self) -> int:
+        """All positions before it were handed out, or are bad."""
+        return self._position
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the stream."""
+        return self._stream.fingerprint
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Bad samples of the run so far, where any are let pass."""
+        return {"data/bad_samples": float(len(self._quarantine.bad))} if self._quarantine.budget else {}
+
+    def next(self, count: int) -> Batch:
+        """The next `count` good samples. They are in flight until `finish`. Collective, if `exchange` is.
+
+        Raises:
+            ValueError: more bad samples than the quarantine takes.
+            OSError: a shard cannot be opened any more.
+        """
+        while True:
+            ahead = self._upcoming(2 * count)
+            positions = ahead[:count]
+            order = self._share.of(positions) + self._share.of(ahead[count:])
+            samples, bad = self._read(self._share.of(positions), order)
+            found = self._exchange(bad)
+            if not found:
+                break
+            for item in found:
+                self._quarantine.add(item)
+        self._advance(positions)
+        self._in_flight |= {position: self._key(position) for position in positions}
+        return Batch(tuple(positions), tuple(samples))
+
+    def finish(self, batch: Batch) -> None:
+        """The samples of `batch` have done their work: a state that is saved from now on does not repeat them."""
+        for position in batch.positions:
+            del self._in_flight[position]
+
+    def state(self) -> StreamState:
+        """What `restore` needs; its size does not grow with the position."""
+        waiting = [(position, self._key(position)) for position in self._again]
+        return StreamState(
+            fingerprint=self._stream.fingerprint,
+            seed=self._stream.seed,
+            position=self._position,
+            in_flight=tuple(sorted([*self._in_flight.items(), *waiting])),
+            shards=self._stream.shard_fingerprints,
+            bad=self._quarantine.bad,
+        )
+
+    def restore(self, state: StreamState) -> None:
+        """Goes on where `state` was taken: first what was in flight, then the next sample. Nothing is replayed.
+
+        Raises:
+            ValueError: the state is of another stream; the message says which shard changed.
+        """
+        state.check(self._stream.fingerprint, self._stream.seed, self._stream.shard_fingerprints)
+        self._quarantine.remember(state.bad)
+        self._reader.plan([])
+        self._position = state.position
+        self._in_flight = {}
+        self._again = [position for position, _ in state.in_flight]
+        assert all(self._key(position) == key for position, key in state.in_flight)
+
+    def _advance(self, positions: list[int]) -> None:
+        again = set(self._again)
+        fresh = [position for position in positions if position not in again]
+        self._again = [place for place in self._again if place not in set(positions) and not self._is_bad(place)]
+        if fresh:
+            self._position = fresh[-1] + 1
+
+    def _upcoming(self, count: int) -> list[int]:
+        """The next `count` positions that are not known to be bad."""
+        if len(self._quarantine.bad) >= self._stream.num_samples:
+            raise ValueError("every sample of the training data is bad. Mend the shards.")
+        found: list[int] = []
+        for position in self._candidates():
+            if len(found) == count:
+                break
+            if not self._is_bad(position):
+                found.append(position)
+        return found
+
+    def _candidates(self) -> Iterator[int]:
+        yield from self._again
+        position = self._position
+        while True:
+            yield position
+            position += 1
+
+    def _is_bad(self, position: int) -> bool:
+        if not self._quarantine.bad:
+            return False
+        return self._stream.place(self._stream.index(position)) in self._quarantine
+
+    def _key(self, position: int) -> str:
+        return self._stream.key(self._stream.index(position))
+
+    def _read(self, wanted: list[int], order: list[int]) -> tuple[list[Prompt | SftSample], list[BadSample]]:
+        """The samples at `wanted`, and what is bad of them; reads ahead in `order`, which begins with them."""
+        samples, bad = [], []
+        self._reader.plan(order)
+        for position in wanted:
+            try:
+                samples.append(self._reader.get(position))
+            except ValueError as error:
+                bad.append(self._stream.bad(self._stream.index(position), error))
+        self._reader.fill()
+        return samples, bad
+
+
+class _ReadAhead:
+    """Samples that are being read, or wait; about `max_bytes` of them."""
+
+    def __init__(self, stream: SampleStream, workers: int, max_bytes: int) -> None:
+        self._stream = stream
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="samples")
+        self._max_bytes = max_bytes
+        self._futures: dict[int, Future[Prompt | SftSample]] = {}  # by position
+        self._planned: deque[int] = deque()  # positions, not yet started
+        self._lock = threading.Lock()  # of the two below
+        self._bytes: dict[int, int] = {}  # by position: guessed, then measured
+        self._total = 0  # of `_bytes`
+
+    def plan(self, order: list[int]) -> None:
+        """The positions that will be asked for, in order. Others are dropped: a bad sample may have shifted a batch."""
+        for position in set(self._futures) - set(order):
+            self._futures.pop(position).cancel()
+            self._note(position, None)
+        self._planned = deque(position for position in order if position not in self._futures)
+
+    def fill(self) -> None:
+        """Starts reading what is planned, as far as the bytes go."""
+        while self._planned and (self._total < self._max_bytes or not self._futures):
+            self._start(self._planned.popleft())
+
+    def get(self, position: int) -> Prompt | SftSample:
+        """The sample at `position`, the next one of the plan. Raises what `SampleStream.read` does."""
+        self.fill()
+        if position not in self._futures:  # samples of the next batch fill the bytes
+            self._start(self._planned.popleft())
+        try:
+            return self._futures[position].result()
+        finally:
+            del self._futures[position]
+            self._note(position, None)
+
+    def close(self) -> None:
+        """Ends the threads; what is planned is not read."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, position: int) -> None:
+        index = self._stream.index(position)
+        self._note(position, self._guess(index))
+        self._futures[position] = self._pool.submit(self._work, position, index)
+
+    def _work(self, position: int, index: int) -> Prompt | SftSample:
+        sample = self._stream.read(index)
+        images = (sample.prompt if isinstance(sample, SftSample) else sample).images
+        self._note(position, 3 * sum(image.width * image.height for image in images), measured=True)
+        return sample
+
+    def _note(self, position: int, num_bytes: int | None, measured: bool = False) -> None:
+        """Sets the bytes of a position; None removes it, and one that was removed is not measured any more."""
+        with self._lock:
+            if measured and position not in self._bytes:
+                return
+            self._total -= self._bytes.pop(position, 0)
+            if num_bytes is not None:
+                self._bytes[position] = num_bytes
+                self._total += num_bytes
+
+    def _guess(self, index: int) -> int:
+        sample = self._stream.indexed(index)
+        if sample.image_sizes is None:
+            return sum(sample.sizes) * (1 + _DECODED_PER_ENCODED)
+        return sum(sample.sizes) + 3 * sum(width * height for width, height in sample.image_sizes)

@@ -1,0 +1,70 @@
+"""From the `data` section of the configuration to datasets and streams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from megatron_sr1.config import DataConfig
+from megatron_sr1.data.quarantine import Quarantine
+from megatron_sr1.data.remote import ShardCache
+from megatron_sr1.data.shards import ShardDataset, expand_shards
+from megatron_sr1.data.stream import SampleStream, VisualTokens
+from megatron_sr1.types import Prompt, SftSample
+
+
+def open_dataset(config: DataConfig, patterns: Sequence[str], key: str, quarantine: Quarantine) -> ShardDataset:
+    """All shards of some patterns; `key` names where the patterns come from.
+
+    Raises:
+        ValueError: as `expand_shards` and `ShardDataset`.
+    """
+    cache = ShardCache(Path(config.cache_dir).expanduser(), int(config.cache_gib * 2**30))
+    return ShardDataset(expand_shards(patterns, key), quarantine=quarantine, cache=cache)
+
+
+def open_stream(
+    config: DataConfig,
+    name: Literal["train", "cold_start"],
+    seed: int,
+    quarantine: Quarantine,
+    visual_tokens: VisualTokens | None,
+) -> SampleStream:
+    """The stream over `data.<name>`: one dataset, or, with `data.<name>_weights`, a mixture of its entries.
+
+    Raises:
+        ValueError: as `open_dataset` and `SampleStream`.
+    """
+    patterns, weights = {
+        "train": (config.train, config.train_weights),
+        "cold_start": (config.cold_start, config.cold_start_weights),
+    }[name]
+    parts = [[pattern] for pattern in patterns] if weights else [patterns]
+    return SampleStream(
+        [open_dataset(config, part, f"data.{name}", quarantine) for part in parts],
+        seed,
+        weights=weights,
+        window=config.shuffle_window,
+        max_prompt_tokens=config.max_prompt_tokens,
+        visual_tokens=visual_tokens,
+    )
+
+
+def read_in_order(dataset: ShardDataset, max_samples: int, quarantine: Quarantine) -> list[Prompt | SftSample]:
+    """The first good samples, in the order of the shards; `max_samples` 0: all.
+
+    Raises:
+        ValueError: more bad samples than the quarantine takes.
+    """
+    samples: list[Prompt | SftSample] = []
+    for i in range(len(dataset)):
+        if max_samples and len(samples) == max_samples:
+            break
+        if dataset.place(i) in quarantine:
+            continue
+        try:
+            samples.append(dataset.read(i))
+        except ValueError as error:
+            quarantine.add(dataset.bad(i, error))
+    return samples

@@ -1,0 +1,71 @@
+"""JSON Lines: one object a line; images are paths below the image folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from megatron_sr1.data.sources import Chunk, Columns, Problem, RawSample
+from megatron_sr1.data.sources_files import find_files, inside, key_prefixes
+
+LINES_PER_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class JsonlSource:
+    """`images`: the folder where paths begin; None: that of the file that names them. Blank lines are passed over."""
+
+    path: str
+    columns: Columns
+    images: str | None = None
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """Raises ValueError as `find_files`."""
+        return find_files(self.path, (".jsonl", ".ndjson"))
+
+    @cached_property
+    def _prefixes(self) -> Mapping[Path, str]:
+        return key_prefixes(self.files)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Line ends are all that is looked for."""
+        for path in self.files:
+            with open(path, "rb") as file:
+                start = position = first_row = row = 0
+                for line in file:
+                    position, row = position + len(line), row + 1
+                    if row - first_row == LINES_PER_CHUNK:
+                        yield Chunk(path, start, first_row, row - first_row)
+                        start, first_row = position, row
+                if row > first_row:
+                    yield Chunk(path, start, first_row, row - first_row)
+
+    def read(self, chunk: Chunk) -> Iterator[RawSample | Problem]:
+        with open(chunk.file, "rb") as file:
+            file.seek(chunk.start)
+            for row in range(chunk.first_row, chunk.first_row + chunk.num_rows):
+                line = file.readline()
+                if line.strip():
+                    yield self._sample(chunk.file, row, line)
+
+    def _sample(self, file: Path, row: int, line: bytes) -> RawSample | Problem:
+        where, key = f"{file}, line {row + 1}", f"{self._prefixes[file]}-{row:08d}"
+        try:
+            values = json.loads(line)
+        except ValueError as error:  # also UnicodeDecodeError
+            return Problem(where, key, "unreadable_sample", f"not JSON: {error}")
+        if not isinstance(values, dict):
+            return Problem(where, key, "unreadable_sample", f"a {type(values).__name__}, not an object")
+        folder = Path(self.images) if self.images is not None else file.parent
+        return self.columns.sample(values, key, where, lambda image: _load_image(folder, image))
+
+
+def _load_image(folder: Path, image: object) -> bytes:
+    match image:
+        case (str() as path) | {"path": str() as path}:
+            return inside(folder, path).read_bytes()
+    raise ValueError(f"it must be a path below {folder}; it is a {type(image).__name__}")

@@ -1,0 +1,111 @@
+"""Parquet files, and the Arrow files of a data set that was saved with `datasets.save_to_disk`.
+
+An image is what `datasets` stores, a struct of bytes and path, or bytes alone, or a path below the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_sr1.data.sources import Chunk, Columns, Problem, RawSample
+from megatron_sr1.data.sources_files import find_files, inside, key_prefixes
+
+if TYPE_CHECKING:
+    import pyarrow
+
+ARROW_SUFFIX = ".arrow"
+ROWS_AT_ONCE = 64  # of a row group that are turned into Python objects together
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """A chunk is one row group of a Parquet file, or one record batch of an Arrow stream."""
+
+    path: str
+    columns: Columns
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """Arrow files count only where there is no Parquet file. Raises ValueError as `find_files`."""
+        found = find_files(self.path, (".parquet", ARROW_SUFFIX))
+        return tuple(file for file in found if file.suffix != ARROW_SUFFIX) or found
+
+    @cached_property
+    def _prefixes(self) -> Mapping[Path, str]:
+        return key_prefixes(self.files)
+
+    @cached_property
+    def _folder(self) -> Path:
+        """Where the relative paths of images begin."""
+        path = Path(self.path)
+        return path if path.is_dir() else self.files[0].parent
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Raises ValueError where a file is damaged or lacks a column."""
+        for file in self.files:
+            names, part_rows = _contents(file)
+            self.columns.check(names, file)
+            row = 0
+            for start, num_rows in enumerate(part_rows):
+                yield Chunk(file, start, row, num_rows)
+                row += num_rows
+
+    def read(self, chunk: Chunk) -> Iterator[RawSample | Problem]:
+        """Raises ValueError where the file is damaged."""
+        row = chunk.first_row
+        for batch in _batches(chunk):
+            for values in batch.to_pylist():
+                key = f"{self._prefixes[chunk.file]}-{row:08d}"
+                yield self.columns.sample(values, key, f"{chunk.file}, row {row}", self._load_image)
+                row += 1
+
+    def _load_image(self, image: object) -> bytes:
+        match image:
+            case bytes():
+                return image
+            case {"bytes": bytes() as data}:
+                return data
+            case (str() as path) | {"path": str() as path}:
+                return inside(self._folder, path).read_bytes()
+        raise ValueError(f"it must be bytes, a path, or a struct with one of both; it is a {type(image).__name__}")
+
+
+def _contents(file: Path) -> tuple[list[str], list[int]]:
+    """Names of the columns; rows of each part that can be read by itself."""
+    import pyarrow.parquet  # here: reading shards needs no pyarrow
+
+    try:
+        if file.suffix == ARROW_SUFFIX:
+            with pyarrow.memory_map(str(file)) as mapped:
+                stream = pyarrow.ipc.open_stream(mapped)
+                return list(stream.schema.names), [batch.num_rows for batch in stream]
+        with pyarrow.parquet.ParquetFile(file) as table:
+            groups = range(table.num_row_groups)
+            return list(table.schema_arrow.names), [table.metadata.row_group(group).num_rows for group in groups]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(_damaged(file, error)) from error
+
+
+def _batches(chunk: Chunk) -> Iterator[pyarrow.RecordBatch]:
+    import pyarrow.parquet
+
+    try:
+        if chunk.file.suffix == ARROW_SUFFIX:
+            with pyarrow.memory_map(str(chunk.file)) as mapped:
+                for number, batch in enumerate(pyarrow.ipc.open_stream(mapped)):
+                    if number == chunk.start:
+                        yield from (batch.slice(row, ROWS_AT_ONCE) for row in range(0, batch.num_rows, ROWS_AT_ONCE))
+                        return
+        else:
+            with pyarrow.parquet.ParquetFile(chunk.file) as table:
+                yield from table.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[chunk.start], use_threads=False)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(_damaged(chunk.file, error)) from error
+
+
+def _damaged(file: Path, error: BaseException) -> str:
+    return f"{file}: cannot be read ({error}). It is truncated or damaged: fetch it again."

@@ -1,0 +1,36 @@
+"""Which engine generates which prompts: a function of the prompts alone.
+
+What an engine learned of earlier response lengths would balance better, but a continued run has not learned it: it
+would deal otherwise than the run that was stopped, and batches of other prompts change the last bits of log-probs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megatron_sr1.packing import split_for_ranks
+from megatron_sr1.processing import Processor
+from megatron_sr1.types import Prompt, Sampling
+
+_CHARACTERS_PER_TOKEN = 3  # of a question; an estimate spares every rank the tokenising of all prompts
+
+
+def deal(processor: Processor, prompts: Sequence[Prompt], sampling: Sampling, num_engines: int) -> list[list[int]]:
+    """Indices into `prompts` for each engine, balanced by expected tokens, each list increasing."""
+    return split_for_ranks([expected_tokens(processor, prompt, sampling) for prompt in prompts], num_engines)
+
+
+def expected_tokens(processor: Processor, prompt: Prompt, sampling: Sampling) -> int:
+    """Tokens that an engine is expected to compute for all samples of a prompt.
+
+        visual + text + K * passes * max_response / 2, and K * text again for the second pass
+
+    The siblings share the first pass' prompt through the prefix cache; each has a second prompt of its own, whose
+    description counts as part of the response it came from. No pixel is read.
+    """
+    visual = sum(math.prod(processor.grid(image.size)) // processor.merge_size**2 for image in prompt.images)
+    text = len(prompt.problem) // _CHARACTERS_PER_TOKEN
+    passes = 2 if sampling.second_pass else 1
+    responses = sampling.num_samples * passes * sampling.max_response_tokens // 2
+    return visual + text + sampling.num_samples * (passes - 1) * text + responses

@@ -1,0 +1,185 @@
+"""Saved rollouts come back to the bit, wrong ones are named, and grading beside the engine changes no reward."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sr1.loops.clock import Clock
+from megatron_sr1.loops.grading import Graders
+from megatron_sr1.loops.live import LiveRollouts
+from megatron_sr1.loops.replay import SavedRollouts, read_rollouts, rollouts_file
+from megatron_sr1.loops.scoring import score_groups, scored_components, write_rollouts
+from megatron_sr1.objective import PRESETS
+from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, Sampling
+
+PRESET = PRESETS["vision_sr1"]
+COMPONENTS = scored_components(PRESET)
+SECOND = r"<think> 3 + 7 = 10 </think> \boxed{10}"
+
+
+def rollout(text: str, name: str, logprob: float = -0.1) -> Rollout:
+    return Rollout(name, (1, 2), (3, 4), text, (logprob, -1e-30), "stop", 5, 0.25, 1.5)
+
+
+def pair(sample: int, answer: str, described: bool = True, logprob: float = -0.1) -> RolloutPair:
+    block = "<description> The digits are 3 7 . </description> " if described else ""
+    first = rollout(block + rf"<think> t </think> \boxed{{{answer}}}", f"0/p/{sample}/first", logprob)
+    if not described:
+        return RolloutPair(sample, first, None, None)
+    return RolloutPair(sample, first, rollout(SECOND, f"0/p/{sample}/second"), "The digits are 3 7 .", sample == 0)
+
+
+def groups(num: int = 3, logprob: float = -0.1) -> list[RolloutGroup]:
+    prompts = [Prompt(f"p{index}", "What is the sum of all digits?", "10") for index in range(num)]
+    pairs = [
+        (pair(0, "10", logprob=logprob), pair(1, "9" if i else r"\frac{20}{2}", described=i > 0)) for i in range(num)
+    ]
+    return [RolloutGroup(i, prompt, share) for i, (prompt, share) in enumerate(zip(prompts, pairs, strict=True))]
+
+
+def save(folder: Path, made: list[RolloutGroup], step: int = 0) -> dict[str, torch.Tensor]:
+    rewards = score_groups(made, PRESET, 0, 1, list)
+    write_rollouts(rollouts_file(folder, step), made, rewards)
+    return rewards
+
+
+# ---------------------------------------------------------------- files
+def test_a_step_comes_back_whole(tmp_path: Path) -> None:
+    made = groups()
+    rewards = save(tmp_path, made, step=7)
+    clock = Clock()
+    found, again = SavedRollouts(tmp_path, PRESET, 2).take([group.prompt for group in made], 7, clock)
+    assert found == made
+    assert found[0].pairs[0].description_cut and found[0].pairs[0].first.finished_at == 1.5
+    assert again.keys() == rewards.keys()
+    assert all(torch.equal(again[name], value) and again[name].dtype == value.dtype for name, value in rewards.items())
+    assert clock.seconds.keys() == {"seconds/rollout"}
+
+
+@given(st.floats(-200.0, 0.0))
+def test_log_probs_keep_every_bit(tmp_path_factory: pytest.TempPathFactory, logprob: float) -> None:
+    made = groups(1, logprob)
+    folder = tmp_path_factory.mktemp("bits")
+    write_rollouts(rollouts_file(folder, 0), made, dict.fromkeys([*COMPONENTS, "format"], torch.zeros(2)))
+    found, _ = read_rollouts(rollouts_file(folder, 0), [made[0].prompt], 2, COMPONENTS)
+    assert found[0].pairs[0].first.generator_logprobs[0].hex() == logprob.hex()
+
+
+def spoil(path: Path, **changes: Any) -> None:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[2] = lines[2] | changes
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    made = groups()
+    save(tmp_path, made)
+    path, prompts = rollouts_file(tmp_path, 0), [group.prompt for group in made]
+    with pytest.raises(ValueError, match=r"step_000001.jsonl does not exist.*train.steps"):
+        SavedRollouts(tmp_path, PRESET, 2).take(prompts, 1, Clock())
+    with pytest.raises(ValueError, match=r"holds 6 samples.*3 prompts x 4.*samples_per_prompt"):
+        read_rollouts(path, prompts, 4, COMPONENTS)
+    with pytest.raises(ValueError, match=r"group 0: rollouts of sample 'p0', but the data gives 'p1'"):
+        read_rollouts(path, prompts[::-1][1:] + prompts[:1], 2, COMPONENTS)
+    with pytest.raises(ValueError, match=r"no reward 'fmt_cot'.*objective.preset"):
+        read_rollouts(path, prompts, 2, ["acc", "fmt_cot"])
+    first = json.loads(path.read_text().splitlines()[2])["first"]
+    spoil(path, first=first | {"generator_logprobs": [-0.5]})
+    with pytest.raises(ValueError, match=r"0/p/0/first: 2 response ids and 1 log-probs"):
+        read_rollouts(path, prompts, 2, COMPONENTS)
+
+
+# ---------------------------------------------------------------- grading beside the engine
+class Handing:
+    """A generator that hands its groups on in another order than they are asked for."""
+
+    def __init__(self, made: list[RolloutGroup]) -> None:
+        self._made = made
+
+    def generate(self, prompts: Any, sampling: Any, step: int, on_group: Any = None) -> list[RolloutGroup]:
+        for group in reversed(self._made):
+            on_group(group)
+        return self._made
+
+    def update_weights(self, weights: Any, version: int) -> None:
+        """Has none."""
+
+
+def test_rewards_from_workers_are_those_of_this_process() -> None:
+    """In the order of groups and samples, whatever the order of completion; across two steps; LaTeX included."""
+    sampling = Sampling(2, 1.0, 10, 0)
+    gathers: list[list[Any]] = []
+
+    def of_two_ranks_that_share_an_engine(items: list[Any]) -> list[Any]:
+        gathers.append(items)
+        return items + items
+
+    for made in (groups(3), groups(2)):
+        with LiveRollouts(Handing(made), sampling, PRESET, of_two_ranks_that_share_an_engine) as live:
+            clock = Clock()
+            for _ in range(2):
+                found, rewards = live.take([], 0, clock)
+            expected = score_groups(made, PRESET, 0, 1, list)
+            assert found == made and rewards.keys() == expected.keys()
+            assert all(torch.equal(rewards[name], value) for name, value in expected.items())
+            assert clock.seconds.keys() == {"seconds/rollout", "seconds/reward"}
+    assert [len(items) for items in gathers] == [3, 3, 2, 2], "nothing is left over from the step before"
+
+
+def test_an_error_in_a_reward_reaches_the_caller_and_a_dead_worker_too() -> None:
+    graders = Graders(["acc", "no_such_reward"])
+    graders.submit(groups(1)[0])
+    with pytest.raises(ValueError, match="no_such_reward"):
+        graders.collect()
+    (worker,) = graders._pool._processes.values()
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    with pytest.raises(BrokenProcessPool):
+        graders.submit(groups(1)[0])
+        graders.collect()
+    graders.close()
+
+
+PARENT = """
+import time
+from megatron_sr1.loops.grading import Graders
+from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
+if __name__ == "__main__":
+    graders = Graders(["acc"])
+    first = Rollout("0/p/0/first", (1,), (2,), "<think> t </think> \\\\boxed{10}", (-0.1,), "stop", 0)
+    graders.submit(RolloutGroup(0, Prompt("p", "?", "10"), (RolloutPair(0, first, None, None),)))
+    assert graders.collect() == [(0, [{"acc": 1.0}])]
+    (worker,) = graders._pool._processes.values()
+    print(worker.pid, flush=True)
+    time.sleep(100)
+"""
+
+
+def test_workers_are_light_and_end_with_a_killed_rank(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    repository = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    assert "torch" not in Path(f"/proc/{worker}/maps").read_text(), "workers stay light"
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists()

@@ -1,0 +1,220 @@
+"""Builds WebDataset shards from Parquet, JSON Lines or other WebDataset shards; leaves out what cannot be trained on.
+
+    python tools/build_shards.py --input PATH --format parquet|jsonl|webdataset --out DIR [--model HF_DIR]
+    python tools/build_shards.py --check --out DIR
+
+PATH is a file, a folder or a pattern in quotes. DIR gets NAME-00000.tar ... with an index beside each,
+NAME.report.json, and NAME.problems.jsonl: one line for every sample that was left out. Run it again after an
+interruption: it goes on after its last whole shard, and the bytes are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from megatron_sr1.config import RolloutConfig
+from megatron_sr1.data.build import BuildOptions, Report, build_shards, problems_path
+from megatron_sr1.data.build_check import check_shards
+from megatron_sr1.data.build_samples import Question
+from megatron_sr1.data.sources import Columns, Format, Source
+from megatron_sr1.data.sources_jsonl import JsonlSource
+from megatron_sr1.data.sources_parquet import ParquetSource
+from megatron_sr1.data.sources_webdataset import WebDatasetSource
+from megatron_sr1.prompts import parse_reasoner, parse_see_think, render_caption_reasoner, render_see_think
+from megatron_sr1.types import Template
+
+if TYPE_CHECKING:
+    from megatron_sr1.processing import Processor
+
+MAX_LISTED = 20  # of what is wrong; the rest is counted
+BYTES_PER_MB = 1_000_000
+
+
+@dataclass(frozen=True)
+class ModelRules:
+    """Layouts as `prompts` parses them, lengths as the model's own tokenizer and image processor make them."""
+
+    hf_dir: str | None
+    max_prompt_tokens: int | None
+
+    @cached_property
+    def _processor(self) -> Processor:
+        from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
+        from megatron_sr1.processing import Processor
+
+        assert self.hf_dir is not None
+        define_missing_torchvision_ops()
+        return Processor.from_pretrained(self.hf_dir)
+
+    @property
+    def tokenizer(self) -> str:
+        """The model that counts."""
+        return self.hf_dir or ""
+
+    def prompt_tokens(self, question: Question) -> tuple[int, int] | None:
+        """Of the prompt as training renders it; of the first-pass templates See-Think's is the longest."""
+        if self.hf_dir is None:
+            return None
+        if question.template == "caption_reasoner":
+            text = render_caption_reasoner(question.description or "", question.problem)
+        else:
+            text = render_see_think(question.problem)
+        ids = self._processor.prompt_ids(text, len(question.image_sizes))
+        grids = [self._processor.grid(size) for size in question.image_sizes]
+        return len(ids), len(self._processor.expand(ids, grids))
+
+    def boxed_answer(self, template: Template, response: str) -> str | None:
+        """The answer in the response, or None where its layout is broken."""
+        parsed = parse_see_think(response) if template == "see_think" else parse_reasoner(response)
+        return None if parsed is None else parsed.answer
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line. Exit status 1: --check found something; 2: a wrong argument or input."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    console = Console()
+    try:
+        if args.check:
+            _check(args, console)
+        else:
+            _build(args, parser, console)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    except BrokenProcessPool:
+        parser.exit(2, "a worker was killed, most likely for want of memory. Run again with fewer --workers.\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", help="a file, a folder, or a pattern in quotes")
+    parser.add_argument("--format", choices=get_args(Format), help="of the input")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--name", default="train", help="shards are called NAME-00000.tar")
+    parser.add_argument("--max-shard-mb", type=float, default=512, help="a shard's size in 10^6 bytes, at most")
+    parser.add_argument(
+        "--model", metavar="HF_DIR", help="counts prompt tokens and leaves out prompts that are too long"
+    )
+    parser.add_argument(
+        "--max-prompt-tokens",
+        type=int,
+        default=_default_limit(),
+        help="with --model; visual tokens count (%(default)s)",
+    )
+    parser.add_argument("--images", metavar="DIR", help="jsonl: where image paths begin; default: beside the file")
+    parser.add_argument(
+        "--rename", nargs="+", default=[], metavar="COLUMN=FIELD", help="e.g. question=problem; COLUMN= leaves it out"
+    )
+    parser.add_argument("--keep-duplicates", action="store_true", help="take samples of equal content again")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; 0: this one")
+    parser.add_argument("--check", action="store_true", help="compare the shards in --out with their indices")
+    return parser
+
+
+def _default_limit() -> int:
+    """What rollouts leave to a prompt with the default configuration, in tokens."""
+    rollout = RolloutConfig()
+    return rollout.max_model_tokens - rollout.max_response_tokens - rollout.max_description_tokens
+
+
+# ---------------------------------------------------------------- build
+def _build(args: argparse.Namespace, parser: argparse.ArgumentParser, console: Console) -> None:
+    _check_arguments(args, parser)
+    columns = Columns(dict(part.split("=", 1) for part in args.rename))
+    limit = args.max_prompt_tokens if args.model else None
+    settings = {
+        "input": args.input,
+        "format": args.format,
+        "images": args.images,
+        "rename": dict(columns.rename),
+        "model": args.model,
+        "max_prompt_tokens": limit,
+    }
+    max_bytes = int(args.max_shard_mb * BYTES_PER_MB)
+    options = BuildOptions(args.out, args.name, max_bytes, args.workers, settings, args.keep_duplicates)
+    with _progress(console) as progress:
+        task = progress.add_task("samples", total=None)
+        report, worked = build_shards(
+            _source(args, columns),
+            ModelRules(args.model, limit),
+            options,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    if not worked:
+        console.print(f"{args.out} is complete already; nothing to do.", soft_wrap=True)
+    _print_report(report, options, console)
+
+
+def _check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.input is None or args.format is None:
+        parser.error("--input and --format are needed to build (only --check does without)")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):
+        parser.error(f"--name {args.name!r}: letters, digits, _ and - only")
+    if args.max_shard_mb <= 0 or args.max_prompt_tokens < 1 or args.workers < 0:
+        parser.error("--max-shard-mb and --max-prompt-tokens must be above 0, --workers 0 or more")
+    if args.images is not None and args.format != "jsonl":
+        parser.error(f"--images belongs to --format jsonl, not to {args.format}")
+    wrong = next((part for part in args.rename if not re.fullmatch(r"[^=]+=[^=]*", part)), None)
+    if wrong is not None:
+        parser.error(f"--rename {wrong!r}: write COLUMN=FIELD")
+    if args.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        parser.error("--format parquet needs pyarrow, which is not installed: pip install pyarrow")
+
+
+def _source(args: argparse.Namespace, columns: Columns) -> Source:
+    if args.format == "parquet":
+        return ParquetSource(args.input, columns)
+    if args.format == "jsonl":
+        return JsonlSource(args.input, columns, args.images)
+    return WebDatasetSource(args.input, columns)
+
+
+def _print_report(report: Report, options: BuildOptions, console: Console) -> None:
+    table = Table(title=str(options.out_dir))
+    for column in ("shard", "samples", "MB"):
+        table.add_column(column, justify="left" if column == "shard" else "right")
+    for shard in report.shards[:MAX_LISTED]:
+        table.add_row(shard["name"], str(shard["num_samples"]), f"{shard['num_bytes'] / BYTES_PER_MB:.1f}")
+    console.print(table)
+    console.print(
+        f"{report.num_samples} samples in {len(report.shards)} shards, fingerprint {report.fingerprint}", soft_wrap=True
+    )
+    if report.left_out:
+        counts = ", ".join(f"{count} {kind}" for kind, count in report.left_out.items())
+        console.print(f"left out: {counts} (see {problems_path(options.out_dir, options.name)})", soft_wrap=True)
+
+
+# ---------------------------------------------------------------- check
+def _check(args: argparse.Namespace, console: Console) -> None:
+    with _progress(console) as progress:
+        task = progress.add_task("shards", total=None)
+        checked = check_shards(
+            args.out, args.workers, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    for line in checked.wrong[:MAX_LISTED]:
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(f"{checked.num_samples} samples in {checked.num_shards} shards: {len(checked.wrong)} wrong")
+    if checked.wrong:
+        raise SystemExit(1)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
+if __name__ == "__main__":
+    main()
