@@ -7,7 +7,7 @@ policy does not compute the same way is refused here, by name, and never ignored
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,40 +37,31 @@ class Family:
     has_experts: bool = False  # feed-forward parts may be mixtures of experts
 
 
+_QWEN2_5_VL = Family(
+    name="qwen2_5_vl",
+    config_class=Qwen2_5_VLConfig,
+    vision_class=Qwen2_5_VisionTransformerPretrainedModel,
+    language_prefix="model.",
+    vision_prefix="visual.",
+    qk_norm=False,
+    qkv_bias=True,
+    interleaved_rotary=False,
+)
+_QWEN3_VL = Family(
+    name="qwen3_vl",
+    config_class=Qwen3VLConfig,
+    vision_class=Qwen3VLVisionModel,
+    language_prefix="model.language_model.",
+    vision_prefix="model.visual.",
+    qk_norm=True,
+    qkv_bias=False,
+    interleaved_rotary=True,
+)
 FAMILIES: dict[str, Family] = {
-    "Qwen2_5_VLForConditionalGeneration": Family(
-        name="qwen2_5_vl",
-        config_class=Qwen2_5_VLConfig,
-        vision_class=Qwen2_5_VisionTransformerPretrainedModel,
-        language_prefix="model.",
-        vision_prefix="visual.",
-        qk_norm=False,
-        qkv_bias=True,
-        own_head_dim=False,
-        interleaved_rotary=False,
-    ),
-    "Qwen3VLForConditionalGeneration": Family(
-        name="qwen3_vl",
-        config_class=Qwen3VLConfig,
-        vision_class=Qwen3VLVisionModel,
-        language_prefix="model.language_model.",
-        vision_prefix="model.visual.",
-        qk_norm=True,
-        qkv_bias=False,
-        own_head_dim=True,
-        interleaved_rotary=True,
-    ),
-    "Qwen3VLMoeForConditionalGeneration": Family(
-        name="qwen3_vl_moe",
-        config_class=Qwen3VLMoeConfig,
-        vision_class=Qwen3VLMoeVisionModel,
-        language_prefix="model.language_model.",
-        vision_prefix="model.visual.",
-        qk_norm=True,
-        qkv_bias=False,
-        own_head_dim=True,
-        interleaved_rotary=True,
-        has_experts=True,
+    "Qwen2_5_VLForConditionalGeneration": _QWEN2_5_VL,
+    "Qwen3VLForConditionalGeneration": _QWEN3_VL,
+    "Qwen3VLMoeForConditionalGeneration": replace(
+        _QWEN3_VL, name="qwen3_vl_moe", config_class=Qwen3VLMoeConfig, vision_class=Qwen3VLMoeVisionModel
     ),
 }
 
