@@ -6,7 +6,7 @@ import fcntl
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -119,25 +119,34 @@ def visual_tokens(hf_dir: str) -> VisualTokens:
 @contextmanager
 def open_run(config: Config, platform: Platform) -> Iterator[Run]:
     """Makes the folder, writes the resolved configuration and keeps other processes out while the run lasts.
+    Collective: either every rank gets the run or none does.
 
     Raises:
         ValueError: another process is at work in the folder.
     """
     run = Run(config, platform)
-    if not platform.is_main:
-        yield run
-        return
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with ExitStack() as stack:
+        mine = [_lock(run.folder, stack) if platform.is_main else False]
+        torch.distributed.broadcast_object_list(mine)
+        if not mine[0]:
             raise ValueError(
                 f"run_dir={config.run_dir!r} is in use by another process. Wait for it, stop it, or choose "
                 "another run_dir."
-            ) from None
-        (run.folder / "config.yaml").write_text(dump_config(config))
+            )
+        if platform.is_main:
+            (run.folder / "config.yaml").write_text(dump_config(config))
         yield run
+
+
+def _lock(folder: Path, stack: ExitStack) -> bool:
+    """Whether the folder is this process's until `stack` closes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = stack.enter_context((folder / ".lock").open("w"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

@@ -45,6 +45,7 @@ _QWEN2_5_VL = Family(
     vision_prefix="visual.",
     qk_norm=False,
     qkv_bias=True,
+    own_head_dim=False,
     interleaved_rotary=False,
 )
 _QWEN3_VL = Family(
@@ -55,13 +56,18 @@ _QWEN3_VL = Family(
     vision_prefix="model.visual.",
     qk_norm=True,
     qkv_bias=False,
+    own_head_dim=True,
     interleaved_rotary=True,
 )
 FAMILIES: dict[str, Family] = {
     "Qwen2_5_VLForConditionalGeneration": _QWEN2_5_VL,
     "Qwen3VLForConditionalGeneration": _QWEN3_VL,
     "Qwen3VLMoeForConditionalGeneration": replace(
-        _QWEN3_VL, name="qwen3_vl_moe", config_class=Qwen3VLMoeConfig, vision_class=Qwen3VLMoeVisionModel
+        _QWEN3_VL,
+        name="qwen3_vl_moe",
+        config_class=Qwen3VLMoeConfig,
+        vision_class=Qwen3VLMoeVisionModel,
+        has_experts=True,
     ),
 }
 

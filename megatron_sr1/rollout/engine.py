@@ -43,6 +43,7 @@ def prepare_environment() -> None:
         HF_HUB_OFFLINE="1",
     )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it speaks before it has read the level
     if torch.distributed.is_initialized():
         rank = str(torch.distributed.get_rank())
         os.environ.setdefault("RANK", rank)
