@@ -33,6 +33,7 @@ from megatron_sr1.data.sources import PROBLEM_KINDS, Problem, RawSample
 from megatron_sr1.data.sources_files import find_files, key_prefixes
 from megatron_sr1.prompts import render_caption_reasoner, render_see_think
 from megatron_sr1.types import Prompt, SftSample
+from tests.data_cases import encoded, noise
 
 TOOL = Path(__file__).parents[1] / "tools" / "build_shards.py"
 SEE_THINK = "<description>a dial</description><think>it shows 3</think>\\boxed{3}"
@@ -52,14 +53,7 @@ def tool() -> Iterator[ModuleType]:
 
 
 def picture(seed: int, size: tuple[int, int] = (9, 7)) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind)
-    return buffer.getvalue()
+    return noise(seed, size)
 
 
 def write_jsonl(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_sr1.config import Config, ConfigError
 from megatron_sr1.objective import Preset, stream_advantages, token_kinds, token_weights
-from megatron_sr1.packing import pack, scatter_rows, split_for_ranks
+from megatron_sr1.packing import moved, pack, scatter_rows, split_for_ranks
 from megatron_sr1.processing import Processor
 from megatron_sr1.prompts import description_block, render_caption_reasoner, render_see_think
 from megatron_sr1.types import (
@@ -151,7 +151,7 @@ class Batcher:
             image_token_id=self._processor.image_token_id,
             merge_size=self._processor.merge_size,
         )
-        return [_moved(batch, self._device) for batch in batches]
+        return [moved(batch, self._device) for batch in batches]
 
     def _demonstration(self, sample: SftSample) -> TokenSequence:
         if sample.template == "caption_reasoner":
@@ -217,12 +217,6 @@ def _with_grad_rows(batch: MicroBatch, advantages: Tensor, weights: Tensor, stre
     held = torch.tensor([stream.kl_coef > 0 for stream in streams], device=weights.device)[:, None]
     counts = ((weights != 0) & (held | (advantages != 0))).any(0)
     return batch if counts.all() else replace(batch, grad_rows=torch.nonzero(counts).squeeze(1))
-
-
-def _moved(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The tensors go to the device; images stay where they are, for the rank that encodes one to make its patches."""
-    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return replace(batch, **{name: value.to(device) for name, value in tensors.items()})
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ tokens.py     per-token values: rows <-> sequences
 
 from megatron_sr1.packing.bins import split_for_ranks
 from megatron_sr1.packing.positions import image_starts, mrope_positions
-from megatron_sr1.packing.rows import empty_row, pack
+from megatron_sr1.packing.rows import empty_row, moved, pack
 from megatron_sr1.packing.tokens import gather_rows, scatter_rows
 
 __all__ = [
     "empty_row",
     "gather_rows",
     "image_starts",
+    "moved",
     "mrope_positions",
     "pack",
     "scatter_rows",

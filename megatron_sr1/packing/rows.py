@@ -12,7 +12,7 @@ Shape legend: `megatron_sr1.types`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -95,6 +95,12 @@ class _Places:
     sequence_multiple: int
     image_token_id: int
     merge_size: int
+
+
+def moved(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The row with its tensors on `device`; images stay where they are, for only the rank that encodes one needs it."""
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **{name: value.to(device) for name, value in tensors.items()})
 
 
 def _pack_row(sequences: Sequence[TokenSequence], indices: list[int], places: _Places) -> MicroBatch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator, _
 from torch import Tensor
 
 from megatron_sr1.config import Config
-from megatron_sr1.packing import empty_row
+from megatron_sr1.packing import empty_row, moved
 from megatron_sr1.policy.groups import ParallelGroups
 from megatron_sr1.types import MicroBatch, Scoring
 
@@ -77,9 +76,7 @@ class Schedule:
             number += -number % self._config.layout.pipeline
         if number == len(batches):
             return []
-        row = empty_row(self._config.row_multiple)
-        tensors = {name: value.to(self._device) for name, value in vars(row).items() if isinstance(value, Tensor)}
-        return [replace(row, **tensors)] * (number - len(batches))
+        return [moved(empty_row(self._config.row_multiple), self._device)] * (number - len(batches))
 
 
 class _OrderedCommunicator(P2PCommunicator):
