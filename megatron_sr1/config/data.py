@@ -1,0 +1,43 @@
+"""The shards a command reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sr1.config.rules import positive, require
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Shards, as paths, glob patterns, or URLs with braces ("https://host/train-{00000..00007}.tar").
+
+    Every path or pattern must match at least one file. Weights make a mixture: one for each entry of the list they
+    belong to, which then is a dataset of its own; without weights all entries are one dataset.
+    """
+
+    train: tuple[str, ...] = ()
+    train_weights: tuple[float, ...] = ()
+    cold_start: tuple[str, ...] = ()
+    cold_start_weights: tuple[float, ...] = ()
+    heldout: tuple[str, ...] = ()
+    shuffle_window: int = 65_536  # samples shuffled together; smaller: reads stay within fewer shards
+    max_prompt_tokens: int = 0  # longer prompts are left out, by the shards' index; 0: none
+    max_bad_samples: int = 0  # samples that may be skipped, named in <run_dir>/quarantine/; one more stops the run
+    workers: int = 2  # threads of each rank that read and decode
+    prefetch_mib: int = 256  # of samples that wait to be used, of each rank; never more than a batch
+    cache_dir: str = "~/.cache/megatron_sr1/shards"  # where shards behind URLs are kept
+    cache_gib: float = 100.0  # the least recently used make room
+
+    def __post_init__(self) -> None:
+        positive("data", self, "shuffle_window", "workers", "prefetch_mib", "cache_gib")
+        for name in ("max_prompt_tokens", "max_bad_samples"):
+            require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "0 or more", "0 is the default.")
+        for name in ("train", "cold_start"):
+            weights, entries = getattr(self, f"{name}_weights"), getattr(self, name)
+            require(
+                not weights or (len(weights) == len(entries) and min(weights) > 0),
+                f"data.{name}_weights",
+                weights,
+                f"a positive number for each of the {len(entries)} entries of data.{name}, or empty",
+                "Give one weight for each entry.",
+            )

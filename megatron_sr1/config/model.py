@@ -1,0 +1,113 @@
+"""The policy: its weights, how ranks share it, what it computes in and what it keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sr1.config.rules import one_of, positive, require
+
+_FP8_ALIGNMENT = {"delayed": 16, "current": 16, "blockwise": 128, "mxfp8": 32}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy's weights, in Hugging Face format (config, safetensors, tokenizer, processor)."""
+
+    hf_dir: str = ""
+    megatron_dir: str = ""  # the weights as `tools/convert.py hf-to-megatron` wrote them; empty: those of hf_dir
+    train_vision: bool = True
+    max_position: int = 4096  # longest packed sequence the policy is built for, tokens
+    layer_spec: str = "auto"  # te: Transformer Engine's layers; torch: plain ones; auto: te on GPUs
+
+    def __post_init__(self) -> None:
+        one_of("model.layer_spec", self.layer_spec, ("auto", "te", "torch"))
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """How the ranks share the policy. Data parallelism is what remains: nproc / (tensor * pipeline * context)."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1  # pipeline chunks per rank (interleaved schedule)
+    stage_layers: tuple[int, ...] = ()  # layers of each chunk in the order of the layers; empty: equal chunks
+    context: int = 1
+    expert: int = 1  # ranks that share the experts of a mixture; they are taken from data and context parallelism
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+
+    @property
+    def model_ranks(self) -> int:
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def num_chunks(self) -> int:
+        """Pieces the layers are cut into."""
+        return self.pipeline * self.virtual
+
+    def __post_init__(self) -> None:
+        positive("layout", self, "tensor", "pipeline", "virtual", "context", "expert")
+        require(
+            self.virtual == 1 or self.pipeline > 1,
+            "layout.virtual",
+            self.virtual,
+            "1 where layout.pipeline is 1",
+            "Set layout.pipeline to 2 or more, or layout.virtual to 1.",
+        )
+        require(
+            not self.stage_layers or (len(self.stage_layers) == self.num_chunks and min(self.stage_layers) >= 0),
+            "layout.stage_layers",
+            self.stage_layers,
+            f"layout.pipeline * layout.virtual = {self.num_chunks} numbers of layers",
+            "Give one number for each chunk, or none for equal chunks.",
+        )
+        require(
+            not self.sequence_parallel or self.tensor > 1,
+            "layout.sequence_parallel",
+            self.sequence_parallel,
+            "false where layout.tensor is 1",
+            "Set layout.tensor to 2 or more, or layout.sequence_parallel to false.",
+        )
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """What the policy computes in. The optimizer keeps fp32 weights and moments in every case.
+
+    fp8: the linear layers of the language model, by Transformer Engine; all else is bf16, the vision tower, the merger
+    and the output head included.
+    """
+
+    dtype: str = "fp32"
+    logits: str = "fp32"  # bf16: round the output head's logits as a generator does that computes them in bf16
+    fp8_recipe: str = "blockwise"
+    bf16_first_layers: int = 1  # with fp8: these layers, counted from the embedding, stay bf16
+    bf16_last_layers: int = 1  # and these, counted from the head
+
+    @property
+    def row_alignment(self) -> int:
+        """Tokens of a rank must be a multiple of it for fp8 matrix products (Transformer Engine's tile sizes)."""
+        return _FP8_ALIGNMENT[self.fp8_recipe] if self.dtype == "fp8" else 1
+
+    def __post_init__(self) -> None:
+        one_of("precision.dtype", self.dtype, ("fp32", "bf16", "fp8"))
+        one_of("precision.logits", self.logits, ("fp32", "bf16"))
+        one_of("precision.fp8_recipe", self.fp8_recipe, tuple(_FP8_ALIGNMENT))
+        for name in ("bf16_first_layers", "bf16_last_layers"):
+            require(getattr(self, name) >= 0, f"precision.{name}", getattr(self, name), "0 or more", "1 is common.")
+
+
+@dataclass(frozen=True)
+class RecomputeConfig:
+    """Activations that are made again in backward instead of being kept."""
+
+    mode: str = "none"  # selective: `modules` of every layer; full: every layer; block: the first `layers` of a chunk
+    modules: tuple[str, ...] = ("core_attn",)
+    layers: int = 1  # full: layers of a unit that keeps only its input; block: layers that are recomputed
+    vision: bool = False  # the blocks of the vision tower too
+
+    def __post_init__(self) -> None:
+        one_of("recompute.mode", self.mode, ("none", "selective", "full", "block"))
+        positive("recompute", self, "layers")
+        for module in self.modules:
+            one_of("recompute.modules", module, ("core_attn", "mlp", "moe", "moe_act", "layernorm"))

@@ -1,0 +1,42 @@
+"""Generation of training rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_sr1.config.rules import positive, require
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Generation of training rollouts, by engines in the training ranks."""
+
+    prompts_per_step: int = 512
+    samples_per_prompt: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0  # 1 and 0 alone: the trainer's log-probs are of the whole vocabulary, and so must the draws be
+    top_k: int = 0
+    max_response_tokens: int = 2048
+    max_description_tokens: int = 1024  # a longer description is cut here, and counted
+    max_model_tokens: int = 8192  # prompt + response, both passes
+    max_running_requests: int = 256
+    max_images: int = 1  # images of one prompt, at most
+    kv_cache_gib: float = 1.0  # of a rank
+    engine_tensor: int = 1  # ranks of one engine; nproc / engine_tensor engines share the prompts
+    sleep: bool = True  # engines give their memory back while the policy trains; a CPU's engines cannot
+    sync_bucket_mib: int = 256  # weights go to the engines in pieces of this size: the memory a sync takes
+    checksum_every: int = 50  # weight syncs between two that are checked tensor by tensor; the first always is
+
+    def __post_init__(self) -> None:
+        positive("rollout", self, *(f.name for f in fields(self) if f.name not in ("top_p", "top_k", "sleep")))
+        for key, got, whole in (("top_p", self.top_p, 1.0), ("top_k", self.top_k, 0)):
+            reason = "A draw from a cut distribution has another log-prob than the trainer gives it"
+            require(got == whole, f"rollout.{key}", got, f"{whole}", f"{reason}; lower rollout.temperature instead.")
+        need = self.max_response_tokens + self.max_description_tokens
+        require(
+            need < self.max_model_tokens,
+            "rollout.max_model_tokens",
+            self.max_model_tokens,
+            f"more than max_response_tokens + max_description_tokens = {need}, or no prompt would fit",
+            "Raise rollout.max_model_tokens or lower the other two.",
+        )

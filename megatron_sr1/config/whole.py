@@ -1,0 +1,79 @@
+"""One command's whole configuration, and what its sections must agree on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from megatron_sr1.config.data import DataConfig
+from megatron_sr1.config.evaluation import EvaluateConfig
+from megatron_sr1.config.model import LayoutConfig, ModelConfig, PrecisionConfig, RecomputeConfig
+from megatron_sr1.config.rollout import RolloutConfig
+from megatron_sr1.config.rules import require
+from megatron_sr1.config.training import ObjectiveConfig, OptimizerConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """One command's whole configuration."""
+
+    run_dir: str = "runs/default"
+    seed: int = 1
+    nproc: int = 1  # ranks on this machine; under torchrun the world size counts
+    model: ModelConfig = field(default_factory=ModelConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        require(self.nproc > 0, "nproc", self.nproc, "greater than 0", "Set nproc to the number of ranks.")
+        require(
+            self.nproc % self.layout.model_ranks == 0,
+            "nproc",
+            self.nproc,
+            f"a multiple of layout.tensor * layout.pipeline * layout.context = {self.layout.model_ranks}",
+            "Change nproc or the layout.",
+        )
+        require(
+            self.nproc % self.rollout.engine_tensor == 0,
+            "rollout.engine_tensor",
+            self.rollout.engine_tensor,
+            f"a divisor of nproc={self.nproc}",
+            "The ranks divide into engines.",
+        )
+        stage_ranks = self.nproc // self.layout.pipeline
+        require(
+            stage_ranks % self.layout.expert == 0,
+            "layout.expert",
+            self.layout.expert,
+            f"a divisor of the {stage_ranks} ranks of a pipeline stage",
+            "Experts are shared by the ranks of one stage.",
+        )
+        require(
+            self.train.batch_size >= self.data_ranks,
+            "train.batch_size",
+            self.train.batch_size,
+            f"at least the {self.data_ranks} data-parallel replicas of nproc={self.nproc}",
+            "Raise it, or give the ranks to layout.tensor or layout.pipeline.",
+        )
+
+    @property
+    def data_ranks(self) -> int:
+        return self.nproc // self.layout.model_ranks
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Every sequence of a row is padded to a multiple of it: context parallelism cuts each into 2 * context."""
+        return 2 * self.layout.context if self.layout.context > 1 else 1
+
+    @property
+    def row_multiple(self) -> int:
+        """Every row is padded to a multiple of it, so that each rank's part is aligned."""
+        shares = self.layout.context * (self.layout.tensor if self.layout.sequence_parallel else 1)
+        return math.lcm(self.sequence_multiple, shares * self.precision.row_alignment)
