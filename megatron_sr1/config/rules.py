@@ -10,15 +10,18 @@ class ConfigError(ValueError):
 
 
 def require(condition: bool, key: str, got: Any, allowed: str, remedy: str) -> None:
+    """Raises ConfigError unless `condition`; `key` got `got`, which must be `allowed`, and `remedy` says what to do."""
     if not condition:
         raise ConfigError(f"{key}={got!r} is not allowed: it must be {allowed}. {remedy}")
 
 
 def positive(section: str, config: Any, *names: str) -> None:
+    """Raises ConfigError for a value of `config`, the section of that name, that is not greater than 0."""
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"{section}.{name}", value, "greater than 0", f"Set {section}.{name} to a positive number.")
 
 
 def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises ConfigError for a value outside a closed list."""
     require(value in allowed, key, value, "one of " + ", ".join(allowed), f"Set {key} to one of them.")
