@@ -16,14 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from benchmarks.setting import empty_folder
 
 MIB = 1 << 20
 POOL_ELEMENTS = 1 << 25  # random numbers that weights are cut from, each at a place of its own
@@ -45,14 +45,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="a new folder on the disk to use; default: in the system's own")
     parser.add_argument("--nproc", type=int, default=1)
     args = parser.parse_args()
-    folder = args.folder or Path(tempfile.mkdtemp(prefix="benchmark_convert_"))
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        parser.error(f"--folder {folder} is not empty")
-    try:
+    with empty_folder(args.folder, "benchmark_convert_") as folder:
         _run(folder, args.config, args.layers, args.nproc)
-    finally:
-        shutil.rmtree(folder)
 
 
 def _run(folder: Path, config: Path, layers: int | None, nproc: int) -> None:

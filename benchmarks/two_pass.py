@@ -9,6 +9,8 @@ order they come, without priorities.
     seconds      of the best repeat, the variants taking turns; cpu: of this process, which other work disturbs less
     over first   seconds, cpu seconds and forward passes, relative to the first pass alone
     idle         share of the engine's slots that had no request, over all forward passes
+                 (on a CPU a forward pass costs nearly in proportion to its tokens, and the second pass is a third more
+                 of them; on an accelerator, which reads all weights for any number of tokens, the passes count)
     hidden       share of the second-pass tokens drawn before the last first pass ended, taking each request's tokens
                  as even over its time
 """
@@ -28,15 +30,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_sr1.digits.tiny_model import create_tiny_model
+from benchmarks.setting import write_model
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.processing import Processor
+from megatron_sr1.prompts import render_caption_reasoner, render_see_think
 from megatron_sr1.rollout import Engine, TwoPassGenerator
 from megatron_sr1.rollout.request import Draw, Generation
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, Sampling
 
-TEXTS = ("<description> a 3 and a 7 </description> <think> 3 + 7 = 10 </think> \\boxed{10}", "What is 3 plus 4?")
+TEXTS = (  # what the tokenizer learns: prompts of both passes, so that they are no longer than with a real one
+    render_see_think("What is 3 plus 4?"),
+    render_caption_reasoner("a 3 and a 7", "What is 3 plus 4?"),
+    "<description> a 3 and a 7 </description> <think> 3 + 7 = 10 </think> \\boxed{10}",
+)
 VARIANTS = ("first pass only", "barrier", "streamed, in turn", "streamed")
+VOCAB = 704  # a row for every token of the small tokenizer
 MIXES = ("pareto", "straggler", "uniform", "equal")
 
 
@@ -172,6 +180,8 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=32, help="requests that run at once")
     parser.add_argument("--longest", type=int, default=400, help="tokens of a first pass, at most")
     parser.add_argument("--second", type=int, default=40, help="tokens of each second pass")
+    parser.add_argument("--layers", type=int, default=2, help="of the model")
+    parser.add_argument("--hidden", type=int, default=128, help="channels of the model; a multiple of 128")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -182,7 +192,8 @@ def main() -> None:
         for i in range(options.requests // options.samples)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        create_tiny_model(Path(folder), TEXTS * 20, seed=1)
+        shape = {"hidden": options.hidden, "feed_forward": 4 * options.hidden, "heads": options.hidden // 128}
+        write_model(Path(folder), TEXTS * 20, layers=options.layers, vocab=VOCAB, **shape)
         engine = MeasuredEngine(
             folder,
             max_model_tokens=1024,

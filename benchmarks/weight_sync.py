@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.setting import empty_folder, write_model
+
 MIB = 1 << 20
-HIDDEN, HEADS, KV_HEADS, FEED_FORWARD, VOCAB = 1024, 8, 2, 4096, 65536
+SHAPE = {"hidden": 1024, "heads": 8, "feed_forward": 4096, "vocab": 65536}
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--folder", type=Path, help="a new folder on the disk to use; default: in the system's own")
     args = parser.parse_args()
-    folder = args.folder or Path(tempfile.mkdtemp(prefix="benchmark_weight_sync_"))
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        parser.error(f"--folder {folder} is not empty")
-    try:
+    with empty_folder(args.folder, "benchmark_weight_sync_") as folder:
         _run(folder, args)
-    finally:
-        shutil.rmtree(folder)
 
 
 def _run(folder: Path, args: argparse.Namespace) -> None:
@@ -85,36 +79,7 @@ def _run(folder: Path, args: argparse.Namespace) -> None:
 
 
 def make_model(_: int, model_dir: str, layers: int) -> None:
-    """A model of random weights with a small tokenizer and vision tower, in Hugging Face format."""
-    import torch
-
-    from megatron_sr1.digits import tiny_model
-    from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
-
-    define_missing_torchvision_ops()
-    import transformers
-
-    out = Path(model_dir)
-    tiny_model.create_tiny_model(out, ["What is the sum of all digits?"], seed=0)  # its weights are replaced
-    tree = json.loads((out / "config.json").read_text())
-    ids = {key: value for key, value in tree.items() if key.endswith("_token_id")}
-    text = {
-        "hidden_size": HIDDEN,
-        "intermediate_size": FEED_FORWARD,
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    }
-    vision = tree["vision_config"] | {"out_hidden_size": HIDDEN}
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
-    torch.manual_seed(0)
-    model = transformers.Qwen2_5_VLForConditionalGeneration(config).float()
-    model.generation_config = transformers.GenerationConfig.from_pretrained(out)
-    (out / "model.safetensors").unlink()
-    model.save_pretrained(out)
+    write_model(Path(model_dir), ["What is the sum of all digits?"], layers=layers, **SHAPE)
 
 
 def measure(folder: str, options: tuple[str, ...]) -> None:

@@ -27,10 +27,11 @@ def export_hf_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the whole model under its Hugging Face name, on every rank. All ranks iterate together.
 
-    Parameters travel in buckets: the ranks that share them exchange one bucket by at most three broadcasts (over the
-    pipeline) and two gathers (over tensor and expert ranks), however many tensors are in it. Memory beyond the model:
-    one bucket, and the Hugging Face tensors of the one parameter that is being yielded. A tensor is the receiver's to
-    keep: it never holds on to the bucket.
+    Parameters travel in buckets: each rank that has a part of a bucket broadcasts it once, however many tensors are in
+    it, straight into the others' bucket (a gather would take a second one with some back ends). Memory beyond the
+    model: one bucket, and the Hugging Face tensors of the one parameter that is being yielded; a vocabulary's matrix
+    that is a bucket of its own is yielded as it lies there. A tensor is the receiver's to keep: it never holds on to
+    other tensors of its bucket.
 
     Args:
         read: what of a parameter is exported, in its shape: its value, or for example its gradient.
@@ -138,15 +139,16 @@ def _exchanged(
             parts[group] = _gathered(mine, local, owner, groups.pipeline, device)
     for pieces in bucket:
         rule, group = pieces[0].rule, pieces[0].group
-        if group in parts:
-            shards = [[_view(part, piece) for piece in pieces] for part in parts[group]]  # [rank][expert of the rank]
-        else:
+        if group not in parts:
             shards = [[local[piece.rule] for piece in pieces]]
+        elif rule.kind == "vocabulary" and len(bucket) == 1:  # the shards lie one behind the other: nothing to join
+            yield rule.hf[0], _joined(parts.pop(group), pieces[0])[: sizes.vocab_size]
+            return
+        else:
+            shards = [[_view(part, piece) for piece in pieces] for part in parts[group]]  # [rank][expert of the rank]
         for name, tensor in zip(rule.hf, _whole(rule, shards, sizes), strict=True):
-            yield (
-                name,
-                tensor.clone() if group in parts and tensor.untyped_storage().nbytes() > tensor.nbytes else tensor,
-            )
+            shares = group in parts and tensor.untyped_storage().nbytes() > tensor.nbytes
+            yield name, tensor.clone() if shares else tensor
 
 
 def _gathered(
@@ -163,12 +165,19 @@ def _gathered(
     if pipeline.size() > 1:
         torch.distributed.broadcast(mine, torch.distributed.get_process_group_ranks(pipeline)[owner], group=pipeline)
     if group is not None:
-        torch.distributed.all_gather_into_tensor(whole.view(-1), mine, group=group)
+        for part, rank in zip(whole, torch.distributed.get_process_group_ranks(group), strict=True):
+            torch.distributed.broadcast(part, rank, group=group)
     return whole
 
 
 def _view(part: Tensor, piece: _Piece) -> Tensor:
     return part[piece.start : piece.stop].view(piece.dtype).view(piece.shape)
+
+
+def _joined(parts: Tensor, piece: _Piece) -> Tensor:
+    """The piece of all ranks along dimension 0; it is all that the parts hold, but for alignment."""
+    rows = parts[:, piece.start : piece.stop]
+    return rows.reshape(-1).view(piece.dtype).view(-1, *piece.shape[1:])
 
 
 def _whole(rule: WeightRule, shards: list[list[Tensor]], sizes: Sizes) -> list[Tensor]:
