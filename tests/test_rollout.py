@@ -4,51 +4,31 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from megatron_sr1.digits.tiny_model import create_tiny_model
 from megatron_sr1.types import Prompt, RolloutGroup, Sampling
 from tests.ranks import run_ranks
+from tests.rollout_cases import (
+    MAX_MODEL_TOKENS,
+    MAX_RESPONSE,
+    TOLERANCE,
+    changed_weight,
+    describing_processor,
+    finishing_engine,
+    gather,
+    make_model,
+    prompts,
+    reference_differences,
+    sampling,
+    tracks,
+)
 
 NUM_RANKS = 2
-MAX_MODEL_TOKENS = 512
-MAX_RESPONSE = 24
-TOLERANCE = 1e-3  # nats
-IMAGE_SIZES = [(84, 28), (56, 56), (90, 41)]  # width, height; the last is resized
-
-
-def prompts(num: int) -> list[Prompt]:
-    """Questions over 0, 1 or 2 noise images; one question spells special tokens."""
-    rng = np.random.default_rng(0)
-    made = []
-    for index in range(num):
-        sizes = [IMAGE_SIZES[(index + i) % 3] for i in range((1, 2, 0, 1)[index % 4])]
-        images = tuple(Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for w, h in sizes)
-        problem = "What does <|image_pad|> <image> say?<|im_end|>" if index == 3 else f"What is {index} plus 3?"
-        made.append(Prompt(key=f"p{index}", problem=problem, answer="0", images=images))
-    return made
-
-
-def sampling(**changes: Any) -> Sampling:
-    defaults = {"num_samples": 2, "temperature": 1.0, "max_response_tokens": MAX_RESPONSE, "seed": 5}
-    return Sampling(**(defaults | changes))
-
-
-def tracks(groups: list[RolloutGroup]) -> list[Any]:
-    """All token ids of all passes."""
-    return [
-        [(r.prompt_ids, r.response_ids) for r in (pair.first, pair.second) if r is not None]
-        for group in groups
-        for pair in group.pairs
-    ]
 
 
 # ------------------------------------------------------------ what the two processes do
@@ -65,11 +45,6 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
         seed=0,
     )
     processor = describing_processor(model_dir)
-
-    def gather(items: list[Any]) -> list[Any]:
-        everyone: list[Any] = [None] * num_ranks
-        torch.distributed.all_gather_object(everyone, items)
-        return [item for part in everyone for item in part]
 
     def generator(**changes: Any) -> TwoPassGenerator:
         return TwoPassGenerator(engine, processor, max_description_tokens=100, **changes)
@@ -111,43 +86,6 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
     torch.save(facts, f"{folder}/facts{rank}.pt")
 
 
-def describing_processor(model_dir: str) -> Any:
-    """Random weights never describe anything, so every response is read as a description."""
-    from megatron_sr1.processing import Processor
-
-    class Describing(Processor):
-        def decode(self, ids: Any) -> str:
-            return "<description>" + super().decode(ids).replace("<", "") + " .</description>"
-
-    return Describing.from_pretrained(model_dir)
-
-
-def finishing_engine() -> Any:
-    """Random weights never end a turn, so a response of full length counts as ended; and it fails when told to."""
-    from megatron_sr1.rollout import Engine
-
-    class Finishing(Engine):
-        steps_to_fault: int | None = None
-        reasons: ClassVar[set[str]] = set()  # as the engine gave them
-
-        def step(self) -> list[Any]:
-            if self.steps_to_fault is not None:
-                self.steps_to_fault -= 1
-                if self.steps_to_fault < 0:
-                    self.steps_to_fault = None
-                    raise RuntimeError("a forward pass that fails")
-            generations = super().step()
-            self.reasons.update(generation.finish_reason for generation in generations)
-            return [replace(generation, finish_reason="stop") for generation in generations]
-
-    return Finishing
-
-
-def changed_weight(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name)))
-    return tensor + 0.3 * tensor.abs().mean() * noise
-
-
 def refused(generator: Any, batch: list[Prompt], how: Sampling) -> str:
     try:
         generator.generate(batch, how, 0)
@@ -182,14 +120,7 @@ def refused_update(generator: Any, weights: list[tuple[str, torch.Tensor]]) -> s
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rollout")
-    texts = [
-        "<description> a 3 and a 7 </description> <think> 3 + 7 = 10 </think> \\boxed{10}",
-        "What is 3 plus 4?",
-    ] * 20
-    create_tiny_model(folder / "model", texts, seed=1)
-    path = folder / "model" / "model.safetensors"
-    peaked = {name: tensor * 4 if tensor.dim() > 1 else tensor for name, tensor in load_file(path).items()}
-    save_file(peaked, path, metadata={"format": "pt"})
+    make_model(folder / "model")
     run_ranks(NUM_RANKS, collect, str(folder))
     return folder
 
@@ -197,41 +128,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def facts(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"facts{rank}.pt", weights_only=False) for rank in range(NUM_RANKS)]
-
-
-def reference_differences(
-    folder: Path, weights: dict[str, torch.Tensor], groups: list[RolloutGroup], media: Any
-) -> float:
-    """The largest |log-prob difference| to transformers, of greedy rollouts; asserts that every token is its argmax."""
-    from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
-    from megatron_sr1.processing import Processor
-
-    define_missing_torchvision_ops()
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    save_file(weights, folder / "model" / "model.safetensors", metadata={"format": "pt"})
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32).eval()
-    processor = Processor.from_pretrained(str(folder / "model"))
-    worst = 0.0
-    for group in groups:
-        pair = group.pairs[0]
-        assert pair.second is not None
-        for rollout, images in ((pair.first, group.prompt.images), (pair.second, ())):
-            ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-            encoded = [processor.encode_image(image) for image in images]
-            vision: dict[str, Any] = {"mm_token_type_ids": (ids == processor.image_token_id).int()}
-            if encoded:
-                vision["pixel_values"] = torch.cat([image.pixel_values for image in encoded])
-                vision["image_grid_thw"] = torch.tensor([image.grid_thw for image in encoded])
-            with torch.no_grad():
-                logits = model(input_ids=ids, **vision).logits[0, len(rollout.prompt_ids) - 1 : -1]
-            logits[:, list(media)] -= 100.0
-            logprobs = logits.log_softmax(-1)
-            chosen = torch.tensor(rollout.response_ids)
-            assert torch.equal(logprobs.argmax(-1), chosen)
-            ours = torch.tensor(rollout.generator_logprobs)
-            worst = max(worst, (logprobs.gather(1, chosen[:, None])[:, 0] - ours).abs().max().item())
-    return worst
 
 
 def test_greedy_equals_transformers(folder: Path, facts: list[dict[str, Any]]) -> None:

@@ -97,6 +97,9 @@ class ScriptedEngine:
     def sleep(self) -> None:
         self.log.append("sleep")
 
+    def meet_after_fault(self, num_open: int) -> None:
+        self.log.append(f"meet {num_open}")
+
     def restart(self) -> None:
         self.log.append("restart")
         self._queue.clear()

@@ -8,10 +8,12 @@ requests, and the ranks of one engine make the same calls in the same order.
 
 from __future__ import annotations
 
+import datetime
 import gc
 import json
 import logging
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ import torch.distributed
 from safetensors import safe_open
 
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
-from megatron_sr1.rollout.request import Draw, Generation
+from megatron_sr1.rollout.request import Draw, EngineFault, Generation
 from megatron_sr1.rollout.weight_check import WeightCheck
 from megatron_sr1.rollout.weight_reload import check_reloadable, reload_weights
 from megatron_sr1.types import BANNED_LOGIT_BIAS
@@ -53,6 +55,8 @@ def prepare_environment() -> None:
 
 class Engine:
     """Implements `request.TokenEngine` on vLLM."""
+
+    fault_wait_seconds = 60.0  # for the other ranks of an engine, when one has failed
 
     def __init__(
         self,
@@ -115,6 +119,8 @@ class Engine:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         _register_architectures(self._arguments["model"])
+        if self._in_job and self._arguments["tensor_parallel_size"] > 1:
+            _name_shared_memory()
         # At each reload it warns of every layer that has no weights of its own. _complete() watches what matters.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         set_num_threads = torch.set_num_threads
@@ -137,6 +143,36 @@ class Engine:
         gc.collect()  # the old engine refers to itself: without this, two KV caches would exist at once
         self._num_updates = 0
         self._engine = self._start()
+
+    def meet_after_fault(self, num_open: int) -> None:
+        """Waits for the other ranks of this engine, which must have failed at the same place.
+
+        A rank that fails alone leaves the others inside a collective, where they cannot be told; there the run has to
+        end, and goes on from its checkpoint.
+
+        Args:
+            num_open: requests that are unanswered here.
+
+        Raises:
+            EngineFault: another rank did not fail within `fault_wait_seconds`, or has other requests open.
+        """
+        if self._arguments["tensor_parallel_size"] == 1:
+            return
+        from vllm.distributed import get_tp_group
+
+        group = get_tp_group().cpu_group
+        counts = [torch.empty(1, dtype=torch.int64) for _ in range(group.size())]
+        options = torch.distributed.distributed_c10d.AllgatherOptions()
+        options.timeout = datetime.timedelta(seconds=self.fault_wait_seconds)  # the group's own is half an hour
+        try:
+            group.allgather([counts], [torch.tensor([num_open])], options).wait()
+        except RuntimeError as error:
+            raise EngineFault(f"one rank of an engine failed alone, so the run ends here: {error}") from error
+        if len({count.item() for count in counts}) > 1:
+            raise EngineFault(
+                f"the ranks of an engine failed at different places: {[count.item() for count in counts]} requests are "
+                "open there."
+            )
 
     def sleep(self) -> None:
         """Gives up weights and KV cache, so that the trainer has their memory; the next `update_weights` wakes it.
@@ -253,6 +289,24 @@ class Engine:
             yield name, tensor
         if missing:
             raise ValueError(f"weight update: {len(missing)} tensors are missing, first {min(missing)!r}. {remedy}")
+
+
+def _name_shared_memory() -> None:
+    """Gives the memory through which an engine's ranks reduce on a CPU a name of this job. Collective.
+
+    vLLM names it after the address at which the ranks met, which is the same for all jobs where their launcher has
+    introduced them: two jobs on a machine would share it, and what a killed job left would keep the next from starting.
+    """
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    names = [secrets.token_hex(8)]
+    torch.distributed.broadcast_object_list(names)
+    (job,) = names
+
+    def group_name(communicator: Any) -> str:
+        return f"{job}-{communicator.unique_name}-{'-'.join(map(str, communicator.ranks))}"
+
+    cpu_communicator._CPUSHMDistributed.make_group_name = staticmethod(group_name)
 
 
 def _generation(output: Any) -> Generation:

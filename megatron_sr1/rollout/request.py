@@ -43,7 +43,8 @@ class TokenEngine(WeightSink, Protocol):
     """Continuous batching over one copy of the weights. What `prepare` returns is opaque, and may be added often.
 
     `restart` drops all requests and everything held and loads the model directory anew, as version 0; all ranks call it
-    together. `sleep` gives memory back until the next `update_weights`, where the platform can.
+    together. Before it the ranks of one engine meet in `meet_after_fault`. `sleep` gives memory back until the next
+    `update_weights`, where the platform can.
     """
 
     @property
@@ -59,6 +60,8 @@ class TokenEngine(WeightSink, Protocol):
     def step(self) -> list[Generation]: ...
 
     def has_unfinished(self) -> bool: ...
+
+    def meet_after_fault(self, num_open: int) -> None: ...
 
     def restart(self) -> None: ...
 

@@ -81,7 +81,7 @@ class TwoPassGenerator:
             ValueError: before anything is submitted, and on every rank: a prompt does not fit the engine.
             ValueError: the engine expanded a prompt otherwise than the processor.
             EngineFault: on every rank: an engine failed again after MAX_RESTARTS restarts, or it had been updated and
-                cannot be refilled.
+                cannot be refilled. On one rank: it failed alone among the ranks of its engine.
         """
         share = deal(self._processor, prompts, sampling, self._num_ranks)[self._rank]
         plans = {group: plan_first(self._processor, prompts[group], sampling.template) for group in share}
@@ -111,6 +111,7 @@ class TwoPassGenerator:
             passes.run(self._engine)
         except EngineFault as fault:
             logger.warning("an engine failed", exc_info=fault)
+            self._engine.meet_after_fault(passes.num_open)
             return [str(fault)]
         return []
 
