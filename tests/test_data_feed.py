@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -326,6 +327,28 @@ def test_past_the_budget_the_list_is_given(tmp_path: Path) -> None:
         assert feed.metrics == {}
         with pytest.raises(ValueError, match=r"d\d\.tar, sample 's(03|09|23)'"):
             feed.next(24)
+
+
+def test_a_sample_that_fails_the_check_is_a_bad_one(tmp_path: Path) -> None:
+    """It is named with its shard, counts against the budget, and the others keep their order."""
+    shards = write_shards(prompts(8), tmp_path, "t", 4)
+    stream = SampleStream(ShardDataset(shards), 3)
+
+    def check(sample: Any) -> None:
+        if sample.key in unwanted:
+            raise ValueError(f"sample {sample.key!r}: its prompt of 9 tokens is too long")
+
+    unwanted: set[str] = set()
+    with SampleFeed(stream, Quarantine(0), check=check) as feed:
+        order = [sample.key for sample in feed.next(8).samples]
+    unwanted = {order[2]}
+    with SampleFeed(stream, quarantine := Quarantine(1), check=check) as feed:
+        assert [sample.key for sample in feed.next(7).samples] == [key for key in order if key not in unwanted]
+    assert [(bad.key, bad.reason) for bad in quarantine.bad] == [
+        (order[2], f"sample {order[2]!r}: its prompt of 9 tokens is too long")
+    ]
+    with SampleFeed(stream, Quarantine(0), check=check) as feed, pytest.raises(ValueError, match=f"'{order[2]}'.*9"):
+        feed.next(8)
 
 
 def test_nothing_but_bad_samples_is_an_error(tmp_path: Path) -> None:

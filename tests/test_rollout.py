@@ -220,6 +220,24 @@ def test_a_prompt_that_does_not_fit_is_refused_on_every_rank(facts: list[dict[st
     assert facts[0]["too_long"] == facts[1]["too_long"]
 
 
+def test_a_prompt_that_does_not_fit_is_found_when_the_data_is_read(folder: Path) -> None:
+    """By the same rule as the generator's: the prompts it takes pass, those it refuses do not."""
+    from megatron_sr1.config import Config, ModelConfig, RolloutConfig
+    from megatron_sr1.loops.generation import prompt_check
+
+    limits = {"max_response_tokens": MAX_RESPONSE, "max_description_tokens": 100, "max_model_tokens": MAX_MODEL_TOKENS}
+    config = Config(model=ModelConfig(hf_dir=str(folder / "model")), rollout=RolloutConfig(**limits))
+    check = prompt_check(config, sampling())
+    for each in prompts(8):
+        check(each)
+    with pytest.raises(ValueError, match=r"'long', first pass.*\n.*'long', second pass.*limit of 512"):
+        check(Prompt("long", "1 " * 1000, "0"))
+    near = Prompt("near", "1 " * 150, "0")  # only with its description, which joins the second pass, is it too long
+    with pytest.raises(ValueError, match=r"^sample 'near', second pass") as caught:
+        check(near)
+    assert "first pass" not in str(caught.value)
+
+
 def test_an_update_with_other_tensors_than_the_model_is_refused(facts: list[dict[str, Any]]) -> None:
     assert "no tensor 'extra'" in facts[0]["unknown"]
     assert "1 tensors are missing, first 'model.embed_tokens.weight'" in facts[0]["incomplete"]

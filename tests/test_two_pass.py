@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megatron_sr1.rollout.balance import deal, expected_tokens
 from megatron_sr1.rollout.checks import stale_vision_canary
-from megatron_sr1.rollout.plan import PassPrompt, check_same_ids, cut_description, refusal
+from megatron_sr1.rollout.plan import Limits, PassPrompt, check_same_ids, cut_description, refusal
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation
 from megatron_sr1.rollout.seeds import request_seed
 from megatron_sr1.rollout.two_pass import TwoPassGenerator
@@ -411,9 +411,9 @@ def test_differing_ids_are_located() -> None:
 
 def test_refusal_starts_one_token_past_the_limit() -> None:
     plan = PassPrompt("k", "first", (1,) * 60, (1,) * 60, ())
-    assert refusal(plan, 40, 100) is None
-    assert "60 tokens" in str(refusal(plan, 41, 100))
-    assert "61 tokens" in str(refusal(plan, 40, 100, reserved=1))
+    assert refusal(plan, Limits(40, 100, 0)) is None
+    assert "60 tokens" in str(refusal(plan, Limits(41, 100, 0)))
+    assert "61 tokens" in str(refusal(plan, Limits(40, 100, 0), reserved=1))
 
 
 @given(st.integers(0, 2**40), st.integers(0, 10**6), st.text(max_size=20), st.integers(0, 63))

@@ -1,6 +1,6 @@
 """WebDataset shards in, prompts and demonstrations out: write, index, read, shuffle, mix, resume."""
 
-from megatron_sr1.data.feed import Batch, SampleFeed, Share
+from megatron_sr1.data.feed import Batch, Check, SampleFeed, Share
 from megatron_sr1.data.opening import open_dataset, open_stream, read_in_order
 from megatron_sr1.data.quarantine import BadSample, Quarantine
 from megatron_sr1.data.shards import ShardDataset, expand_shards
@@ -11,6 +11,7 @@ from megatron_sr1.data.writer import write_shards
 __all__ = [
     "BadSample",
     "Batch",
+    "Check",
     "Quarantine",
     "SampleFeed",
     "SampleSize",

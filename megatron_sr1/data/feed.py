@@ -18,6 +18,7 @@ from megatron_sr1.data.state import StreamState
 from megatron_sr1.data.stream import SampleStream
 from megatron_sr1.types import Prompt, SftSample
 
+Check = Callable[[Prompt | SftSample], None]  # raises ValueError for a sample that cannot be used
 Exchange = Callable[[list[BadSample]], list[BadSample]]  # the lists of all ranks, one after the other; collective
 DEFAULT_PREFETCH = 256 << 20  # bytes
 _DECODED_PER_ENCODED = 12  # RGB bytes for a byte of PNG or JPEG: a guess, until a sample is decoded
@@ -56,6 +57,7 @@ class SampleFeed:
         prefetch_bytes: int = DEFAULT_PREFETCH,
         share: Share | None = None,
         exchange: Exchange = list,
+        check: Check | None = None,
     ) -> None:
         """
         Args:
@@ -63,11 +65,13 @@ class SampleFeed:
             prefetch_bytes: of encoded and decoded samples that wait to be handed out, about; never more than a batch.
             share: the part of every batch to read; None: all of it.
             exchange: how the ranks agree on bad samples: one that any rank finds bad, all pass over.
+            check: what a sample must hold beyond being readable; one it raises ValueError for is bad.
         """
         self._stream = stream
         self._quarantine = quarantine
         self._share = share or Share()
         self._exchange = exchange
+        self._check = check
         self._reader = _ReadAhead(stream, workers, prefetch_bytes)
         self._position = 0
         self._again: list[int] = []  # positions that were in flight when the state was saved
@@ -188,7 +192,10 @@ class SampleFeed:
         self._reader.plan(order)
         for position in wanted:
             try:
-                samples.append(self._reader.get(position))
+                sample = self._reader.get(position)
+                if self._check is not None:
+                    self._check(sample)
+                samples.append(sample)
             except ValueError as error:
                 bad.append(self._stream.bad(self._stream.index(position), error))
         self._reader.fill()

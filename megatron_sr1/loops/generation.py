@@ -6,9 +6,11 @@ import random
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from megatron_sr1.config import Config
 from megatron_sr1.loops.run import Run
 from megatron_sr1.processing import Processor
-from megatron_sr1.rollout import Engine, TwoPassGenerator, stale_vision_canary
+from megatron_sr1.rollout import Engine, Limits, TwoPassGenerator, refusals, stale_vision_canary
+from megatron_sr1.types import Prompt, Sampling, SftSample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,6 +57,24 @@ def build_generator(run: Run, hf_dir: str, weights: Weights | None = None) -> Tw
         gather=run.gather,
         weights=weights,
     )
+
+
+def prompt_check(config: Config, sampling: Sampling) -> Callable[[Prompt | SftSample], None]:
+    """What a training prompt must be beyond readable: short enough for the engines, in both passes.
+
+    The function raises ValueError with the sample's key, its length and the limits.
+    """
+    rollout = config.rollout
+    limits = Limits(sampling.max_response_tokens, rollout.max_model_tokens, rollout.max_description_tokens)
+    processor = Processor.from_pretrained(config.model.hf_dir)
+
+    def check(sample: Prompt | SftSample) -> None:
+        prompt = sample.prompt if isinstance(sample, SftSample) else sample
+        refused = list(refusals(processor, prompt, sampling.template, sampling.second_pass, limits))
+        if refused:
+            raise ValueError("\n".join(refused))
+
+    return check
 
 
 def _canary_image() -> Image:

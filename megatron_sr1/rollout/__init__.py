@@ -2,6 +2,7 @@
 
 from megatron_sr1.rollout.checks import stale_vision_canary
 from megatron_sr1.rollout.engine import Engine
+from megatron_sr1.rollout.plan import Limits, refusals
 from megatron_sr1.rollout.two_pass import TwoPassGenerator
 
-__all__ = ["Engine", "TwoPassGenerator", "stale_vision_canary"]
+__all__ = ["Engine", "Limits", "TwoPassGenerator", "refusals", "stale_vision_canary"]

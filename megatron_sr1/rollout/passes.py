@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from megatron_sr1.processing import Processor
 from megatron_sr1.prompts import find_description
-from megatron_sr1.rollout.plan import PassPrompt, check_same_ids, cut_description, plan_second, refusal
+from megatron_sr1.rollout.plan import Limits, PassPrompt, check_same_ids, cut_description, plan_second, refusal
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation, TokenEngine
 from megatron_sr1.rollout.seeds import request_seed
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, Sampling
@@ -143,7 +143,8 @@ class Passes:
         description = cut_description(self._processor, written, self._options.max_description_tokens)
         self._pairs[place] = RolloutPair(request.sample, rollout, None, description, description != written)
         second = plan_second(self._processor, self._prompts[request.group], description)
-        text = refusal(second, self._sampling.max_response_tokens, engine.max_model_tokens)
+        options = (self._sampling.max_response_tokens, engine.max_model_tokens, self._options.max_description_tokens)
+        text = refusal(second, Limits(*options))
         if text is not None:
             raise ValueError(text)
         return replace(request, plan=second)

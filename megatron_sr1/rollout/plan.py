@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,14 +54,35 @@ def cut_description(processor: Processor, description: str, max_tokens: int) -> 
     return description if len(ids) <= max_tokens else processor.decode(ids[:max_tokens]).rstrip("\ufffd")
 
 
-def refusal(plan: PassPrompt, max_response_tokens: int, max_model_tokens: int, reserved: int = 0) -> str | None:
-    """Why the engine cannot take the prompt, or None. `reserved`: tokens that are still to join the prompt."""
+@dataclass(frozen=True)
+class Limits:
+    """What an engine can take, in tokens."""
+
+    max_response: int
+    max_model: int  # prompt + response
+    max_description: int
+
+
+def refusals(
+    processor: Processor, prompt: Prompt, template: Template, second_pass: bool, limits: Limits
+) -> Iterator[str]:
+    """Why the engine cannot take a prompt, for each pass that does not fit; of the second all but its description is
+    known, which is counted in full."""
+    texts = [refusal(plan_first(processor, prompt, template), limits)]
+    if second_pass:
+        shortest = plan_second(processor, prompt, description="")
+        texts.append(refusal(shortest, limits, reserved=limits.max_description))
+    return (text for text in texts if text is not None)
+
+
+def refusal(plan: PassPrompt, limits: Limits, reserved: int = 0) -> str | None:
+    """Why the engine cannot take a pass, or None. `reserved`: tokens that are still to join the prompt."""
     length = len(plan.expanded_ids) + reserved
-    if length + max_response_tokens <= max_model_tokens:
+    if length + limits.max_response <= limits.max_model:
         return None
     return (
         f"sample {plan.key!r}, {plan.pass_name} pass: its prompt of {length} tokens and a response of up to "
-        f"{max_response_tokens} exceed the engine's limit of {max_model_tokens} tokens. Raise "
+        f"{limits.max_response} exceed the engine's limit of {limits.max_model} tokens. Raise "
         "rollout.max_model_tokens to at least their sum, lower rollout.max_response_tokens or "
         "rollout.max_description_tokens, or drop the sample."
     )

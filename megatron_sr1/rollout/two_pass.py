@@ -7,13 +7,13 @@ A global barrier between the passes would leave the engine idle behind the longe
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_sr1.processing import Processor
 from megatron_sr1.rollout.balance import deal
 from megatron_sr1.rollout.passes import Passes, PassOptions
-from megatron_sr1.rollout.plan import PassPrompt, plan_first, plan_second, refusal
+from megatron_sr1.rollout.plan import Limits, plan_first, refusals
 from megatron_sr1.rollout.request import EngineFault, TokenEngine
 from megatron_sr1.types import Prompt, RolloutGroup, Sampling
 
@@ -85,11 +85,9 @@ class TwoPassGenerator:
         """
         share = deal(self._processor, prompts, sampling, self._num_ranks)[self._rank]
         plans = {group: plan_first(self._processor, prompts[group], sampling.template) for group in share}
-        refusals = self._gather(
-            [text for group in share for text in self._refusals(prompts[group], plans[group], sampling)]
-        )
-        if refusals:
-            raise ValueError("\n".join(sorted(set(refusals))))
+        refused = self._gather([text for group in share for text in self._refusals(prompts[group], sampling)])
+        if refused:
+            raise ValueError("\n".join(sorted(set(refused))))
         passes = Passes(self._processor, prompts, plans, sampling, step, self._options, on_group)
         self._run(passes)
         pairs = dict(self._gather(list(passes.pairs().items())))  # without the prompts: all ranks have their images
@@ -126,10 +124,6 @@ class TwoPassGenerator:
                 "cannot be refilled, as this generator was made without `weights`."
             )
 
-    def _refusals(self, prompt: Prompt, first: PassPrompt, sampling: Sampling) -> list[str]:
-        limits = (sampling.max_response_tokens, self._engine.max_model_tokens)
-        texts = [refusal(first, *limits)]
-        if sampling.second_pass:
-            shortest = plan_second(self._processor, prompt, description="")
-            texts.append(refusal(shortest, *limits, reserved=self._options.max_description_tokens))
-        return [text for text in texts if text is not None]
+    def _refusals(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
+        limits = (sampling.max_response_tokens, self._engine.max_model_tokens, self._options.max_description_tokens)
+        return refusals(self._processor, prompt, sampling.template, sampling.second_pass, Limits(*limits))
