@@ -16,8 +16,7 @@ from megatron_sr1.kernels import IGNORE_INDEX, chunked, linear_logprob, triton_f
 from megatron_sr1.kernels.tiles import RowGradients, Tile, empty_state
 from megatron_sr1.kernels.triton_forward import Blocks
 from megatron_sr1.kernels.triton_tiles import TritonTiles
-from tests.ranks import run_ranks
-from tests.test_linear_logprob import (
+from tests.logprob_cases import (
     HIDDEN,
     TOKENS,
     VOCAB,
@@ -30,6 +29,7 @@ from tests.test_linear_logprob import (
     make_bias,
     make_inputs,
 )
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply")  # the smallest number times log2(e)
 BOTH = pytest.mark.parametrize("backend", ["triton", "fused"])

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,83 +19,18 @@ from megatron_sr1.kernels.backends import BackendName
 from megatron_sr1.kernels.torch_tiles import TORCH
 from megatron_sr1.platform.cpu_shim import install_cpu_shim
 from megatron_sr1.types import LogProbs
+from tests.logprob_cases import (
+    HIDDEN,
+    TOKENS,
+    VOCAB,
+    assert_matches_dense,
+    assert_relative,
+    backward_both,
+    dense_reference,
+    make_bias,
+    make_inputs,
+)
 from tests.ranks import run_ranks
-
-TOKENS, HIDDEN, VOCAB = 37, 24, 53
-
-
-def make_inputs(
-    tokens: int = TOKENS, vocab: int = VOCAB, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(tokens, HIDDEN, generator=generator).to(dtype).requires_grad_()
-    weight = (torch.randn(vocab, HIDDEN, generator=generator) * 0.5).to(dtype).requires_grad_()
-    return hidden, weight, torch.randint(0, vocab, (tokens,), generator=generator)
-
-
-def dense_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float | Tensor = 1.0,
-    vocab_size: int | None = None,
-    bias: Tensor | None = None,
-) -> tuple[LogProbs, Tensor, Tensor]:
-    """The definition with all logits in float64, on float64 leaves (returned, so that their gradients can be read)."""
-    x = hidden.detach().double().requires_grad_()
-    w = weight.detach().double().requires_grad_()
-    scale = temperature.double().unsqueeze(1) if isinstance(temperature, Tensor) else temperature
-    shift = 0.0 if bias is None else bias[:vocab_size].double()
-    log_p = ((x @ w[:vocab_size].t() + shift) / scale).log_softmax(1)
-    scored = targets != IGNORE_INDEX
-    picked = log_p.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
-    return LogProbs(picked * scored, -(log_p.exp() * log_p).sum(1) * scored), x, w
-
-
-def backward_both(result: LogProbs, seed: int = 1) -> None:
-    """Runs backward with the same random gradients of log-probs and entropy for whatever result it is given."""
-    generator = torch.Generator().manual_seed(seed)
-    g_logprob, g_entropy = torch.randn(2, len(result.logprobs), generator=generator, dtype=torch.float64)
-    loss = (result.logprobs.double() * g_logprob).sum()
-    if result.entropy is not None:
-        loss = loss + (result.entropy.double() * g_entropy).sum()
-    loss.backward()
-
-
-def assert_relative(actual: Tensor, expected: Tensor, tolerance: float, floor: float = 1e-30) -> None:
-    error = (actual.double() - expected).norm() / expected.norm().clamp(min=floor)
-    assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
-
-
-def assert_matches_dense(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float | Tensor = 1.0,
-    vocab_size: int | None = None,
-    entropy: bool = True,
-    floor: float = 1e-30,
-    bias: Tensor | None = None,
-    backend: BackendName = "auto",
-) -> None:
-    result = linear_logprob(
-        hidden,
-        weight,
-        targets,
-        temperature=temperature,
-        entropy=entropy,
-        vocab_size=vocab_size,
-        logit_bias=bias,
-        backend=backend,
-    )
-    expected, x, w = dense_reference(hidden, weight, targets, temperature, vocab_size, bias)
-    torch.testing.assert_close(result.logprobs.double(), expected.logprobs, rtol=1e-6, atol=2e-6)
-    if entropy:
-        torch.testing.assert_close(result.entropy.double(), expected.entropy, rtol=1e-6, atol=2e-6)
-    backward_both(result)
-    backward_both(expected if entropy else replace(expected, entropy=None))
-    assert_relative(hidden.grad, x.grad, 1e-5, floor)
-    assert_relative(weight.grad, w.grad, 1e-5, floor)
 
 
 @pytest.fixture(params=[0, 500], ids=["none_kept", "some_kept"])
@@ -542,34 +476,6 @@ class TestErrors:
             linear_logprob(hidden, weight, targets, vocab_size=VOCAB + 1)
 
 
-# ---------------------------------------------------------------- tensor parallel
-def test_tensor_parallel_over_two_and_three_ranks() -> None:
-    run_ranks(3, check_ranks)
-
-
-def check_ranks(rank: int, num_ranks: int) -> None:
-    whole = torch.distributed.group.WORLD
-    pair = torch.distributed.new_group([0, 1])
-    for group, size in ((whole, num_ranks), (pair, 2)):
-        if rank >= size:
-            continue
-        uneven = [20, 33] if size == 2 else [20, 5, 28]
-        check_shards(rank, group, uneven, None)
-        check_shards(rank, group, uneven, VOCAB)
-        check_shards(rank, group, uneven, VOCAB, biased=True)
-        check_shards(rank, group, uneven, 45)  # padding inside the last shard
-        check_shards(rank, group, [VOCAB - 2, 2] if size == 2 else [VOCAB - 2, 1, 1], VOCAB - 2)  # shards of padding
-        check_no_scored_row(group, rank)
-        check_errors(group, rank)
-
-
-def make_bias() -> Tensor:
-    """Some ids shifted, some as good as forbidden."""
-    bias = torch.randn(VOCAB, generator=torch.Generator().manual_seed(2))
-    bias[[3, 21, 44]] = -100.0
-    return bias
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logit_bias_is_added_before_the_temperature(small_tiles: None, temperature: float) -> None:
     hidden, weight, targets = make_inputs()
@@ -591,67 +497,3 @@ def test_a_bias_of_another_size_is_refused() -> None:
     hidden, weight, targets = make_inputs()
     with pytest.raises(ValueError, match=r"logit_bias \(7,\) must be one number per row of weight, \[53\]"):
         linear_logprob(hidden, weight, targets, logit_bias=torch.zeros(7))
-
-
-def check_shards(
-    rank: int,
-    group: ProcessGroup,
-    shards: list[int],
-    vocab_size: int | None,
-    biased: bool = False,
-    backend: BackendName = "auto",
-) -> None:
-    start = sum(shards[:rank])
-    hidden, weight, targets = make_inputs()
-    targets = targets % (vocab_size or VOCAB)
-    targets[5] = IGNORE_INDEX
-    with torch.no_grad():
-        hidden[7] = 0.0
-        weight[vocab_size or VOCAB :] = 3.0
-    shard = weight.detach()[start : start + shards[rank]].clone().requires_grad_()
-    result = linear_logprob(
-        hidden,
-        shard,
-        targets,
-        temperature=0.7,
-        entropy=True,
-        tp_group=group,
-        vocab_start=start,
-        vocab_size=vocab_size,
-        logit_bias=make_bias()[start : start + shards[rank]] if biased else None,
-        backend=backend,
-    )
-    expected, x, w = dense_reference(hidden, weight, targets, 0.7, vocab_size, make_bias() if biased else None)
-    torch.testing.assert_close(result.logprobs.double(), expected.logprobs, rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(result.entropy.double(), expected.entropy, rtol=1e-6, atol=2e-6)
-    for value in (result.logprobs, result.entropy):
-        copies = [torch.empty_like(value) for _ in shards]
-        torch.distributed.all_gather(copies, value.detach(), group=group)
-        assert all(torch.equal(copy, copies[0]) for copy in copies), "ranks disagree"
-    backward_both(result)
-    backward_both(expected)
-    padding_only = vocab_size is not None and start >= vocab_size
-    assert bool(hidden.grad.any()) != padding_only
-    total = hidden.grad.clone()  # the caller's region operation would reduce it
-    torch.distributed.all_reduce(total, group=group)
-    assert_relative(total, x.grad, 1e-5)
-    assert_relative(shard.grad, w.grad[start : start + shards[rank]], 1e-5)
-
-
-def check_no_scored_row(group: ProcessGroup, rank: int, backend: BackendName = "auto") -> None:
-    hidden, weight, targets = make_inputs(4, 10)
-    ignored = torch.full_like(targets, IGNORE_INDEX)
-    result = linear_logprob(
-        hidden, weight, ignored, tp_group=group, vocab_start=10 * rank, entropy=True, backend=backend
-    )
-    backward_both(result)
-    assert not result.logprobs.any() and not hidden.grad.any() and not weight.grad.any()
-
-
-def check_errors(group: ProcessGroup, rank: int) -> None:
-    """All ranks raise, so none is left waiting in the collective."""
-    hidden, weight, targets = make_inputs(4, 10)
-    last = 10 * group.size()
-    targets[1] = last
-    with pytest.raises(ValueError, match=rf"targets\[1\] is {last}, not in the vocabulary \[0, {last}\)"):
-        linear_logprob(hidden, weight, targets, tp_group=group, vocab_start=10 * rank)

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from megatron_sr1.kernels import IGNORE_INDEX, chunked, linear_logprob
 from megatron_sr1.types import LogProbs
+from tests.logprob_cases import assert_relative, backward_both, make_inputs
 from tests.ranks import run_ranks
-from tests.test_linear_logprob import assert_relative, backward_both, make_inputs
 
 
 def liger(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[LogProbs, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_sr1.kernels import chunked, linear_logprob
 from megatron_sr1.kernels.backends import BackendName
-from tests.test_linear_logprob import assert_relative
+from tests.logprob_cases import assert_relative
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
