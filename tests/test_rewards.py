@@ -40,6 +40,8 @@ B | b.
 B: 12 | B
 B | (B) Paris
 option B | B
+J. Paris | J
+(i) the second | I
 \text{B} | B
 $\boxed{C}$ | C
 7 | 7.
@@ -97,6 +99,9 @@ x^2+2x+1 | (x+1)^2
 """
 
 DIFFERENT = r"""
+H. Paris | J
+J. Paris | I
+10 | J
 C | B
 B | C
 (C) Paris | (B) Paris

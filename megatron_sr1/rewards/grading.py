@@ -25,7 +25,7 @@ from megatron_sr1.rewards.quantity import parse_quantity, same_quantity, split_u
 MAX_ANSWER_CHARACTERS = 512
 
 _OPTION = re.compile(r"(?:option|choice)?\s?(?:\(\s?([a-z])\s?\)|([a-z]))\s?[.:)]?", re.IGNORECASE)
-_OPTION_WITH_TEXT = re.compile(r"(?:option |choice )?(?:\(\s?([A-Ha-h])\s?\)|([A-H])[.:)])\s?[^\s=+*/^-].*")
+_OPTION_WITH_TEXT = re.compile(r"(?:option |choice )?(?:\(\s?([A-Ja-j])\s?\)|([A-J])[.:)])\s?[^\s=+*/^-].*")
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
 _ASSIGNMENT = re.compile(r"\s?\\?[A-Za-z]+(?:_\{?\w+\}?)?\s?")
 _WORDS = re.compile(r"[^\W\d_][\w\s.,;:!?'\"&-]*")
@@ -66,7 +66,7 @@ def _same(answer: str, gold: str) -> bool:
         answer_letter = _option_letter(answer)
         if answer_letter is not None:
             return answer_letter == gold_letter
-        if gold_letter in "abcdefgh":
+        if gold_letter in "abcdefghj":  # i may be the imaginary unit
             return False
     answer, gold = _strip_assignment(answer, gold)
     answer_quantity, gold_quantity = parse_quantity(answer), parse_quantity(gold)
