@@ -1,6 +1,6 @@
 """Conversion of a checkpoint of real shapes, there and back: time, peak memory, and whether every bit is the same.
 
-    python -m benchmarks.convert --config tests/configs/Qwen2.5-VL-3B-Instruct.json --folder /tmp/convert --nproc 1
+    python -m benchmarks.convert --config examples/models/Qwen2.5-VL-3B-Instruct/config.json --folder /tmp/convert --nproc 1
 
 Makes random BF16 weights of the shapes that config.json calls for (7.5 GB for 3B; `--layers 4` for fewer), converts
 them to Megatron and back and compares both folders. Needs three times the weights' size on the disk of `--folder`,
@@ -40,7 +40,7 @@ class Result:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("tests/configs/Qwen2.5-VL-3B-Instruct.json"))
+    parser.add_argument("--config", type=Path, default=Path("examples/models/Qwen2.5-VL-3B-Instruct/config.json"))
     parser.add_argument("--layers", type=int, help="of the language model, instead of all")
     parser.add_argument("--folder", type=Path, help="a new folder on the disk to use; default: in the system's own")
     parser.add_argument("--nproc", type=int, default=1)
