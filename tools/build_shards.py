@@ -14,12 +14,12 @@ import argparse
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -102,8 +102,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", help="a file, a folder, or a pattern in quotes")
     parser.add_argument("--format", choices=get_args(Format), help="of the input")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--name", default="train", help="shards are called NAME-00000.tar")
+    add_build_arguments(parser)
+    parser.add_argument("--images", metavar="DIR", help="jsonl: where image paths begin; default: beside the file")
+    parser.add_argument(
+        "--rename", nargs="+", default=[], metavar="COLUMN=FIELD", help="e.g. question=problem; COLUMN= leaves it out"
+    )
+    parser.add_argument("--keep-duplicates", action="store_true", help="take samples of equal content again")
+    parser.add_argument("--check", action="store_true", help="compare the shards in --out with their indices")
+    return parser
+
+
+def add_build_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every tool that builds shards takes; `check_build_arguments` checks it."""
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--max-shard-mb", type=float, default=512, help="a shard's size in 10^6 bytes, at most")
     parser.add_argument(
         "--model", metavar="HF_DIR", help="counts prompt tokens and leaves out prompts that are too long"
@@ -114,14 +126,15 @@ def _parser() -> argparse.ArgumentParser:
         default=_default_limit(),
         help="with --model; visual tokens count (%(default)s)",
     )
-    parser.add_argument("--images", metavar="DIR", help="jsonl: where image paths begin; default: beside the file")
-    parser.add_argument(
-        "--rename", nargs="+", default=[], metavar="COLUMN=FIELD", help="e.g. question=problem; COLUMN= leaves it out"
-    )
-    parser.add_argument("--keep-duplicates", action="store_true", help="take samples of equal content again")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; 0: this one")
-    parser.add_argument("--check", action="store_true", help="compare the shards in --out with their indices")
-    return parser
+
+
+def check_build_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Exits with status 2 where one of them is wrong."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):
+        parser.error(f"--name {args.name!r}: letters, digits, _ and - only")
+    if args.max_shard_mb <= 0 or args.max_prompt_tokens < 1 or args.workers < 0:
+        parser.error("--max-shard-mb and --max-prompt-tokens must be above 0, --workers 0 or more")
 
 
 def _default_limit() -> int:
@@ -134,21 +147,31 @@ def _default_limit() -> int:
 def _build(args: argparse.Namespace, parser: argparse.ArgumentParser, console: Console) -> None:
     _check_arguments(args, parser)
     columns = Columns(dict(part.split("=", 1) for part in args.rename))
+    settings = {"format": args.format, "images": args.images, "rename": dict(columns.rename)}
+    run_build(_source(args, columns), settings, args, args.keep_duplicates, console)
+
+
+def run_build(
+    source: Source, settings: Mapping[str, Any], args: argparse.Namespace, keep_duplicates: bool, console: Console
+) -> None:
+    """Builds the shards and prints what was built.
+
+    Args:
+        settings: what decides the samples, beside the input and the arguments of `add_build_arguments`.
+        args: has --input, --name and those arguments.
+
+    Raises:
+        ValueError: as `build_shards`.
+        BrokenProcessPool: a worker was killed.
+    """
     limit = args.max_prompt_tokens if args.model else None
-    settings = {
-        "input": args.input,
-        "format": args.format,
-        "images": args.images,
-        "rename": dict(columns.rename),
-        "model": args.model,
-        "max_prompt_tokens": limit,
-    }
+    settings = {"input": args.input, **settings, "model": args.model, "max_prompt_tokens": limit}
     max_bytes = int(args.max_shard_mb * BYTES_PER_MB)
-    options = BuildOptions(args.out, args.name, max_bytes, args.workers, settings, args.keep_duplicates)
+    options = BuildOptions(args.out, args.name, max_bytes, args.workers, settings, keep_duplicates)
     with _progress(console) as progress:
         task = progress.add_task("samples", total=None)
         report, worked = build_shards(
-            _source(args, columns),
+            source,
             ModelRules(args.model, limit),
             options,
             lambda done, total: progress.update(task, completed=done, total=total),
@@ -161,10 +184,7 @@ def _build(args: argparse.Namespace, parser: argparse.ArgumentParser, console: C
 def _check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.input is None or args.format is None:
         parser.error("--input and --format are needed to build (only --check does without)")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):
-        parser.error(f"--name {args.name!r}: letters, digits, _ and - only")
-    if args.max_shard_mb <= 0 or args.max_prompt_tokens < 1 or args.workers < 0:
-        parser.error("--max-shard-mb and --max-prompt-tokens must be above 0, --workers 0 or more")
+    check_build_arguments(args, parser)
     if args.images is not None and args.format != "jsonl":
         parser.error(f"--images belongs to --format jsonl, not to {args.format}")
     wrong = next((part for part in args.rename if not re.fullmatch(r"[^=]+=[^=]*", part)), None)

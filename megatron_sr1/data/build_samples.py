@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megatron_sr1.data.index import content_checksum
 from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample
@@ -95,7 +95,8 @@ def _build(raw: RawSample, rules: TextRules) -> BuiltSample:
     answer = fields.get("answer")
     if answer is None or (isinstance(answer, str) and not answer.strip()):
         raise _Unfit("empty_answer", "it has no answer")
-    _place_images(fields, len(raw.images))
+    if raw.marked:
+        _place_images(fields, len(raw.images))
     try:
         text = json.dumps(fields, ensure_ascii=False, sort_keys=True).encode("utf-8")
         decode_sample(raw.key, text, (), where=raw.where)
@@ -173,6 +174,8 @@ def _check_image(data: bytes, number: int) -> tuple[str, bytes, Size]:
             buffer = io.BytesIO()
             image.convert("RGB").save(buffer, format="PNG")
             return "png", buffer.getvalue(), image.size
+    except UnidentifiedImageError as error:  # its text names an address in memory: no two builds would be the same
+        raise _Unfit("unreadable_image", f"image {number}: it is none of {', '.join(READ_FORMATS)}") from error
     # what Pillow's decoders raise on damaged or hostile files
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise _Unfit("unreadable_image", f"image {number}: {error}") from error

@@ -17,7 +17,7 @@ ProblemKind = Literal[
     "unreadable_image",  # missing, damaged, or of an unknown format
     "image_size",  # a shape the model's processor refuses
     "empty_answer",
-    "placeholders",  # <image> is not there as often as there are images
+    "placeholders",  # the text mentions more images, or fewer, than there are
     "field",  # missing, empty or of the wrong type
     "response",  # not of the layout its template asks for
     "too_long",  # more prompt tokens than allowed
@@ -57,6 +57,7 @@ class RawSample:
     key: str
     fields: Mapping[str, Any]  # names of the schema
     images: tuple[bytes, ...]  # encoded, in order
+    marked: bool = True  # <image> in the problem marks where an image stands; False: it is text like any other
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,18 @@ class Source(Protocol):
     def chunks(self) -> Iterator[Chunk]: ...
 
     def read(self, chunk: Chunk) -> Iterator[RawSample | Problem]: ...
+
+
+class RowReader(Protocol):
+    """Makes samples of the rows of a file."""
+
+    def check(self, names: Sequence[str], file: Path) -> None:
+        """Raises ValueError where a file with the columns `names` cannot make samples."""
+
+    def sample(
+        self, row: Mapping[str, Any], key: str, where: str, load_image: Callable[[object], bytes]
+    ) -> RawSample | Problem:
+        """`key`: for a row that names none. `load_image`: the bytes of an image; raises ValueError or OSError."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +140,21 @@ class Columns:
         problem = _merge_metadata(fields, others)
         if problem is not None:
             return Problem(where, key, "field", problem)
-        loaded: list[bytes] = []
-        for number, image in enumerate(images):
-            try:
-                loaded.append(load_image(image))
-            except (OSError, ValueError) as error:
-                return Problem(where, key, "unreadable_image", f"image {number}: {error}")
-        return RawSample(where, key, fields, tuple(loaded))
+        loaded = load_images(images, load_image)
+        if isinstance(loaded, str):
+            return Problem(where, key, "unreadable_image", loaded)
+        return RawSample(where, key, fields, loaded)
+
+
+def load_images(images: Sequence[object], load_image: Callable[[object], bytes]) -> tuple[bytes, ...] | str:
+    """Their bytes, or what is wrong with the first one that cannot be had."""
+    loaded: list[bytes] = []
+    for number, image in enumerate(images):
+        try:
+            loaded.append(load_image(image))
+        except (OSError, ValueError) as error:
+            return f"image {number}: {error}"
+    return tuple(loaded)
 
 
 def _is_number(value: object) -> bool:

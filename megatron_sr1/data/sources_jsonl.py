@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_sr1.data.sources import Chunk, Columns, Problem, RawSample
+from megatron_sr1.data.sources import Chunk, Problem, RawSample, RowReader
 from megatron_sr1.data.sources_files import find_files, inside, key_prefixes
 
 LINES_PER_CHUNK = 64
@@ -19,7 +19,7 @@ class JsonlSource:
     """`images`: the folder where paths begin; None: that of the file that names them. Blank lines are passed over."""
 
     path: str
-    columns: Columns
+    columns: RowReader
     images: str | None = None
 
     @cached_property
@@ -61,10 +61,11 @@ class JsonlSource:
         if not isinstance(values, dict):
             return Problem(where, key, "unreadable_sample", f"a {type(values).__name__}, not an object")
         folder = Path(self.images) if self.images is not None else file.parent
-        return self.columns.sample(values, key, where, lambda image: _load_image(folder, image))
+        return self.columns.sample(values, key, where, lambda image: load_below(folder, image))
 
 
-def _load_image(folder: Path, image: object) -> bytes:
+def load_below(folder: Path, image: object) -> bytes:
+    """The file that a path, or a struct with one, names. Raises ValueError where it leads out of `folder`; OSError."""
     match image:
         case (str() as path) | {"path": str() as path}:
             return inside(folder, path).read_bytes()

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sr1.data.sources import Chunk, Columns, Problem, RawSample
+from megatron_sr1.data.sources import Chunk, Problem, RawSample, RowReader
 from megatron_sr1.data.sources_files import find_files, inside, key_prefixes
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class ParquetSource:
     """A chunk is one row group of a Parquet file, or one record batch of an Arrow stream."""
 
     path: str
-    columns: Columns
+    columns: RowReader
 
     @cached_property
     def files(self) -> tuple[Path, ...]:

@@ -1,0 +1,55 @@
+"""One public set: how its rows become samples. A source reads the files, and asks it as it asks `Columns`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_sr1.data.benchmarks.item import BadRow, Item, Row
+from megatron_sr1.data.sources import Problem, RawSample, load_images
+
+_NOT_IN_KEYS = re.compile(r"[^\w/-]+")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A set that `tools/build_benchmark.py` converts."""
+
+    name: str  # the first part of `source`; the category is what follows
+    dataset: str  # who publishes it, for messages
+    columns: tuple[tuple[str, ...], ...]  # every one is needed; several names: one of them
+    convert: Callable[[Row], Item]  # a function of a module: worker processes import it
+    split: str | None = None  # that is evaluated; file names begin with it. None: all files
+    folder: str = ""  # of the set, where one repository holds several
+
+    def check(self, names: Sequence[str], file: Path) -> None:
+        """Raises ValueError where a file with the columns `names` is of another set."""
+        missing = [" or ".join(one_of) for one_of in self.columns if not set(one_of) & set(names)]
+        if missing:
+            raise ValueError(
+                f"{file} has the columns {', '.join(names)}; {self.name} needs {', '.join(missing)} too. Is it a file "
+                f"of {self.dataset}?"
+            )
+
+    def sample(self, row: Row, key: str, where: str, load_image: Callable[[object], bytes]) -> RawSample | Problem:
+        """As `Columns.sample`; the source of a sample is `<name>/<category>`."""
+        try:
+            item = self.convert(row)
+        except BadRow as bad:
+            return Problem(where, key, bad.kind, str(bad))
+        key = f"{self.name}/{_NOT_IN_KEYS.sub('_', item.key or key).strip('/')}"
+        images = load_images(item.images, load_image)
+        if isinstance(images, str):
+            return Problem(where, key, "unreadable_image", images)
+        fields = {
+            "problem": item.problem,
+            "answer": item.answer,
+            "source": f"{self.name}/{item.category}" if item.category else self.name,
+        }
+        if item.choices:
+            fields["choices"] = list(item.choices)
+        if item.metadata:
+            fields["metadata"] = dict(item.metadata)
+        return RawSample(where, key, fields, images, marked=False)

@@ -1,0 +1,61 @@
+"""The files of a benchmark in a copy of what its authors publish."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+from megatron_sr1.data.benchmarks.benchmark import Benchmark
+from megatron_sr1.data.sources import Source
+from megatron_sr1.data.sources_json import JsonSource
+from megatron_sr1.data.sources_jsonl import JsonlSource
+from megatron_sr1.data.sources_parquet import ParquetSource
+
+LAYOUTS = (".parquet", ".jsonl", ".json")  # where a folder has several, the first one counts
+
+
+def open_benchmark(benchmark: Benchmark, path: str, split: str | None, images: str | None) -> Source:
+    """The rows of one split.
+
+    Args:
+        path: a file, a pattern, or a folder: of this set, or of a repository of several sets, see `Benchmark.folder`.
+        split: that file names begin with (`test-00000-of-00001.parquet`), or that a folder is called; None:
+            `Benchmark.split`. It says nothing where `path` is a file or a pattern.
+        images: where the paths in JSON files begin; None: beside the file.
+
+    Raises:
+        ValueError: no file of the split is there, or `images` is given for Parquet, whose images are inside.
+    """
+    pattern, suffix = _find(benchmark, path, split or benchmark.split)
+    if suffix == ".parquet":
+        if images is not None:
+            raise ValueError(f"--images {images}: the Parquet files of {path} hold their images. Leave it out.")
+        return ParquetSource(pattern, benchmark)
+    return JsonlSource(pattern, benchmark, images) if suffix == ".jsonl" else JsonSource(pattern, benchmark, images)
+
+
+def _find(benchmark: Benchmark, path: str, split: str | None) -> tuple[str, str]:
+    """A path or pattern of files of one layout, and their suffix."""
+    root = Path(path)
+    if not root.is_dir():
+        found = (str(root),) if root.is_file() else tuple(sorted(glob.glob(path, recursive=True)))
+        suffixes = {Path(name).suffix for name in found}
+        if len(suffixes) != 1 or not suffixes <= set(LAYOUTS):
+            raise ValueError(
+                f"{path}: {len(found)} files with the endings {sorted(suffixes)} are there; needed are files that end "
+                f"with one of {', '.join(LAYOUTS)}. Correct --input."
+            )
+        return path, suffixes.pop()
+    if benchmark.folder and (root / benchmark.folder).is_dir():
+        root = root / benchmark.folder
+    names = ("*",) if split is None else (f"{split}[-.]*", f"{split}/*")
+    for suffix in LAYOUTS:
+        for name in names:
+            pattern = f"{glob.escape(str(root))}/**/{name}"
+            if any(Path(found).suffix == suffix for found in glob.iglob(pattern, recursive=True)):
+                return pattern, suffix
+    of_split = f" of the split {split!r}" if split else ""
+    raise ValueError(
+        f"{root} holds no file{of_split} of {benchmark.dataset} that ends with {', '.join(LAYOUTS)}. Give the folder "
+        "it was downloaded to, another --split, or the file itself."
+    )

@@ -1,0 +1,120 @@
+"""Options of multiple-choice questions: four ways in which sets write them, one in which we ask.
+
+The question is followed by a line `(A) text` for each option and by what to answer with. The gold answer is the capital
+letter: that is what the grader compares, and an answer that repeats an option's text instead is wrong.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import string
+from collections.abc import Sequence
+
+from megatron_sr1.data.benchmarks.item import BadRow
+
+ANSWER_WITH_LETTER = "Answer with the letter of the correct option."
+MAX_LIST_CHARACTERS = 100_000  # of a list that is written as text
+_LETTERED_LINE = re.compile(r"\s*\(?([A-Z])\s?[.:)]\s*(.*)")
+_GOLD = re.compile(r"(?:\(\s?([A-Za-z])\s?\)|([A-Za-z])[.:)])(?:\s.*)?|([A-Za-z])", re.DOTALL)
+
+
+def parse_options(value: object) -> tuple[str, ...]:
+    """A list, or one that is written as text, in the way of Python or JSON: "['$6', '$7']". () for null and "".
+
+    Raises:
+        BadRow: it is something else, or an option is neither text nor a number.
+    """
+    if isinstance(value, str):
+        value = _read_list(value)
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple):
+        raise BadRow("field", f"its options {value!r} are no list")
+    for option in value:
+        if isinstance(option, bool) or not isinstance(option, str | int | float):
+            raise BadRow("field", f"its option {option!r} is a {type(option).__name__}, not text")
+    return tuple(str(option).strip() for option in value)
+
+
+def _read_list(written: str) -> object:
+    if not written.strip():
+        return None
+    if len(written) > MAX_LIST_CHARACTERS:
+        raise BadRow("field", f"its options have {len(written)} characters; {MAX_LIST_CHARACTERS} are allowed")
+    try:
+        return json.loads(written)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(written.strip())  # literals only: nothing is run
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise BadRow("field", f"its options are no list: {written[:80]!r}") from error
+
+
+def split_lettered_lines(question: str) -> tuple[str, tuple[str, ...]]:
+    """The question and the options of a text that ends with the lines `A. one`, `B. two` ... (also `A:`, `(A)`).
+
+    (the whole text, ()) where it does not end so.
+    """
+    lines = question.rstrip().split("\n")
+    options: list[str] = []
+    for number in range(len(lines) - 1, -1, -1):
+        match = _LETTERED_LINE.fullmatch(lines[number])
+        if match is None:
+            break
+        options.insert(0, match[2].strip())
+        if match[1] == "A":
+            found = [_LETTERED_LINE.fullmatch(line) for line in lines[number:]]
+            letters = "".join(line[1] for line in found if line is not None)
+            if len(options) > 1 and letters == string.ascii_uppercase[: len(options)]:
+                return "\n".join(lines[:number]).rstrip(), tuple(options)
+            break
+    return question, ()
+
+
+def split_parenthesised(written: str) -> tuple[str, ...]:
+    """The options in one line of text: "(a) 0.92 (b) 0.61 (c) 0.5".
+
+    Raises:
+        BadRow: it does not begin with (a), or there is no (b).
+    """
+    rest, options = written.strip(), list[str]()
+    for letter, following in zip(string.ascii_lowercase, string.ascii_lowercase[1:] + "-", strict=True):
+        if not rest.lower().startswith(f"({letter})"):
+            break
+        end = rest.lower().find(f"({following})", 3)
+        options.append(rest[3 : end if end >= 0 else None].strip())
+        rest = rest[end:] if end >= 0 else ""
+    if len(options) < 2:
+        raise BadRow("field", f"its options must be written (a) one (b) two ..., not {written[:80]!r}")
+    return tuple(options)
+
+
+def gold_letter(answer: str, num_options: int) -> str:
+    """`b`, `(B)`, `B.` and `(b) Paris` are `B`.
+
+    Raises:
+        BadRow: no letter, or one that is none of the options.
+    """
+    match = _GOLD.fullmatch(answer.strip())
+    letter = "" if match is None else (match[1] or match[2] or match[3]).upper()
+    if not letter or letter not in string.ascii_uppercase[:num_options]:
+        raise BadRow("field", f"its answer {answer!r} is none of its {num_options} options")
+    return letter
+
+
+def ask(question: str, options: Sequence[str]) -> str:
+    """The question with its options. An option that is only its own letter, drawn in the image, is written once.
+
+    Raises:
+        BadRow: there are fewer than two options, or more than letters.
+    """
+    if not 2 <= len(options) <= len(string.ascii_uppercase):
+        raise BadRow("field", f"it has {len(options)} options; a multiple-choice question has from 2 to 26")
+    lines = [
+        f"({letter})" if option in ("", letter) else f"({letter}) {option}"
+        for letter, option in zip(string.ascii_uppercase, options, strict=False)
+    ]
+    return "\n".join([question.strip(), *lines, ANSWER_WITH_LETTER]).strip()

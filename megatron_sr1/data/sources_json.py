@@ -1,0 +1,67 @@
+"""JSON files that hold all rows in one array, or in an object under "data"; images are paths below the image folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from megatron_sr1.data.sources import Chunk, Problem, RawSample, RowReader
+from megatron_sr1.data.sources_files import find_files, key_prefixes
+from megatron_sr1.data.sources_jsonl import load_below
+
+ROWS_PER_CHUNK = 64
+ROWS_KEY = "data"
+
+
+@dataclass(frozen=True)
+class JsonSource:
+    """`images`: the folder where paths begin; None: that of the file that names them."""
+
+    path: str
+    columns: RowReader
+    images: str | None = None
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """Raises ValueError as `find_files`."""
+        return find_files(self.path, (".json",))
+
+    @cached_property
+    def _prefixes(self) -> Mapping[Path, str]:
+        return key_prefixes(self.files)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Raises ValueError where a file does not hold rows."""
+        for file in self.files:
+            num_rows = len(_rows(file, file.stat().st_mtime_ns))
+            for row in range(0, num_rows, ROWS_PER_CHUNK):
+                yield Chunk(file, row, row, min(ROWS_PER_CHUNK, num_rows - row))
+
+    def read(self, chunk: Chunk) -> Iterator[RawSample | Problem]:
+        """Raises ValueError as `chunks`."""
+        folder = Path(self.images) if self.images is not None else chunk.file.parent
+        rows = _rows(chunk.file, chunk.file.stat().st_mtime_ns)
+        for row in range(chunk.first_row, chunk.first_row + chunk.num_rows):
+            where, key = f"{chunk.file}, row {row}", f"{self._prefixes[chunk.file]}-{row:08d}"
+            values = rows[row]
+            if isinstance(values, dict):
+                yield self.columns.sample(values, key, where, lambda image: load_below(folder, image))
+            else:
+                yield Problem(where, key, "unreadable_sample", f"a {type(values).__name__}, not an object")
+
+
+@lru_cache(maxsize=1)
+def _rows(file: Path, mtime_ns: int) -> list[Any]:
+    """All rows. Each process reads a file once, and not again for the next chunk; `mtime_ns` tells versions apart."""
+    try:
+        tree = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
+        raise ValueError(f"{file}: it is not JSON ({error}). It is truncated or damaged: fetch it again.") from error
+    rows = tree.get(ROWS_KEY) if isinstance(tree, dict) else tree
+    if not isinstance(rows, list):
+        raise ValueError(f"{file}: it holds no array of rows, neither by itself nor under {ROWS_KEY!r}.")
+    return rows
