@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# NeMo-Run and vLLM want different versions of the same libraries: it has an environment of its own.
+LAUNCH := .venv-launch
 INSTALLED := $(VENV)/.installed
 # Where pip finds the CPU build of torch. Empty: where pip looks anyway.
 TORCH_INDEX_URL ?=
@@ -13,10 +15,10 @@ TRAINED := $(RUNS)/quickstart/grpo/hf/config.json
 SR1 := $(BIN)/megatron-sr1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test quickstart ablation lint format clean
+.PHONY: help setup launch-env test quickstart ablation lint format clean
 
 help: ## list the commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 20
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 20
 	@echo
 	@echo "  PYTHON=$(PYTHON)  the Python 3.11 or newer that .venv is made with"
 	@echo "  TORCH_INDEX_URL=$(TORCH_INDEX_URL)  a package index that has $(TORCH), if pip's own does not"
@@ -36,8 +38,17 @@ $(INSTALLED): setup.py pyproject.toml
 	@touch $@
 	@echo "== ready: make quickstart"
 
-test: setup lint ## lint, then every test; GPU tests are skipped, and counted, where there is no GPU
-	$(BIN)/python -m pytest
+launch-env: $(LAUNCH)/.installed ## make .venv-launch with NeMo-Run, for megatron-sr1 launch
+
+$(LAUNCH)/.installed: megatron_sr1/launch/requirements.txt
+	@echo "== making $(LAUNCH): NeMo-Run, and megatron_sr1 without what trains"
+	$(PYTHON) -m venv $(LAUNCH)
+	$(LAUNCH)/bin/pip install --quiet --requirement $<
+	$(LAUNCH)/bin/pip install --quiet --no-deps --editable .
+	@touch $@
+
+test: setup launch-env lint ## lint, then every test; GPU tests are skipped, and counted, where there is no GPU
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 	@echo
 	@echo "Next: make quickstart; CONTRIBUTING.md says how to work here"
 
@@ -57,13 +68,12 @@ $(TRAINED): examples/quickstart/grpo.yaml $(COLD_START)
 	@echo "== 3/4 self-rewarded GRPO, two passes per sample"
 	$(SR1) grpo examples/quickstart/grpo.yaml
 
-ablation: $(TRAINED) ## GRPO with and without the self-reward, same start and seed; prints both rows
-	@echo "== the same start and seed without the self-reward"
-	$(SR1) grpo examples/quickstart/grpo.yaml objective.preset=see_think run_dir=$(RUNS)/ablation/see_think
-	@echo "== both, side by side"
-	$(SR1) report $(RUNS)/ablation/see_think $(RUNS)/quickstart/grpo --out $(RUNS)/ablation/report.html
+ablation: $(COLD_START) ## GRPO with and without the self-reward, two seeds each; prints mean and spread
+	@echo "== 2 presets x 2 seeds from the same cold start, one after another: about 30 minutes on two cores; started"
+	@echo "== again it goes on where it was"
+	$(SR1) sweep examples/quickstart/ablation.yaml
 	@echo
-	@echo "Next: open $(RUNS)/ablation/report.html; 'make quickstart' trained the row vision_sr1"
+	@echo "Next: open $(RUNS)/ablation/report.html, read examples/quickstart/ablation.yaml"
 
 lint: setup ## ruff: rules and layout
 	$(BIN)/ruff check .
@@ -75,4 +85,4 @@ format: setup ## ruff: repair what it can
 
 clean: ## remove runs, caches and builds; .venv stays
 	rm -rf $(RUNS) build dist *.egg-info .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

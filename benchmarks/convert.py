@@ -1,6 +1,6 @@
 """Conversion of a checkpoint of real shapes, there and back: time, peak memory, and whether every bit is the same.
 
-    python -m benchmarks.convert --config examples/models/Qwen2.5-VL-3B-Instruct/config.json --folder /tmp/convert --nproc 1
+    python -m benchmarks.convert --config examples/models/Qwen2.5-VL-3B-Instruct/config.json --nproc 1
 
 Makes random BF16 weights of the shapes that config.json calls for (7.5 GB for 3B; `--layers 4` for fewer), converts
 them to Megatron and back and compares both folders. Needs three times the weights' size on the disk of `--folder`,

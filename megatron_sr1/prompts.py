@@ -28,6 +28,9 @@ TEMPLATES: Mapping[Template, str] = {
     ),
 }
 
+# `cot` without an image
+TEXT_ONLY = "Reason between <think> and </think>. Finish with the answer alone inside \\boxed{}."
+
 _TAGS = ("<description>", "</description>", "<think>", "</think>")
 _BOX = "\\boxed{"
 # A backslash takes the next character with it, so that \{ and \} are not braces.
@@ -53,9 +56,10 @@ def render_see_think(problem: str) -> str:
     return problem + "\n\n" + TEMPLATES["see_think"]
 
 
-def render_cot(problem: str) -> str:
-    """The user turn of answer-only training (no description); the image goes in front of it."""
-    return problem + "\n\n" + TEMPLATES["cot"]
+def render_cot(problem: str, num_images: int = 1) -> str:
+    """The user turn of answer-only training (no description); images go in front of it, and if there are none it does
+    not speak of one."""
+    return problem + "\n\n" + (TEMPLATES["cot"] if num_images else TEXT_ONLY)
 
 
 def render_caption_reasoner(description: str, problem: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
+from tests.workspace import Workspace, build_workspace
 
 define_missing_torchvision_ops()  # before any test module imports transformers' Qwen-VL classes
 
@@ -22,3 +23,17 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     texts = [text for sample in samples for text in (sample.prompt.problem, sample.description or "", sample.response)]
     create_tiny_model(folder, texts, seed=0)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Data, an untrained model and a short cold start, for whole commands."""
+    return build_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture(scope="session")
+def finished(workspace: Workspace) -> Workspace:
+    """With `whole`, an uninterrupted run of eight steps, TP=2, which other runs are compared with."""
+    printed = workspace.run("grpo", "whole", "train.steps=8", "train.save_every=3", "evaluate.verify_export=12")
+    assert "step 8/8" in printed
+    return workspace

@@ -21,13 +21,26 @@ PACKAGE = "megatron_sr1"
 
 LEVELS = {
     0: {"__init__", "config", "types"},
-    1: {"data", "prompts", "rewards", "objective", "packing", "processing", "metrics", "report", "digits"},
-    2: {"platform", "kernels", "convert", "policy", "checkpoint", "rollout"},
+    1: {
+        "data",
+        "prompts",
+        "rewards",
+        "objective",
+        "packing",
+        "processing",
+        "metrics",
+        "report",
+        "digits",
+        "sweep",
+        "evaluation",
+    },
+    2: {"platform", "kernels", "convert", "policy", "checkpoint", "rollout", "estimate"},
     3: {"loops"},
     4: {"cli", "launch", "__main__"},
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 ALLOWED_SIDEWAYS = {  # within a level; a room that is not here imports no neighbour
+    "evaluation": {"prompts", "rewards"},  # what a description leads to is asked and graded as in the second pass
     "rewards": {"prompts"},  # one parser for the layouts, used by whoever looks into a response
     "platform": set(),
     "kernels": {"platform"},
@@ -35,6 +48,7 @@ ALLOWED_SIDEWAYS = {  # within a level; a room that is not here imports no neigh
     "policy": {"platform", "kernels", "convert"},
     "checkpoint": {"platform", "kernels", "convert", "policy"},
     "rollout": {"platform", "convert"},
+    "estimate": {"platform", "kernels", "policy"},
 }
 FORBIDDEN = {("policy", "objective")}  # the loop passes the loss in
 MEGATRON_ROOMS = {"policy", "convert", "checkpoint", "platform"}

@@ -11,7 +11,7 @@ import pytest
 from megatron_sr1.cli import main
 from megatron_sr1.config import load_config
 
-QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
+MODELS = Path(__file__).parent.parent / "examples" / "models"
 
 
 @pytest.fixture
@@ -67,7 +67,8 @@ def test_grpo_names_the_key(
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["grpo", str(config_file), *overrides])
-    message = str(stopped.value.code)
+    message = str(stopped.value)
+    assert stopped.value.code == 2 and capsys.readouterr().err == f"{message}\n"
     assert message.startswith("megatron-sr1 grpo: ") and "\n" not in message
     for word in words:
         assert word in message
@@ -79,20 +80,24 @@ def test_a_missing_file_is_named() -> None:
         main(["sft", "no/such.yaml"])
 
 
-def test_dry_run_prints_a_configuration_that_loads_again(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(["grpo", str(config_file), "--dry-run", "--nproc", "2", "train.steps=7"])
+def test_dry_run_prints_a_configuration_that_loads_again(config_file: Path, tmp_path: Path) -> None:
+    changes = [f"model.hf_dir={MODELS / 'Qwen2.5-VL-3B-Instruct'}", "precision.dtype=bf16", "train.steps=7"]
+    options = ["--dry-run", "--gpu-gib", "160", "--nproc", "2", *changes]
+    command = [sys.executable, "-m", "megatron_sr1.cli", "grpo", str(config_file), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # it starts the platform: not here
+    assert done.returncode == 0, done.stderr
     printed = tmp_path / "printed.yaml"
-    printed.write_text(capsys.readouterr().out)
+    printed.write_text(done.stdout)
     config = load_config(printed, [])
-    assert config == load_config(config_file, ["train.steps=7", "nproc=2"])
+    assert config == load_config(config_file, [*changes, "nproc=2"])
+    assert "# training, GiB of a rank" in done.stdout
 
 
-def test_dry_run_needs_no_torch(config_file: Path) -> None:
+def test_a_refusal_needs_no_torch(config_file: Path) -> None:
     code = (
-        "import sys; from megatron_sr1.cli import main; "
-        f"main(['grpo', {str(config_file)!r}, '--dry-run']); assert 'torch' not in sys.modules"
+        "import sys; from megatron_sr1.cli import main\n"
+        f"try: main(['grpo', {str(config_file)!r}, '--dry-run', 'train.batch_size=3'])\n"
+        "except SystemExit as stopped: assert stopped.code == 2 and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 

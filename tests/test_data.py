@@ -299,3 +299,15 @@ def test_negative_arguments_are_refused(datasets: dict, position: int, count: in
         SampleStream(datasets[7], 0).take(position, count)
     with pytest.raises(ValueError, match="seed=-1"):
         SampleStream(datasets[7], -1)
+
+
+def test_a_folder_stands_for_its_shards(tmp_path: Path) -> None:
+    for name in ("mm[1]/test-0.tar", "mm[1]/sub/dev-0.tar", "mm[1]/test.json", "other/x.tar"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    patterns = [str(tmp_path / "mm[1]"), str(tmp_path / "other" / "*.tar")]
+    names = [str(Path(path).relative_to(tmp_path)) for path in expand_shards(patterns, "data.heldout")]
+    assert names == ["mm[1]/sub/dev-0.tar", "mm[1]/test-0.tar", "other/x.tar"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"data\.heldout: .*empty.* matches no file"):
+        expand_shards([str(tmp_path / "empty")], "data.heldout")

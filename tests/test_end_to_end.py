@@ -9,73 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
-START_TIMEOUT, RUN_TIMEOUT = 300, 600  # seconds
-TIMED = ("seconds/", "tokens_per_second")  # metrics that differ from run to run
+from tests.workspace import REPOSITORY, RUN_TIMEOUT, Workspace, untimed
 
-
-@dataclass(frozen=True)
-class Workspace:
-    """A folder with tiny shards, an untrained model and a short cold start."""
-
-    folder: Path
-
-    def command(self, name: str, run: str, *overrides: str) -> list[str]:
-        data = self.folder / "data"
-        hf_dir = self.folder / ("base" if name == "sft" else "sft/hf")
-        return [
-            *(sys.executable, "-m", "megatron_sr1.cli", name, str(REPOSITORY / "examples/quickstart/grpo.yaml")),
-            f"run_dir={self.folder / run}",
-            f"model.hf_dir={hf_dir}",
-            *(f"data.{part}=[{data}/{part}-*.tar]" for part in ("train", "heldout", "cold_start")),
-            *("rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "train.batch_size=4"),
-            *("train.micro_batch_tokens=1024", "optimizer.lr=2e-4", "evaluate.verify_export=0"),
-            *overrides,
-        ]
-
-    def run(self, name: str, run: str, *overrides: str) -> str:
-        """Runs to the end and returns what it printed."""
-        done = subprocess.run(
-            self.command(name, run, *overrides),
-            cwd=REPOSITORY,
-            timeout=RUN_TIMEOUT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        assert done.returncode == 0, done.stdout[-4000:]
-        return done.stdout
-
-    def metrics(self, run: str) -> list[dict[str, float]]:
-        return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
-
-    def summary(self, run: str, label: str) -> dict[str, float]:
-        return json.loads((self.folder / run / "eval" / f"{label}.json").read_text())["summary"]
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    folder = tmp_path_factory.mktemp("end_to_end")
-    build = [sys.executable, str(REPOSITORY / "tools/build_digits.py"), "--out", str(folder)]
-    sizes = ["--train", "40", "--heldout", "12", "--demonstrations", "400"]
-    subprocess.run([*build, *sizes], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-    made = Workspace(folder)
-    made.run("sft", "sft", "train.steps=60", "train.batch_size=32", "optimizer.lr=3e-3", "train.save_every=60")
-    return made
-
-
-@pytest.fixture(scope="module")
-def finished(workspace: Workspace) -> Workspace:
-    """An uninterrupted run of eight steps, TP=2, which the other tests compare with."""
-    printed = workspace.run("grpo", "whole", "train.steps=8", "train.save_every=3", "evaluate.verify_export=12")
-    assert "step 8/8" in printed
-    return workspace
+START_TIMEOUT = 300  # seconds
 
 
 def test_the_cold_start_learned_the_layouts(finished: Workspace) -> None:
@@ -188,13 +129,9 @@ def test_a_killed_run_continues_to_the_same_bits(finished: Workspace) -> None:
     assert not (finished.folder / "killed" / "hf").exists(), "it should have been killed before its end"
 
     finished.run("grpo", "killed", "train.steps=8", "train.save_every=3")
-    assert _untimed(finished.metrics("killed")) == _untimed(finished.metrics("whole"))
+    assert untimed(finished.metrics("killed")) == untimed(finished.metrics("whole"))
     weights = [finished.folder / run / "hf" / "model.safetensors" for run in ("killed", "whole")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-
-
-def _untimed(entries: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{name: value for name, value in entry.items() if not name.startswith(TIMED)} for entry in entries]
 
 
 def test_a_run_trained_from_its_saved_rollouts_is_the_run(finished: Workspace) -> None:
@@ -203,7 +140,7 @@ def test_a_run_trained_from_its_saved_rollouts_is_the_run(finished: Workspace) -
     parts = ("--train-only", "--from-rollouts", str(saved))
     printed = finished.run("grpo", "replayed", "train.steps=8", "train.save_every=8", *parts)
     assert "starting the generation engines" not in printed
-    assert _untimed(finished.metrics("replayed")) == _untimed(finished.metrics("whole"))
+    assert untimed(finished.metrics("replayed")) == untimed(finished.metrics("whole"))
     weights = [finished.folder / run / "hf" / "model.safetensors" for run in ("replayed", "whole")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 

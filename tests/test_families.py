@@ -23,7 +23,7 @@ from tests.ranks import run_ranks
 
 TOLERANCE = 1e-5  # relative, fp32
 BUDGET = 96  # tokens of a row: several rows, some of them without an image
-CONFIGS = Path(__file__).parent / "configs"
+MODELS = Path(__file__).parent.parent / "examples" / "models"
 
 
 # ---------------------------------------------------------------- the whole model
@@ -366,14 +366,14 @@ def _check_published_configs(folder: Path) -> None:
     from megatron_sr1.policy.architecture import architecture_fields
 
     for name, expected in PUBLISHED.items():
-        model = _read(folder / "config", json.loads((CONFIGS / f"{name}.json").read_text()))
+        model = _read(folder / "config", json.loads((MODELS / name / "config.json").read_text()))
         rope = (model.rope_theta, model.mrope_section)
         found = (model.head_dim, model.num_kv_heads, *rope, model.tied, model.deepstack_layers, model.num_experts)
         assert found == expected, name
         fields = architecture_fields(model)
         assert fields["add_qkv_bias"] == (not fields["qk_layernorm"]) == ("Qwen3" not in name)
     assert fields["moe_layer_freq"] == 1 and fields["moe_router_topk"] == 8 and fields["moe_ffn_hidden_size"] == 768
-    mixed = json.loads((CONFIGS / "Qwen3-VL-30B-A3B-Instruct.json").read_text())
+    mixed = json.loads((MODELS / "Qwen3-VL-30B-A3B-Instruct" / "config.json").read_text())
     mixed["text_config"] |= {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
     assert architecture_fields(_read(folder / "config", mixed))["moe_layer_freq"] == [0, 1, 0, 0, 0, 1]
 
@@ -403,7 +403,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 def _check_refusals(folder: Path) -> None:
     for name, change, message in REFUSED:
-        tree = json.loads((CONFIGS / f"{name}.json").read_text())
+        tree = json.loads((MODELS / name / "config.json").read_text())
         tree.get("text_config", tree).update(change)
         with pytest.raises(ValueError, match=message) as caught:
             _read(folder / "config", tree)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from tensorboard.backend.event_processing import event_accumulator
 
 from megatron_sr1.metrics import JsonlSink, Metric, MetricLog, MetricsWriter, ProgressSink, read_jsonl, reduce_over
 
@@ -132,8 +135,22 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
     assert "5/10" in out.getvalue() and "reward 0.250" in out.getvalue() and "━" in out.getvalue()
 
 
+@pytest.mark.parametrize(("width", "has_bar"), [(80, False), (100, True)])
+def test_a_terminal_line_holds_step_reward_lsr_speed_and_time_left(width: int, has_bar: bool) -> None:
+    out = io.StringIO()
+    sink = ProgressSink(120, 4, Console(file=out, force_terminal=True, width=width, color_system=None))
+    values = {"reward/total": 1.25, "accuracy": 0.5, "language_shortcut_rate": 0.125, "tokens_per_second": 14917.5}
+    for step in range(4, 7):
+        time.sleep(0.02)  # the time left is measured
+        sink.write(step, values)
+    sink.close()
+    line = [line for line in out.getvalue().replace("\r", "\n").split("\n") if "reward" in line][-1]
+    for part in ("step", "7/120", "reward 1.250", "LSR 0.125", "tokens/s 14,918", " left"):
+        assert part in line
+    assert re.search(r" \d\d:\d\d left", line) and ("━" in line) == has_bar
+
+
 def test_writer_feeds_every_sink(tmp_path) -> None:
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     out = io.StringIO()
     console = Console(file=out, force_terminal=False)
     with MetricsWriter(tmp_path, 0, 3, console) as writer:

@@ -1,7 +1,7 @@
 """Every real size is built, without memory for its weights, and counted: against the published totals, against
 transformers' own model, and, rank by rank, against arithmetic on config.json.
 
-tests/configs holds the published configurations, less the keys that no parameter depends on.
+examples/models holds the published configurations, less the keys that no parameter depends on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_sr1.config import LayoutConfig
 from tests.ranks import run_ranks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CONFIGS = {path.stem: path for path in sorted((REPOSITORY / "tests" / "configs").glob("*.json"))}
+CONFIGS = {path.parent.name: path for path in sorted((REPOSITORY / "examples" / "models").glob("*/config.json"))}
 PUBLISHED = {  # metadata.total_size / 2 of model.safetensors.index.json: all weights are bf16
     "Qwen2.5-VL-3B-Instruct": 3_754_622_976,
     "Qwen2.5-VL-7B-Instruct": 8_292_166_656,

@@ -176,7 +176,7 @@ def test_without_transformer_engine() -> None:
 # ---------------------------------------------------------------- with a stand-in for Transformer Engine
 def _small_config(name: str, folder: str) -> str:
     """A published configuration with fewer and smaller layers, as a model directory."""
-    tree = json.loads((TESTS / "configs" / f"{name}.json").read_text())
+    tree = json.loads((TESTS.parent / "examples" / "models" / name / "config.json").read_text())
     text = tree.get("text_config", tree)
     text.update(num_hidden_layers=4, hidden_size=256, intermediate_size=96, num_attention_heads=4, vocab_size=1002)
     text["num_key_value_heads"] = 2

@@ -227,7 +227,7 @@ def test_a_prompt_that_does_not_fit_is_found_when_the_data_is_read(folder: Path)
 
     limits = {"max_response_tokens": MAX_RESPONSE, "max_description_tokens": 100, "max_model_tokens": MAX_MODEL_TOKENS}
     config = Config(model=ModelConfig(hf_dir=str(folder / "model")), rollout=RolloutConfig(**limits))
-    check = prompt_check(config, sampling())
+    check = prompt_check(config, lambda _: ("see_think", True))
     for each in prompts(8):
         check(each)
     with pytest.raises(ValueError, match=r"'long', first pass.*\n.*'long', second pass.*limit of 512"):

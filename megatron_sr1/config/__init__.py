@@ -3,14 +3,16 @@
 No torch here, so that `--dry-run`, the launcher and the tests of bad input start in a moment.
 """
 
-from megatron_sr1.config.checks import check_model, check_train_batch
+from megatron_sr1.config.checks import check_model, check_train_batch, row_tokens
 from megatron_sr1.config.data import DataConfig
 from megatron_sr1.config.evaluation import EvaluateConfig
 from megatron_sr1.config.files import dump_config, load_config
 from megatron_sr1.config.model import LayoutConfig, ModelConfig, PrecisionConfig, RecomputeConfig
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.rules import ConfigError
+from megatron_sr1.config.tracking import MlflowConfig, TrackConfig, WandbConfig, check_trackers
 from megatron_sr1.config.training import PRESET_NAMES, ObjectiveConfig, OptimizerConfig, TrainConfig
+from megatron_sr1.config.weights import check_weights, how_to_get, missing_files
 from megatron_sr1.config.whole import Config
 
 __all__ = [
@@ -20,15 +22,23 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "LayoutConfig",
+    "MlflowConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "PrecisionConfig",
     "RecomputeConfig",
     "RolloutConfig",
+    "TrackConfig",
     "TrainConfig",
+    "WandbConfig",
     "check_model",
+    "check_trackers",
     "check_train_batch",
+    "check_weights",
     "dump_config",
+    "how_to_get",
     "load_config",
+    "missing_files",
+    "row_tokens",
 ]

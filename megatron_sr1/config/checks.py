@@ -82,3 +82,21 @@ def check_train_batch(config: Config) -> None:
         f"a divisor of rollout.prompts_per_step={config.rollout.prompts_per_step}",
         "It is the number of prompts of one optimizer step.",
     )
+
+
+def row_tokens(config: Config) -> int:
+    """Tokens of a packed row: train.micro_batch_tokens, rounded down to what rows are padded to.
+
+    Raises:
+        ConfigError: it has no room for a row of the layout.
+    """
+    budget, multiple = config.train.micro_batch_tokens, config.row_multiple
+    require(
+        budget >= multiple,
+        "train.micro_batch_tokens",
+        budget,
+        f"at least {multiple}, the multiple that layout.context, layout.tensor with layout.sequence_parallel, and the "
+        "fp8 recipe pad every row to",
+        "Raise it, or use a smaller layout.",
+    )
+    return budget - budget % multiple

@@ -9,7 +9,8 @@ from megatron_sr1.config.rules import positive, require
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Shards, as paths, glob patterns, or URLs with braces ("https://host/train-{00000..00007}.tar").
+    """Shards, as paths, glob patterns, folders (all in and below them), or URLs with braces
+    ("https://host/train-{00000..00007}.tar").
 
     Every path or pattern must match at least one file. Weights make a mixture: one for each entry of the list they
     belong to, which then is a dataset of its own; without weights all entries are one dataset.

@@ -2,13 +2,73 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from megatron_sr1.config.rules import positive, require
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Greedy evaluation of both passes on the held-out shards."""
+    """Evaluation of both passes on `data.heldout`.
+
+    The judge is a second opinion on the descriptions: a model behind any OpenAI-compatible endpoint answers from
+    description and question, as text, and its answers are graded like all others. `megatron-sr1 evaluate` asks it; a
+    run that evaluates while it trains does not.
+    """
 
     max_prompts: int = 0  # 0: all
     examples: int = 12  # how many are kept with their images for the report
     verify_export: int = 0  # answers that transformers must repeat on the exported model (it loads it on one rank)
+    samples: int = 1  # responses to each prompt; above 1 pass@k is measured
+    temperature: float = 0.0  # 0: greedy
+    chunk_prompts: int = 512  # held in memory, answered and written together; an interrupted evaluation loses one such
+    judge_url: str = ""  # for example http://127.0.0.1:8000/v1; empty: no judge
+    judge_model: str = ""  # the name that the endpoint knows it by
+    judge_api_key_env: str = ""  # NAME of the environment variable that holds the key; empty: the endpoint needs none
+    judge_parameters: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0, "max_tokens": 2048})
+    judge_concurrency: int = 8  # requests at once
+    judge_timeout: float = 120.0  # seconds that the endpoint may be silent
+    judge_retries: int = 6  # of one question, after a failure that may pass
+    judge_backoff: float = 1.0  # seconds before the first retry, about; doubled before each further one
+    judge_max_wait: float = 120.0  # seconds before a retry, at most, also where the endpoint asks for more
+
+    def __post_init__(self) -> None:
+        positive("evaluate", self, "samples", "chunk_prompts", "judge_concurrency", "judge_timeout", "judge_backoff")
+        for name in ("max_prompts", "examples", "verify_export", "temperature", "judge_retries", "judge_max_wait"):
+            value = getattr(self, name)
+            require(value >= 0, f"evaluate.{name}", value, "0 or more", f"Set evaluate.{name} to such a number.")
+        require(
+            self.samples == 1 or self.temperature > 0,
+            "evaluate.temperature",
+            self.temperature,
+            f"greater than 0 where evaluate.samples={self.samples}: greedy answers are all the same",
+            "1.0 is common; or set evaluate.samples to 1.",
+        )
+        require(
+            not self.verify_export or self.temperature == 0,
+            "evaluate.verify_export",
+            self.verify_export,
+            f"0 where evaluate.temperature={self.temperature}: only greedy answers can be repeated",
+            "Set it to 0, or evaluate.temperature to 0.",
+        )
+        if self.judge_url:
+            self._check_judge()
+
+    def _check_judge(self) -> None:
+        parts = urlsplit(self.judge_url)
+        require(
+            parts.scheme in ("http", "https") and bool(parts.hostname) and not (parts.username or parts.query),
+            "evaluate.judge_url",
+            f"{parts.scheme}://{parts.hostname}",
+            "the http or https base URL of an endpoint, without a user name, password or query",
+            "For example http://127.0.0.1:8000/v1; the key comes from the variable that judge_api_key_env names.",
+        )
+        require(
+            bool(self.judge_model),
+            "evaluate.judge_model",
+            self.judge_model,
+            "the name of a model where evaluate.judge_url is set",
+            "The endpoint lists those it has under /models.",
+        )

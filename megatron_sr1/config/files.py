@@ -1,11 +1,15 @@
-"""YAML files and key=value overrides in, YAML out."""
+"""YAML files and key=value overrides in, YAML out.
+
+A file may name others under `base`, relative to itself: they are read first, in order, and what comes later wins.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_sr1.config.rules import ConfigError
@@ -13,17 +17,19 @@ from megatron_sr1.config.whole import Config
 
 
 def load_config(path: str | Path | None, overrides: list[str]) -> Config:
-    """Reads YAML, applies `key=value` overrides, validates.
+    """Reads YAML with its bases, applies `key=value` overrides, validates.
 
     Raises:
-        ConfigError: unknown key, wrong type, a value out of range, or values that do not fit together.
+        ConfigError: unknown key, wrong type, a value out of range, or values that do not fit together; a base that is
+            missing or leads back to its own file.
     """
     try:
         tree = OmegaConf.structured(Config)
         if path is not None:
             if not Path(path).is_file():
                 raise ConfigError(f"CONFIG={str(path)!r} is not a file. Give the path of a YAML configuration.")
-            tree = OmegaConf.merge(tree, OmegaConf.load(path))
+            for part in _with_bases(Path(path), ()):
+                tree = OmegaConf.merge(tree, part)
         for override in overrides:
             if "=" not in override:
                 raise ConfigError(
@@ -35,6 +41,28 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
         raise ConfigError(
             f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}. {_known_keys(error)}"
         ) from error
+
+
+def _with_bases(path: Path, readers: tuple[Path, ...]) -> Iterator[DictConfig | ListConfig]:
+    """The contents of the file's bases, of theirs first, and then its own.
+
+    Args:
+        readers: the files that led to this one, outermost first.
+    """
+    here = path.resolve()
+    if here in readers:
+        circle = " -> ".join(str(file) for file in (*readers[readers.index(here) :], here))
+        raise ConfigError(f"base: {circle} is a circle. Take one of these files out of another's base.")
+    own = OmegaConf.load(path)
+    bases = own.pop("base", None) if isinstance(own, DictConfig) else None
+    if not isinstance(bases, ListConfig | None) or not all(isinstance(base, str) for base in bases or ()):
+        raise ConfigError(f"base={bases!r} of {path} is not allowed: it must be a list of YAML files. Write [{bases}].")
+    for base in bases or ():
+        file = path.parent / base
+        if not file.is_file():
+            raise ConfigError(f"base={base!r} of {path} is not a file: there is no {file}. Paths start at that folder.")
+        yield from _with_bases(file, (*readers, here))
+    yield own
 
 
 def _known_keys(error: OmegaConfBaseException) -> str:

@@ -10,6 +10,7 @@ from megatron_sr1.config.evaluation import EvaluateConfig
 from megatron_sr1.config.model import LayoutConfig, ModelConfig, PrecisionConfig, RecomputeConfig
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.rules import require
+from megatron_sr1.config.tracking import TrackConfig
 from megatron_sr1.config.training import ObjectiveConfig, OptimizerConfig, TrainConfig
 
 
@@ -30,6 +31,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
         require(self.nproc > 0, "nproc", self.nproc, "greater than 0", "Set nproc to the number of ranks.")

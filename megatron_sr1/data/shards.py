@@ -26,7 +26,8 @@ _URLS_AT_ONCE = 16
 
 
 def expand_shards(patterns: Sequence[str], key: str) -> list[str]:
-    """Expands paths, glob patterns and URLs with braces, in the given order, each glob's matches sorted, each once.
+    """Expands paths, glob patterns, folders (all shards in and below them) and URLs with braces, in the given order,
+    each glob's matches sorted, each once.
 
     Args:
         key: the configuration key the patterns come from, for messages ("data.train").
@@ -41,7 +42,8 @@ def expand_shards(patterns: Sequence[str], key: str) -> list[str]:
         if is_url(pattern):
             found.update(dict.fromkeys(expand_url(pattern)))
             continue
-        matches = [match for match in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(match)]
+        wanted = os.path.join(glob.escape(pattern), "**", "*.tar") if os.path.isdir(pattern) else pattern
+        matches = [match for match in sorted(glob.glob(wanted, recursive=True)) if os.path.isfile(match)]
         if not matches:
             raise ValueError(
                 f"{key}: {pattern!r} matches no file (looked from {os.getcwd()}). Correct the path or write the shards."

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_sr1.config import Config, ConfigError
+from megatron_sr1.config import Config, row_tokens
 from megatron_sr1.objective import Preset, stream_advantages, token_kinds, token_weights
 from megatron_sr1.packing import moved, pack, scatter_rows, split_for_ranks
 from megatron_sr1.processing import Processor
@@ -65,7 +65,7 @@ class Batcher:
             ConfigError: train.micro_batch_tokens has no room for a row of the layout.
         """
         self._config = config
-        self._row_tokens = _row_tokens(config)
+        self._row_tokens = row_tokens(config)
         self._device = device
         self._processor = processor
         self._replicas = replicas
@@ -197,18 +197,6 @@ class Batcher:
         if block is not None:
             inside = torch.tensor(self._processor.segment_mask(rollout.response_ids, block), dtype=torch.float32)
         return inside if tokens == "description" else everything - inside
-
-
-def _row_tokens(config: Config) -> int:
-    """train.micro_batch_tokens, rounded down to what rows are padded to."""
-    budget, multiple = config.train.micro_batch_tokens, config.row_multiple
-    if budget < multiple:
-        raise ConfigError(
-            f"train.micro_batch_tokens={budget} is not allowed: it must be at least {multiple}, the multiple that "
-            "layout.context, layout.tensor with layout.sequence_parallel, and the fp8 recipe pad every row to. "
-            "Raise it, or use a smaller layout."
-        )
-    return budget - budget % multiple
 
 
 def _with_grad_rows(batch: MicroBatch, advantages: Tensor, weights: Tensor, streams: Sequence[Stream]) -> MicroBatch:

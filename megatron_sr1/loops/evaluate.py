@@ -1,103 +1,213 @@
-"""Greedy evaluation of both passes on held-out prompts."""
+"""Evaluation of both passes on held-out prompts: answered chunk by chunk, graded, recorded, judged, summarised.
+
+Prompts without images are answered in one pass, with the plain reasoning template: there is nothing to describe.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
-from megatron_sr1.config import Config
-from megatron_sr1.data import open_dataset, read_in_order
-from megatron_sr1.loops.generation import build_generator
+from megatron_sr1.config import Config, EvaluateConfig
+from megatron_sr1.evaluation import (
+    Identity,
+    Judge,
+    Record,
+    append_records,
+    check_identity,
+    digest_of,
+    drop_unfinished,
+    file_digests,
+    judge_records,
+    keep_identity,
+    model_digest,
+    print_sources,
+    record_of,
+)
+from megatron_sr1.loops.evaluate_files import EvaluationFiles, write_summary
+from megatron_sr1.loops.generation import Passes, build_generator
+from megatron_sr1.loops.grading import Vectors, grade_pairs
+from megatron_sr1.loops.heldout import Heldout, heldout_prompts, passes_of
 from megatron_sr1.loops.run import Run, open_run
-from megatron_sr1.loops.scoring import Rewards, rewards_of, score_groups, summarise
 from megatron_sr1.objective import Preset, preset_from_config
 from megatron_sr1.platform import Platform
 from megatron_sr1.report import print_table, summary_rows
-from megatron_sr1.rewards import faithful
-from megatron_sr1.types import Generator, Prompt, RolloutGroup, Sampling, SftSample
+from megatron_sr1.types import Generator, Prompt, RolloutGroup, Sampling, Template
+
+Value = TypeVar("Value")
+# whatever the preset trains on
+_COMPONENTS: Mapping[Template, tuple[str, ...]] = {
+    "see_think": ("acc", "acc_vis", "fmt", "fmt_vis", "leak"),
+    "cot": ("acc", "fmt_cot"),
+}
+_RECORDED = ("max_prompts", "samples", "temperature", "chunk_prompts")
+_LOG_WIDTH = 120  # characters of a table in a file
 
 
-def run_evaluate(config: Config, platform: Platform) -> None:
-    """Evaluates the weights of `model.hf_dir` on `data.heldout`: a table, and `<run_dir>/eval/evaluate.json`."""
-    with open_run(config, platform) as run:
-        generator = build_generator(run, config.model.hf_dir)
-        evaluate(run, generator, heldout_prompts(run), label="evaluate", step=0)
-        if platform.is_main:
-            print_table(Console(), summary_rows(run.folder))
+def run_evaluate(config: Config, platform: Platform, *, restart: bool = False) -> None:
+    """Evaluates the weights of `model.hf_dir` on `data.heldout`: tables, `<run_dir>/eval/evaluate.json` and, for every
+    sample, `evaluate.jsonl`. One that was interrupted goes on after its last whole chunk, to the same bytes; one that
+    is complete starts no engine, and asks the judge for verdicts that are missing.
 
-
-def heldout_prompts(run: Run) -> list[Prompt]:
-    """The prompts of `data.heldout`, at most `evaluate.max_prompts` of them where that is not 0."""
-    config, quarantine = run.config, run.quarantine("heldout")
-    dataset = open_dataset(config.data, config.data.heldout, "data.heldout", quarantine)
-    return only_prompts(read_in_order(dataset, config.evaluate.max_prompts, quarantine), "data.heldout")
-
-
-def only_prompts(samples: Sequence[Prompt | SftSample], key: str) -> list[Prompt]:
-    """The samples, which must all be prompts.
+    Args:
+        restart: what an earlier evaluation left in the folder is removed first.
 
     Raises:
-        ValueError: one is a demonstration; `key` names the configuration key of the shards.
+        ValueError: what is in the folder was made of another model, other data or another sampling.
+        ConfigError: the judge's key is not in the environment, or the judge refuses every question.
     """
-    for sample in samples:
-        if isinstance(sample, SftSample):
-            raise ValueError(f"{key} holds the demonstration {sample.prompt.key!r}. Give shards without responses.")
-    return list(samples)
+    label, settings = "evaluate", config.evaluate
+    with open_run(config, platform) as run:
+        heldout = heldout_prompts(run)
+        files = EvaluationFiles(run.folder, label)
+        model = model_digest(run.gather(file_digests(Path(config.model.hf_dir), platform.rank, platform.world_size)))
+        identity = _identity(config, heldout, model)
+        answered = _on_main(run, lambda: _resume(files, identity, restart))
+        engines = functools.cache(lambda: build_generator(run, config.model.hf_dir))  # not where all is answered
+        _answer(run, engines, heldout, files, digest_of(identity), 0, answered)
+        if platform.is_main:  # the others are done: no collective may wait for a judge
+            if settings.judge_url:
+                _judge(run, files, settings)
+            summary, by_source = write_summary(files, identity, heldout, settings, 0)
+            console = Console() if Console().is_terminal else Console(width=_LOG_WIDTH)
+            print_table(console, summary_rows(run.folder))
+            print_sources(console, summary, by_source)
 
 
-def evaluate(run: Run, generator: Generator, prompts: Sequence[Prompt], *, label: str, step: int) -> list[RolloutGroup]:
-    """One greedy answer per prompt and pass; writes `eval/<label>.json` and returns the answers. Collective."""
-    config = run.config
-    preset: Preset = preset_from_config(config.objective)
-    sampling = Sampling(1, 0.0, config.rollout.max_response_tokens, config.seed, preset.template)
-    groups = generator.generate(prompts, sampling, step)
-    rewards = score_groups(groups, preset, run.platform.rank, run.platform.world_size, run.gather)
+def evaluate(run: Run, generator: Generator, heldout: Heldout, *, label: str, step: int) -> list[RolloutGroup]:
+    """Evaluates the weights that the generator holds; writes `eval/<label>.json` and `.jsonl`, from the beginning.
+    Collective.
+
+    Returns:
+        The answers to the first `evaluate.verify_export` prompts.
+    """
+    files = EvaluationFiles(run.folder, label)
+    identity = _identity(run.config, heldout, f"the policy after step {step}")
     if run.platform.is_main:
-        folder = run.folder / "eval"
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        result = {
-            "label": label,
-            "step": step,
-            "summary": {**summarise(groups, rewards), "num_prompts": len(groups)},
-            "by_source": _by_source(groups, rewards),
-            "examples": [_example(run, groups[index], rewards, index) for index in range(_examples(config, groups))],
-        }
-        (folder / f"{label}.json").write_text(json.dumps(result, indent=1) + "\n")
-    return groups
+        files.remove()
+        keep_identity(files.identity, identity)
+    answers = _answer(run, lambda: generator, heldout, files, digest_of(identity), step, [])
+    if run.platform.is_main:
+        write_summary(files, identity, heldout, replace(run.config.evaluate, judge_url=""), step)
+    return answers
 
 
-def _examples(config: Config, groups: Sequence[RolloutGroup]) -> int:
-    return min(config.evaluate.examples, len(groups))
-
-
-def _by_source(groups: Sequence[RolloutGroup], rewards: Rewards) -> dict[str, dict[str, Any]]:
-    sources = sorted({group.prompt.source for group in groups})
-    result = {}
-    for source in sources:
-        indices = [index for index, group in enumerate(groups) if group.prompt.source == source]
-        share = {name: value[indices] for name, value in rewards.items()}
-        result[source] = {**summarise([groups[index] for index in indices], share), "num_prompts": len(indices)}
-    return result
-
-
-def _example(run: Run, group: RolloutGroup, rewards: Rewards, index: int) -> dict[str, Any]:
-    pair, prompt = group.pairs[0], group.prompt
-    images = []
-    for number, image in enumerate(prompt.images):
-        name = f"eval/images/{index:04d}_{number}.png"
-        image.save(run.folder / name)
-        images.append(name)
+def _identity(config: Config, heldout: Heldout, model: str) -> Identity:
+    """What the records depend on, by configuration key where there is one."""
+    rollout, settings = config.rollout, config.evaluate
     return {
-        "key": prompt.key,
-        "problem": prompt.problem,
-        "answer": prompt.answer,
-        "images": images,
-        "first": pair.first.response_text,
-        "second": None if pair.second is None else pair.second.response_text,
-        "description": pair.description,
-        "rewards": {name: value for name, value in rewards_of(rewards, index).items() if name != "format"},
-        "faithful": faithful(pair.description, prompt),
+        "the model": model,
+        "the data": heldout.fingerprint,
+        "the template": preset_from_config(config.objective).template,
+        "seed": config.seed,
+        "rollout.max_response_tokens": rollout.max_response_tokens,
+        "rollout.max_description_tokens": rollout.max_description_tokens,
+        **{f"evaluate.{name}": getattr(settings, name) for name in _RECORDED},
     }
+
+
+def _on_main(run: Run, work: Callable[[], Value]) -> Value:
+    """The main rank's result on every rank; so is its ValueError. Collective."""
+    outcome: list[tuple[Value | None, str]] = []
+    if run.platform.is_main:
+        try:
+            outcome.append((work(), ""))
+        except ValueError as error:
+            outcome.append((None, str(error)))
+    ((value, refusal),) = run.gather(outcome)
+    if refusal:
+        raise ValueError(refusal)
+    return value
+
+
+def _resume(files: EvaluationFiles, identity: Identity, restart: bool) -> list[str]:
+    """Keys of the prompts that are answered already."""
+    if restart:
+        files.remove()
+    check_identity(files.identity, identity)
+    return drop_unfinished(files.records, digest_of(identity))
+
+
+def _answer(
+    run: Run,
+    generator: Callable[[], Generator],
+    heldout: Heldout,
+    files: EvaluationFiles,
+    made_of: str,
+    step: int,
+    answered: Sequence[str],
+) -> list[RolloutGroup]:
+    """Answers and records all prompts after the answered ones; `generator` is called only if there are any."""
+    settings, kept = run.config.evaluate, []
+    num_answered = len(answered)
+    for chunk in heldout.chunks(settings.chunk_prompts, answered):
+        answers = _answer_chunk(run, generator(), chunk, step)
+        if run.platform.is_main:
+            append_records(files.records, _records(answers, made_of))
+        kept += [group for group, _, _ in answers[: settings.verify_export - len(kept)]]
+        num_answered += len(chunk)
+        if len(heldout) > settings.chunk_prompts:
+            run.say(f"answered {num_answered} of {len(heldout)} prompts")
+    if not num_answered:
+        raise ValueError("data.heldout holds no sample that can be read, so there is nothing to evaluate.")
+    return kept
+
+
+def _answer_chunk(
+    run: Run, generator: Generator, chunk: Sequence[Prompt], step: int
+) -> list[tuple[RolloutGroup, Template, Vectors]]:
+    """Each prompt's answers, its template and its rewards, in order. Collective."""
+    config, preset = run.config, preset_from_config(run.config.objective)
+    answers: dict[int, tuple[RolloutGroup, Template]] = {}
+    for (template, second_pass), indices in _by_passes(chunk, preset).items():
+        sampling = Sampling(
+            config.evaluate.samples,
+            config.evaluate.temperature,
+            config.rollout.max_response_tokens,
+            config.seed,
+            template,
+            second_pass,
+        )
+        groups = generator.generate([chunk[index] for index in indices], sampling, step)
+        for index, group in zip(indices, groups, strict=True):
+            answers[index] = (replace(group, group_id=index), template)
+    mine = sorted(answers)[run.platform.rank :: run.platform.world_size]
+    graded = dict(run.gather([(index, _grade(*answers[index])) for index in mine]))
+    return [(*answers[index], graded[index]) for index in range(len(chunk))]
+
+
+def _by_passes(chunk: Sequence[Prompt], preset: Preset) -> dict[Passes, list[int]]:
+    """Indices into the chunk."""
+    parts: dict[Passes, list[int]] = {}
+    for index, prompt in enumerate(chunk):
+        parts.setdefault(passes_of(prompt, preset), []).append(index)
+    return parts
+
+
+def _grade(group: RolloutGroup, template: Template) -> Vectors:
+    return grade_pairs(group.pairs, group.prompt, _COMPONENTS[template])
+
+
+def _records(answers: Sequence[tuple[RolloutGroup, Template, Vectors]], made_of: str) -> list[Record]:
+    last = len(answers) - 1
+    return [
+        record_of(group, template, vectors, made_of, ends_chunk=index == last)
+        for index, (group, template, vectors) in enumerate(answers)
+    ]
+
+
+def _judge(run: Run, files: EvaluationFiles, settings: EvaluateConfig) -> None:
+    run.say(f"asking {settings.judge_model} about the descriptions")
+    with Judge(settings) as judge:
+        outcome = judge_records(files.records, judge.ask, settings.judge_model, settings.judge_concurrency)
+    run.say(f"asked {outcome.num_asked} questions")
+    if outcome.num_missing:
+        run.say(
+            f"{outcome.num_missing} verdicts are missing and are counted nowhere; the last one because: "
+            f"{outcome.last_failure}. Run the command again to ask for them."
+        )

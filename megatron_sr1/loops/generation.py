@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from megatron_sr1.config import Config
+from megatron_sr1.data import Check
 from megatron_sr1.loops.run import Run
 from megatron_sr1.processing import Processor
 from megatron_sr1.rollout import Engine, Limits, TwoPassGenerator, refusals, stale_vision_canary
-from megatron_sr1.types import Prompt, Sampling, SftSample
+from megatron_sr1.types import Prompt, SftSample, Template
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 
 Weights = Callable[[], Iterable[tuple[str, "Tensor"]]]
+Passes = tuple[Template, bool]  # of the first pass; whether a second one follows
 _CANARY_SIDE = 56  # pixels: a few visual tokens for every family
 
 
@@ -59,18 +61,18 @@ def build_generator(run: Run, hf_dir: str, weights: Weights | None = None) -> Tw
     )
 
 
-def prompt_check(config: Config, sampling: Sampling) -> Callable[[Prompt | SftSample], None]:
-    """What a training prompt must be beyond readable: short enough for the engines, in both passes.
+def prompt_check(config: Config, passes: Callable[[Prompt], Passes]) -> Check:
+    """What a prompt must be beyond readable: short enough for the engines, in each of its passes.
 
     The function raises ValueError with the sample's key, its length and the limits.
     """
     rollout = config.rollout
-    limits = Limits(sampling.max_response_tokens, rollout.max_model_tokens, rollout.max_description_tokens)
+    limits = Limits(rollout.max_response_tokens, rollout.max_model_tokens, rollout.max_description_tokens)
     processor = Processor.from_pretrained(config.model.hf_dir)
 
     def check(sample: Prompt | SftSample) -> None:
         prompt = sample.prompt if isinstance(sample, SftSample) else sample
-        refused = list(refusals(processor, prompt, sampling.template, sampling.second_pass, limits))
+        refused = list(refusals(processor, prompt, *passes(prompt), limits))
         if refused:
             raise ValueError("\n".join(refused))
 

@@ -6,6 +6,7 @@ This module stays light (no torch), because every worker imports it.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -29,7 +30,7 @@ class Graders:
     def __init__(self, components: Sequence[str], num_workers: int = 1) -> None:
         """`components`: names of REWARDS. The workers start with the first group."""
         self._components = tuple(components)
-        self._pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_die_with_parent)
+        self._pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_live_with_parent)
         self._futures: dict[int, Future[Vectors]] = {}
 
     def close(self) -> None:
@@ -53,8 +54,11 @@ class Graders:
         return graded
 
 
-def _die_with_parent() -> None:
-    """A worker waits for work on a pipe that it holds open itself: without this it would outlive a killed rank."""
+def _live_with_parent() -> None:
+    """A worker waits for work on a pipe that it holds open itself: without this it would outlive a killed rank. And a
+    cluster that asks a run to stop signals all its processes: without this the rank could not end its step."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
 

@@ -13,9 +13,11 @@ from megatron_sr1.config import Config
 from megatron_sr1.kernels import fused_stream_loss
 from megatron_sr1.loops.batches import Batcher, StreamBatch
 from megatron_sr1.loops.clock import Clock
-from megatron_sr1.loops.evaluate import evaluate, heldout_prompts, only_prompts
-from megatron_sr1.loops.generation import build_generator
+from megatron_sr1.loops.evaluate import evaluate
+from megatron_sr1.loops.generation import Passes, build_generator, prompt_check
+from megatron_sr1.loops.heldout import Heldout, heldout_prompts, only_prompts
 from megatron_sr1.loops.live import LiveRollouts
+from megatron_sr1.loops.preemption import watch_for_stop
 from megatron_sr1.loops.replay import SavedRollouts, rollouts_file
 from megatron_sr1.loops.run import Run, metrics_of, open_run
 from megatron_sr1.loops.scoring import Rewards, summarise, without_leaks, write_rollouts
@@ -53,7 +55,7 @@ def run_grpo(
 def _train(run: Run, rollouts_only: bool, from_rollouts: Path | None) -> None:
     config, train = run.config, run.config.train
     preset = preset_from_config(config.objective)
-    feed, heldout = run.feed("train"), heldout_prompts(run)
+    feed, heldout = run.feed("train", prompt_check(config, lambda _: _passes(preset))), heldout_prompts(run)
     updates = config.rollout.prompts_per_step // train.batch_size
     keep_reference = any(s.kl_coef > 0 for s in preset.streams)
     policy = Policy(config, run.platform, num_optimizer_steps=train.steps * updates, keep_reference=keep_reference)
@@ -71,8 +73,16 @@ def _train(run: Run, rollouts_only: bool, from_rollouts: Path | None) -> None:
         run.say(f"evaluating the starting point on {len(heldout)} held-out prompts")
         evaluate(run, generator, heldout, label="before", step=0)
 
-    with feed, metrics_of(run, progress.step) as writer, _rollouts(run, generator, preset, from_rollouts) as rollouts:
+    with (
+        feed,
+        metrics_of(run, progress.step) as writer,
+        _rollouts(run, generator, preset, from_rollouts) as rollouts,
+        watch_for_stop(run.platform) as stop,
+    ):
         for step in range(progress.step, train.steps):
+            # before the step, not after the last: a run that stopped or was killed in between makes it up
+            if evaluating and step and train.evaluate_every and step % train.evaluate_every == 0:
+                evaluate(run, generator, heldout, label=f"step-{step}", step=step)
             clock = Clock()
             batch = feed.next(config.rollout.prompts_per_step)
             prompts = only_prompts(batch.samples, "data.train")
@@ -90,21 +100,23 @@ def _train(run: Run, rollouts_only: bool, from_rollouts: Path | None) -> None:
                 if generator is not None:
                     write_rollouts(rollouts_file(run.folder / "rollouts", step), groups, rewards)
                 writer.write(step, {**_metrics(groups, rewards, preset, results, clock), **feed.metrics})
-            if rollouts_only:
-                continue
-            if progress.step % train.save_every == 0 or progress.step == train.steps:
+            stopping = stop.agreed()
+            due = stopping or progress.step % train.save_every == 0 or progress.step == train.steps
+            if due and not rollouts_only:
                 checkpoints.save(policy, progress)
-            due = train.evaluate_every and progress.step % train.evaluate_every == 0
-            if evaluating and due and progress.step < train.steps:
-                evaluate(run, generator, heldout, label=f"step-{progress.step}", step=progress.step)
-    if rollouts_only:
-        return
+            if stopping:
+                stop.leave(progress.step)
+    if not rollouts_only:
+        _finish(run, policy, generator, heldout)
+
+
+def _finish(run: Run, policy: Policy, generator: Generator | None, heldout: Heldout) -> None:
     answers = []
-    if evaluating:
+    if generator is not None:
         run.say(f"evaluating the trained policy on {len(heldout)} held-out prompts")
-        answers = evaluate(run, generator, heldout, label="after", step=progress.step)
+        answers = evaluate(run, generator, heldout, label="after", step=run.config.train.steps)
     run.export(policy)
-    run.verify_export(answers[: config.evaluate.verify_export])
+    run.verify_export(answers[: run.config.evaluate.verify_export])
     run.say(f"exported to {run.export_dir}")
 
 
@@ -122,14 +134,20 @@ def _rollouts(
 
 def _sampling(config: Config, preset: Preset) -> Sampling:
     rollout = config.rollout
+    template, second_pass = _passes(preset)
     return Sampling(
         num_samples=rollout.samples_per_prompt,
         temperature=rollout.temperature,
         max_response_tokens=rollout.max_response_tokens,
         seed=config.seed,
-        template=preset.template,
-        second_pass=preset.second_pass or preset.template == "see_think",  # measured even where it earns nothing
+        template=template,
+        second_pass=second_pass,
     )
+
+
+def _passes(preset: Preset) -> Passes:
+    """The second pass is measured even where it earns nothing."""
+    return preset.template, preset.second_pass or preset.template == "see_think"
 
 
 class _Trainer:

@@ -16,8 +16,8 @@ import torch.distributed
 from megatron_sr1.checkpoint import Checkpointer, Progress
 from megatron_sr1.config import Config, dump_config
 from megatron_sr1.convert import compare_greedy, write_hf_dir
-from megatron_sr1.data import Quarantine, SampleFeed, StreamState, VisualTokens, open_stream
-from megatron_sr1.metrics import MetricsWriter
+from megatron_sr1.data import Check, Quarantine, SampleFeed, StreamState, VisualTokens, open_stream
+from megatron_sr1.metrics import MetricsWriter, Trackers
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.processing import Processor
@@ -48,8 +48,8 @@ class Run:
         file = self.folder / "quarantine" / f"{name}.jsonl"
         return Quarantine(self.config.data.max_bad_samples, file if self.platform.is_main else None)
 
-    def feed(self, name: Literal["train", "cold_start"]) -> SampleFeed:
-        """The samples of `data.<name>`, all of every batch on every rank.
+    def feed(self, name: Literal["train", "cold_start"], check: Check | None = None) -> SampleFeed:
+        """The samples of `data.<name>`, all of every batch on every rank; those that `check` raises for are bad ones.
 
         Raises:
             ValueError: shards are missing or damaged, or have no index where one is needed.
@@ -57,8 +57,8 @@ class Run:
         data, quarantine = self.config.data, self.quarantine(name)
         lengths = visual_tokens(self.config.model.hf_dir) if data.max_prompt_tokens else None
         stream = open_stream(data, name, self.config.seed, quarantine, lengths)
-        prefetch = data.prefetch_mib << 20
-        return SampleFeed(stream, quarantine, workers=data.workers, prefetch_bytes=prefetch, exchange=self.gather)
+        ahead = {"workers": data.workers, "prefetch_bytes": data.prefetch_mib << 20}
+        return SampleFeed(stream, quarantine, **ahead, exchange=self.gather, check=check)
 
     def resume(self, policy: Policy, feed: SampleFeed) -> Progress:
         """Loads the newest checkpoint into the policy and sets the feed to its place; where there is none, the start.
@@ -155,5 +155,9 @@ def metrics_of(run: Run, start_step: int) -> Iterator[MetricsWriter | None]:
     if not run.platform.is_main:
         yield None
         return
-    with MetricsWriter(run.folder, start_step, run.config.train.steps) as writer:
+    steps = run.config.train.steps
+    with (
+        Trackers(run.config) as trackers,
+        MetricsWriter(run.folder, start_step, steps, further=(trackers,)) as writer,
+    ):
         yield writer

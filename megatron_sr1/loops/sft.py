@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_sr1.checkpoint import Progress
 from megatron_sr1.config import Config
 from megatron_sr1.loops.batches import Batcher, SftBatch
+from megatron_sr1.loops.preemption import watch_for_stop
 from megatron_sr1.loops.run import Run, metrics_of, open_run
 from megatron_sr1.objective import sft_loss
 from megatron_sr1.platform import Platform
@@ -31,7 +32,7 @@ def _train(run: Run) -> None:
     batcher = Batcher(config, Processor.from_pretrained(config.model.hf_dir), policy.groups.data, run.platform.device)
     checkpoints = run.checkpointer()
     progress = run.resume(policy, feed)
-    with feed, metrics_of(run, progress.step) as writer:
+    with feed, metrics_of(run, progress.step) as writer, watch_for_stop(run.platform) as stop:
         for step in range(progress.step, config.train.steps):
             start = time.perf_counter()
             taken = feed.next(config.train.batch_size)
@@ -44,8 +45,11 @@ def _train(run: Run) -> None:
                 writer.write(
                     step, {**result.metrics, **optimizer, **feed.metrics, "seconds/step": time.perf_counter() - start}
                 )
-            if progress.step % config.train.save_every == 0 or progress.step == config.train.steps:
+            stopping = stop.agreed()
+            if stopping or progress.step % config.train.save_every == 0 or progress.step == config.train.steps:
                 checkpoints.save(policy, progress)
+            if stopping:
+                stop.leave(progress.step)
     run.export(policy)
     run.say(f"exported to {run.export_dir}")
 

@@ -1,5 +1,5 @@
 """The only place that knows a CPU from an accelerator."""
 
-from megatron_sr1.platform.runtime import Platform, run_on_ranks, start_platform
+from megatron_sr1.platform.runtime import STOPPED_STATUS, Platform, run_on_ranks, start_platform
 
-__all__ = ["Platform", "run_on_ranks", "start_platform"]
+__all__ = ["STOPPED_STATUS", "Platform", "run_on_ranks", "start_platform"]

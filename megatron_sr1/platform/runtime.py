@@ -9,9 +9,11 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,7 +25,9 @@ from megatron_sr1.platform.cpu_shim import install_cpu_shim, patch_megatron
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a rank that waits longer than this for a dead peer fails
+STOPPED_STATUS = os.EX_TEMPFAIL  # 75, sysexits.h: "the user is invited to retry"; of a run that was asked to stop
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_GRACE_SECONDS = 5.0  # for the ranks beside one that ended, to end too
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,13 @@ class Platform:
 def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) -> None:
     """Calls `function(*arguments)` on `num_ranks` processes of this machine that form one process group.
 
-    Under torchrun, which has started the ranks already, it calls `function` here. Ranks that are started here meet over
-    a file and talk over loopback only; when one fails, or this process dies, the others are stopped.
+    Under torchrun or srun, which have started the ranks already, it calls `function` here. Ranks that are started here
+    meet over a file and talk over loopback only; when one fails, or this process dies, the others are stopped. A first
+    SIGTERM or SIGUSR1 to this process is passed on to them as SIGUSR1, a second SIGTERM kills them.
 
     Raises:
         torch.multiprocessing.ProcessException: a rank failed; the message holds its traceback.
+        SystemExit: the ranks were asked to stop and did, with STOPPED_STATUS.
     """
     if "RANK" in os.environ or num_ranks == 1:
         function(*arguments)
@@ -60,7 +66,40 @@ def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        torch.multiprocessing.spawn(_run_rank, args=(num_ranks, store, function, arguments), nprocs=num_ranks)
+        arguments = (num_ranks, store, function, arguments)
+        ranks = torch.multiprocessing.spawn(_run_rank, args=arguments, nprocs=num_ranks, join=False)
+        with _passing_on_signals(ranks) as received:
+            try:
+                while not ranks.join(grace_period=_GRACE_SECONDS):
+                    pass
+            except torch.multiprocessing.ProcessExitedException as error:
+                # a rank that is asked before it can save just ends
+                if error.exit_code == STOPPED_STATUS or (received and error.signal_name in ("SIGTERM", "SIGUSR1")):
+                    sys.exit(STOPPED_STATUS)
+                raise
+
+
+@contextmanager
+def _passing_on_signals(ranks: torch.multiprocessing.ProcessContext) -> Iterator[list[int]]:
+    """While it lasts, a stop signal to this process goes to the ranks; gives the list of those received."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and signal.SIGTERM in received:
+            for process in ranks.processes:
+                process.kill()
+            sys.exit(128 + signal.SIGTERM)
+        received.append(number)
+        for process in ranks.processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGUSR1)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run_rank(rank: int, num_ranks: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -74,11 +113,16 @@ def _run_rank(rank: int, num_ranks: int, store: str, function: Callable[..., Non
         world_size=num_ranks,
         timeout=COLLECTIVE_TIMEOUT,
     )
-    function(*arguments)
+    status = 0
+    try:
+        function(*arguments)
+    except SystemExit as stopped:
+        status = stopped.code
     torch.distributed.destroy_process_group()
     # all is said: as the interpreter ends, compiled libraries print pages about objects they still hold
     sys.stderr.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    sys.exit(status)
 
 
 def start_platform() -> Platform:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,8 @@ class StageCount:
     layers: tuple[int, ...]  # of each chunk
     language: int  # parameters
     vision: int
+    experts: int  # of `language`, those of routed experts: other ranks share their optimizer state
+    linear: int  # of `language`, the weights of the layers' matrix products, which fp8 casts
 
     @property
     def total(self) -> int:
@@ -62,20 +63,12 @@ def _count_rank(config: Config, stage: int, rank: int) -> StageCount:
         assert groups.pipeline.rank() == stage, (groups.pipeline.rank(), stage)
         chunks = build_chunks(read_architecture(config.model.hf_dir), config, platform, groups, torch.device("meta"))
         layers = tuple(len(chunk.decoder.layers) for chunk in chunks)
-        vision, language = _split_count(chunks)
-    return StageCount(stage, layers, language, vision)
-
-
-def _split_count(chunks: Sequence[torch.nn.Module]) -> tuple[int, int]:
-    """Vision and language parameters; each parameter counts once."""
-    vision = language = 0
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            if name.startswith("vision."):
-                vision += parameter.numel()
-            else:
-                language += parameter.numel()
-    return vision, language
+        sizes = [(name, weight.numel()) for chunk in chunks for name, weight in chunk.named_parameters()]
+    vision = sum(size for name, size in sizes if name.startswith("vision."))
+    experts = sum(size for name, size in sizes if ".experts." in name)
+    layers_of_decoder = [(name, size) for name, size in sizes if name.startswith("decoder.layers.")]
+    linear = sum(size for name, size in layers_of_decoder if ".linear_" in name and name.endswith(".weight"))
+    return StageCount(stage, layers, sum(size for _, size in sizes) - vision, vision, experts, linear)
 
 
 def count_table(hf_dir: str, layout: LayoutConfig, num_ranks: int) -> str:

@@ -1,7 +1,20 @@
-"""The report of one run, or of several runs side by side: a terminal table and one self-contained HTML file."""
+"""The report of one run, of several runs side by side, or of a sweep: terminal tables and one self-contained page."""
 
+from megatron_sr1.report.groups import GroupRow, RunGroup
 from megatron_sr1.report.page import write_report
 from megatron_sr1.report.runs import find_runs
+from megatron_sr1.report.sweep_page import write_sweep_report
+from megatron_sr1.report.sweep_table import print_tables
 from megatron_sr1.report.table import Row, print_table, summary_rows
 
-__all__ = ["Row", "find_runs", "print_table", "summary_rows", "write_report"]
+__all__ = [
+    "GroupRow",
+    "Row",
+    "RunGroup",
+    "find_runs",
+    "print_table",
+    "print_tables",
+    "summary_rows",
+    "write_report",
+    "write_sweep_report",
+]

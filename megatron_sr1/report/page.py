@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from megatron_sr1.report.examples import examples_section
-from megatron_sr1.report.plots import CHARTS, draw_chart
+from megatron_sr1.report.plots import CHARTS, Chart, draw_chart
 from megatron_sr1.report.runs import Run, read_run
 from megatron_sr1.report.table import COLUMNS, Column, Row, comparison_rows, percent
 
@@ -27,24 +27,29 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> list[Row]:
         raise ValueError("a report needs at least one run folder.")
     runs = [read_run(path) for path in run_dirs]
     rows = comparison_rows(runs)
+    sections = (summary_section(rows), _sources_section(rows), _curves_section(runs), examples_section(runs))
     title = " · ".join(run.name for run in runs)
-    sections = (_summary_section(rows), _sources_section(rows), _curves_section(runs), examples_section(runs))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page(title, (*sections, config_section(runs))), encoding="utf-8")
+    return rows
+
+
+def page(title: str, sections: Sequence[str]) -> str:
+    """The whole document around its sections."""
     style = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
-    page = (
+    return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Megatron-SR1 report: {escape(title)}</title><style>{style}</style></head><body><main>"
         f"<header><p>Megatron-SR1 report</p><h1>{escape(title)}</h1></header>"
-        f"{''.join(sections)}{_config_section(runs)}</main></body></html>\n"
+        f"{''.join(sections)}</main></body></html>\n"
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
-    return rows
 
 
-def _summary_section(rows: Sequence[Row]) -> str:
+def summary_section(rows: Sequence[Row], title: str = "Held-out evaluation") -> str:
+    """The table of evaluations, with what its columns mean."""
     if not rows:
-        return '<section><h2>Held-out evaluation</h2><p class="note">No evaluation yet.</p></section>'
+        return f'<section><h2>{title}</h2><p class="note">No evaluation yet.</p></section>'
     head = "".join(f'<th title="{escape(c.meaning)}">{escape(c.title)} {_arrow(c)}</th>' for c in COLUMNS)
     body = "".join(
         f"<tr><th>{escape(row.label)} <small>step {row.step}</small></th>"
@@ -54,7 +59,7 @@ def _summary_section(rows: Sequence[Row]) -> str:
     )
     meanings = "".join(f"<dt>{escape(c.title)}</dt><dd>{escape(c.meaning)}</dd>" for c in COLUMNS)
     return (
-        "<section><h2>Held-out evaluation</h2>"
+        f"<section><h2>{title}</h2>"
         '<p class="note">Percent of the prompts, greedy decoding; small: difference to the first row, in points.</p>'
         f'<div class="scroll"><table id="summary"><thead><tr><th></th>{head}<th>prompts</th></tr></thead>'
         f"<tbody>{body}</tbody></table></div><details><summary>What the columns mean</summary><dl>{meanings}</dl>"
@@ -98,25 +103,28 @@ def _curves_section(runs: Sequence[Run]) -> str:
     blocks = ""
     for group in groups:
         labels = [run.preset or run.name for run in group]
-        figures = "".join(_figure(group, labels, index) for index in range(len(CHARTS)))
+        figures = "".join(_chart(group, labels, chart) for chart in CHARTS)
         heading = f"<h3>{escape(group[0].name)}</h3>" if len(groups) > 1 else ""
         blocks += f'{heading}<div class="charts">{figures}</div>'
     return f"<section><h2>Training</h2>{blocks or '<p class=note>No training step yet.</p>'}</section>"
 
 
-def _figure(runs: Sequence[Run], labels: Sequence[str], index: int) -> str:
-    chart = CHARTS[index]
+def _chart(runs: Sequence[Run], labels: Sequence[str], chart: Chart) -> str:
     light, dark = (draw_chart(runs, labels, chart, theme) for theme in ("light", "dark"))
-    if light is None or dark is None:
-        return ""
+    return "" if light is None or dark is None else figure(chart.title, light, dark)
+
+
+def figure(title: str, light: str, dark: str) -> str:
+    """A chart in both themes, each a data address."""
     return (
-        f"<figure><figcaption>{escape(chart.title)}</figcaption><picture>"
+        f"<figure><figcaption>{escape(title)}</figcaption><picture>"
         f'<source srcset="{dark}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{light}" alt="{escape(chart.title)} over training steps"></picture></figure>'
+        f'<img src="{light}" alt="{escape(title)} over training steps"></picture></figure>'
     )
 
 
-def _config_section(runs: Sequence[Run]) -> str:
+def config_section(runs: Sequence[Run]) -> str:
+    """The resolved configuration of each run, folded."""
     blocks = "".join(
         f"<details><summary>{escape(str(run.path))}</summary><pre>{escape(run.config_text)}</pre></details>"
         for run in runs

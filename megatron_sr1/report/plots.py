@@ -76,16 +76,22 @@ def draw_chart(runs: Sequence[Run], labels: Sequence[str], chart: Chart, theme: 
         text = name if len(runs) == 1 else f"{label}: {name}"
         marker = "o" if len(values) == 1 else None
         axes.plot(steps, running_mean(values, window), style, color=color, linewidth=1.8, label=text, marker=marker)
-    _dress(axes, chart, theme)
+    dress(axes, chart.unit, theme)
+    return png_address(figure)
+
+
+def png_address(figure: Figure) -> str:
+    """The figure as a transparent PNG in a data address."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", transparent=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _dress(axes: Axes, chart: Chart, theme: str) -> None:
+def dress(axes: Axes, unit: str, theme: str) -> None:
+    """Labels, grid and legend of a chart over steps."""
     ink = INK[theme]
     axes.set_xlabel("step", color=ink)
-    axes.set_ylabel(chart.unit, color=ink)
+    axes.set_ylabel(unit, color=ink)
     axes.tick_params(colors=ink, labelsize=8)
     axes.grid(alpha=0.2, color=ink)
     axes.spines[["top", "right"]].set_visible(False)

@@ -256,6 +256,7 @@ class Engine:
                 "Finish them with step() first."
             )
         if self._asleep:
+            torch.accelerator.empty_cache()  # what training has left there; the engine's memory comes from elsewhere
             self._engine.wake_up(["weights"])
         check = WeightCheck(self._model) if self._num_updates % self._checksum_every == 0 else None
         reload_weights(self._engine, self._complete(weights, check))

@@ -13,7 +13,10 @@ from megatron_sr1.types import PassName, Prompt, Template
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_FIRST_PASS: dict[Template, Callable[[str], str]] = {"see_think": render_see_think, "cot": render_cot}
+_FIRST_PASS: dict[Template, Callable[[Prompt], str]] = {
+    "see_think": lambda prompt: render_see_think(prompt.problem),
+    "cot": lambda prompt: render_cot(prompt.problem, len(prompt.images)),
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def plan_first(processor: Processor, prompt: Prompt, template: Template) -> Pass
         raise ValueError(
             f"sampling.template={template!r} is not a first-pass template: it must be one of {', '.join(_FIRST_PASS)}."
         )
-    ids = processor.prompt_ids(_FIRST_PASS[template](prompt.problem), num_images=len(prompt.images))
+    ids = processor.prompt_ids(_FIRST_PASS[template](prompt), num_images=len(prompt.images))
     grids = [processor.grid(image.size) for image in prompt.images]
     return PassPrompt(prompt.key, "first", ids, processor.expand(ids, grids), prompt.images)
 

@@ -1,0 +1,11 @@
+"""Will a configuration fit its GPUs, and is it a good one: memory of every phase, before any GPU is asked for.
+
+Megatron-Core is imported here: start the platform first.
+"""
+
+from megatron_sr1.estimate.advice import advice
+from megatron_sr1.estimate.machine import Machine
+from megatron_sr1.estimate.plan import Phase, RunPlan, check_fits, make_plan
+from megatron_sr1.estimate.text import plan_text
+
+__all__ = ["Machine", "Phase", "RunPlan", "advice", "check_fits", "make_plan", "plan_text"]

@@ -1,0 +1,208 @@
+"""What is risky or slow in a configuration that can run. Every line says what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from megatron_sr1.config import Config, RecomputeConfig, how_to_get, missing_files
+from megatron_sr1.estimate.activations import stage_activations
+from megatron_sr1.estimate.machine import GIB
+from megatron_sr1.estimate.plan import TYPICAL, RunPlan
+
+MIN_HEADROOM = 0.05  # of a GPU that should stay free: the estimate is not better than that
+ROOM_FOR_LESS_RECOMPUTE = 0.15
+MAX_BUBBLE = 0.2
+MAX_IMBALANCE = 0.25
+MIN_CONTEXT_TOKENS = 4096  # of a sequence on a context rank; shorter pieces exchange more than they compute
+FP8_MULTIPLE = 16  # sides of a matrix that fp8 products take
+
+
+def advice(plan: RunPlan) -> list[str]:
+    """One line for each risky or slow choice, the gravest first."""
+    found = [*_missing(plan), *_memory(plan), *_tokens(plan)]
+    if plan.stages:
+        found += [*_layout(plan), *_stages(plan), *_recompute(plan), *_precision(plan)]
+    if plan.engine is not None:
+        found += _engine(plan)
+    return found
+
+
+def _missing(plan: RunPlan) -> Iterator[str]:
+    files = missing_files(plan.config.model.hf_dir)
+    if files:
+        yield (
+            f"model.hf_dir={plan.config.model.hf_dir!r} lacks {', '.join(files)}: a run stops at once. "
+            f"{how_to_get(plan.config.model.hf_dir)}"
+        )
+
+
+def _memory(plan: RunPlan) -> Iterator[str]:
+    phase, room = plan.fullest, plan.machine.gpu_gib * GIB
+    headroom = 1 - phase.peak / room
+    if 0 <= headroom < MIN_HEADROOM:
+        yield (
+            f"the {phase.name} phase leaves {headroom:.1%} of a GPU free, less than the estimate is exact to. Lower "
+            "rollout.kv_cache_gib or train.micro_batch_tokens, or spread the model over more ranks."
+        )
+    vision = max((stage.activations.vision for stage in plan.stages), default=0.0)
+    if vision > 0.2 * room and not plan.config.recompute.vision:
+        yield (
+            f"a row full of images keeps {vision / GIB:.0f} GiB of vision activations. Set recompute.vision to true: "
+            "only the inputs of the tower's blocks are kept then."
+        )
+
+
+def _tokens(plan: RunPlan) -> Iterator[str]:
+    config, longest = plan.config, plan.config.rollout.max_model_tokens
+    if plan.stages and plan.row_tokens < longest:
+        yield (
+            f"train.micro_batch_tokens={config.train.micro_batch_tokens} holds rows of {plan.row_tokens} tokens: a "
+            f"sequence of rollout.max_model_tokens={longest} would stop the run. Raise the first or lower the other."
+        )
+    elif plan.stages and plan.row_tokens < 2 * plan.sequence_tokens:
+        yield (
+            f"train.micro_batch_tokens={config.train.micro_batch_tokens} has room for hardly more than one sequence a "
+            f"row (about {plan.sequence_tokens:.0f} tokens each), so rows stay part-filled. Raise it."
+        )
+    if config.model.max_position < longest:
+        yield (
+            f"model.max_position={config.model.max_position} is less than rollout.max_model_tokens={longest}. Raise it."
+        )
+    room = longest - config.rollout.max_response_tokens
+    if plan.command == "grpo" and not 0 < config.data.max_prompt_tokens <= room:
+        yield (
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} lets prompts through that leave no room for a "
+            f"response: one stops the run. Set it to {room} or less (rollout.max_model_tokens - max_response_tokens)."
+        )
+
+
+def _layout(plan: RunPlan) -> Iterator[str]:
+    config, layout, node = plan.config, plan.config.layout, plan.machine.gpus_per_node
+    if layout.tensor > node or (plan.nodes > 1 and node % layout.tensor):
+        yield (
+            f"layout.tensor={layout.tensor} crosses nodes of {node} GPUs, and each layer waits for the network four "
+            "times. Lower it to a divisor of a node's GPUs, and raise layout.pipeline."
+        )
+    if layout.tensor > 1 and not layout.sequence_parallel:
+        yield (
+            f"layout.sequence_parallel=false with layout.tensor={layout.tensor} keeps whole hidden states on every "
+            "rank, for the same traffic. Set it to true."
+        )
+    if layout.expert > 1 and layout.expert > node:
+        yield (
+            f"layout.expert={layout.expert} spreads experts over nodes of {node} GPUs: every layer sends its tokens "
+            "over the network. Lower it to a node's GPUs, and raise layout.pipeline."
+        )
+    if not layout.distributed_optimizer and config.data_ranks * layout.context > 1:
+        yield (
+            f"layout.distributed_optimizer=false keeps the optimizer state {config.data_ranks * layout.context} times. "
+            "Set it to true."
+        )
+    if layout.context > 1 and config.rollout.max_model_tokens / layout.context < MIN_CONTEXT_TOKENS:
+        yield (
+            f"layout.context={layout.context} cuts sequences of at most {config.rollout.max_model_tokens} tokens into "
+            f"pieces under {MIN_CONTEXT_TOKENS}. Set it to 1, and give the ranks to layout.tensor or to replicas."
+        )
+    if config.train.batch_size % config.data_ranks:
+        yield (
+            f"train.batch_size={config.train.batch_size} does not divide among {config.data_ranks} data-parallel "
+            "replicas: some wait. Make it a multiple."
+        )
+
+
+def _stages(plan: RunPlan) -> Iterator[str]:
+    layout = plan.config.layout
+    if layout.pipeline == 1:
+        return
+    bubble = (layout.pipeline - 1) / (layout.virtual * plan.num_rows)
+    if bubble > MAX_BUBBLE:
+        yield (
+            f"about {plan.num_rows} rows a step on {layout.pipeline} pipeline stages: stages idle for {bubble:.0%} of "
+            "the computing time, (pipeline - 1) / (virtual * rows). Raise train.batch_size, lower "
+            "train.micro_batch_tokens, set layout.virtual to 2, or use fewer stages."
+        )
+    sizes = [stage.count.total for stage in plan.stages]
+    mean = sum(sizes) / len(sizes)
+    fullest = max(range(len(sizes)), key=lambda stage: sizes[stage])
+    if sizes[fullest] > (1 + MAX_IMBALANCE) * mean:
+        cause = "the vision tower and the embedding" if fullest == 0 else "its layers and the head"
+        yield (
+            f"stage {fullest} holds {sizes[fullest] / mean - 1:.0%} more parameters than the mean, for {cause}. Give "
+            f"it fewer layers by layout.stage_layers, now {[sum(stage.count.layers) for stage in plan.stages]}."
+        )
+
+
+def _recompute(plan: RunPlan) -> Iterator[str]:
+    recompute = plan.config.recompute
+    if recompute.mode == "selective" and set(recompute.modules) == {"core_attn"}:
+        yield (
+            "recompute.modules=['core_attn'] saves next to nothing: attention keeps no scores here. Name mlp, set "
+            "recompute.mode to full, or to none."
+        )
+    training = plan.phases[0]
+    limit = (1 - ROOM_FOR_LESS_RECOMPUTE) * plan.machine.gpu_gib * GIB
+    if recompute.mode == "full" and _training_peak(plan, RecomputeConfig("none", vision=recompute.vision)) < limit:
+        yield (
+            f"recompute.mode='full' costs a forward pass more, and is not needed: without it the {training.name} phase "
+            "would fit. Set it to none."
+        )
+
+
+def _training_peak(plan: RunPlan, recompute: RecomputeConfig) -> float:
+    config: Config = replace(plan.config, recompute=recompute)
+    rows = {"row_tokens": plan.row_tokens, "num_rows": plan.num_rows}
+    changes = [
+        stage_activations(plan.model, config, stage.count, **rows).total - stage.activations.total
+        for stage in plan.stages
+    ]
+    return max(plan.phases[0].total(stage) + change for stage, change in enumerate(changes))
+
+
+def _precision(plan: RunPlan) -> Iterator[str]:
+    precision, model, tensor = plan.config.precision, plan.model, plan.config.layout.tensor
+    if precision.dtype == "fp32":
+        yield "precision.dtype='fp32' computes without the GPU's tensor cores at full speed. Set it to bf16."
+    if precision.dtype != "fp8":
+        return
+    width = model.expert_ffn_size if model.num_experts else model.ffn_size // tensor
+    sides = {"hidden_size": model.hidden_size, "feed-forward width of a rank": width}
+    sides["heads * head_dim of a rank"] = model.num_heads * model.head_dim // tensor
+    for name, side in sides.items():
+        if side % FP8_MULTIPLE:
+            yield (
+                f"precision.dtype='fp8' with a {name} of {side}: fp8 products take multiples of {FP8_MULTIPLE}. Change "
+                "layout.tensor, or set precision.dtype to bf16."
+            )
+
+
+def _engine(plan: RunPlan) -> Iterator[str]:
+    config, rollout, engine = plan.config, plan.config.rollout, plan.engine
+    assert engine is not None
+    ranks, heads = rollout.engine_tensor, plan.model.num_kv_heads
+    wanted = rollout.max_running_requests * TYPICAL * rollout.max_model_tokens
+    if engine.kv_tokens < wanted:
+        fitting = max(1, int(engine.kv_tokens / (TYPICAL * rollout.max_model_tokens)))
+        yield (
+            f"rollout.kv_cache_gib={rollout.kv_cache_gib} holds {engine.kv_tokens:,} tokens, "
+            f"rollout.max_running_requests={rollout.max_running_requests} of half the longest take {wanted:,.0f}: "
+            f"requests are put back and computed again. Raise the first, or set the other to {fitting}."
+        )
+    if ranks > heads:
+        yield (
+            f"rollout.engine_tensor={ranks} keeps each of {heads} key/value heads {ranks // heads} times. Set it to "
+            f"{heads} or less."
+        )
+    if ranks > plan.machine.gpus_per_node or (plan.nodes > 1 and plan.machine.gpus_per_node % ranks):
+        yield (
+            f"rollout.engine_tensor={ranks} crosses nodes of {plan.machine.gpus_per_node} GPUs: every token waits for "
+            "the network. Set it to a divisor of a node's GPUs."
+        )
+    if plan.stages and not rollout.sleep:
+        yield "rollout.sleep=false keeps the engine's memory while the policy trains. Set it to true."
+    engines = config.nproc // ranks
+    if plan.stages and rollout.prompts_per_step < engines:
+        yield (
+            f"rollout.prompts_per_step={rollout.prompts_per_step} leaves some of {engines} engines without work. Raise "
+            "it, or rollout.engine_tensor."
+        )

@@ -1,0 +1,78 @@
+"""What a generation engine holds on each of its ranks: weights, KV cache, what a forward pass needs, a weight sync.
+
+    KV cache, a token:  2 * layers * max(1, g / t) * d * e     (keys and values; t ranks share g heads, or repeat them)
+    a forward pass of n tokens: residual, normed and attention states 6 n H e, gate, up and product 3 n F / t e, encoder
+    cache n (1 + L) H e, the vision tower's states and feed-forward part, fp32 logits and log-probs of every running
+    request
+
+L DeepStack features. vLLM is given the bytes of the KV cache, and splits the vision tower like the language model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sr1.config import Config, LayoutConfig
+from megatron_sr1.policy.architecture import Architecture
+from megatron_sr1.policy.parameter_counts import count_stages
+
+BATCHED_TOKENS = 8192  # of one forward pass at least, as rollout/engine.py asks vLLM for
+_LOGIT_COPIES = 3  # logits, processed logits and log-probs of a step
+
+
+@dataclass(frozen=True)
+class EngineBytes:
+    """Of one rank."""
+
+    weights: int
+    kv_cache: int
+    kv_tokens: int  # that the cache of the whole engine holds
+    forward: int
+    sync: int  # beside the weights, while new ones arrive
+
+
+def engine_bytes(model: Architecture, config: Config, *, element: int = 2) -> EngineBytes:
+    """An engine of `rollout.engine_tensor` ranks.
+
+    Args:
+        element: bytes of a weight and of a cached value; 4 on a CPU.
+    """
+    rollout = config.rollout
+    ranks = rollout.engine_tensor
+    weights = engine_parameters(config.model.hf_dir, model, ranks) * element
+    kv_cache = int(rollout.kv_cache_gib * 2**30)
+    batched = max(BATCHED_TOKENS, rollout.max_model_tokens)
+    hidden = 6 * model.hidden_size + (1 + len(model.deepstack_layers)) * model.hidden_size
+    width = model.ffn_size if not model.num_experts else model.expert_ffn_size * experts_per_token(model)
+    forward = batched * (hidden + 3 * width // ranks) * element
+    forward += _encoder_bytes(model, batched * element) // ranks
+    forward += _LOGIT_COPIES * 4 * rollout.max_running_requests * model.vocab_size
+    # a bucket, or the largest tensor where that is more, as the parts that arrive and as the whole; and one layer of
+    # the engine, which is filled beside the old one
+    largest = model.vocab_size * model.hidden_size * element
+    sync = 2 * max(rollout.sync_bucket_mib << 20, largest) + weights // model.num_layers
+    return EngineBytes(weights, kv_cache, kv_cache // kv_token_bytes(model, ranks, element=element), forward, sync)
+
+
+def _encoder_bytes(model: Architecture, values: int) -> int:
+    """Of the vision tower over as many visual tokens as a forward pass may take: states and the feed-forward part."""
+    tower = model.hf.vision_config.to_dict()
+    return tower["spatial_merge_size"] ** 2 * values * (6 * tower["hidden_size"] + 3 * tower["intermediate_size"])
+
+
+def kv_token_bytes(model: Architecture, ranks: int, *, element: int) -> int:
+    """Of one token on one of the `ranks` of an engine."""
+    return 2 * model.num_layers * max(1, model.num_kv_heads // ranks) * model.head_dim * element
+
+
+def experts_per_token(model: Architecture) -> int:
+    """0 for a dense model."""
+    return model.hf.text_config.num_experts_per_tok if model.num_experts else 0
+
+
+def engine_parameters(hf_dir: str, model: Architecture, ranks: int) -> int:
+    """Parameters on one of the `ranks` of an engine."""
+    count = count_stages(hf_dir, LayoutConfig(tensor=ranks, sequence_parallel=ranks > 1), ranks)[0]
+    experts = count.experts // ranks  # vLLM cuts every expert; Megatron counts them whole on each rank
+    repeated = max(0.0, 1 - model.num_kv_heads / ranks) * 2 * model.head_dim * model.hidden_size * model.num_layers
+    return count.language - count.experts + experts + int(repeated) + -(-count.vision // ranks)

@@ -1,0 +1,111 @@
+"""Activations that one language layer keeps for backward, tensor by tensor.
+
+After Korthikanti et al. 2022 (Reducing Activation Recomputation in Large Transformer Models, arXiv 2205.05198, section
+4), for what this policy's layers are: grouped queries, SwiGLU, RMSNorm, no dropout, attention that keeps no scores
+(their term 5 a s / h), a packed row instead of a batch. Transformer Engine's layers are meant; plain ones keep one more
+hidden state for each norm.
+
+    T tokens of a rank: the row's / context ranks        S  of these in norms: T / tensor with sequence parallelism
+    t tensor ranks    H hidden, F feed-forward width    h, g heads and key/value heads of d channels
+    e bytes of an element, 2 in fp8 too: what that keeps in 1 byte is not taken off
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sr1.config import LayoutConfig
+from megatron_sr1.policy.architecture import Architecture
+
+EXPERT_IMBALANCE = 1.5  # tokens of the busiest expert rank over the mean; routers are not balanced by a loss here
+_ATTENTION = ("attention norm", "query, key, value", "head norms", "turned", "attention", "sums of scores")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A layer's sizes on one rank of a layout, and the tokens it is given."""
+
+    tokens: float  # T
+    norm_tokens: float  # S
+    hidden: int
+    heads: float  # of a rank
+    kv_heads: float
+    head_dim: int
+    qk_norm: bool
+    ffn: float  # of a rank; of one expert in a mixture
+    chosen_experts: int = 0  # of a token; 0: the feed-forward part is dense
+    num_experts: int = 0
+    element: int = 2  # bytes
+
+
+def layer_shape(
+    model: Architecture, layout: LayoutConfig, row_tokens: int, *, element: int, is_moe: bool
+) -> LayerShape:
+    """The shape of one layer for a packed row."""
+    tokens = row_tokens / layout.context
+    return LayerShape(
+        tokens=tokens,
+        norm_tokens=tokens / layout.tensor if layout.sequence_parallel else tokens,
+        hidden=model.hidden_size,
+        heads=model.num_heads / layout.tensor,
+        kv_heads=max(1.0, model.num_kv_heads / layout.tensor),
+        head_dim=model.head_dim,
+        qk_norm=model.qk_norm,
+        ffn=model.expert_ffn_size if is_moe else model.ffn_size / layout.tensor,
+        chosen_experts=model.hf.text_config.num_experts_per_tok if is_moe else 0,
+        num_experts=model.num_experts if is_moe else 0,
+        element=element,
+    )
+
+
+def kept_tensors(shape: LayerShape) -> dict[str, float]:
+    """Bytes by name; together they are what the layer keeps where nothing is recomputed."""
+    token, norm = shape.tokens * shape.element, shape.norm_tokens * shape.element
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    kept = {
+        "attention norm": 2 * norm * shape.hidden,  # its input and its output
+        "query, key, value": token * (queries + 2 * keys),  # one tensor; attention keeps the values in it
+        "head norms": token * (queries + keys) if shape.qk_norm else 0.0,
+        "turned": token * (queries + keys),  # queries and keys after the rotary embedding
+        "attention": token * queries,  # for its own backward and the projection's
+        "sums of scores": 4 * shape.tokens * shape.heads,
+        "mlp norm": 2 * norm * shape.hidden,
+    }
+    return kept | (_expert_tensors(shape) if shape.chosen_experts else _mlp_tensors(shape))
+
+
+def _mlp_tensors(shape: LayerShape) -> dict[str, float]:
+    inner = shape.tokens * shape.element * shape.ffn
+    return {"gate and up": 2 * inner, "activation": 2 * inner, "product": inner}  # silu(gate), and up once more
+
+
+def _expert_tensors(shape: LayerShape) -> dict[str, float]:
+    """Tokens go to the ranks of their experts: `chosen_experts` copies of each, spread over the expert ranks."""
+    copies = shape.norm_tokens * shape.chosen_experts * EXPERT_IMBALANCE * shape.element
+    return {
+        "router": 2 * 4 * shape.norm_tokens * shape.num_experts,  # fp32 scores and probabilities
+        "routed tokens": copies * shape.hidden,
+        "gate and up": 2 * copies * shape.ffn,
+        "activation": 2 * copies * shape.ffn,
+        "product": 2 * copies * shape.ffn,  # before and after the router's weights
+        "expert outputs": copies * shape.hidden,
+    }
+
+
+def dropped_bytes(modules: tuple[str, ...], shape: LayerShape) -> float:
+    """Bytes of `kept_tensors` that selective recomputation of `modules` does not keep.
+
+    `core_attn` keeps its inputs, and with them all but the sums of scores: attention keeps no scores anyway.
+    """
+    kept = kept_tensors(shape)
+    inside = set(kept) - set(_ATTENTION) - {"mlp norm"}
+    names: set[str] = set()
+    for module in modules:
+        if module == "core_attn":
+            names.add("sums of scores")
+        elif module == ("moe" if shape.chosen_experts else "mlp"):
+            names |= inside
+        elif module == "moe_act" and shape.chosen_experts:
+            names |= {"activation", "product"}
+    norms = 0.5 * (kept["attention norm"] + kept["mlp norm"]) if "layernorm" in modules else 0.0  # their outputs
+    return sum(kept[name] for name in names) + norms

@@ -1,0 +1,200 @@
+"""The memory of every phase of a command, on every pipeline stage, from the configuration and the model's config.json.
+
+    training    trainer state + activations, and the engine where it does not sleep
+    rollout     trainer state + engine
+    sync        trainer state + the engine's weights + what a weight sync takes
+
+A step's rows are not known before it is made. They are counted as if a first pass took half of rollout.max_model_tokens
+and a second pass half of the longest description and response.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_sr1.config import Config, ConfigError, row_tokens
+from megatron_sr1.estimate.activations import StageActivations, stage_activations
+from megatron_sr1.estimate.engine import EngineBytes, engine_bytes
+from megatron_sr1.estimate.machine import GIB, Machine
+from megatron_sr1.estimate.state import TrainerState, trainer_state
+from megatron_sr1.objective import preset_from_config
+from megatron_sr1.platform.precision import check_bf16_layers
+from megatron_sr1.policy.architecture import Architecture, read_architecture
+from megatron_sr1.policy.parameter_counts import StageCount, count_stages
+
+RUNTIME_GIB = 4.0  # device context, communication buffers, library workspaces, fragments: taken as given, not derived
+TYPICAL = 0.5  # of the longest sequence: what a sequence is taken to be long
+COMMANDS = ("sft", "grpo", "evaluate")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A rank of a pipeline stage."""
+
+    count: StageCount
+    state: TrainerState
+    activations: StageActivations
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Named bytes of a rank of every pipeline stage."""
+
+    name: str
+    stages: tuple[Mapping[str, float], ...]
+
+    @property
+    def fullest(self) -> int:
+        """The stage whose ranks hold most."""
+        return max(range(len(self.stages)), key=self.total)
+
+    @property
+    def peak(self) -> float:
+        """Bytes of a rank of the fullest stage."""
+        return self.total(self.fullest)
+
+    def total(self, stage: int) -> float:
+        """Bytes of a rank of the stage."""
+        return sum(self.stages[stage].values())
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A command's memory. Without training there are no stages, without generation there is no engine."""
+
+    command: str
+    config: Config
+    machine: Machine
+    model: Architecture
+    nodes: int
+    row_tokens: int
+    sequence_tokens: float  # mean length of a sequence of a step, supposed
+    num_rows: int  # of a data-parallel replica in an optimizer step, about
+    stages: tuple[StagePlan, ...]
+    engine: EngineBytes | None
+    phases: tuple[Phase, ...]
+
+    @property
+    def fullest(self) -> Phase:
+        """The phase that takes most."""
+        return max(self.phases, key=lambda phase: phase.peak)
+
+
+def make_plan(command: str, config: Config, machine: Machine) -> RunPlan:
+    """The plan of a command, one of COMMANDS, whose configuration `config.check_model` has passed.
+
+    Raises:
+        ConfigError: what a run with this configuration would refuse about layout, precision or rows; nodes that would
+            be filled in part; a KV cache that does not hold the longest sequence.
+        ValueError: a model class that is not supported.
+    """
+    assert command in COMMANDS, command
+    model, rows = read_architecture(config.model.hf_dir), row_tokens(config)
+    check_bf16_layers(config.precision, model.num_layers, config.layout.pipeline)
+    length, sequences = _sequences(command, config)
+    num_rows = max(1, math.ceil(length * sequences / config.data_ranks / rows))
+    stages: tuple[StagePlan, ...] = ()
+    if command != "evaluate":
+        counts = count_stages(config.model.hf_dir, config.layout, config.nproc)
+        stages = tuple(_stage(model, config, count, command, rows, num_rows) for count in counts)
+    engine = None if command == "sft" else _checked_engine(model, config)
+    phases = tuple(_phases(config, stages, engine))
+    nodes = machine.nodes(config.nproc)
+    return RunPlan(command, config, machine, model, nodes, rows, length, num_rows, stages, engine, phases)
+
+
+def check_fits(plan: RunPlan) -> None:
+    """
+    Raises:
+        ConfigError: a phase takes more than a GPU has; the message names what is largest and what would help.
+    """
+    phase = plan.fullest
+    if phase.peak <= plan.machine.gpu_gib * GIB:
+        return
+    parts = phase.stages[phase.fullest]
+    largest = max(parts, key=lambda name: parts[name])
+    raise ConfigError(
+        f"the {phase.name} phase takes about {phase.peak / GIB:.1f} GiB on a rank of stage {phase.fullest}, more than "
+        f"the {plan.machine.gpu_gib:g} GiB of a GPU. Most of it: {largest}, {parts[largest] / GIB:.1f} GiB. "
+        f"{_REMEDIES[largest]}"
+    )
+
+
+_SPREAD = "Raise layout.tensor or layout.pipeline, with nproc where that is needed."
+_REMEDIES = {
+    "weights": _SPREAD,
+    "fp8 copies": "Set precision.dtype to bf16.",
+    "gradients": _SPREAD,
+    "optimizer": "Raise nproc: data-parallel ranks share it where layout.distributed_optimizer is on.",
+    "reference": "Set objective.kl_coef to 0 to train without one, or raise layout.tensor or layout.pipeline.",
+    "layers": "Set recompute.mode to full, lower train.micro_batch_tokens, or raise layout.tensor with "
+    "layout.sequence_parallel.",
+    "vision": "Set recompute.vision to true, or lower train.micro_batch_tokens.",
+    "head": "Lower train.micro_batch_tokens.",
+    "working": "Lower train.micro_batch_tokens or recompute.layers.",
+    "engine weights": "Raise rollout.engine_tensor.",
+    "KV cache": "Lower rollout.kv_cache_gib.",
+    "engine forward": "Lower rollout.max_running_requests, or raise rollout.engine_tensor.",
+    "weight sync": "Lower rollout.sync_bucket_mib.",
+    "runtime": "No model fits such a GPU.",
+}
+
+
+def _sequences(command: str, config: Config) -> tuple[float, int]:
+    """Mean length, and number, of the sequences of one optimizer step."""
+    rollout = config.rollout
+    first = TYPICAL * rollout.max_model_tokens
+    second = TYPICAL * (rollout.max_description_tokens + rollout.max_response_tokens)
+    if command == "sft":  # half of the demonstrations see an image
+        return (first + second) / 2, config.train.batch_size
+    preset = preset_from_config(config.objective)
+    both = preset.second_pass
+    number = config.train.batch_size * rollout.samples_per_prompt * (2 if both else 1)
+    return ((first + second) / 2 if both else first), number
+
+
+def _stage(model: Architecture, config: Config, count: StageCount, command: str, rows: int, num_rows: int) -> StagePlan:
+    streams = preset_from_config(config.objective).streams
+    keep_reference = command == "grpo" and any(stream.kl_coef > 0 for stream in streams)
+    state = trainer_state(count, config, keep_reference=keep_reference)
+    return StagePlan(count, state, stage_activations(model, config, count, row_tokens=rows, num_rows=num_rows))
+
+
+def _checked_engine(model: Architecture, config: Config) -> EngineBytes:
+    rollout, heads = config.rollout, model.num_kv_heads
+    if heads % rollout.engine_tensor and rollout.engine_tensor % heads:
+        raise ConfigError(
+            f"rollout.engine_tensor={rollout.engine_tensor} is not allowed: it must be a divisor or a multiple of the "
+            f"model's num_key_value_heads={heads}. The engine's ranks share key/value heads evenly."
+        )
+    engine = engine_bytes(model, config)
+    if engine.kv_tokens < rollout.max_model_tokens:
+        raise ConfigError(
+            f"rollout.kv_cache_gib={rollout.kv_cache_gib} is not allowed: it holds {engine.kv_tokens} tokens, and must "
+            f"hold a sequence of rollout.max_model_tokens={rollout.max_model_tokens}. Raise it, or lower the other."
+        )
+    return engine
+
+
+def _phases(config: Config, stages: tuple[StagePlan, ...], engine: EngineBytes | None) -> list[Phase]:
+    runtime = {"runtime": RUNTIME_GIB * GIB}
+    serving: dict[str, float] = {}
+    if engine is not None:
+        serving = {"engine weights": engine.weights, "KV cache": engine.kv_cache, "engine forward": engine.forward}
+    if not stages:
+        return [Phase("generation", ({**serving, **runtime},))]
+    states = [{name: float(value) for name, value in vars(stage.state).items()} for stage in stages]
+    awake = {} if config.rollout.sleep else {name: serving[name] for name in serving if name != "engine forward"}
+    training = []
+    for state, stage in zip(states, stages, strict=True):
+        kept = {name: getattr(stage.activations, name) for name in ("layers", "vision", "head", "working")}
+        training.append({**state, **kept, **awake, **runtime})
+    phases = [Phase("training", tuple(training))]
+    if engine is not None:
+        phases.append(Phase("rollout", tuple({**state, **serving, **runtime} for state in states)))
+        incoming = {"engine weights": float(engine.weights), "weight sync": float(engine.sync)}
+        incoming |= {} if config.rollout.sleep else {"KV cache": float(engine.kv_cache)}
+        phases.append(Phase("weight sync", tuple({**state, **incoming, **runtime} for state in states)))
+    return phases

@@ -1,0 +1,79 @@
+"""What a training rank holds from its first step to its last: weights, gradients, optimizer state, reference.
+
+    weights    n * w           w = 2 bytes in bf16 and fp8, 4 in fp32
+    fp8 copies q * 2           each fp8 weight, cast once a step: as it is and transposed (Transformer Engine)
+    gradients  m * 4           Megatron's fp32 buffer, of trained parameters only; it stays allocated between steps
+    optimizer  m / d * 12      fp32 weights and AdamW's two moments; 8 where the weights are fp32 themselves
+    reference  n * w           the starting weights, beside the others (policy.py); not shared by data parallelism
+
+n parameters of a rank, m of them trained, q in fp8 products, d ranks that share optimizer state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_sr1.config import Config
+from megatron_sr1.policy.parameter_counts import StageCount
+
+GRADIENT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Bytes of one rank."""
+
+    weights: int
+    fp8_copies: int
+    gradients: int
+    optimizer: int
+    reference: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def weight_bytes(config: Config) -> int:
+    """Bytes of one weight, and of one activation, outside of fp8 products."""
+    return 4 if config.precision.dtype == "fp32" else 2
+
+
+def dense_shards(config: Config) -> int:
+    """Ranks that share the optimizer state of a parameter that all data- and context-parallel replicas have."""
+    return config.data_ranks * config.layout.context if config.layout.distributed_optimizer else 1
+
+
+def expert_shards(config: Config) -> int:
+    """The same for a parameter of routed experts, of which expert-parallel ranks hold different ones."""
+    layout = config.layout
+    if layout.expert == 1 or not layout.distributed_optimizer:
+        return dense_shards(config)
+    return config.nproc // (layout.pipeline * layout.expert)
+
+
+def trainer_state(count: StageCount, config: Config, *, keep_reference: bool) -> TrainerState:
+    """The state of a rank of the stage that was counted."""
+    width = weight_bytes(config)
+    per_trained = 8 if width == 4 else 12
+    trained = count.total if config.model.train_vision else count.language
+    dense = trained - count.experts
+    shared = -(-dense // dense_shards(config)) + -(-count.experts // expert_shards(config))
+    return TrainerState(
+        weights=count.total * width,
+        fp8_copies=_fp8_weights(count, config) * 2,
+        gradients=trained * GRADIENT_BYTES,
+        optimizer=shared * per_trained,
+        reference=count.total * width if keep_reference else 0,
+    )
+
+
+def _fp8_weights(count: StageCount, config: Config) -> int:
+    """Those of matrix products in layers that are not kept in bf16."""
+    precision, layout = config.precision, config.layout
+    layers = sum(count.layers)
+    if precision.dtype != "fp8" or layers == 0:
+        return 0
+    bf16 = precision.bf16_first_layers * (count.stage == 0)
+    bf16 += precision.bf16_last_layers * (count.stage == layout.pipeline - 1)
+    return count.linear * max(layers - bf16, 0) // layers

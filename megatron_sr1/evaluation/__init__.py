@@ -1,0 +1,56 @@
+"""Evaluation: records of what was answered, their numbers with confidence intervals, and the judge."""
+
+from megatron_sr1.evaluation.identity import (
+    Identity,
+    check_identity,
+    digest_of,
+    file_digests,
+    keep_identity,
+    model_digest,
+)
+from megatron_sr1.evaluation.judge import Judge, NoVerdict, judge_key
+from megatron_sr1.evaluation.records import (
+    Record,
+    Response,
+    Sample,
+    Verdict,
+    append_records,
+    drop_unfinished,
+    read_records,
+    record_of,
+    replace_records,
+)
+from megatron_sr1.evaluation.statistics import Share, ks_of, pass_at_k, share_of, wilson
+from megatron_sr1.evaluation.summary import summarise_records
+from megatron_sr1.evaluation.table import print_sources
+from megatron_sr1.evaluation.verdicts import Judging, judge_records
+
+__all__ = [
+    "Identity",
+    "Judge",
+    "Judging",
+    "NoVerdict",
+    "Record",
+    "Response",
+    "Sample",
+    "Share",
+    "Verdict",
+    "append_records",
+    "check_identity",
+    "digest_of",
+    "drop_unfinished",
+    "file_digests",
+    "judge_key",
+    "judge_records",
+    "keep_identity",
+    "ks_of",
+    "model_digest",
+    "pass_at_k",
+    "print_sources",
+    "read_records",
+    "record_of",
+    "replace_records",
+    "share_of",
+    "summarise_records",
+    "wilson",
+]

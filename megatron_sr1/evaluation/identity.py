@@ -1,0 +1,65 @@
+"""What the numbers of an evaluation depend on. An evaluation is continued only where all of it is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")  # weights, configuration, tokenizer, processor
+_THREADS = 4
+
+Identity = Mapping[str, str | int | float]  # what it is, by the name that an error message calls it
+
+
+def digest_of(identity: Identity) -> str:
+    """16 hex digits, which every record carries."""
+    text = json.dumps(dict(identity), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digests(hf_dir: Path, rank: int = 0, num_ranks: int = 1) -> list[tuple[str, str]]:
+    """(name, sha256 in hex) of this rank's share of a model directory's files; all ranks together read each once."""
+    paths = sorted(path for pattern in _MODEL_FILES for path in hf_dir.glob(pattern))[rank::num_ranks]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(zip((path.name for path in paths), pool.map(_file_digest, paths), strict=True))
+
+
+def model_digest(digests: Iterable[tuple[str, str]]) -> str:
+    """sha256, in hex, over the names and contents of a model directory's files, in any order."""
+    return hashlib.sha256("".join(f"{name}\0{digest}\n" for name, digest in sorted(digests)).encode()).hexdigest()
+
+
+def check_identity(path: Path, identity: Identity) -> None:
+    """Compares with the identity that was kept, or keeps this one where there is none.
+
+    Raises:
+        ValueError: they differ; the message names each key with both values.
+    """
+    if not path.exists():
+        keep_identity(path, identity)
+        return
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    names = [name for name in {**kept, **identity} if kept.get(name) != identity.get(name)]
+    if names:
+        changes = "; ".join(f"{name} was {kept.get(name)!r} and is {identity.get(name)!r}" for name in names)
+        raise ValueError(
+            f"{path} belongs to another evaluation: {changes}. Go on as before, choose another run_dir, or evaluate "
+            "anew with --restart."
+        )
+
+
+def keep_identity(path: Path, identity: Identity) -> None:
+    """Writes it, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(dict(identity), indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,184 @@
+"""What was answered to each prompt and how it was graded: one JSON object a prompt.
+
+A file of records is written in chunks. The last record of each is marked, so that an interrupted evaluation goes on
+after its last whole chunk, with the same batches as one that was not interrupted, and so to the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sr1.rewards import faithful
+from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, Template
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response, without its ids."""
+
+    text: str
+    tokens: int
+    finish_reason: str  # stop, or length: it was cut
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge made of a description."""
+
+    model: str
+    answer: str  # its whole response
+    right: bool  # that holds the gold answer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a prompt. `second` and `judge` are None where there is none, whatever the reason."""
+
+    first: Response
+    description: str | None
+    description_cut: bool
+    second: Response | None
+    rewards: Mapping[str, float]  # each 0.0 or 1.0
+    faithful: bool | None  # None: it is not known what the image shows
+    judge: Verdict | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """All samples of one prompt."""
+
+    key: str
+    source: str
+    problem: str
+    answer: str
+    num_images: int
+    template: Template  # of the first pass
+    samples: tuple[Sample, ...]
+    made_of: str  # digest of the identity of the evaluation
+    ends_chunk: bool
+
+    @property
+    def described(self) -> bool:
+        """Whether a description was asked for; without, there is nothing that could suffice or leak."""
+        return self.template == "see_think"
+
+
+def record_of(
+    group: RolloutGroup, template: Template, rewards: Sequence[Mapping[str, float]], made_of: str, ends_chunk: bool
+) -> Record:
+    """`rewards`: one vector per sample of the group."""
+    prompt = group.prompt
+    pairs = zip(group.pairs, rewards, strict=True)
+    return Record(
+        prompt.key,
+        prompt.source,
+        prompt.problem,
+        prompt.answer,
+        len(prompt.images),
+        template,
+        tuple(_sample(pair, prompt, vector) for pair, vector in pairs),
+        made_of,
+        ends_chunk,
+    )
+
+
+def write_line(record: Record) -> bytes:
+    """The record as one line of JSON."""
+    return json.dumps(asdict(record), ensure_ascii=False).encode("utf-8") + b"\n"
+
+
+def append_records(path: Path, records: Iterable[Record]) -> None:
+    """Adds a chunk; when this returns it is on the disk."""
+    with path.open("ab") as file:
+        file.write(b"".join(map(write_line, records)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_records(path: Path, records: Iterable[Record]) -> None:
+    """Writes all records anew; until the last one is written the old file stays."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.writelines(map(write_line, records))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of whole lines, one at a time; a last line without an end, which a kill leaves behind, is no record.
+
+    Raises:
+        ValueError: another line is not a record; the message names file and line.
+    """
+    for record, _ in _records_and_ends(path):
+        yield record
+
+
+def drop_unfinished(path: Path, made_of: str) -> list[str]:
+    """Cuts the file behind its last whole chunk and returns the keys of what remains, in order. No file: no keys.
+
+    Raises:
+        ValueError: as `read_records`; a record is not of the evaluation with this digest.
+    """
+    if not path.exists():
+        return []
+    keys: list[str] = []
+    num_kept = end_kept = 0
+    for record, end in _records_and_ends(path):
+        if record.made_of != made_of:
+            raise ValueError(
+                f"{path}: record {record.key!r} is of another evaluation, {record.made_of}, not {made_of}. Choose "
+                "another run_dir, or evaluate anew with --restart."
+            )
+        keys.append(record.key)
+        if record.ends_chunk:
+            num_kept, end_kept = len(keys), end
+    os.truncate(path, end_kept)
+    return keys[:num_kept]
+
+
+def _records_and_ends(path: Path) -> Iterator[tuple[Record, int]]:
+    """Each record and the offset behind its line."""
+    end = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            end += len(line)
+            try:
+                yield _record(json.loads(line)), end
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}:{number} is not a record of an evaluation ({error}). Restore the file, or evaluate anew "
+                    "with --restart."
+                ) from error
+
+
+def _record(fields: dict[str, Any]) -> Record:
+    return Record(**{**fields, "samples": tuple(map(_read_sample, fields["samples"]))})
+
+
+def _read_sample(fields: dict[str, Any]) -> Sample:
+    second, judge = fields["second"], fields["judge"]
+    parts = {
+        "first": Response(**fields["first"]),
+        "second": None if second is None else Response(**second),
+        "judge": None if judge is None else Verdict(**judge),
+    }
+    return Sample(**{**fields, **parts})
+
+
+def _sample(pair: RolloutPair, prompt: Prompt, rewards: Mapping[str, float]) -> Sample:
+    second = None if pair.second is None else _response(pair.second)
+    truth = faithful(pair.description, prompt)
+    return Sample(_response(pair.first), pair.description, pair.description_cut, second, dict(rewards), truth)
+
+
+def _response(rollout: Rollout) -> Response:
+    return Response(rollout.response_text, len(rollout.response_ids), rollout.finish_reason)

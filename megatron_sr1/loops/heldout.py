@@ -1,0 +1,145 @@
+"""The held-out prompts, read chunk by chunk: a benchmark need not fit into memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_sr1.data import Check, Quarantine, ShardDataset, open_dataset
+from megatron_sr1.loops.generation import Passes, prompt_check
+from megatron_sr1.objective import Preset, preset_from_config
+from megatron_sr1.types import Prompt, SftSample, Template
+
+if TYPE_CHECKING:
+    from megatron_sr1.loops.run import Run
+
+
+class Heldout:
+    """The good samples of a dataset in the order of its shards, each read when it is needed."""
+
+    def __init__(
+        self, dataset: ShardDataset, quarantine: Quarantine, max_prompts: int = 0, check: Check | None = None
+    ) -> None:
+        """
+        Args:
+            max_prompts: 0: all.
+            check: raises ValueError for a sample that can be read and still not be used; it counts as a bad one.
+        """
+        self._dataset = dataset
+        self._quarantine = quarantine
+        self._max_prompts = max_prompts
+        self._check = check
+
+    def __len__(self) -> int:
+        """Prompts, at most: what is wrong with a sample may show only when it is read."""
+        return min(len(self._dataset), self._max_prompts or len(self._dataset))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the dataset."""
+        return self._dataset.fingerprint
+
+    def check_images(self, max_images: int) -> None:
+        """Asks the shards' index, before an engine starts.
+
+        Raises:
+            ValueError: a prompt has more than `max_images` images; the message names the one with the most.
+        """
+        counts = [len(self._dataset.describe(index).extensions) - 1 for index in range(len(self))]
+        most = max(counts)
+        if most > max_images:
+            too_many = sum(count > max_images for count in counts)
+            raise ValueError(
+                f"data.heldout: {too_many} of {len(counts)} prompts have more than rollout.max_images={max_images} "
+                f"images, {self._dataset.where(counts.index(most))} has {most}. Set rollout.max_images={most}."
+            )
+
+    def chunks(self, size: int, answered: Sequence[str] = ()) -> Iterator[list[Prompt]]:
+        """The prompts in lists of `size`, the last one shorter.
+
+        Args:
+            answered: keys of the first good samples, in order, which are passed over unread.
+
+        Raises:
+            ValueError: more bad samples than the quarantine takes, a sample is a demonstration, or `answered` names
+                other samples than the first.
+        """
+        chunk: list[Prompt] = []
+        for prompt in self._prompts(answered):
+            chunk.append(prompt)
+            if len(chunk) == size:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+    def first(self, count: int) -> list[Prompt]:
+        """The first prompts, at most `count`. Raises as `chunks`."""
+        return next(self.chunks(count), []) if count else []
+
+    def _prompts(self, answered: Sequence[str]) -> Iterator[Prompt]:
+        known, found = deque(answered), len(answered)
+        for index in range(len(self._dataset)):
+            place = self._dataset.place(index)
+            if known and known[0] == place[1]:
+                known.popleft()
+                continue
+            if not known and self._max_prompts and found == self._max_prompts:
+                break
+            if place in self._quarantine:
+                continue
+            try:
+                sample = self._dataset.read(index)
+                if self._check is not None:
+                    self._check(sample)
+            except ValueError as error:
+                self._quarantine.add(self._dataset.bad(index, error))
+                continue
+            if known:
+                raise ValueError(_strangers(known[0]))
+            (prompt,) = only_prompts([sample], "data.heldout")
+            found += 1
+            yield prompt
+        if known:
+            raise ValueError(_strangers(known[0]))
+
+
+def heldout_prompts(run: Run) -> Heldout:
+    """The prompts of `data.heldout`, at most `evaluate.max_prompts` of them where that is not 0.
+
+    Raises:
+        ValueError: as `open_dataset`; more images in a prompt than rollout.max_images.
+    """
+    config, quarantine = run.config, run.quarantine("heldout")
+    dataset = open_dataset(config.data, config.data.heldout, "data.heldout", quarantine)
+    preset = preset_from_config(config.objective)
+    check = prompt_check(config, lambda prompt: passes_of(prompt, preset))
+    heldout = Heldout(dataset, quarantine, config.evaluate.max_prompts, check)
+    heldout.check_images(config.rollout.max_images)
+    return heldout
+
+
+def passes_of(prompt: Prompt, preset: Preset) -> Passes:
+    """Those of an evaluation: without an image there is nothing to describe."""
+    template: Template = preset.template if prompt.images else "cot"
+    return template, template == "see_think"
+
+
+def _strangers(key: str) -> str:
+    return (
+        f"the records of this evaluation hold {key!r} where data.heldout has another sample. Restore the file of "
+        "records, or evaluate anew with --restart."
+    )
+
+
+def only_prompts(samples: Sequence[Prompt | SftSample], key: str) -> list[Prompt]:
+    """The samples, which must all be prompts.
+
+    Raises:
+        ValueError: one is a demonstration; `key` names the configuration key of the shards.
+    """
+    for sample in samples:
+        if isinstance(sample, SftSample):
+            raise ValueError(f"{key} holds the demonstration {sample.prompt.key!r}. Give shards without responses.")
+    return list(samples)

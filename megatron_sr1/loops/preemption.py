@@ -1,0 +1,70 @@
+"""Stopping on request: a cluster takes the machine back, or the time limit is near.
+
+SIGTERM (Slurm's preemption, `docker stop`) or SIGUSR1 (Slurm's `--signal` before the time limit) to any rank asks the
+run to stop. Nothing happens at once: the ranks agree at the end of the step, save, and leave with STOPPED_STATUS; the
+same command goes on from there to the same bits. A second SIGTERM to a rank ends it where it stands.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+import torch
+import torch.distributed
+
+from megatron_sr1.platform import STOPPED_STATUS, Platform
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether this run is asked to stop."""
+
+    def __init__(self, platform: Platform) -> None:
+        self._platform = platform
+        self._received: signal.Signals | None = None
+        self._terminated = False
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked. Collective: one number per step, so that all ranks leave after the same one."""
+        asked = torch.tensor([int(self._received is not None)], device=self._platform.device)
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        return bool(asked.item())
+
+    def leave(self, step: int) -> NoReturn:
+        """Ends this rank, when all have come here. What is due must be written before. Collective.
+
+        Raises:
+            SystemExit: always, with STOPPED_STATUS.
+        """
+        if self._platform.is_main:
+            print(f"asked to stop: saved after step {step}; the same command continues from here", flush=True)
+        torch.distributed.barrier()
+        raise SystemExit(STOPPED_STATUS)
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler. Slurm signals every process of a step and a launcher forwards SIGUSR1, so only SIGTERM
+        counts twice."""
+        if number == signal.SIGTERM and self._terminated:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        self._terminated = self._terminated or number == signal.SIGTERM
+        self._received = signal.Signals(number)
+
+
+@contextmanager
+def watch_for_stop(platform: Platform) -> Iterator[StopRequest]:
+    """Takes the stop signals of this process while it lasts. Before and after it they end the process: there is nothing
+    to save. Call it in the main thread."""
+    request = StopRequest(platform)
+    before = {number: signal.signal(number, request.receive) for number in STOP_SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,18 @@
+"""What a tracker is to the rest: a run in it, open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+Ending = Literal["finished", "stopped", "failed"]  # stopped: on request, and saved
+
+
+class Tracker(Protocol):
+    """A run in one tracker. `run_id` is what the tracker knows it by."""
+
+    run_id: str
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def finish(self, ending: Ending) -> None: ...

@@ -1,0 +1,67 @@
+"""Every sink of a run behind one object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+
+from megatron_sr1.metrics.files import JsonlSink, TensorBoardSink
+from megatron_sr1.metrics.progress import ProgressSink
+
+
+class MetricsSink(Protocol):
+    """Takes the reduced metrics of each step."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+
+class _File(MetricsSink, Protocol):
+    def close(self) -> None: ...
+
+
+class MetricsWriter:
+    """Every sink of a run: `<run_dir>/metrics.jsonl`, `<run_dir>/tensorboard/`, the progress bar. Use on one rank only.
+
+    Args:
+        run_dir: the run's folder, made where missing.
+        start_step: the first step that will be written, 0 for a new run.
+        total_steps: the step at which the run ends.
+        console: where progress goes; standard output by default.
+        further: sinks that whoever made them opens and closes, the run's `Trackers` for one.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        start_step: int,
+        total_steps: int,
+        console: Console | None = None,
+        further: Sequence[MetricsSink] = (),
+    ) -> None:
+        self._run_dir, self._start, self._total = run_dir, start_step, total_steps
+        self._console = console or Console()
+        self._files: list[_File] = []
+        self._further = further
+
+    def __enter__(self) -> MetricsWriter:
+        self._files = [
+            JsonlSink(self._run_dir / "metrics.jsonl", self._start),
+            TensorBoardSink(self._run_dir / "tensorboard", self._start),
+            ProgressSink(self._total, self._start, self._console),
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for sink in self._files:
+            sink.close()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Hands the reduced metrics of `step` (the first is 0) to every sink."""
+        for sink in (*self._files, *self._further):
+            sink.write(step, values)

@@ -1,0 +1,67 @@
+"""The report of a sweep: tables, curves with their spread, and the runs it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from megatron_sr1.report.bands import band_names, draw_bands
+from megatron_sr1.report.examples import examples_section
+from megatron_sr1.report.groups import GroupRow, RunGroup, sweep_rows
+from megatron_sr1.report.page import config_section, figure, page, summary_section
+from megatron_sr1.report.sweep_files import write_sweep_files
+from megatron_sr1.report.sweep_table import TextTable, notes, text_tables
+from megatron_sr1.report.table import comparison_rows
+
+
+def write_sweep_report(groups: Sequence[RunGroup], folder: Path, out: Path | None = None) -> list[GroupRow]:
+    """Writes the page, sweep.md, sweep.csv and sweep.json, and returns the rows.
+
+    Args:
+        groups: the first is what the others are compared with.
+        folder: of the sweep.
+        out: the page; `<folder>/report.html` by default.
+
+    Raises:
+        ValueError: no run has made a step yet, or a damaged file in one.
+    """
+    rows = sweep_rows(groups)
+    runs = [run for row in rows for run in row.runs.values()]
+    if not runs:
+        raise ValueError(f"no run of the sweep in {folder} has made a step yet. Start it: megatron-sr1 sweep.")
+    firsts = [next(iter(row.runs.values())) for row in rows if row.runs]
+    sections = (
+        "".join(_table_section(table) for table in text_tables(rows)),
+        "".join(f'<p class="note">{escape(note)}</p>' for note in notes(rows)),
+        _curves_section(rows),
+        summary_section(comparison_rows(runs), "Every run"),
+        examples_section(firsts),
+        config_section(runs),
+    )
+    out = out or folder / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page(f"sweep {folder.name}", sections), encoding="utf-8")
+    write_sweep_files(rows, folder)
+    return rows
+
+
+def _table_section(table: TextTable) -> str:
+    head = "".join(f"<th>{escape(title)}</th>" for title in table.head)
+    body = "".join(
+        f"<tr><th>{escape(line[0])}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in line[1:]) + "</tr>"
+        for line in table.lines
+    )
+    title, _, unit = table.title.partition("; ")
+    return (
+        f'<section><h2>{escape(title)}</h2><p class="note">{escape(unit)}</p><div class="scroll">'
+        f'<table id="sweep-{table.key}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>'
+    )
+
+
+def _curves_section(rows: Sequence[GroupRow]) -> str:
+    figures = "".join(
+        figure(name, draw_bands(rows, name, "light"), draw_bands(rows, name, "dark")) for name in band_names(rows)
+    )
+    note = "Mean over the seeds (their number in parentheses); the band is one sample standard deviation each way."
+    return f'<section><h2>Training</h2><p class="note">{note}</p><div class="charts">{figures}</div></section>'

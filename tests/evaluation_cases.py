@@ -1,0 +1,47 @@
+"""Answered prompts whose grades one can see, for the tests of the evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from megatron_sr1.evaluation import Record, record_of
+from megatron_sr1.loops.grading import grade_pairs
+from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, Template
+
+from .data_cases import picture
+
+MADE_OF = "0123456789abcdef"
+COMPONENTS = {"see_think": ["acc", "acc_vis", "fmt", "fmt_vis", "leak"], "cot": ["acc", "fmt_cot"]}
+
+
+def rollout(text: str, tokens: int = 5, finish_reason: Literal["stop", "length"] = "stop") -> Rollout:
+    return Rollout("0/p/0/first", (1, 2), (3,) * tokens, text, (-0.5,) * tokens, finish_reason, 0)
+
+
+def boxed(answer: str) -> str:
+    return rf"<think> t </think> \boxed{{{answer}}}"
+
+
+def pair(answer: str, description: str | None, second: str | None, tokens: int = 5) -> RolloutPair:
+    """A see-think sample that answers `answer`; `second` is what the second pass answers."""
+    block = "" if description is None else f"<description> {description} </description> "
+    again = None if second is None else rollout(boxed(second), 3)
+    return RolloutPair(0, rollout(block + boxed(answer), tokens), again, description)
+
+
+def record(
+    key: str,
+    pairs: Sequence[RolloutPair],
+    *,
+    source: str = "",
+    gold: str = "10",
+    template: Template = "see_think",
+    facts: Sequence[str] | None = None,
+    ends_chunk: bool = False,
+) -> Record:
+    """Graded by the project's own rewards."""
+    images = (picture(0),) if template == "see_think" else ()
+    prompt = Prompt(key, f"Question {key}?", gold, images, source, {} if facts is None else {"facts": list(facts)})
+    group = RolloutGroup(0, prompt, tuple(pairs))
+    return record_of(group, template, grade_pairs(group.pairs, prompt, COMPONENTS[template]), MADE_OF, ends_chunk)

@@ -1,0 +1,149 @@
+"""`megatron-sr1 evaluate` for real: vLLM, two passes, text-only prompts, kill -9 and continue, a judge on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_sr1.data import write_shards
+from megatron_sr1.evaluation import Record, pass_at_k, read_records, wilson
+from megatron_sr1.rewards import grade
+from megatron_sr1.types import Prompt
+
+from .data_cases import QUESTION, write_tar
+from .judge_server import JudgeServer, serve
+from .workspace import REPOSITORY, Workspace
+
+START_TIMEOUT = 300  # seconds
+TEXT = [Prompt(f"text-{n}", f"What is {n} + 1?", str(n + 1), source="text") for n in range(5)]
+
+
+def _answer(question: str, attempt: int) -> str:
+    """Breaks at every first attempt; then gives the number of characters, so that the same question has one answer."""
+    return "503" if attempt == 0 else rf"\boxed{{{len(question) % 10}}}"
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Two benchmarks, one of them a folder that holds a damaged sample, and a judge."""
+
+    workspace: Workspace
+    server: JudgeServer
+
+    def words(self, run: str, *overrides: str) -> list[str]:
+        folder = self.workspace.folder
+        return [
+            *self.workspace.command("evaluate", run, "nproc=1", "layout.tensor=1"),
+            f"data.heldout=[{folder}/data/heldout-*.tar,{folder}/text]",
+            *("data.max_bad_samples=1", "evaluate.samples=2", "evaluate.temperature=1.0", "evaluate.chunk_prompts=4"),
+            *("evaluate.examples=6", "evaluate.judge_retries=2", "evaluate.judge_backoff=0.01"),
+            *overrides,
+        ]
+
+    def run(self, run: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.words(run, *overrides), cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+
+    def judged(self, run: str) -> subprocess.CompletedProcess[str]:
+        self.server.attempts.clear()
+        return self.run(run, f"evaluate.judge_url={self.server.url}", "evaluate.judge_model=counter")
+
+    def file(self, run: str, name: str) -> Path:
+        return self.workspace.folder / run / "eval" / name
+
+
+@pytest.fixture(scope="module")
+def evaluations(workspace: Workspace) -> Iterator[Evaluations]:
+    write_shards(TEXT, workspace.folder / "text", "text", 3)
+    write_tar(workspace.folder / "text" / "x.tar", {"broken.json": QUESTION, "broken.0.png": b"no image"})
+    with serve(_answer) as server:
+        yield Evaluations(workspace, server)
+
+
+@pytest.fixture(scope="module")
+def whole(evaluations: Evaluations) -> Evaluations:
+    """The evaluation `whole`, not interrupted, without a judge."""
+    done = evaluations.run("whole-evaluation")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "answered 17 of 18 prompts" in done.stdout and "By source" in done.stdout
+    return evaluations
+
+
+def _tree(evaluations: Evaluations, run: str) -> dict:
+    return json.loads(evaluations.file(run, "evaluate.json").read_text())
+
+
+def test_records_and_summary_agree(whole: Evaluations) -> None:
+    """The summary is counted here a second time, from the texts that the records hold."""
+    records = list(read_records(whole.file("whole-evaluation", "evaluate.jsonl")))
+    assert [r.key for r in records] == [f"heldout-{n:06d}" for n in range(12)] + [prompt.key for prompt in TEXT]
+    assert [r.ends_chunk for r in records] == [n % 4 == 3 or n == 16 for n in range(17)]
+    summary, by_source = (_tree(whole, "whole-evaluation")[name] for name in ("summary", "by_source"))
+    right = [sum(_right(s.first.text, r) for s in r.samples) for r in records]
+    assert summary["accuracy"] == summary["pass@1"] == sum(right) / 34 > 0
+    assert summary["pass@2"] == pytest.approx(sum(pass_at_k(2, c, 2) for c in right) / 17)
+    seen = [(s, r) for r in records[:12] for s in r.samples]
+    shortcuts = [_right(s.first.text, r) and not (s.second and _right(s.second.text, r)) for s, r in seen]
+    assert summary["language_shortcut_rate"] == sum(shortcuts) / 24
+    assert sum(s.second is not None for s, _ in seen) > 12, "the cold start has taught the layout"
+    assert len({s.first.text for s, _ in seen}) > 12, "samples are drawn"
+    assert by_source["text"]["second_pass_accuracy"] is None and by_source["text"]["num_prompts"] == 5
+    assert all(s.second is None for r in records[12:] for s in r.samples) and records[-1].template == "cot"
+    text = wilson(by_source["text"]["format"], 10)
+    assert by_source["text"]["format_high"] - by_source["text"]["format_low"] >= text[1] - text[0] - 1e-12
+    assert (summary["num_prompts"], summary["num_samples"]) == (17, 34)
+    quarantine = whole.workspace.folder / "whole-evaluation" / "quarantine" / "heldout.jsonl"
+    assert [json.loads(line)["key"] for line in quarantine.read_text().splitlines()] == ["broken"]
+
+
+def _right(text: str, record: Record) -> bool:
+    _, box, rest = text.rpartition("\\boxed{")
+    return bool(box) and grade(rest.partition("}")[0], record.answer)
+
+
+def test_killed_and_continued_it_is_the_same_to_the_bit(whole: Evaluations) -> None:
+    """Killed after the first chunk and continued; then both are judged, one of them with its answers complete, which
+    needs no engine. Records and summaries are equal, byte for byte."""
+    log = (whole.workspace.folder / "killed-evaluation.log").open("w")
+    process = subprocess.Popen(whole.words("killed-evaluation"), cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
+    records, deadline = whole.file("killed-evaluation", "evaluate.jsonl"), time.monotonic() + START_TIMEOUT
+    while not (records.exists() and records.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    uninterrupted = whole.file("whole-evaluation", "evaluate.jsonl")
+    assert 0 < records.stat().st_size < uninterrupted.stat().st_size, Path(log.name).read_text()[-4000:]
+    assert uninterrupted.read_bytes().startswith(records.read_bytes())
+    with records.open("ab") as file:
+        file.write(b'{"key": "torn')
+
+    continued = whole.judged("killed-evaluation")
+    assert continued.returncode == 0, continued.stdout[-2000:] + continued.stderr[-4000:]
+    assert "answered 8 of 18 prompts" in continued.stdout and "answered 4 of" not in continued.stdout
+    done = whole.judged("whole-evaluation")
+    assert done.returncode == 0 and "answered" not in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "vllm" not in done.stderr.lower(), "no engine is needed"
+    assert records.read_bytes() == uninterrupted.read_bytes()
+    names = [whole.file(run, "evaluate.json") for run in ("killed-evaluation", "whole-evaluation")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+    descriptions = [s.description for r in read_records(records) for s in r.samples if s.description is not None]
+    assert sum(whole.server.attempts.values()) >= len(set(descriptions)) and "are missing" not in done.stdout
+    summary = _tree(whole, "whole-evaluation")["summary"]
+    assert summary["judge_missing"] == 0 and summary["judged_accuracy"] is not None
+
+
+def test_another_evaluation_is_not_continued(whole: Evaluations) -> None:
+    before = whole.file("whole-evaluation", "evaluate.jsonl").read_bytes()
+    refused = whole.run("whole-evaluation", "seed=2", "evaluate.chunk_prompts=5")
+    assert refused.returncode != 0
+    assert "seed was 1 and is 2; evaluate.chunk_prompts was 4 and is 5." in refused.stderr
+    assert "--restart" in refused.stderr.splitlines()[-1]
+    assert whole.file("whole-evaluation", "evaluate.jsonl").read_bytes() == before

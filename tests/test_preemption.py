@@ -1,0 +1,153 @@
+"""A run that is asked to stop: it saves, leaves with the documented status, and goes on to the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.workspace import REPOSITORY, Workspace, untimed
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h
+DEADLINE = 200  # seconds, for something that is sure to come
+SFT = ("train.steps=6", "train.batch_size=8", "train.save_every=100")
+GRPO = ("train.steps=8", "train.save_every=100")  # before the end nothing would be saved but for the request
+
+
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not happened() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert happened(), process.communicate()[0][-4000:]
+
+
+def stop_midway(
+    workspace: Workspace, name: str, run: str, overrides: tuple[str, ...], stop: Callable[[psutil.Process], None]
+) -> tuple[int, str]:
+    """Asks a run to stop after its second step; its status and what it printed."""
+    command = workspace.command(name, run, *overrides)
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, cwd=REPOSITORY, text=True, start_new_session=True, **pipe)
+    metrics = workspace.folder / run / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, process)
+    stop(psutil.Process(process.pid))
+    printed, _ = process.communicate(timeout=DEADLINE)
+    return process.returncode, printed
+
+
+def check_it_stopped(workspace: Workspace, run: str, status: int, printed: str, steps: int) -> None:
+    assert status == STOPPED, printed[-4000:]
+    assert "Traceback" not in printed and "asked to stop: saved after step" in printed
+    (saved,) = (workspace.folder / run / "checkpoints").iterdir()
+    done = int(saved.name.removeprefix("step_"))
+    assert 2 <= done < steps and len(workspace.metrics(run)) == done
+    assert not (workspace.folder / run / "hf").exists()
+
+
+def weights(workspace: Workspace, run: str) -> bytes:
+    return (workspace.folder / run / "hf" / "model.safetensors").read_bytes()
+
+
+def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
+    return [child for child in launcher.children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def run_as_srun(command: list[str], num_tasks: int) -> None:
+    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"}
+    step |= {"SLURM_STEP_NUM_TASKS": str(num_tasks), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    tasks = []
+    for number in map(str, range(num_tasks)):
+        environment = {**os.environ, **step, "SLURM_PROCID": number, "SLURM_LOCALID": number}
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        tasks.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, **pipe))
+    for task in tasks:
+        printed, _ = task.communicate(timeout=DEADLINE)
+        assert task.returncode == 0, printed[-4000:]
+
+
+def test_grpo_stops_at_a_word_to_one_rank(finished: Workspace) -> None:
+    """SIGUSR1, as before Slurm's time limit, to the rank that is not the main one."""
+
+    def tell_the_last_rank(launcher: psutil.Process) -> None:
+        assert len(ranks_of(launcher)) == 2
+        ranks_of(launcher)[-1].send_signal(signal.SIGUSR1)
+
+    status, printed = stop_midway(finished, "grpo", "asked", GRPO, tell_the_last_rank)
+    check_it_stopped(finished, "asked", status, printed, steps=8)
+
+    assert "continuing after step" in finished.run("grpo", "asked", *GRPO)
+    assert untimed(finished.metrics("asked")) == untimed(finished.metrics("whole"))
+    assert weights(finished, "asked") == weights(finished, "whole")
+
+
+def test_sft_stops_when_every_process_is_signalled(workspace: Workspace) -> None:
+    """SIGTERM to the launcher and all ranks at once, as Slurm does it; the launcher passes it on too. It goes on as two
+    tasks of srun, by the variables that srun would set."""
+    workspace.run("sft", "sft_whole", *SFT)
+
+    def tell_everyone(launcher: psutil.Process) -> None:
+        os.killpg(launcher.pid, signal.SIGTERM)
+
+    status, printed = stop_midway(workspace, "sft", "sft_asked", SFT, tell_everyone)
+    check_it_stopped(workspace, "sft_asked", status, printed, steps=6)
+    run_as_srun(workspace.command("sft", "sft_asked", *SFT), num_tasks=2)
+    assert untimed(workspace.metrics("sft_asked")) == untimed(workspace.metrics("sft_whole"))
+    assert weights(workspace, "sft_asked") == weights(workspace, "sft_whole")
+
+
+DEAF = """
+import time
+from pathlib import Path
+from megatron_sr1.loops.preemption import watch_for_stop
+from megatron_sr1.platform import run_on_ranks, start_platform
+
+def step(folder):
+    platform = start_platform()
+    with watch_for_stop(platform) as stop:
+        (Path(folder) / f"ready{platform.rank}").touch()
+        for number in range(1200):  # one step that takes two minutes
+            time.sleep(0.1)
+            if stop._received:
+                (Path(folder) / f"asked{platform.rank}").touch()
+
+if __name__ == "__main__":
+    import sys
+    run_on_ranks(step, int(sys.argv[2]), sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_second_sigterm_ends_at_once(num_ranks: int, tmp_path: Path) -> None:
+    script = tmp_path / "deaf.py"
+    script.write_text(DEAF)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, str(script), str(tmp_path), str(num_ranks)]
+    process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    ranks = range(num_ranks)
+    wait_for(lambda: all((tmp_path / f"ready{rank}").exists() for rank in ranks), process)
+    children = psutil.Process(process.pid).children()
+
+    process.send_signal(signal.SIGTERM)
+    wait_for(lambda: all((tmp_path / f"asked{rank}").exists() for rank in ranks), process)
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(0.3)
+    assert process.poll() is None, "asked twice is still asked: the step may end"
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=20)
+    assert time.monotonic() - start < 15
+    assert process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_the_status_is_the_one_the_launcher_looks_for() -> None:
+    from megatron_sr1.platform import STOPPED_STATUS
+
+    assert STOPPED_STATUS == STOPPED

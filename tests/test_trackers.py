@@ -1,0 +1,289 @@
+"""Trackers: what a run sends is there, under one run, also when the run continues; and no key is left anywhere."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.entities import Run as MlflowRun
+from mlflow.tracking import MlflowClient
+from rich.console import Console
+from wandb.proto import wandb_internal_pb2
+
+from megatron_sr1.config import Config, ConfigError, check_trackers, load_config
+from megatron_sr1.metrics import MetricsWriter, Trackers, read_jsonl, send_evaluations
+from megatron_sr1.metrics.tracking import evaluation_metrics, parameters
+
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+def config_of(folder: Path, *overrides: str) -> Config:
+    track = [
+        "track.wandb.mode=offline",
+        "track.wandb.project=digits",
+        f"track.mlflow.uri=sqlite:///{folder}/mlflow.db",
+        "track.mlflow.experiment=ablations",
+    ]
+    return load_config(None, [f"run_dir={folder}/ablation/one", "objective.preset=gdpo", *track, *overrides])
+
+
+def evaluate(config: Config, label: str, step: int, accuracy: float) -> None:
+    folder = Path(config.run_dir) / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = {"accuracy": accuracy, "faithful": None, "interval": [0.1, 0.9], "num_prompts": 40}
+    (folder / f"{label}.json").write_text(json.dumps({"label": label, "step": step, "summary": summary}))
+
+
+def train(config: Config, start: int, stop: int) -> None:
+    folder, console = Path(config.run_dir), Console(file=io.StringIO())
+    with Trackers(config) as trackers, MetricsWriter(folder, start, 10, console, further=(trackers,)) as writer:
+        for step in range(start, stop):
+            writer.write(step, {"reward/total": step / 2, "loss": float("nan") if step == 1 else 1.0})
+
+
+def mlflow_runs(config: Config) -> list[MlflowRun]:
+    client = MlflowClient(tracking_uri=config.track.mlflow.uri)
+    experiment = client.get_experiment_by_name(config.track.mlflow.experiment)
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def mlflow_points(config: Config, name: str) -> list[tuple[int, float]]:
+    client, (run,) = MlflowClient(tracking_uri=config.track.mlflow.uri), mlflow_runs(config)
+    return sorted({(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)})
+
+
+def wandb_records(config: Config) -> list[wandb_internal_pb2.Record]:
+    """Every record of every file, in the order that `wandb sync` would upload them. A file may be closed a moment after
+    its run has ended: its last record tells."""
+    records = []
+    for path in sorted((Path(config.run_dir) / "wandb").glob("offline-run-*/*.wandb")):
+        deadline, found = time.monotonic() + 30, []
+        while not any(record.HasField("exit") for record in found):
+            assert time.monotonic() < deadline, f"{path} does not end"
+            found = [wandb_internal_pb2.Record.FromString(data) for data in leveldb_log(path.read_bytes())]
+            time.sleep(0.01)
+        records += found
+    return records
+
+
+def leveldb_log(data: bytes, block: int = 32768) -> list[bytes]:
+    """The records of a log in LevelDB's format behind W&B's header of 7 bytes. A record is fragments of: checksum (4),
+    length (2), kind (1: whole, 2: first, 3: middle, 4: last), bytes; none crosses a block or begins in its last 6."""
+    assert data[:4] == b":W&B"
+    records, position, parts = [], 7, b""
+    while position + 7 <= len(data):
+        if block - position % block < 7:
+            position += block - position % block
+            continue
+        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            records.append(parts)
+            parts = b""
+    return records
+
+
+def wandb_points(config: Config, name: str) -> list[tuple[int, float]]:
+    points = set()
+    for record in wandb_records(config):
+        items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+        if name in items:
+            points.add((json.loads(items["step"]), json.loads(items[name])))
+    return sorted(points)
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of six steps, stopped after the fourth with a checkpoint of the third, evaluated before and after."""
+    config = config_of(tmp_path_factory.mktemp("tracked"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_API_KEY", SECRET)
+        patch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+        patch.setattr(sys, "argv", ["/home/someone/bin/megatron-sr1", "grpo", "my config.yaml", "train.steps=6"])
+        evaluate(config, "before", 0, 0.25)
+        with pytest.raises(RuntimeError, match="power"):
+            interrupted(config)
+        assert mlflow_runs(config)[0].info.status == "FAILED"
+        train(config, 3, 6)
+        evaluate(config, "after", 6, 0.75)
+        send_evaluations(config)
+    return config
+
+
+def interrupted(config: Config) -> None:
+    folder, console = Path(config.run_dir), Console(file=io.StringIO())
+    with Trackers(config) as trackers, MetricsWriter(folder, 0, 10, console, further=(trackers,)) as writer:
+        for step in range(4):
+            writer.write(step, {"reward/total": step / 2, "loss": float("nan") if step == 1 else 1.0})
+        raise RuntimeError("power")
+
+
+@pytest.fixture
+def folder(tracked: Config, tmp_path: Path) -> Path:
+    """With a store of an experiment without runs: MLflow takes seconds to make one."""
+    store = Path(tracked.run_dir).parent.parent / "mlflow.db"
+    shutil.copy(store, tmp_path / "mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    for run in mlflow_runs(config_of(tmp_path)):
+        client.delete_run(run.info.run_id)
+    return tmp_path
+
+
+def test_every_step_is_in_both_trackers_as_in_the_file(tracked: Config) -> None:
+    expected = [(step, step / 2) for step in range(6)]
+    entries = read_jsonl(Path(tracked.run_dir) / "metrics.jsonl")
+    assert [(entry["step"], entry["reward/total"]) for entry in entries] == expected
+    assert wandb_points(tracked, "reward/total") == expected
+    assert mlflow_points(tracked, "reward/total") == expected
+    assert [step for step, _ in mlflow_points(tracked, "loss")] == [0, 2, 3, 4, 5], "the one that is not finite is not"
+
+
+def test_a_run_that_continues_stays_one_run(tracked: Config) -> None:
+    (run,) = mlflow_runs(tracked)
+    assert run.info.status == "FINISHED" and run.info.run_name == "ablation/one"
+    state = json.loads((Path(tracked.run_dir) / "trackers.json").read_text())
+    assert state["mlflow"]["run_id"] == run.info.run_id
+    started = [record.run for record in wandb_records(tracked) if record.HasField("run")]
+    assert len(started) >= 3, "started, continued, and again for the last evaluation"
+    assert {run.run_id for run in started} == {state["wandb"]["run_id"]}
+    assert {(run.project, run.display_name) for run in started} == {("digits", "ablation/one")}
+    exits = [record.exit.exit_code for record in wandb_records(tracked) if record.HasField("exit")]
+    assert exits == [1, 0, 0]
+
+
+def test_a_run_that_is_asked_to_stop_is_no_failure(folder: Path) -> None:
+    config = config_of(folder)
+    with pytest.raises(SystemExit), Trackers(config):
+        raise SystemExit(75)
+    assert [run.info.status for run in mlflow_runs(config)] == ["KILLED"]
+    assert [record.HasField("preempting") for record in wandb_records(config)].count(True) == 1
+
+
+def test_evaluations_are_sent_once(tracked: Config) -> None:
+    assert wandb_points(tracked, "eval/accuracy") == mlflow_points(tracked, "eval/accuracy") == [(0, 0.25), (6, 0.75)]
+    records = len(wandb_records(tracked))
+    send_evaluations(tracked)
+    assert len(wandb_records(tracked)) == records, "nothing is new"
+    assert "eval/interval" not in mlflow_runs(tracked)[0].data.metrics
+
+
+def test_configuration_and_command_are_parameters(tracked: Config) -> None:
+    params = mlflow_runs(tracked)[0].data.params
+    assert params["objective.preset"] == "gdpo" and params["rollout.samples_per_prompt"] == "8"
+    assert params["command"] == "megatron-sr1 grpo 'my config.yaml' train.steps=6"
+    first = next(record.run for record in wandb_records(tracked) if record.HasField("run"))
+    shown = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in first.config.update}
+    assert shown["objective.preset"] == "gdpo" and shown["command"] == params["command"]
+
+
+def test_no_secret_and_no_machine_in_any_file(tracked: Config) -> None:
+    root = Path(tracked.run_dir).parent.parent
+    files = [path for path in root.rglob("*") if path.is_file()]
+    assert len(files) > 8
+    for path in files:
+        data = path.read_bytes()
+        assert SECRET.encode() not in data and b"/home/someone" not in data, path
+
+
+def test_what_changes_when_a_run_continues_is_a_tag(folder: Path) -> None:
+    off = "track.wandb.mode=disabled"
+    train(config_of(folder, off), 0, 1)
+    train(config_of(folder, off, "train.steps=500"), 1, 2)
+    (run,) = mlflow_runs(config_of(folder))
+    assert run.data.params["train.steps"] == "200" and run.data.tags["changed.train.steps"] == "500"
+    assert not (folder / "ablation" / "one" / "wandb").exists()
+
+
+def test_another_place_gets_a_run_of_its_own(folder: Path) -> None:
+    off = "track.wandb.mode=disabled"
+    train(config_of(folder, off), 0, 1)
+    elsewhere = config_of(folder, off, "track.mlflow.experiment=others")
+    evaluate(elsewhere, "before", 0, 0.25)
+    train(elsewhere, 1, 2)
+    assert [len(mlflow_runs(config)) for config in (config_of(folder), elsewhere)] == [1, 1]
+    assert mlflow_points(elsewhere, "eval/accuracy") == [(0, 0.25)]
+
+
+def test_without_trackers_nothing_is_imported_or_written(tmp_path: Path) -> None:
+    code = (
+        "import sys; from megatron_sr1.config import load_config; from megatron_sr1.metrics import *\n"
+        f"config = load_config(None, ['run_dir={tmp_path}'])\n"
+        "with Trackers(config) as trackers: trackers.write(0, {'loss': 1.0})\n"
+        "send_evaluations(config); assert not {'wandb', 'mlflow'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_is_away_is_named_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = config_of(tmp_path, "track.wandb.mode=disabled", "track.mlflow.uri=http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match=r"track\.mlflow\.uri='http://127\.0\.0\.1:9'"), Trackers(config):
+        pass
+
+
+def test_points_wait_for_a_server_that_goes_away(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.exceptions import MlflowException
+
+    config = config_of(folder, "track.wandb.mode=disabled")
+    with Trackers(config) as trackers:
+        with monkeypatch.context() as patch:
+
+            def refuse(*arguments: object, **keywords: object) -> None:
+                raise MlflowException("away")
+
+            patch.setattr(MlflowClient, "log_batch", refuse)
+            with pytest.warns(UserWarning, match="1 wait: away"):
+                trackers.write(0, {"loss": 3.0})
+        trackers.write(1, {"loss": 2.0})
+    assert mlflow_points(config, "loss") == [(0, 3.0), (1, 2.0)]
+
+
+def test_names_of_evaluations() -> None:
+    summary = {"accuracy": 0.5, "faithful": None, "n": 3, "by": {"a": 1}, "sure": True, "gap": float("nan")}
+    assert evaluation_metrics("after", summary) == {"eval/accuracy": 0.5, "eval/n": 3.0}
+    assert evaluation_metrics("step-50", {"leak": 0}) == {"eval/leak": 0.0}
+    assert evaluation_metrics("mathverse", {"leak": 0.25}) == {"eval/mathverse/leak": 0.25}
+
+
+def test_every_key_of_the_configuration_is_a_parameter() -> None:
+    flat = parameters(load_config(None, ["data.train=[a.tar, b.tar]", "layout.tensor=2", "nproc=2"]))
+    assert flat["data.train"] == '["a.tar", "b.tar"]' and flat["layout.tensor"] == "2" and flat["nproc"] == "2"
+    assert flat["track.wandb.mode"] == "disabled" and all(type(value) is str for value in flat.values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["track.wandb.mode=live"], ["track.wandb.mode='live'", "disabled, offline, online"]),
+        (["track.wandb.mode=offline", "track.wandb.project="], ["track.wandb.project"]),
+        (["track.mlflow.uri=./mlruns"], ["track.mlflow.uri='./mlruns'", "sqlite:///"]),
+        (["track.mlflow.uri=http://me:hunter2@host"], ["track.mlflow.uri", "MLFLOW_TRACKING_PASSWORD"]),
+        (["track.mlflow.uri=http://host", "track.mlflow.experiment="], ["track.mlflow.experiment"]),
+    ],
+)
+def test_what_is_wrong_is_named(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, overrides)
+    assert all(word in str(error.value) for word in words) and "hunter2" not in str(error.value)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_sr1.config import tracking
+
+    track = load_config(None, ["track.wandb.mode=online", "track.mlflow.uri=sqlite:///x.db"]).track
+    check_trackers(track)
+    for package, key in (("wandb", "track.wandb.mode"), ("alembic", "track.mlflow.uri")):
+        monkeypatch.setattr(tracking, "find_spec", lambda name, gone=package: None if name == gone else object())
+        with pytest.raises(ConfigError, match=rf"{key} needs {package}.*pip install 'megatron_sr1\[track\]'"):
+            check_trackers(track)
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    check_trackers(load_config(None, []).track)

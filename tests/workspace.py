@@ -1,0 +1,67 @@
+"""A folder with tiny shards, an untrained model and a short cold start, and the commands that run in it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+RUN_TIMEOUT = 600  # seconds
+TIMED = ("seconds/", "tokens_per_second")  # metrics that differ from run to run
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder with tiny shards, an untrained model and a short cold start."""
+
+    folder: Path
+
+    def command(self, name: str, run: str, *overrides: str) -> list[str]:
+        data = self.folder / "data"
+        hf_dir = self.folder / ("base" if name == "sft" else "sft/hf")
+        return [
+            *(sys.executable, "-m", "megatron_sr1.cli", name, str(REPOSITORY / "examples/quickstart/grpo.yaml")),
+            f"run_dir={self.folder / run}",
+            f"model.hf_dir={hf_dir}",
+            *(f"data.{part}=[{data}/{part}-*.tar]" for part in ("train", "heldout", "cold_start")),
+            *("rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "train.batch_size=4"),
+            *("train.micro_batch_tokens=1024", "optimizer.lr=2e-4", "evaluate.verify_export=0"),
+            *overrides,
+        ]
+
+    def run(self, name: str, run: str, *overrides: str) -> str:
+        """Runs to the end and returns what it printed."""
+        done = subprocess.run(
+            self.command(name, run, *overrides),
+            cwd=REPOSITORY,
+            timeout=RUN_TIMEOUT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert done.returncode == 0, done.stdout[-4000:]
+        return done.stdout
+
+    def metrics(self, run: str) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
+
+    def summary(self, run: str, label: str) -> dict[str, float]:
+        return json.loads((self.folder / run / "eval" / f"{label}.json").read_text())["summary"]
+
+
+def build_workspace(folder: Path) -> Workspace:
+    """Draws the data and trains the cold start."""
+    build = [sys.executable, str(REPOSITORY / "tools/build_digits.py"), "--out", str(folder)]
+    sizes = ["--train", "40", "--heldout", "12", "--demonstrations", "400"]
+    subprocess.run([*build, *sizes], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    made = Workspace(folder)
+    made.run("sft", "sft", "train.steps=60", "train.batch_size=32", "optimizer.lr=3e-3", "train.save_every=60")
+    return made
+
+
+def untimed(entries: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The metrics that must be equal from run to run."""
+    return [{name: value for name, value in entry.items() if not name.startswith(TIMED)} for entry in entries]
