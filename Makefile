@@ -48,7 +48,7 @@ $(LAUNCH)/.installed: megatron_sr1/launch/requirements.txt
 	@touch $@
 
 test: setup launch-env lint ## lint, then every test; GPU tests are skipped, and counted, where there is no GPU
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 	@echo
 	@echo "Next: make quickstart; CONTRIBUTING.md says how to work here"
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sr1 import cli
-from megatron_sr1.cli import main
+from megatron_sr1.cli import command, main
 from megatron_sr1.config import Config, DataConfig
 from megatron_sr1.data import Quarantine, ShardDataset, write_shards
 from megatron_sr1.loops.heldout import Heldout
@@ -123,7 +122,7 @@ def test_a_run_folder_stands_for_its_configuration_and_its_export(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[tuple[Config, bool]] = []
-    monkeypatch.setattr(cli, "_launch", lambda _, config, args: launched.append((config, args.restart)))
+    monkeypatch.setattr(command, "start", lambda _, config, args: launched.append((config, args.restart)))
     main(["evaluate", str(run_folder), "evaluate.samples=4", "evaluate.temperature=0.6"])
     main(["evaluate", str(run_folder), "run_dir=mine", "--restart"])
     (config, restart), (other, other_restart) = launched

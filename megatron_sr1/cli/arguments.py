@@ -1,0 +1,96 @@
+"""The words of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_sr1.launch import add_launch_options, slurm_ranks
+
+HELP = {
+    "sft": "cold start: supervised fine-tuning on both response layouts",
+    "grpo": "self-rewarded reinforcement learning",
+    "evaluate": "evaluation of both passes on data.heldout: of model.hf_dir, or of what a run has trained",
+}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command and its options; `overrides` has all key=value words, also those that options stand for."""
+    parser = argparse.ArgumentParser(prog="megatron-sr1", description="Self-rewarded RL of vision-language models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in HELP.items():
+        command = commands.add_parser(name, help=text, description=text)
+        metavar = "CONFIG.yaml|RUN" if name == "evaluate" else "CONFIG.yaml"
+        command.add_argument("config", type=Path, metavar=metavar)
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=10")
+        command.add_argument("--nproc", type=int, help="ranks on this machine; the same as nproc=N")
+        _add_dry_run(command)
+        if name == "grpo":
+            _add_parts(command)
+        if name == "evaluate":
+            command.add_argument("--restart", action="store_true", help="remove what an earlier evaluation left first")
+    _add_sweep(commands.add_parser("sweep", help="the runs of a sweep file on this machine, then their report"))
+    text = "experiments of dependent tasks, and sweeps, on this machine, in containers or on Slurm, by NeMo-Run"
+    add_launch_options(commands.add_parser("launch", help=text, description=text))
+    report = commands.add_parser("report", help="table and HTML page of finished runs, or of a sweep")
+    text = "run folders, folders that hold some, or a sweep's YAML file"
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN|SWEEP.yaml", help=text)
+    report.add_argument("--out", type=Path, help="the page; default: report.html in the first folder")
+    args, rest = parser.parse_known_args(arguments)
+    if args.command in ("report", "sweep") or any(word.startswith("-") for word in rest):
+        parser.parse_args(arguments)  # ends here where words are left that no option takes
+        return args
+    args.overrides += rest  # argparse takes overrides that follow an option for strangers
+    if args.command == "launch":
+        return args
+    os.environ.update(slurm_ranks(os.environ))
+    if args.nproc is not None:
+        args.overrides.append(f"nproc={args.nproc}")
+    if "RANK" in os.environ:  # torchrun or srun started this rank, and knows how many there are
+        args.overrides.append(f"nproc={os.environ['WORLD_SIZE']}")
+    return args
+
+
+def sources(args: argparse.Namespace) -> tuple[Path, list[str]]:
+    """The configuration file and the overrides. For `evaluate` a run folder stands for its configuration and for the
+    weights it exported; the results go to its folder `evaluate`.
+
+    Raises:
+        ValueError: the folder is not one of a finished run.
+    """
+    run = args.config
+    if args.command != "evaluate" or not run.is_dir():
+        return run, args.overrides
+    if not (run / "config.yaml").is_file() or not (run / "hf" / "config.json").is_file():
+        raise ValueError(
+            f"{run} is not the folder of a finished run, which holds config.yaml and hf/config.json. Let the run end, "
+            "or give a configuration with model.hf_dir."
+        )
+    own = [f"model.hf_dir={run / 'hf'}", f"run_dir={run / 'evaluate'}", "evaluate.verify_export=0"]
+    return run / "config.yaml", [*own, *args.overrides]
+
+
+def _add_sweep(command: argparse.ArgumentParser) -> None:
+    command.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
+    command.add_argument("--jobs", type=int, default=1, help="runs at a time; each has the ranks that nproc says")
+    command.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these runs of the sweep alone")
+    command.add_argument("--dry-run", action="store_true", help="check everything, print the commands, stop")
+
+
+def _add_dry_run(command: argparse.ArgumentParser) -> None:
+    text = "check everything, print the configuration and the memory it takes on GPUs, stop; needs no GPU, no weights"
+    command.add_argument("--dry-run", action="store_true", help=text)
+    text = "memory of a GPU that --dry-run is to plan for (default: 80)"
+    command.add_argument("--gpu-gib", type=float, default=80.0, metavar="N", help=text)
+    text = "GPUs of a node that --dry-run is to plan for (default: 8)"
+    command.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help=text)
+
+
+def _add_parts(command: argparse.ArgumentParser) -> None:
+    parts = command.add_argument_group("parts of a run, to look into a step")
+    text = "generate, grade and save the rollouts of the steps; train nothing"
+    parts.add_argument("--rollouts-only", action="store_true", help=text)
+    parts.add_argument("--train-only", action="store_true", help="train from saved rollouts; start no engine")
+    parts.add_argument("--from-rollouts", type=Path, metavar="DIR", help="the `rollouts` folder for --train-only")

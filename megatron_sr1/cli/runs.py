@@ -1,0 +1,121 @@
+"""One run on this machine: checked first, then its ranks are started."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from megatron_sr1.config import (
+    Config,
+    check_model,
+    check_trackers,
+    check_train_batch,
+    check_weights,
+    dump_config,
+)
+
+TRAINING_DATA = {"sft": ("cold_start",), "grpo": ("train", "heldout"), "evaluate": ("heldout",)}
+
+
+def check_run(command: str, config: Config) -> list[str]:
+    """What can be checked of a run without torch. Returns what keeps it from its data: a line for each key of
+    TRAINING_DATA whose shards are missing.
+
+    Raises:
+        ValueError: anything else that is wrong, a key without shards included.
+    """
+    from megatron_sr1.data import expand_shards
+
+    missing = []
+    for name in TRAINING_DATA[command]:
+        patterns = getattr(config.data, name)
+        try:
+            expand_shards(patterns, f"data.{name}")
+        except ValueError as error:
+            if not patterns:
+                raise
+            missing.append(str(error))
+    check_model(config)
+    check_trackers(config.track)
+    if command == "grpo":
+        check_train_batch(config)
+    return missing
+
+
+def start(command: str, config: Config, args: argparse.Namespace) -> None:
+    """Checks the run, then starts its ranks; with --dry-run it prints what they would hold instead.
+
+    Raises:
+        ValueError: what is wrong with the configuration, the data or the model.
+    """
+    missing_data = check_run(command, config)
+    parts: dict[str, Any] = {}
+    if command == "grpo":
+        _check_parts(args)
+        parts = {"rollouts_only": args.rollouts_only, "from_rollouts": args.from_rollouts}
+    if command == "evaluate":
+        parts = {"restart": args.restart}
+    if args.dry_run:
+        _dry_run(command, config, args, missing_data)
+        return
+    if missing_data:
+        raise ValueError(missing_data[0])
+    if command == "evaluate" and config.evaluate.judge_url:
+        from megatron_sr1.evaluation import judge_key
+
+        judge_key(config.evaluate)
+    only_trained = command == "sft" or (command == "grpo" and args.train_only)
+    check_weights(config, weights=not (only_trained and config.model.megatron_dir))
+    from megatron_sr1.platform import run_on_ranks
+
+    run_on_ranks(_run, config.nproc, command, config, parts)
+
+
+def _check_parts(args: argparse.Namespace) -> None:
+    if args.train_only != (args.from_rollouts is not None):
+        raise ValueError("--train-only and --from-rollouts DIR go together: the first needs rollouts to train from.")
+    if args.train_only and args.rollouts_only:
+        raise ValueError(
+            "--train-only and --rollouts-only exclude each other: one reads rollouts, the other makes them."
+        )
+    if args.train_only and not args.from_rollouts.is_dir():
+        raise ValueError(f"--from-rollouts {args.from_rollouts}: not a folder. Give the `rollouts` folder of a run.")
+
+
+def _dry_run(command: str, config: Config, args: argparse.Namespace, missing_data: Sequence[str]) -> None:
+    """Prints the configuration, and as comments below it what each rank would hold. What is printed loads again."""
+    from megatron_sr1.platform import start_platform
+
+    start_platform()
+    from megatron_sr1.estimate import Machine, advice, check_fits, make_plan, plan_text
+
+    plan = make_plan(command, config, Machine(args.gpu_gib, args.gpus_per_node))
+    print(dump_config(config))
+    for line in plan_text(plan, [*missing_data, *advice(plan)]).splitlines():
+        print(f"# {line}".rstrip())
+    check_fits(plan)
+
+
+def _run(command: str, config: Config, parts: dict[str, Any]) -> None:
+    """One rank. The platform comes first: Megatron-Core may be imported only after it is prepared."""
+    from megatron_sr1.platform import start_platform
+
+    platform = start_platform()
+    match command:
+        case "sft":
+            from megatron_sr1.loops.sft import run_sft as run
+        case "grpo":
+            from megatron_sr1.loops.grpo import run_grpo
+
+            run = partial(run_grpo, **parts)
+        case _:
+            from megatron_sr1.loops.evaluate import run_evaluate
+
+            run = partial(run_evaluate, **parts)
+    run(config, platform)
+    if platform.is_main:
+        from megatron_sr1.metrics import send_evaluations
+
+        send_evaluations(config)
