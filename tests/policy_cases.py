@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -60,7 +61,21 @@ def built(model_dir: str, overrides: Sequence[str], **options: Any) -> Iterator[
     from megatron_sr1.policy import Policy
 
     config = load_config(None, [f"model.hf_dir={model_dir}", f"nproc={platform.world_size}", *OPTIMIZER, *overrides])
-    yield Policy(config, platform, num_optimizer_steps=10, **{"keep_reference": False, **options}), config
+    policy = Policy(config, platform, num_optimizer_steps=10, **{"keep_reference": False, **options})
+    yield policy, config
+    _forget_graphs(policy)
+    del policy
+    gc.collect()  # of the policies before this one, whose process groups have threads
+
+
+def _forget_graphs(policy: Any) -> None:
+    """Megatron-Core's token dispatchers keep the last graph, which holds the gradient hooks, which hold the model: a
+    circle that no garbage collector sees."""
+    for module in (module for chunk in policy.chunks for module in chunk.modules()):
+        dispatcher = getattr(module, "token_dispatcher", None)
+        for name, value in list(vars(dispatcher).items()) if dispatcher else ():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                setattr(dispatcher, name, None)
 
 
 def packed_rows(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ DENSE, DEEPSTACK, MIXTURE = "qwen2_5_vl_tied", "qwen3_vl", "qwen3_vl_moe"
 UNTIED = "qwen2_5_vl_untied"
 EVERY = (DENSE, DEEPSTACK, MIXTURE)
 
+MAX_THREADS = 150  # three for each of a layout's groups, and torch's own
 SMALL_BUDGET = 60  # most sequences alone: rows of text only, of images only
 # number of ranks -> (families, overrides); a mixture under tensor parallelism needs sequence parallelism
 LAYOUTS: dict[int, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
@@ -131,6 +133,7 @@ def _walk(rank: int, num_ranks: int, folder: str) -> None:
             for options in _optimizers(overrides, num_ranks):
                 name = f"{family} on {num_ranks} ranks, {' '.join(options)}"
                 _check(_one_step(f"{folder}/{family}", options, (BUDGET, SMALL_BUDGET)[number % 2]), expected, name)
+                assert psutil.Process().num_threads() < MAX_THREADS, f"{name}: earlier layouts left their groups"
 
 
 def _optimizers(overrides: tuple[str, ...], num_ranks: int) -> list[tuple[str, ...]]:

@@ -40,12 +40,13 @@ def sweep_file(workspace: Workspace) -> Path:
     tree = {
         "command": "grpo",
         "config": command[4],
-        "run_dir": str(workspace.folder / "sweep"),
+        "run_dir": str(workspace.folder / "killed_sweep" / "runs"),
         "presets": list(PRESETS),
         "seeds": list(SEEDS),
         "overrides": [*overrides, *small, "train.save_every=1", "rollout.prompts_per_step=2", "train.batch_size=2"],
     }
-    path = workspace.folder / "sweep.yaml"
+    path = workspace.folder / "killed_sweep" / "sweep.yaml"
+    path.parent.mkdir()
     path.write_text(yaml.safe_dump(tree))
     return path
 
@@ -64,7 +65,7 @@ def kill_run(sweep: subprocess.Popen[str], name: str) -> None:
 
 
 def test_a_sweep_with_a_killed_and_a_failing_run_continues_with_these(sweep_file: Path) -> None:
-    folder = sweep_file.parent / "sweep"
+    folder = sweep_file.parent / "runs"
     killed, failing = NAMES[0], NAMES[3]
     (folder / failing).mkdir(parents=True)
     with (folder / failing / ".lock").open("w") as lock:
@@ -120,7 +121,7 @@ def check_report(folder: Path) -> None:
 
 
 def test_a_finished_sweep_is_only_reported(sweep_file: Path) -> None:
-    folder = sweep_file.parent / "sweep"
+    folder = sweep_file.parent / "runs"
     logs = {name: (folder / f"{name}.log").stat().st_size for name in NAMES}
     for command in (sweep_command(sweep_file), [*sweep_command(sweep_file)[:3], "report", str(sweep_file)]):
         (folder / "report.html").unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch.distributed
@@ -39,9 +40,10 @@ class ParallelGroups:
 
 
 def build_groups(layout: LayoutConfig) -> ParallelGroups:
-    """Splits the ranks of the default process group; every rank calls it. An earlier split is dissolved first."""
+    """Splits the ranks of the default process group; every rank calls it. An earlier split is destroyed first: what was
+    built on it can no longer communicate."""
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _destroy_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -53,3 +55,12 @@ def build_groups(layout: LayoutConfig) -> ParallelGroups:
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return ParallelGroups(groups.tp, groups.pp, groups.cp, groups.dp, groups.tp_cp, groups.ep, groups)
+
+
+def _destroy_groups() -> None:
+    """Megatron-Core forgets its groups but leaves them to torch.distributed, with their threads and connections."""
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None:  # None stands for the default group
+            with suppress(ValueError):  # it went with the default group that it was split from
+                torch.distributed.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
