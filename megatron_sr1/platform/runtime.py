@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import datetime
 import os
@@ -119,9 +120,6 @@ def _run_rank(rank: int, num_ranks: int, store: str, function: Callable[..., Non
     except SystemExit as stopped:
         status = stopped.code
     torch.distributed.destroy_process_group()
-    # all is said: as the interpreter ends, compiled libraries print pages about objects they still hold
-    sys.stderr.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     sys.exit(status)
 
 
@@ -142,6 +140,7 @@ def start_platform() -> Platform:
         warnings.filterwarnings("ignore", category=FutureWarning, message="Please use DTensor")
     define_missing_torchvision_ops()
     _quieten_transformers()
+    atexit.register(_end_quietly)
     device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if not on_cpu:
         torch.cuda.set_device(device)
@@ -169,6 +168,12 @@ def _quieten_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _end_quietly() -> None:
+    """All is said: after this, compiled libraries print pages about objects they still hold."""
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _backend() -> str:
