@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from megatron_sr1.data import ShardDataset, expand_shards
-from megatron_sr1.data.build_check import check_shards
+from megatron_sr1.data.build.check import check_shards
 from megatron_sr1.rewards import grade
 from megatron_sr1.types import Prompt
 from tests.data_cases import encoded, picture, png

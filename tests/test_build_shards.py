@@ -19,11 +19,11 @@ import webdataset
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from megatron_sr1.data.build_samples import Question, build_sample
+from megatron_sr1.data.build.samples import Question, build_sample
 from megatron_sr1.data.index import index_path, read_index
 from megatron_sr1.data.schema import decode_sample
-from megatron_sr1.data.sources import PROBLEM_KINDS, Problem, RawSample
-from megatron_sr1.data.sources_files import find_files, key_prefixes
+from megatron_sr1.data.sources.files import find_files, key_prefixes
+from megatron_sr1.data.sources.source import PROBLEM_KINDS, Problem, RawSample
 from megatron_sr1.prompts import render_caption_reasoner, render_see_think
 from megatron_sr1.types import SftSample
 from tests.build_cases import (
@@ -180,10 +180,10 @@ def test_existing_webdataset(tool: ModuleType, tmp_path: Path) -> None:
 
 
 def test_chunks_of_a_large_tar_are_read_from_their_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sr1.data import sources_webdataset
-    from megatron_sr1.data.sources import Columns
+    from megatron_sr1.data.sources import webdataset
+    from megatron_sr1.data.sources.source import Columns
 
-    monkeypatch.setattr(sources_webdataset, "BYTES_PER_CHUNK", 5000)
+    monkeypatch.setattr(webdataset, "BYTES_PER_CHUNK", 5000)
     keys = [f"{'long' * (40 * (i % 3))}{i:04d}" for i in range(40)]  # some need a pax header
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
         for key in keys:
@@ -191,13 +191,13 @@ def test_chunks_of_a_large_tar_are_read_from_their_middle(tmp_path: Path, monkey
             info = tarfile.TarInfo(f"{key}.json")
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-    source = sources_webdataset.WebDatasetSource(str(tmp_path / "a.tar"), Columns())
+    source = webdataset.WebDatasetSource(str(tmp_path / "a.tar"), Columns())
     chunks = list(source.chunks())
     assert len(chunks) > 5 and sum(chunk.num_rows for chunk in chunks) == 40
     assert [sample.key for chunk in chunks for sample in source.read(chunk)] == keys
     (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:20_000])
     with pytest.raises(ValueError, match=r"cut\.tar.*truncated or damaged"):
-        list(sources_webdataset.WebDatasetSource(str(tmp_path / "cut.tar"), Columns()).chunks())
+        list(webdataset.WebDatasetSource(str(tmp_path / "cut.tar"), Columns()).chunks())
 
 
 def test_demonstrations(tool: ModuleType, tmp_path: Path) -> None:

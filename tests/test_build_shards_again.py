@@ -16,7 +16,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from megatron_sr1.data.build_journal import Journal, Record
+from megatron_sr1.data.build.journal import Journal, Record
 from megatron_sr1.data.index import index_path, read_index, write_index
 from tests.build_cases import (
     TOOL,

@@ -26,13 +26,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megatron_sr1.config import RolloutConfig
-from megatron_sr1.data.build import BuildOptions, Report, build_shards, problems_path
-from megatron_sr1.data.build_check import check_shards
-from megatron_sr1.data.build_samples import Question
-from megatron_sr1.data.sources import Columns, Format, Source
-from megatron_sr1.data.sources_jsonl import JsonlSource
-from megatron_sr1.data.sources_parquet import ParquetSource
-from megatron_sr1.data.sources_webdataset import WebDatasetSource
+from megatron_sr1.data.build.builder import BuildOptions, Report, build_shards, problems_path
+from megatron_sr1.data.build.check import check_shards
+from megatron_sr1.data.build.samples import Question
+from megatron_sr1.data.sources.json_lines import JsonlSource
+from megatron_sr1.data.sources.parquet import ParquetSource
+from megatron_sr1.data.sources.source import Columns, Format, Source
+from megatron_sr1.data.sources.webdataset import WebDatasetSource
 from megatron_sr1.prompts import parse_reasoner, parse_see_think, render_caption_reasoner, render_see_think
 from megatron_sr1.types import Template
 

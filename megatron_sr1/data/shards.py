@@ -17,9 +17,9 @@ from megatron_sr1.data.index import IndexedSample, ShardIndex, content_checksum
 from megatron_sr1.data.loading import load_index
 from megatron_sr1.data.quarantine import BadSample, Quarantine
 from megatron_sr1.data.remote import ShardCache, expand_url, is_url
+from megatron_sr1.data.sample_table import SampleTable, TableBuilder
 from megatron_sr1.data.scan import repeated_key
 from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample, image_number, image_size
-from megatron_sr1.data.table import SampleTable, TableBuilder
 from megatron_sr1.types import Prompt, SftSample
 
 _URLS_AT_ONCE = 16

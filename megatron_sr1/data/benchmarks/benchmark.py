@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sr1.data.benchmarks.item import BadRow, Item, Row
-from megatron_sr1.data.sources import Problem, RawSample, load_images
+from megatron_sr1.data.sources.source import Problem, RawSample, load_images
 
 _NOT_IN_KEYS = re.compile(r"[^\w/-]+")
 

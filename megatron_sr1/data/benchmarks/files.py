@@ -6,10 +6,10 @@ import glob
 from pathlib import Path
 
 from megatron_sr1.data.benchmarks.benchmark import Benchmark
-from megatron_sr1.data.sources import Source
-from megatron_sr1.data.sources_json import JsonSource
-from megatron_sr1.data.sources_jsonl import JsonlSource
-from megatron_sr1.data.sources_parquet import ParquetSource
+from megatron_sr1.data.sources.json_files import JsonSource
+from megatron_sr1.data.sources.json_lines import JsonlSource
+from megatron_sr1.data.sources.parquet import ParquetSource
+from megatron_sr1.data.sources.source import Source
 
 LAYOUTS = (".parquet", ".jsonl", ".json")  # where a folder has several, the first one counts
 

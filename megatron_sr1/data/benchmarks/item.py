@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sr1.data.sources import ProblemKind
+from megatron_sr1.data.sources.source import ProblemKind
 
 Row = Mapping[str, Any]  # column -> value, null where a row has none
 

@@ -2,7 +2,7 @@
 
 All images stand in front of the text: first those that the text does not mention, then the others as it mentions them.
 Marks at its beginning are dropped; any other one becomes `[image n]`, with the image's place in that order. This is
-what `build_samples` makes of the plain `<image>`, and it also holds for an image mentioned twice or in an option.
+what `build.samples` makes of the plain `<image>`, and it also holds for an image mentioned twice or in an option.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sr1.data.build_journal import Journal, Record
-from megatron_sr1.data.build_samples import BuiltSample
-from megatron_sr1.data.build_tar import ShardFile, tar_blocks
-from megatron_sr1.data.sources import Problem
+from megatron_sr1.data.build.journal import Journal, Record
+from megatron_sr1.data.build.samples import BuiltSample
+from megatron_sr1.data.build.tar import ShardFile, tar_blocks
+from megatron_sr1.data.sources.source import Problem
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from megatron_sr1.data.index import content_checksum
 from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample
-from megatron_sr1.data.sources import Problem, ProblemKind, RawSample
+from megatron_sr1.data.sources.source import Problem, ProblemKind, RawSample
 from megatron_sr1.types import Template
 
 PLACEHOLDER = "<image>"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from megatron_sr1.data.build import Report
+from megatron_sr1.data.build.builder import Report
 from megatron_sr1.data.index import INDEX_SUFFIX, IndexedSample, index_path, read_index
 from megatron_sr1.data.scan import scan_shard
 

@@ -9,9 +9,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.data.sources import Chunk, Problem, RawSample, RowReader
-from megatron_sr1.data.sources_files import find_files, key_prefixes
-from megatron_sr1.data.sources_jsonl import load_below
+from megatron_sr1.data.sources.files import find_files, key_prefixes
+from megatron_sr1.data.sources.json_lines import load_below
+from megatron_sr1.data.sources.source import Chunk, Problem, RawSample, RowReader
 
 ROWS_PER_CHUNK = 64
 ROWS_KEY = "data"

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.data.build_assembler import Assembler, Cut
-from megatron_sr1.data.build_journal import Journal, Record, replace_text
-from megatron_sr1.data.build_samples import TextRules
-from megatron_sr1.data.build_workers import built_chunks
-from megatron_sr1.data.sources import Chunk, Problem, Source
+from megatron_sr1.data.build.assembler import Assembler, Cut
+from megatron_sr1.data.build.journal import Journal, Record, replace_text
+from megatron_sr1.data.build.samples import TextRules
+from megatron_sr1.data.build.workers import built_chunks
+from megatron_sr1.data.sources.source import Chunk, Problem, Source
 
 
 @dataclass(frozen=True)

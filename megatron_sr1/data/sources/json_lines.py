@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_sr1.data.sources import Chunk, Problem, RawSample, RowReader
-from megatron_sr1.data.sources_files import find_files, inside, key_prefixes
+from megatron_sr1.data.sources.files import find_files, inside, key_prefixes
+from megatron_sr1.data.sources.source import Chunk, Problem, RawSample, RowReader
 
 LINES_PER_CHUNK = 64
 

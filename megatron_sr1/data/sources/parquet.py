@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sr1.data.sources import Chunk, Problem, RawSample, RowReader
-from megatron_sr1.data.sources_files import find_files, inside, key_prefixes
+from megatron_sr1.data.sources.files import find_files, inside, key_prefixes
+from megatron_sr1.data.sources.source import Chunk, Problem, RawSample, RowReader
 
 if TYPE_CHECKING:
     import pyarrow

@@ -7,7 +7,7 @@ import os
 import tarfile
 from pathlib import Path
 
-from megatron_sr1.data.build_samples import BuiltSample
+from megatron_sr1.data.build.samples import BuiltSample
 from megatron_sr1.data.index import IndexedSample, ShardIndex, write_index
 from megatron_sr1.data.writer import MTIME
 

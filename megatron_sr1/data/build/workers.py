@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing.connection import wait
 
-from megatron_sr1.data.build_samples import BuiltSample, TextRules, build_sample
-from megatron_sr1.data.sources import Chunk, Problem, Source
+from megatron_sr1.data.build.samples import BuiltSample, TextRules, build_sample
+from megatron_sr1.data.sources.source import Chunk, Problem, Source
 
 Items = list[BuiltSample | Problem]
 CHUNKS_PER_WORKER = 2  # in flight: one being read, one waiting; bounds the memory

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sr1.data.index import index_path
-from megatron_sr1.data.sources import Problem
+from megatron_sr1.data.sources.source import Problem
 
 _PLAN = "plan.json"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_sr1.data.schema import JSON_EXTENSION
-from megatron_sr1.data.sources import IMAGE_COLUMNS, KEY_COLUMN, Chunk, Columns, Problem, RawSample
-from megatron_sr1.data.sources_files import find_files
+from megatron_sr1.data.sources.files import find_files
+from megatron_sr1.data.sources.source import IMAGE_COLUMNS, KEY_COLUMN, Chunk, Columns, Problem, RawSample
 
 BYTES_PER_CHUNK = 32 * 2**20
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # up to the first dot of the last part

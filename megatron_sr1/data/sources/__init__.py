@@ -1,0 +1,1 @@
+"""Where samples come from before they are shards: one reader for each format."""
