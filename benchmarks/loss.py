@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.logprob import peak_resident_kib
-from megatron_sr1.kernels.fused_loss import fused_stream_loss
+from megatron_sr1.kernels.policy_loss.fused import fused_stream_loss
 from megatron_sr1.objective import stream_loss
 from megatron_sr1.types import Clip, LossInputs, Stream
 

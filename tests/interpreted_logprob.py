@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from megatron_sr1.kernels import IGNORE_INDEX, chunked, linear_logprob, triton_forward
-from megatron_sr1.kernels.tiles import RowGradients, Tile, empty_state
-from megatron_sr1.kernels.triton_forward import Blocks
-from megatron_sr1.kernels.triton_tiles import TritonTiles
+from megatron_sr1.kernels.linear_logprob.tiles import RowGradients, Tile, empty_state
+from megatron_sr1.kernels.linear_logprob.triton_forward import Blocks
+from megatron_sr1.kernels.linear_logprob.triton_tiles import TritonTiles
 from tests.logprob_cases import (
     HIDDEN,
     TOKENS,

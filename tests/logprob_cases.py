@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_sr1.kernels import IGNORE_INDEX, linear_logprob
-from megatron_sr1.kernels.backends import BackendName
+from megatron_sr1.kernels.linear_logprob.backends import BackendName
 from megatron_sr1.types import LogProbs
 
 TOKENS, HIDDEN, VOCAB = 37, 24, 53

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_sr1.kernels.fused_loss import METRICS, Backend, fused_stream_loss
+from megatron_sr1.kernels.policy_loss.fused import METRICS, Backend, fused_stream_loss
 from megatron_sr1.objective import stream_loss
 from megatron_sr1.types import Clip, LossInputs, Stream
 from tests import test_objective_liger as liger_case
@@ -156,9 +156,9 @@ def test_equals_the_reference_in_float64(streams: tuple, clip: Clip, **drawn: ob
 @pytest.mark.parametrize("num_tokens", [511, 513, 1025, 2600])
 def test_partial_sums_of_many_blocks_triton(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six blocks and more where the second kernel takes two at a time."""
-    from megatron_sr1.kernels import loss_triton
+    from megatron_sr1.kernels.policy_loss import triton_loss
 
-    monkeypatch.setattr(loss_triton, "BLOCK_PARTIALS", 2)
+    monkeypatch.setattr(triton_loss, "BLOCK_PARTIALS", 2)
     assert_matches_reference(make_inputs(num_tokens), "triton")
 
 
@@ -408,7 +408,7 @@ def test_kernels_compile_for_a_gpu(capability: int, tmp_path: Path, monkeypatch:
     target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", capability, 32)
     from triton.runtime import driver
 
-    from megatron_sr1.kernels.loss_kernels import add_blocks, loss_of_blocks
+    from megatron_sr1.kernels.policy_loss.triton_kernels import add_blocks, loss_of_blocks
 
     card = SimpleNamespace(
         get_current_target=lambda: target, get_current_device=lambda: -1, get_current_stream=lambda device: 0

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_sr1.kernels import chunked, linear_logprob
-from megatron_sr1.kernels.backends import BackendName
+from megatron_sr1.kernels.linear_logprob.backends import BackendName
 from tests.logprob_cases import assert_relative
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ from megatron_sr1.config import Config, LayoutConfig, RecomputeConfig
 from megatron_sr1.estimate.layer import LayerShape, dropped_bytes, kept_tensors, layer_shape
 from megatron_sr1.estimate.state import weight_bytes
 from megatron_sr1.estimate.vision import vision_bytes
-from megatron_sr1.kernels.chunked import KEPT_ELEMENTS, TILE_ELEMENTS_ACCELERATOR
+from megatron_sr1.kernels.linear_logprob.chunked import KEPT_ELEMENTS, TILE_ELEMENTS_ACCELERATOR
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.parameter_counts import StageCount
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_sr1.kernels.tiles import Backend, RowGradients, Tile, raw_product
+from megatron_sr1.kernels.linear_logprob.tiles import Backend, RowGradients, Tile, raw_product
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 BLOCK_COLUMNS = 4096  # 16 elements a thread; at 65536 the registers spill

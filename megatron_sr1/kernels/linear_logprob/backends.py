@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_sr1.kernels.tiles import Backend
-from megatron_sr1.kernels.torch_tiles import TORCH
+from megatron_sr1.kernels.linear_logprob.tiles import Backend
+from megatron_sr1.kernels.linear_logprob.torch_tiles import TORCH
 
 BackendName = Literal["auto", "torch", "triton", "fused"]
 
@@ -47,8 +47,8 @@ def select_backend(name: BackendName, hidden: Tensor) -> Backend:
 def _triton_backend(name: BackendName, hidden: Tensor) -> Backend:
     import triton
 
-    from megatron_sr1.kernels.triton_forward import FUSED
-    from megatron_sr1.kernels.triton_tiles import TRITON
+    from megatron_sr1.kernels.linear_logprob.triton_forward import FUSED
+    from megatron_sr1.kernels.linear_logprob.triton_tiles import TRITON
 
     if not hidden.is_cuda and not triton.knobs.runtime.interpret:
         raise ValueError(

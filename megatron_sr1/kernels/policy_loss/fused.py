@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from megatron_sr1.kernels.loss_torch import torch_loss
+from megatron_sr1.kernels.policy_loss.torch_loss import torch_loss
 from megatron_sr1.objective.losses import check_inputs
 from megatron_sr1.types import KlEstimator, LossInputs
 
@@ -94,6 +94,6 @@ def _choose(backend: Backend, logprobs: Tensor) -> _Compute:
     if backend == "torch":
         return torch_loss
     # Here, not above: Triton takes a second to import, and a machine without a GPU need not have it.
-    from megatron_sr1.kernels.loss_triton import triton_loss
+    from megatron_sr1.kernels.policy_loss.triton_loss import triton_loss
 
     return triton_loss

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megatron_sr1.kernels.tiles import Backend, Rows, VocabShard, dtypes, empty_state
-from megatron_sr1.kernels.triton_tiles import LOG2_E, TritonTiles
+from megatron_sr1.kernels.linear_logprob.tiles import Backend, Rows, VocabShard, dtypes, empty_state
+from megatron_sr1.kernels.linear_logprob.triton_tiles import LOG2_E, TritonTiles
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_sr1.kernels.loss_kernels import NUM_TERMS, add_blocks, loss_of_blocks
+from megatron_sr1.kernels.policy_loss.triton_kernels import NUM_TERMS, add_blocks, loss_of_blocks
 from megatron_sr1.types import LossInputs
 
 BLOCK_TOKENS = 512

@@ -40,9 +40,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce, get_world_size
 
-from megatron_sr1.kernels.backends import BackendName, select_backend
-from megatron_sr1.kernels.chunked import Plan, chunked_logprob
-from megatron_sr1.kernels.tiles import VocabShard
+from megatron_sr1.kernels.linear_logprob.backends import BackendName, select_backend
+from megatron_sr1.kernels.linear_logprob.chunked import Plan, chunked_logprob
+from megatron_sr1.kernels.linear_logprob.tiles import VocabShard
 from megatron_sr1.types import LogProbs
 
 IGNORE_INDEX = -100  # a target with this value is not scored

@@ -1,6 +1,6 @@
-"""The two Triton kernels behind fused_stream_loss, and what they are made of. loss_triton.py launches them.
+"""The two Triton kernels behind fused_stream_loss, and what they are made of. triton_loss.py launches them.
 
-Names, formulas and the order of the six terms are those of fused_loss.py. Everything is float32. Shapes: R scored
+Names, formulas and the order of the six terms are those of fused.py. Everything is float32. Shapes: R scored
 tokens, S streams, B blocks of tokens.
 """
 

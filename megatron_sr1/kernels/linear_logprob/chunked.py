@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.distributed import ProcessGroup, all_gather, get_world_size
 
-from megatron_sr1.kernels.tiles import (
+from megatron_sr1.kernels.linear_logprob.tiles import (
     Backend,
     RowGradients,
     Rows,

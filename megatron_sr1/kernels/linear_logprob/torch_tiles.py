@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_sr1.kernels.tiles import Backend, RowGradients, Tile, dtypes, raw_product
+from megatron_sr1.kernels.linear_logprob.tiles import Backend, RowGradients, Tile, dtypes, raw_product
 
 
 class TorchTiles:

@@ -1,0 +1,1 @@
+"""The policy loss of a micro-batch in one pass, on torch and on Triton."""
