@@ -66,7 +66,7 @@ def _run(folder: Path, config: Path, layers: int | None, nproc: int) -> None:
         print(f"{out.name}: {seconds:.1f} s with the processes' imports", flush=True)
     start_platform()
     from megatron_sr1.checkpoint.streaming_verify import compare
-    from megatron_sr1.convert import HfTensors
+    from megatron_sr1.weights import HfTensors
 
     first = HfTensors(hf)
     started = time.perf_counter()
@@ -106,9 +106,9 @@ def make_weights(hf: str) -> None:
 
     start_platform()
     from megatron_sr1.checkpoint.streaming_layout import hf_shapes, model_slots
-    from megatron_sr1.convert.hf_dir import row_blocks
-    from megatron_sr1.convert.hf_shards import PlannedShards
-    from megatron_sr1.convert.safetensors_format import TensorInfo
+    from megatron_sr1.weights.hf_dir import row_blocks
+    from megatron_sr1.weights.hf_shards import PlannedShards
+    from megatron_sr1.weights.safetensors import TensorInfo
 
     tensors = {name: TensorInfo(torch.bfloat16, shapes[0]) for name, shapes in hf_shapes(model_slots(hf)).items()}
     shards = PlannedShards(Path(hf), tensors)

@@ -88,9 +88,9 @@ def measure(folder: str, options: tuple[str, ...]) -> None:
 
     platform = start_platform()
     from megatron_sr1.config import load_config
-    from megatron_sr1.convert import HfTensors, write_hf_dir
     from megatron_sr1.policy.scorer import Scorer
     from megatron_sr1.rollout import Engine
+    from megatron_sr1.weights import HfTensors, write_hf_dir
 
     config = load_config(None, list(options))
     policy = Scorer(config, platform)

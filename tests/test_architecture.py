@@ -34,7 +34,7 @@ LEVELS = {
         "sweep",
         "evaluation",
     },
-    2: {"platform", "kernels", "convert", "policy", "checkpoint", "rollout", "estimate"},
+    2: {"platform", "kernels", "weights", "policy", "checkpoint", "rollout", "estimate"},
     3: {"loops"},
     4: {"cli", "launch", "__main__"},
 }
@@ -44,14 +44,14 @@ ALLOWED_SIDEWAYS = {  # within a level; a room that is not here imports no neigh
     "rewards": {"prompts"},  # one parser for the layouts, used by whoever looks into a response
     "platform": set(),
     "kernels": {"platform"},
-    "convert": {"platform"},
-    "policy": {"platform", "kernels", "convert"},
-    "checkpoint": {"platform", "kernels", "convert", "policy"},
-    "rollout": {"platform", "convert"},
+    "weights": {"platform"},
+    "policy": {"platform", "kernels", "weights"},
+    "checkpoint": {"platform", "kernels", "weights", "policy"},
+    "rollout": {"platform", "weights"},
     "estimate": {"platform", "kernels", "policy"},
 }
 FORBIDDEN = {("policy", "objective")}  # the loop passes the loss in
-MEGATRON_ROOMS = {"policy", "convert", "checkpoint", "platform"}
+MEGATRON_ROOMS = {"policy", "weights", "checkpoint", "platform"}
 VLLM_ROOMS = {"rollout"}
 DEVICE_ROOMS = {"platform", "kernels"}
 DEVICE_WORD = re.compile(r"\b(cuda|nccl|gloo|is_cuda|is_nccl_available|is_gloo_available)\b", re.IGNORECASE)
@@ -350,7 +350,7 @@ VIOLATIONS = [
     ("imports_go_down", "megatron_sr1/policy/a.py", "from megatron_sr1.objective.losses import x\n"),
     ("imports_go_down", "megatron_sr1/policy/a.py", "def f():\n    from megatron_sr1.checkpoint import save\n"),
     ("imports_go_down", "megatron_sr1/rollout/a.py", "from megatron_sr1.policy import model\n"),
-    ("imports_go_down", "megatron_sr1/kernels/a.py", "from megatron_sr1.convert import table\n"),
+    ("imports_go_down", "megatron_sr1/kernels/a.py", "from megatron_sr1.weights import name_table\n"),
     ("imports_go_down", "megatron_sr1/loops/a.py", "from megatron_sr1.cli import main\n"),
     ("commands_import_late", "megatron_sr1/cli/a.py", "if True:\n    from megatron_sr1.loops import grpo\n"),
     ("commands_import_late", "megatron_sr1/launch/a.py", "from megatron_sr1.metrics import Metric\n"),

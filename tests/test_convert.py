@@ -1,202 +1,428 @@
-"""The weight table: every layout splits and joins to the same bits, by hand-made expectations and for random sizes."""
+"""tools/convert.py: there and back without losing a bit, into and out of every layout, and what it says of damage."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from megatron_sr1.convert.table import (
-    WeightRule,
-    canonical_name,
-    has_published_experts,
-    hf_from_shards,
-    hf_part,
-    language_rules,
-    rules_by_hf,
-    shard_from_hf,
-    vision_rule,
-)
-from tests.model_zoo import ZOO, create_family, publish_experts
+from tests.ranks import run_ranks
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TOOL = REPOSITORY / "tools" / "convert.py"
+ODD_VOCABULARY = 1001  # of no layout's tensor-parallel ranks a multiple
 
 
-@dataclass(frozen=True)
-class Sizes:
-    num_layers: int = 2
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    hidden_size: int = 4
-    vocab_size: int = 10
-    tied: bool = True
-    qk_norm: bool = False
-    qkv_bias: bool = True
-    num_experts: int = 0
-    expert_ffn_size: int = 3
-    moe_layers: tuple[bool, ...] = (False, False)
-    language_prefix: str = "model."
-    vision_prefix: str = "visual."
-    head: int = 2
-    inner: int = 8
+def silent(done: int, total: int) -> None:
+    """No progress bar."""
 
 
-QWEN3 = {
-    "qk_norm": True,
-    "qkv_bias": False,
-    "language_prefix": "model.language_model.",
-    "vision_prefix": "model.visual.",
+def bits(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a Hugging Face folder as safetensors' own reader gives them, as bytes."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= {name: value.contiguous().view(torch.uint8) for name, value in load_file(file).items()}
+    return found
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    one, other = bits(first), bits(second)
+    assert one and one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def recast(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Rewrites the weights of a folder with one file."""
+    path = folder / "model.safetensors"
+    tensors = {name: change(name, value).contiguous() for name, value in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+# ---------------------------------------------------------------- round trips and layouts, four ranks
+def make_families(folder: Path) -> dict[str, Path]:
+    """Every family; bf16 and fp32, an odd vocabulary, experts in both orders, a head that is stored though tied."""
+    from tests.model_zoo import ZOO, create_family, publish_experts
+
+    models = {name: create_family(folder / name, name, vocab_size=ODD_VOCABULARY) for name in ZOO}
+    models["published"] = create_family(folder / "published", "qwen3_vl_moe", seed=1)
+    publish_experts(models["published"])
+    for name in ("qwen2_5_vl_tied", "published"):
+        recast(models[name], lambda _, value: value.bfloat16())
+    models["stored_head"] = create_family(folder / "stored_head", "qwen2_5_vl_tied", seed=2)
+    tensors = load_file(models["stored_head"] / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, models["stored_head"] / "model.safetensors", metadata={"format": "pt"})
+    return models
+
+
+LAYOUTS = {
+    "TP4": {"tensor": 4},
+    "TP2 PP2": {"tensor": 2, "pipeline": 2},
+    "PP4": {"pipeline": 4},
+    "PP2 VPP2": {"pipeline": 2, "virtual": 2},
 }
-MIXTURE = QWEN3 | {"num_experts": 3, "moe_layers": (False, True)}
 
 
-def _hf_tensors(sizes: Sizes, rule: WeightRule) -> list[torch.Tensor]:
-    """Every element is distinct, so that a wrong place is a wrong value."""
-    rows = {
-        "q_proj": sizes.num_heads * sizes.head,
-        "k_proj": sizes.num_kv_heads * sizes.head,
-        "v_proj": sizes.num_kv_heads * sizes.head,
-        "gate_proj": sizes.inner,
-        "up_proj": sizes.inner,
-        "gate": sizes.num_experts,
-        "embed_tokens": sizes.vocab_size,
-        "lm_head": sizes.vocab_size,
-    }
-    columns = {"down_proj": sizes.inner, "o_proj": sizes.num_heads * sizes.head}
-    fused = {
-        "expert_gate_up": (sizes.num_experts, sizes.hidden_size, 2 * sizes.expert_ffn_size),
-        "expert_down": (sizes.num_experts, sizes.expert_ffn_size, sizes.hidden_size),
-    }
-    tensors, start = [], 0
-    for name in rule.hf:
-        part = name.split(".")[-2]
-        shape = (rows.get(part, sizes.hidden_size), columns.get(part, sizes.hidden_size))
-        shape = shape[:1] if name.endswith("bias") or "norm" in name else shape
-        shape = fused.get(rule.kind, shape)
-        count = int(torch.tensor(shape).prod())
-        tensors.append(torch.arange(start, start + count, dtype=torch.float32).reshape(shape))
-        start += count
-    return tensors
+def check_layouts(hf_dir: Path, megatron_dir: Path, extra: dict[str, dict[str, int]]) -> None:
+    """The checkpoint gives every rank of every layout what the Hugging Face weights give it."""
+    from megatron_sr1.config import Config, LayoutConfig, ModelConfig
+    from megatron_sr1.platform import start_platform
+    from megatron_sr1.policy import read_architecture
+    from megatron_sr1.policy.build import build_chunks
+    from megatron_sr1.policy.groups import build_groups
+    from megatron_sr1.policy.sharded import load_model_weights
+    from megatron_sr1.weights import load_hf_weights
+
+    platform = start_platform()
+    architecture = read_architecture(str(hf_dir))
+    for name, layout in (LAYOUTS | extra).items():
+        config = Config(nproc=4, layout=LayoutConfig(**layout), model=ModelConfig(hf_dir=str(hf_dir)))
+        groups = build_groups(config.layout)
+        both = [build_chunks(architecture, config, platform, groups, platform.device) for _ in range(2)]
+        for chunks in both:
+            for parameter in (p for chunk in chunks for p in chunk.parameters()):
+                parameter.data.fill_(float("nan"))
+        load_hf_weights(both[0], str(hf_dir), architecture, groups)
+        load_model_weights(both[1], str(megatron_dir))
+        for one, other in zip(*both, strict=True):
+            found = dict(other.named_parameters())
+            for key, parameter in one.named_parameters():
+                assert torch.equal(parameter, found[key]), (name, hf_dir.name, key)
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    ranks=st.sampled_from([1, 2, 4]),
-    kv_heads=st.sampled_from([1, 2, 4]),
-    repeats=st.sampled_from([1, 2]),
-    vocab=st.integers(5, 23),
-    tied=st.booleans(),
-    family=st.sampled_from([{}, QWEN3, MIXTURE]),
-)
-def test_every_rule_joins_what_it_split(
-    ranks: int, kv_heads: int, repeats: int, vocab: int, tied: bool, family: dict[str, Any]
-) -> None:
-    heads = kv_heads * repeats * 4
-    sizes = Sizes(num_heads=heads, num_kv_heads=kv_heads, vocab_size=vocab, tied=tied, **family)
-    for rule in language_rules(sizes):
-        parts = [hf_part(rule, tensor) for tensor in _hf_tensors(sizes, rule)]
-        width = 1 if rule.expert is not None else ranks
-        shards = [shard_from_hf(rule, parts, sizes, rank, width) for rank in range(width)]
-        assert len({shard.shape for shard in shards}) == 1, f"{rule.megatron}: shards of different shapes"
-        joined = hf_from_shards(rule, shards, sizes)
-        assert len(joined) == len(parts)
-        for found, expected in zip(joined, parts, strict=True):
-            assert torch.equal(found, expected), rule.megatron
+def check_training_checkpoint(folder: Path, hf_dir: Path) -> None:
+    """What a run saves, padded vocabulary, optimizer and all, becomes the Hugging Face weights it started from."""
+    from megatron_sr1.checkpoint import Checkpointer, Progress
+    from megatron_sr1.checkpoint.streaming_export import megatron_to_hf
+    from megatron_sr1.config import Config, LayoutConfig, ModelConfig
+    from megatron_sr1.platform import start_platform
+    from megatron_sr1.policy import Policy
+
+    platform = start_platform()
+    layout = LayoutConfig(tensor=2, pipeline=2, sequence_parallel=True)
+    config = Config(nproc=4, layout=layout, model=ModelConfig(hf_dir=str(hf_dir)))
+    policy = Policy(config, platform, num_optimizer_steps=1, keep_reference=False)
+    progress = Progress(step=10, position=0, dataset_fingerprint="", model_dir=str(hf_dir))
+    saved = Checkpointer(folder / "checkpoints", 1, platform).save(policy, progress)
+    with pytest.raises(ValueError, match=r"step_000010 has no hf/config\.json\. Give --hf"):
+        megatron_to_hf(str(saved), None, folder / "no_config", platform, silent)
+    megatron_to_hf(str(saved), str(hf_dir), folder / "exported", platform, silent, max_shard_bytes=100_000)
+    if platform.is_main:
+        assert len(list((folder / "exported").glob("*.safetensors"))) > 3
+        assert_same_bits(hf_dir, folder / "exported")
 
 
-def test_experts_are_slices_of_one_tensor_in_either_layout() -> None:
-    """Published: gate_up [E, H, 2I]; transformers 5 saves [E, 2I, H]. Megatron holds [2I, H], gates first."""
-    sizes = Sizes(**MIXTURE)
-    (found,) = [rules for name, rules in rules_by_hf(language_rules(sizes)).items() if name.endswith("gate_up_proj")]
-    assert [rule.expert for rule in found] == [0, 1, 2]
-    (published,) = _hf_tensors(sizes, found[0])
-    linear = published.transpose(1, 2).contiguous()
-    for tensor, is_published in ((published, True), (linear, False)):
-        assert has_published_experts(found[0], tensor.shape, sizes) == is_published
-        shards = [shard_from_hf(rule, [hf_part(rule, tensor)], sizes, 0, 1) for rule in found]
-        assert all(torch.equal(shard, linear[index]) for index, shard in enumerate(shards))
-        parts = [
-            hf_from_shards(rule, [shard], sizes, published_experts=is_published)[0]
-            for rule, shard in zip(found, shards, strict=True)
-        ]
-        assert torch.equal(torch.stack(parts), tensor)
+def check_four_ranks(rank: int, num_ranks: int, path: str) -> None:
+    from megatron_sr1.platform import start_platform
+
+    platform = start_platform()
+    from megatron_sr1.checkpoint.streaming_export import megatron_to_hf
+    from megatron_sr1.checkpoint.streaming_save import hf_to_megatron
+
+    folder = Path(path)
+    models: list[dict[str, Path]] = [make_families(folder) if rank == 0 else {}]
+    torch.distributed.broadcast_object_list(models, 0)
+    for name, hf_dir in models[0].items():
+        megatron_dir, back = folder / f"{name}.megatron", folder / f"{name}.back"
+        if rank == 0:
+            megatron_dir.mkdir()
+        torch.distributed.barrier()
+        hf_to_megatron(str(hf_dir), megatron_dir, platform, silent)
+        megatron_to_hf(str(megatron_dir), None, back, platform, silent)
+        if rank == 0:
+            assert len(list(megatron_dir.glob("*.distcp"))) == num_ranks  # all have worked
+            assert_same_bits(hf_dir, back)
+            for file in ("config.json", "tokenizer.json", "preprocessor_config.json", "tokenizer_config.json"):
+                assert (back / file).read_bytes() == (hf_dir / file).read_bytes()
+    check_layouts(models[0]["qwen2_5_vl_tied"], folder / "qwen2_5_vl_tied.megatron", {})
+    check_layouts(models[0]["qwen3_vl_moe"], folder / "qwen3_vl_moe.megatron", {"EP2": {"expert": 2}})
+    check_training_checkpoint(folder, models[0]["qwen2_5_vl_untied"])
 
 
-def test_transformer_engine_spells_the_same_parameters_otherwise() -> None:
-    layer = "decoder.layers.3"
-    assert canonical_name(f"{layer}.self_attention.linear_qkv.layer_norm_weight") == f"{layer}.input_layernorm.weight"
-    assert canonical_name(f"{layer}.mlp.linear_fc1.layer_norm_weight") == f"{layer}.pre_mlp_layernorm.weight"
-    expert = f"{layer}.mlp.experts.local_experts.13.linear_fc2.weight"
-    assert canonical_name(f"{layer}.mlp.experts.linear_fc2.weight5", first_expert=8) == expert
-    assert canonical_name(f"{layer}.mlp.experts.local_experts.5.linear_fc2.weight", first_expert=8) == expert
-    for name in ("embedding.word_embeddings.weight", f"{layer}.mlp.linear_fc1.weight", "vision.blocks.0.norm1.weight"):
-        assert canonical_name(name, first_expert=8) == name
+def test_every_family_comes_back_bit_for_bit_and_loads_in_every_layout(tmp_path: Path) -> None:
+    run_ranks(4, check_four_ranks, str(tmp_path))
 
 
-def test_fused_qkv_keeps_each_group_together() -> None:
-    """4 query heads in 2 groups, head size 1: q0 q1 k0 v0 | q2 q3 k1 v1; rank 1 of 2 holds the second group."""
-    sizes = Sizes(head=1)
-    rule = WeightRule("x", ("q", "k", "v"), "qkv")
-    query, key, value = torch.tensor([0.0, 1, 2, 3]), torch.tensor([10.0, 11]), torch.tensor([20.0, 21])
-    assert shard_from_hf(rule, [query, key, value], sizes, 0, 1).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
-    assert shard_from_hf(rule, [query, key, value], sizes, 1, 2).tolist() == [2, 3, 11, 21]
+# ---------------------------------------------------------------- the command, one rank
+def load_tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("convert_tool", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_gate_and_up_are_split_each_for_itself() -> None:
-    rule = WeightRule("x", ("gate", "up"), "gate_up")
-    gate, up = torch.tensor([0.0, 1, 2, 3]), torch.tensor([10.0, 11, 12, 13])
-    assert shard_from_hf(rule, [gate, up], Sizes(), 1, 2).tolist() == [2, 3, 12, 13]
+def call(*arguments: object) -> tuple[int, str]:
+    """The tool's exit status and all it prints, on one line."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = load_tool().main([str(argument) for argument in arguments])
+    return status, " ".join(said.getvalue().split())
 
 
-def test_vocabulary_is_padded_with_zeros_to_equal_shards() -> None:
-    rule = WeightRule("x", ("e",), "vocabulary")
-    last = shard_from_hf(rule, [torch.ones(10, 3)], Sizes(), 3, 4)
-    assert last.shape == (3, 3) and last[:1].eq(1).all() and last[1:].eq(0).all()
+def expect_error(source: Path, *words: str, command: str = "hf-to-megatron") -> None:
+    """Converting `source` fails with all the words, and leaves nothing behind."""
+    out = source.with_name("result")
+    status, said = call(command, "--hf" if command == "hf-to-megatron" else "--megatron", source, "--out", out)
+    assert status == 2, said
+    assert [word for word in words if word not in said] == [], said
+    assert not out.exists() and not out.with_name("result.partial").exists()
 
 
-def test_names_are_those_of_the_published_checkpoints() -> None:
-    tied = {name for rule in language_rules(Sizes()) for name in rule.hf}
-    untied = {name for rule in language_rules(Sizes(tied=False)) for name in rule.hf}
-    assert "model.layers.1.self_attn.q_proj.bias" in tied and "model.norm.weight" in tied
-    assert untied - tied == {"lm_head.weight"}
-    for sizes, name in ((Sizes(), "visual.blocks.0.norm1.bias"), (Sizes(**QWEN3), "model.visual.blocks.0.norm1.bias")):
-        assert vision_rule("vision.blocks.0.norm1.bias", sizes).hf == (name,)
-    mixture = {name for rule in language_rules(Sizes(**MIXTURE)) for name in rule.hf}
-    assert {name for name in mixture if name.startswith("model.language_model.layers.1.mlp")} == {
-        f"model.language_model.layers.1.mlp.{name}"
-        for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
-    }
-    assert "model.language_model.layers.0.mlp.down_proj.weight" in mixture
-    assert "model.language_model.layers.0.self_attn.q_norm.weight" in mixture
+def damaged(source: Path, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of a Hugging Face folder with other tensors."""
+    folder = source.with_name(name)
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
-@pytest.mark.parametrize("family", ZOO)
-def test_the_table_covers_what_transformers_saves_exactly(family: str, tmp_path: Path) -> None:
-    """Names, and for experts the shapes, against files that transformers wrote."""
-    from safetensors import safe_open
-
-    folder = create_family(tmp_path / family, family, num_hidden_layers=2)
-    is_mixture = "moe" in family
-    if is_mixture:
-        publish_experts(folder)
-    base = QWEN3 if "qwen3" in family else {}
-    experts = {"num_experts": 4, "expert_ffn_size": 48, "hidden_size": 64, "moe_layers": (True, True)}
-    sizes = Sizes(tied=ZOO[family].tied, **(base | experts if is_mixture else base))
-    by_name = rules_by_hf(language_rules(sizes))
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, not a mapping
-    assert {name for name in shapes if not name.startswith(sizes.vision_prefix)} == by_name.keys()
-    for name, rules in by_name.items():
-        if rules[0].expert is not None:
-            assert len(rules) == shapes[name][0]
-            assert has_published_experts(rules[0], shapes[name], sizes)
+GATE = "model.layers.1.mlp.gate_proj.weight"
+KEY = "model.layers.0.self_attn.k_proj.weight"
 
 
-def test_a_folder_without_weights_says_what_is_missing(tmp_path: Path) -> None:
-    from megatron_sr1.convert.weights import HfTensors
+def check_damaged_hf(model: Path) -> None:
+    """Every kind of damage to a Hugging Face folder, each named with file, tensor and remedy."""
+    expect_error(damaged(model, "missing", lambda t: t.pop(GATE)), GATE, "no tensor", "Copy the missing files")
+    expect_error(damaged(model, "extra", lambda t: t.update(odd=torch.ones(2))), "holds odd", "Correct config.json")
+    shape = damaged(model, "shape", lambda t: t.update({GATE: t[GATE][:-1].clone()}))
+    expect_error(shape, "model.safetensors", GATE, "shape [95, 64]", "calls for [96, 64]")
+    rotated = damaged(model, "rotated", lambda t: t.update({KEY: t[KEY].T.contiguous()}))
+    expect_error(rotated, KEY, "shape [64, 32]", "[32, 64]")
+    mixed = damaged(model, "mixed", lambda t: t.update({GATE: t[GATE].half()}))
+    expect_error(mixed, GATE, "float16[96, 64]", "only one type")
+    head = damaged(model, "head", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    expect_error(head, "lm_head.weight differs", "tie_word_embeddings")
+    for value in (float("nan"), float("-inf")):
 
-    with pytest.raises(ValueError, match=r"model\.safetensors"):
-        HfTensors(str(tmp_path))
+        def spoil(tensors: dict[str, torch.Tensor], value: float = value) -> None:
+            tensors[GATE][7, 5] = value
+
+        expect_error(damaged(model, f"spoilt {value}", spoil), f"model.safetensors: {GATE}[7, 5] is {value}")
+    short = damaged(model, "short", lambda t: None)
+    with (short / "model.safetensors").open("r+b") as file:
+        file.truncate((short / "model.safetensors").stat().st_size - 1)
+    expect_error(short, "short/model.safetensors", "truncated?", "Copy it again")
+    other = damaged(model, "other", lambda t: None)
+    tree = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(tree | {"architectures": ["LlamaForCausalLM"]}))
+    expect_error(other, "LlamaForCausalLM", "Qwen3VLForConditionalGeneration")
+    expect_error(model.with_name("nowhere"), "nowhere holds no config.json")
+
+
+class Malicious:
+    """Unpickling it makes a folder."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("unpickled",)
+
+
+def check_damaged_megatron(model: Path) -> None:
+    """The same for a Megatron checkpoint, and pickles that would run code."""
+
+    def copy(name: str) -> Path:
+        return shutil.copytree(model, model.with_name(name))
+
+    def expect(folder: Path, *words: str) -> None:
+        expect_error(folder, *words, command="megatron-to-hf")
+
+    gone = copy("gone")
+    (gone / "common.pt").unlink()
+    expect(gone, "gone is no complete Megatron checkpoint: common.pt is missing")
+    short = copy("short_pieces")
+    data = short / "__0_0.distcp"
+    os.truncate(data, data.stat().st_size - 100)
+    expect(short, "short_pieces/__0_0.distcp is missing or truncated")
+    overwritten = copy("overwritten")
+    (overwritten / "__0_0.distcp").write_bytes(bytes(data.stat().st_size + 100))
+    expect(overwritten, "overwritten/__0_0.distcp", "cannot be read", "Copy the checkpoint again")
+    wrong = copy("wrong_config")
+    tree = json.loads((wrong / "hf" / "config.json").read_text())
+    tree["text_config"]["intermediate_size"] = 80
+    (wrong / "hf" / "config.json").write_text(json.dumps(tree))
+    expect(wrong, ".metadata", "linear_fc1.weight has the shape [4, 192, 64]", "calls for [4, 160, 64]")
+    evil = copy("evil")
+    (evil / ".metadata").write_bytes(pickle.dumps(Malicious()))
+    expect(evil, "evil/.metadata asks for posix.mkdir", "foreign code")
+    evil_common = copy("evil_common")
+    torch.save({"x": Malicious()}, evil_common / "common.pt")
+    expect(evil_common, "evil_common/common.pt asks for posix.mkdir", "foreign code")
+    outside = copy("outside")
+    (outside / ".metadata").write_bytes((outside / ".metadata").read_bytes().replace(b"__0_0.distcp", b"../0_.distcp"))
+    expect(outside, "outside of the checkpoint", "../0_.distcp")
+    torn = copy("torn")
+    (torn / ".metadata").write_bytes((torn / ".metadata").read_bytes()[:200])
+    expect(torn, "torn/.metadata is corrupt")
+    assert not Path("unpickled").exists()
+
+
+def check_values(hf_dir: Path) -> None:
+    """Values that are not finite, or that the type asked for cannot hold, are named under their Hugging Face name."""
+    from megatron_sr1.checkpoint import streaming_save
+
+    for name, value, options, words in (
+        ("spoilt", float("nan"), (), (f"{GATE}[7, 5] is nan", "damaged")),
+        ("large", 1e30, ("--dtype", "fp16"), (f"{GATE} has values that torch.float16 cannot hold", "--dtype bf16")),
+    ):
+
+        def spoil(tensors: dict[str, torch.Tensor], value: float = value) -> None:
+            tensors[GATE][7, 5] = value
+
+        source, there = damaged(hf_dir, name, spoil), hf_dir.with_name(f"{name}.megatron")
+        with mock.patch.object(streaming_save, "check_finite"):
+            assert call("hf-to-megatron", "--hf", source, "--out", there)[0] == 0
+        out = hf_dir.with_name(f"{name}.back")
+        status, said = call("megatron-to-hf", "--megatron", there, "--out", out, *options)
+        assert status == 2 and [word for word in words if word not in said] == [], said
+        assert not out.exists() and not out.with_name(f"{name}.back.partial").exists()
+
+
+def check_verify(hf_dir: Path, megatron_dir: Path) -> None:
+    """Equal, one bit, type, missing and extra; exit statuses 0, 1 and 2."""
+    assert call("verify", hf_dir, megatron_dir)[0] == 0
+    assert call("verify", megatron_dir, megatron_dir)[0] == 0
+
+    def flip(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[GATE].view(torch.int32)[95, 63] ^= 1
+
+    status, said = call("verify", megatron_dir, damaged(hf_dir, "flipped", flip), "--only-differences")
+    folders = (hf_dir, hf_dir.with_name("flipped"))
+    values = [load_file(folder / "model.safetensors")[GATE][95, 63].item() for folder in folders]
+    assert status == 1 and f"[95, 63]: {values[0]!r}, {values[1]!r}" in said and "1 different" in said, said
+    assert said.count("proj") == 1  # equal tensors are left out
+
+    status, said = call("verify", hf_dir, damaged(hf_dir, "typed", lambda t: t.update({GATE: t[GATE].double()})))
+    assert status == 1 and "float64[96, 64]" in said and "type" in said, said
+    renamed = damaged(hf_dir, "renamed", lambda t: t.update(odd=t.pop(GATE)))
+    status, said = call("verify", hf_dir, renamed, "--only-differences")
+    assert status == 1 and "only in A" in said and "only in B" in said and "2 different" in said, said
+    status, said = call("verify", hf_dir, hf_dir.with_name("nowhere"))
+    assert status == 2 and "nowhere is no folder" in said, said
+
+
+def check_outputs(hf_dir: Path, megatron_dir: Path) -> None:
+    """What lies at --out is never lost by accident."""
+    command = ("megatron-to-hf", "--megatron", megatron_dir, "--out")
+    documents = hf_dir.with_name("documents")
+    documents.mkdir()
+    (documents / "thesis.tex").write_text("years of work")
+    for options in ((), ("--overwrite",)):
+        status, said = call(*command, documents, *options)
+        assert status == 2 and str(documents) in said, said
+    assert (documents / "thesis.tex").read_text() == "years of work"
+    earlier = shutil.copytree(hf_dir, hf_dir.with_name("earlier"))
+    (earlier / "old.txt").touch()
+    status, said = call(*command, earlier)
+    assert status == 2 and "--overwrite" in said and (earlier / "old.txt").exists(), said
+    assert call(*command, earlier, "--overwrite", "--max-shard-gb", "0.0001")[0] == 0
+    assert not (earlier / "old.txt").exists() and not earlier.with_name("earlier.old").exists()
+    assert_same_bits(hf_dir, earlier)
+    status, said = call(*command, megatron_dir / "inside")
+    assert status == 2 and "lie in each other" in said, said
+
+
+def check_cast(hf_dir: Path, megatron_dir: Path) -> None:
+    """--dtype rounds as torch does, and config.json says so."""
+    out = hf_dir.with_name("cast")
+    assert call("megatron-to-hf", "--megatron", megatron_dir, "--out", out, "--dtype", "bf16")[0] == 0
+    found = load_file(out / "model.safetensors")
+    for name, value in load_file(hf_dir / "model.safetensors").items():
+        assert torch.equal(found[name], value.bfloat16()), name
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from megatron_sr1.platform import start_platform
+start_platform()
+from megatron_sr1.checkpoint import streaming_save
+from megatron_sr1.weights import safetensors
+from tests.test_convert import load_tool
+
+def dies(function, calls=[20]):
+    def counted(*arguments, **options):
+        calls[0] -= 1
+        if calls[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return counted
+
+streaming_save._read = dies(streaming_save._read)
+safetensors.TensorSlot.write = dies(safetensors.TensorSlot.write)
+load_tool().main(sys.argv[2:])
+"""
+
+
+def check_killed(hf_dir: Path) -> None:
+    """kill -9 in the middle of either conversion: no result; run again: a whole one."""
+    there, back = hf_dir.with_name("killed.megatron"), hf_dir.with_name("killed.hf")
+    for command, out in (
+        (("hf-to-megatron", "--hf", hf_dir, "--out", there), there),
+        (("megatron-to-hf", "--megatron", there, "--out", back), back),
+    ):
+        run = subprocess.run([sys.executable, "-c", KILLED, str(REPOSITORY), *map(str, command)], capture_output=True)
+        assert run.returncode == -signal.SIGKILL, run.stderr
+        partial = out.with_name(out.name + ".partial")
+        assert not out.exists() and partial.exists()
+        assert call("verify", hf_dir, partial)[0] != 0  # what is left does not pass for a result
+        assert call(*command)[0] == 0 and not partial.exists()
+    assert_same_bits(hf_dir, back)
+
+
+def check_command(rank: int, num_ranks: int, path: str) -> None:
+    from megatron_sr1.platform import start_platform
+
+    start_platform()
+    from tests.model_zoo import create_family
+
+    os.chdir(path)
+    hf_dir = create_family(Path(path) / "hf", "qwen2_5_vl_tied")
+    megatron_dir = Path(path) / "megatron"
+    assert call("hf-to-megatron", "--hf", hf_dir, "--out", megatron_dir)[0] == 0
+    check_killed(hf_dir)
+    check_verify(hf_dir, megatron_dir)
+    check_outputs(hf_dir, megatron_dir)
+    check_cast(hf_dir, megatron_dir)
+    check_damaged_hf(hf_dir)
+    check_damaged_megatron(megatron_dir)
+    check_values(hf_dir)
+
+
+def test_the_command_names_every_damage_and_leaves_nothing_half_done(tmp_path: Path) -> None:
+    run_ranks(1, check_command, str(tmp_path))
+
+
+# ---------------------------------------------------------------- the command, as a user starts it
+def test_two_processes_share_the_work_and_the_models_say_the_same(tiny_model_dir: str, tmp_path: Path) -> None:
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(TOOL), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=300)
+
+    there, back = tmp_path / "megatron", tmp_path / "hf"
+    done = run("hf-to-megatron", "--hf", tiny_model_dir, "--out", there, "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    assert len(list(there.glob("*.distcp"))) == 2
+    refused = run("megatron-to-hf", "--megatron", there, "--out", back, "--nproc", 2, "--hf", tmp_path)
+    assert refused.returncode == 2 and not back.exists(), refused.stderr
+    assert f"\nconvert.py megatron-to-hf: {tmp_path} holds no config.json." in refused.stderr, refused.stderr
+    same = run("verify", tiny_model_dir, there, "--only-differences", "--logits", "--tp", 2, "--pp", 2)
+    assert same.returncode == 0, same.stdout + same.stderr
+    assert "several images" in same.stdout and same.stdout.strip().endswith("equal")

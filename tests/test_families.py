@@ -148,7 +148,7 @@ def _check_family(model_dir: str, family: str) -> None:
     """Log-probs, entropies, loss and every gradient."""
     import transformers
 
-    from megatron_sr1.convert import export_hf_weights
+    from megatron_sr1.weights import export_hf_weights
 
     policy, config = _policy(model_dir)
     processor = Processor.from_pretrained(model_dir)
@@ -184,7 +184,7 @@ def _check_greedy(model_dir: str, family: str) -> None:
     import transformers
     from PIL import Image
 
-    from megatron_sr1.convert import compare_greedy
+    from megatron_sr1.weights import compare_greedy
 
     processor = Processor.from_pretrained(model_dir)
     model = getattr(transformers, ZOO[family].class_name).from_pretrained(model_dir, dtype=torch.float32)

@@ -28,11 +28,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_sr1.convert import HfTensors, check_megatron_dir, write_hf_dir
-from megatron_sr1.convert import hf_dir as module
-from megatron_sr1.convert.hf_dir import check_finite, row_blocks
-from megatron_sr1.convert.hf_shards import GrowingShards, PlannedShards
-from megatron_sr1.convert.safetensors_format import TensorInfo, encode_header, read_header
+from megatron_sr1.weights import HfTensors, check_megatron_dir, write_hf_dir
+from megatron_sr1.weights import hf_dir as module
+from megatron_sr1.weights.hf_dir import check_finite, row_blocks
+from megatron_sr1.weights.hf_shards import GrowingShards, PlannedShards
+from megatron_sr1.weights.safetensors import TensorInfo, encode_header, read_header
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)
 TENSORS = st.dictionaries(

@@ -77,7 +77,7 @@ LAYOUTS: dict[int, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
 
 def _gradients(policy: Any) -> dict[str, Tensor]:
     """Of the last step, under their Hugging Face names. Complete on every rank without a distributed optimizer."""
-    from megatron_sr1.convert import export_hf_weights
+    from megatron_sr1.weights import export_hf_weights
 
     exported = export_hf_weights(
         policy.chunks, policy.architecture, policy.groups, read=lambda parameter: parameter.main_grad

@@ -74,7 +74,7 @@ def _check_steps(model_dir: str, folder: str, *overrides: str, vision_lr: float 
             assert result.grad_norm == pytest.approx(norm.item(), rel=TOLERANCE)
             assert result.learning_rate == LEARNING_RATE
         hf.save_pretrained(f"{folder}/stepped")
-        from megatron_sr1.convert import HfTensors
+        from megatron_sr1.weights import HfTensors
 
         wanted = HfTensors(f"{folder}/stepped")
         for name, tensor in policy.hf_weights():

@@ -238,7 +238,7 @@ def _checkpoint_entries(chunk: Any) -> dict[tuple[Any, ...], int]:
 
 
 def _parameters(chunk: Any, first_expert: int) -> dict[str, tuple[int, ...]]:
-    from megatron_sr1.convert.table import canonical_name
+    from megatron_sr1.weights.name_table import canonical_name
 
     named = chunk.named_parameters()
     return {canonical_name(name, first_expert=first_expert): tuple(parameter.shape) for name, parameter in named}

@@ -184,7 +184,7 @@ def _gaps(engine: Any, processor: Processor, policy: Any, config: Any) -> Tensor
 
 def _bucket_facts(policy: Any, shapes: dict[str, Tensor]) -> dict[int, tuple[int, int, bool]]:
     """For each bucket size: exchanges, the largest, and whether the tensors are right and hold no bucket in memory."""
-    from megatron_sr1.convert import export, export_hf_weights
+    from megatron_sr1.weights import export, export_hf_weights
 
     facts = {}
     expected = {name: tensor.clone() for name, tensor in policy.hf_weights()}

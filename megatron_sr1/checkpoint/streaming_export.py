@@ -13,10 +13,10 @@ from torch import Tensor
 
 from megatron_sr1.checkpoint.streaming_layout import assign, config_dir
 from megatron_sr1.checkpoint.streaming_load import MegatronSource
-from megatron_sr1.convert.hf_dir import check_finite, copy_side_files
-from megatron_sr1.convert.hf_shards import MAX_SHARD_BYTES, PlannedShards
-from megatron_sr1.convert.safetensors_format import TensorInfo
 from megatron_sr1.platform import Platform
+from megatron_sr1.weights.hf_dir import check_finite, copy_side_files
+from megatron_sr1.weights.hf_shards import MAX_SHARD_BYTES, PlannedShards
+from megatron_sr1.weights.safetensors import TensorInfo
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # of a config.json; the second is the older name
 

@@ -18,9 +18,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
 
-from megatron_sr1.convert.table import Sizes, WeightRule, hf_from_shards, language_rules, vision_rule
 from megatron_sr1.policy import Architecture
 from megatron_sr1.policy.build import meta_model
+from megatron_sr1.weights.name_table import Sizes, WeightRule, hf_from_shards, language_rules, vision_rule
 
 HF_FOLDER = "hf"  # in a checkpoint: configuration, tokenizer and processor files, so that it needs no other folder
 HF_LAYOUT = "hf_layout.json"

@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_sr1.checkpoint.streaming_layout import HEAD, HfLayout, ModelSlots, ParameterSlot, model_slots
-from megatron_sr1.convert.pickles import METADATA, check_megatron_dir
-from megatron_sr1.convert.safetensors_format import TensorInfo
-from megatron_sr1.convert.table import hf_from_shards
+from megatron_sr1.weights.name_table import hf_from_shards
+from megatron_sr1.weights.pickles import METADATA, check_megatron_dir
+from megatron_sr1.weights.safetensors import TensorInfo
 
 _OTHER_KEYS = ("optimizer.", "chained_", "rng_state", "rerun_state")  # of a training checkpoint, beside the model
 _EXTRA_STATE = "_extra_state"

@@ -41,11 +41,11 @@ from megatron_sr1.checkpoint.streaming_layout import (
     assign,
     model_slots,
 )
-from megatron_sr1.convert.hf_dir import HfTensors, check_finite, copy_side_files, row_blocks
-from megatron_sr1.convert.pickles import BACKEND, COMMON
-from megatron_sr1.convert.safetensors_format import TensorInfo
-from megatron_sr1.convert.table import Sizes, shard_from_hf
 from megatron_sr1.platform import Platform
+from megatron_sr1.weights.hf_dir import HfTensors, check_finite, copy_side_files, row_blocks
+from megatron_sr1.weights.name_table import Sizes, shard_from_hf
+from megatron_sr1.weights.pickles import BACKEND, COMMON
+from megatron_sr1.weights.safetensors import TensorInfo
 
 
 @dataclass(frozen=True)

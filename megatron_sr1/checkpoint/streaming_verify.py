@@ -13,9 +13,9 @@ from torch import Tensor
 
 from megatron_sr1.checkpoint.streaming_layout import config_dir
 from megatron_sr1.checkpoint.streaming_load import MegatronSource
-from megatron_sr1.convert.hf_dir import HfTensors
-from megatron_sr1.convert.pickles import FORMAT, METADATA
-from megatron_sr1.convert.safetensors_format import TensorInfo
+from megatron_sr1.weights.hf_dir import HfTensors
+from megatron_sr1.weights.pickles import FORMAT, METADATA
+from megatron_sr1.weights.safetensors import TensorInfo
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # to compare bits, so that NaN equals NaN
 

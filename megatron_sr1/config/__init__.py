@@ -8,11 +8,11 @@ from megatron_sr1.config.data import DataConfig
 from megatron_sr1.config.evaluation import EvaluateConfig
 from megatron_sr1.config.files import dump_config, load_config
 from megatron_sr1.config.model import LayoutConfig, ModelConfig, PrecisionConfig, RecomputeConfig
+from megatron_sr1.config.model_files import check_weights, how_to_get, missing_files
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.tracking import MlflowConfig, TrackConfig, WandbConfig, check_trackers
 from megatron_sr1.config.training import PRESET_NAMES, ObjectiveConfig, OptimizerConfig, TrainConfig
-from megatron_sr1.config.weights import check_weights, how_to_get, missing_files
 from megatron_sr1.config.whole import Config
 
 __all__ = [

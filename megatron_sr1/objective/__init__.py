@@ -1,10 +1,10 @@
 """The objective: reward streams, advantages, token weights and losses, as pure functions."""
 
 from megatron_sr1.objective.advantages import group_advantages, stream_advantages
+from megatron_sr1.objective.denominators import token_weights
 from megatron_sr1.objective.losses import kl_estimate, sft_loss, stream_loss
 from megatron_sr1.objective.mismatch import Mismatch, importance_weights, token_kinds
-from megatron_sr1.objective.streams import PRESETS, Preset, preset_from_config
-from megatron_sr1.objective.weights import token_weights
+from megatron_sr1.objective.presets import PRESETS, Preset, preset_from_config
 
 __all__ = [
     "PRESETS",

@@ -10,7 +10,6 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from megatron_sr1.config import Config, check_model
-from megatron_sr1.convert import export_hf_weights, load_hf_weights, mark_shards
 from megatron_sr1.platform import Platform
 from megatron_sr1.platform.precision import check_bf16_layers, check_precision
 from megatron_sr1.platform.specs import layer_spec_name
@@ -20,6 +19,7 @@ from megatron_sr1.policy.groups import ParallelGroups, build_groups
 from megatron_sr1.policy.schedule import Schedule
 from megatron_sr1.policy.sharded import load_model_weights
 from megatron_sr1.types import LogProbs, MicroBatch, Scoring
+from megatron_sr1.weights import export_hf_weights, load_hf_weights, mark_shards
 
 
 class Scorer:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_sr1.convert import check_megatron_dir
+from megatron_sr1.weights import check_megatron_dir
 
 EXTRA_STATE = "_extra_state"  # ends the names of what Transformer Engine keeps beside its weights
 

@@ -10,8 +10,8 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_sr1.convert.table import Sizes, WeightRule, hf_from_shards
-from megatron_sr1.convert.weights import EXPERT_KINDS, Groups, local_parameters
+from megatron_sr1.weights.load import EXPERT_KINDS, Groups, local_parameters
+from megatron_sr1.weights.name_table import Sizes, WeightRule, hf_from_shards
 
 DEFAULT_BUCKET_BYTES = 256 * 2**20
 _ALIGNMENT = 16  # bytes: a view of a bucket must start at a multiple of its element size

@@ -10,8 +10,8 @@ import torch.distributed
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch.distributed import ProcessGroup
 
-from megatron_sr1.convert.hf_dir import HfTensors
-from megatron_sr1.convert.table import (
+from megatron_sr1.weights.hf_dir import HfTensors
+from megatron_sr1.weights.name_table import (
     Sizes,
     WeightRule,
     canonical_name,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_sr1.convert.safetensors_format import TensorInfo, TensorSlot, encode_header
+from megatron_sr1.weights.safetensors import TensorInfo, TensorSlot, encode_header
 
 MAX_SHARD_BYTES = 5_000_000_000
 _RESERVED_BYTES = 512 << 10  # for the header of a file whose tensors are not known yet: about 3000 of them

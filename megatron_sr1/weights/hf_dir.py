@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_sr1.convert.hf_shards import MAX_SHARD_BYTES, GrowingShards
-from megatron_sr1.convert.safetensors_format import TensorInfo, TensorSlot, read_header
+from megatron_sr1.weights.hf_shards import MAX_SHARD_BYTES, GrowingShards
+from megatron_sr1.weights.safetensors import TensorInfo, TensorSlot, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -1,0 +1,202 @@
+"""The weight table: every layout splits and joins to the same bits, by hand-made expectations and for random sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_sr1.weights.name_table import (
+    WeightRule,
+    canonical_name,
+    has_published_experts,
+    hf_from_shards,
+    hf_part,
+    language_rules,
+    rules_by_hf,
+    shard_from_hf,
+    vision_rule,
+)
+from tests.model_zoo import ZOO, create_family, publish_experts
+
+
+@dataclass(frozen=True)
+class Sizes:
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    hidden_size: int = 4
+    vocab_size: int = 10
+    tied: bool = True
+    qk_norm: bool = False
+    qkv_bias: bool = True
+    num_experts: int = 0
+    expert_ffn_size: int = 3
+    moe_layers: tuple[bool, ...] = (False, False)
+    language_prefix: str = "model."
+    vision_prefix: str = "visual."
+    head: int = 2
+    inner: int = 8
+
+
+QWEN3 = {
+    "qk_norm": True,
+    "qkv_bias": False,
+    "language_prefix": "model.language_model.",
+    "vision_prefix": "model.visual.",
+}
+MIXTURE = QWEN3 | {"num_experts": 3, "moe_layers": (False, True)}
+
+
+def _hf_tensors(sizes: Sizes, rule: WeightRule) -> list[torch.Tensor]:
+    """Every element is distinct, so that a wrong place is a wrong value."""
+    rows = {
+        "q_proj": sizes.num_heads * sizes.head,
+        "k_proj": sizes.num_kv_heads * sizes.head,
+        "v_proj": sizes.num_kv_heads * sizes.head,
+        "gate_proj": sizes.inner,
+        "up_proj": sizes.inner,
+        "gate": sizes.num_experts,
+        "embed_tokens": sizes.vocab_size,
+        "lm_head": sizes.vocab_size,
+    }
+    columns = {"down_proj": sizes.inner, "o_proj": sizes.num_heads * sizes.head}
+    fused = {
+        "expert_gate_up": (sizes.num_experts, sizes.hidden_size, 2 * sizes.expert_ffn_size),
+        "expert_down": (sizes.num_experts, sizes.expert_ffn_size, sizes.hidden_size),
+    }
+    tensors, start = [], 0
+    for name in rule.hf:
+        part = name.split(".")[-2]
+        shape = (rows.get(part, sizes.hidden_size), columns.get(part, sizes.hidden_size))
+        shape = shape[:1] if name.endswith("bias") or "norm" in name else shape
+        shape = fused.get(rule.kind, shape)
+        count = int(torch.tensor(shape).prod())
+        tensors.append(torch.arange(start, start + count, dtype=torch.float32).reshape(shape))
+        start += count
+    return tensors
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ranks=st.sampled_from([1, 2, 4]),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    repeats=st.sampled_from([1, 2]),
+    vocab=st.integers(5, 23),
+    tied=st.booleans(),
+    family=st.sampled_from([{}, QWEN3, MIXTURE]),
+)
+def test_every_rule_joins_what_it_split(
+    ranks: int, kv_heads: int, repeats: int, vocab: int, tied: bool, family: dict[str, Any]
+) -> None:
+    heads = kv_heads * repeats * 4
+    sizes = Sizes(num_heads=heads, num_kv_heads=kv_heads, vocab_size=vocab, tied=tied, **family)
+    for rule in language_rules(sizes):
+        parts = [hf_part(rule, tensor) for tensor in _hf_tensors(sizes, rule)]
+        width = 1 if rule.expert is not None else ranks
+        shards = [shard_from_hf(rule, parts, sizes, rank, width) for rank in range(width)]
+        assert len({shard.shape for shard in shards}) == 1, f"{rule.megatron}: shards of different shapes"
+        joined = hf_from_shards(rule, shards, sizes)
+        assert len(joined) == len(parts)
+        for found, expected in zip(joined, parts, strict=True):
+            assert torch.equal(found, expected), rule.megatron
+
+
+def test_experts_are_slices_of_one_tensor_in_either_layout() -> None:
+    """Published: gate_up [E, H, 2I]; transformers 5 saves [E, 2I, H]. Megatron holds [2I, H], gates first."""
+    sizes = Sizes(**MIXTURE)
+    (found,) = [rules for name, rules in rules_by_hf(language_rules(sizes)).items() if name.endswith("gate_up_proj")]
+    assert [rule.expert for rule in found] == [0, 1, 2]
+    (published,) = _hf_tensors(sizes, found[0])
+    linear = published.transpose(1, 2).contiguous()
+    for tensor, is_published in ((published, True), (linear, False)):
+        assert has_published_experts(found[0], tensor.shape, sizes) == is_published
+        shards = [shard_from_hf(rule, [hf_part(rule, tensor)], sizes, 0, 1) for rule in found]
+        assert all(torch.equal(shard, linear[index]) for index, shard in enumerate(shards))
+        parts = [
+            hf_from_shards(rule, [shard], sizes, published_experts=is_published)[0]
+            for rule, shard in zip(found, shards, strict=True)
+        ]
+        assert torch.equal(torch.stack(parts), tensor)
+
+
+def test_transformer_engine_spells_the_same_parameters_otherwise() -> None:
+    layer = "decoder.layers.3"
+    assert canonical_name(f"{layer}.self_attention.linear_qkv.layer_norm_weight") == f"{layer}.input_layernorm.weight"
+    assert canonical_name(f"{layer}.mlp.linear_fc1.layer_norm_weight") == f"{layer}.pre_mlp_layernorm.weight"
+    expert = f"{layer}.mlp.experts.local_experts.13.linear_fc2.weight"
+    assert canonical_name(f"{layer}.mlp.experts.linear_fc2.weight5", first_expert=8) == expert
+    assert canonical_name(f"{layer}.mlp.experts.local_experts.5.linear_fc2.weight", first_expert=8) == expert
+    for name in ("embedding.word_embeddings.weight", f"{layer}.mlp.linear_fc1.weight", "vision.blocks.0.norm1.weight"):
+        assert canonical_name(name, first_expert=8) == name
+
+
+def test_fused_qkv_keeps_each_group_together() -> None:
+    """4 query heads in 2 groups, head size 1: q0 q1 k0 v0 | q2 q3 k1 v1; rank 1 of 2 holds the second group."""
+    sizes = Sizes(head=1)
+    rule = WeightRule("x", ("q", "k", "v"), "qkv")
+    query, key, value = torch.tensor([0.0, 1, 2, 3]), torch.tensor([10.0, 11]), torch.tensor([20.0, 21])
+    assert shard_from_hf(rule, [query, key, value], sizes, 0, 1).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+    assert shard_from_hf(rule, [query, key, value], sizes, 1, 2).tolist() == [2, 3, 11, 21]
+
+
+def test_gate_and_up_are_split_each_for_itself() -> None:
+    rule = WeightRule("x", ("gate", "up"), "gate_up")
+    gate, up = torch.tensor([0.0, 1, 2, 3]), torch.tensor([10.0, 11, 12, 13])
+    assert shard_from_hf(rule, [gate, up], Sizes(), 1, 2).tolist() == [2, 3, 12, 13]
+
+
+def test_vocabulary_is_padded_with_zeros_to_equal_shards() -> None:
+    rule = WeightRule("x", ("e",), "vocabulary")
+    last = shard_from_hf(rule, [torch.ones(10, 3)], Sizes(), 3, 4)
+    assert last.shape == (3, 3) and last[:1].eq(1).all() and last[1:].eq(0).all()
+
+
+def test_names_are_those_of_the_published_checkpoints() -> None:
+    tied = {name for rule in language_rules(Sizes()) for name in rule.hf}
+    untied = {name for rule in language_rules(Sizes(tied=False)) for name in rule.hf}
+    assert "model.layers.1.self_attn.q_proj.bias" in tied and "model.norm.weight" in tied
+    assert untied - tied == {"lm_head.weight"}
+    for sizes, name in ((Sizes(), "visual.blocks.0.norm1.bias"), (Sizes(**QWEN3), "model.visual.blocks.0.norm1.bias")):
+        assert vision_rule("vision.blocks.0.norm1.bias", sizes).hf == (name,)
+    mixture = {name for rule in language_rules(Sizes(**MIXTURE)) for name in rule.hf}
+    assert {name for name in mixture if name.startswith("model.language_model.layers.1.mlp")} == {
+        f"model.language_model.layers.1.mlp.{name}"
+        for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+    }
+    assert "model.language_model.layers.0.mlp.down_proj.weight" in mixture
+    assert "model.language_model.layers.0.self_attn.q_norm.weight" in mixture
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_the_table_covers_what_transformers_saves_exactly(family: str, tmp_path: Path) -> None:
+    """Names, and for experts the shapes, against files that transformers wrote."""
+    from safetensors import safe_open
+
+    folder = create_family(tmp_path / family, family, num_hidden_layers=2)
+    is_mixture = "moe" in family
+    if is_mixture:
+        publish_experts(folder)
+    base = QWEN3 if "qwen3" in family else {}
+    experts = {"num_experts": 4, "expert_ffn_size": 48, "hidden_size": 64, "moe_layers": (True, True)}
+    sizes = Sizes(tied=ZOO[family].tied, **(base | experts if is_mixture else base))
+    by_name = rules_by_hf(language_rules(sizes))
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, not a mapping
+    assert {name for name in shapes if not name.startswith(sizes.vision_prefix)} == by_name.keys()
+    for name, rules in by_name.items():
+        if rules[0].expert is not None:
+            assert len(rules) == shapes[name][0]
+            assert has_published_experts(rules[0], shapes[name], sizes)
+
+
+def test_a_folder_without_weights_says_what_is_missing(tmp_path: Path) -> None:
+    from megatron_sr1.weights.load import HfTensors
+
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        HfTensors(str(tmp_path))
