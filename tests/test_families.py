@@ -267,7 +267,7 @@ def _check_parts(model_dir: Path, family: str) -> None:
     import transformers
 
     from megatron_sr1.policy import read_architecture
-    from megatron_sr1.policy.rotary import MultimodalRotary
+    from megatron_sr1.policy.layers.rotary import MultimodalRotary
 
     architecture = read_architecture(str(model_dir))
     assert architecture.family.name == family.removesuffix("_tied").removesuffix("_untied")
@@ -316,7 +316,7 @@ def _check_deepstack_layer() -> None:
     """Two features ride along; the layer, which doubles here, adds the first and passes the second on."""
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-    from megatron_sr1.policy.deepstack import DeepstackLayer, PackedRow, with_deepstack
+    from megatron_sr1.policy.layers.deepstack import DeepstackLayer, PackedRow, with_deepstack
 
     layer = DeepstackLayer.__new__(DeepstackLayer)
     torch.nn.Module.__init__(layer)

@@ -144,7 +144,7 @@ def _plain_checks(rank: int, num_ranks: int) -> None:
     start_platform()
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_sr1.platform.specs import layer_spec_name
+    from megatron_sr1.policy.layers.specs import layer_spec_name
 
     sizes = {"num_layers": 6, "hidden_size": 64, "num_attention_heads": 4}
     for precision in (PrecisionConfig(), PrecisionConfig(dtype="bf16"), _fp8("current", 1, 2), _fp8("delayed")):
@@ -248,8 +248,8 @@ def _compare_specs(model_dir: str, layout: LayoutConfig, num_ranks: int) -> None
     """Both specs give the same parameters and the same checkpoint on every rank."""
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
 
-    from megatron_sr1.policy.attention import PackedSelfAttention
-    from megatron_sr1.policy.deepstack import DeepstackLayer
+    from megatron_sr1.policy.layers.deepstack import DeepstackLayer
+    from megatron_sr1.policy.layers.self_attention import PackedSelfAttention
 
     for rank in range(num_ranks):
         found: dict[str, list[Any]] = {}
@@ -404,7 +404,7 @@ def wide_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 def _te_or_skip(precision: PrecisionConfig) -> None:
     from megatron_sr1.platform import start_platform
-    from megatron_sr1.platform.specs import layer_spec_name
+    from megatron_sr1.policy.layers.specs import layer_spec_name
 
     platform = start_platform()
     try:

@@ -18,9 +18,9 @@ from megatron_sr1.config import Config
 from megatron_sr1.kernels import linear_logprob
 from megatron_sr1.packing.context import context_index
 from megatron_sr1.policy.architecture import Architecture
-from megatron_sr1.policy.deepstack import PackedRow, with_deepstack
 from megatron_sr1.policy.groups import ParallelGroups
-from megatron_sr1.policy.rotary import MultimodalRotary
+from megatron_sr1.policy.layers.deepstack import PackedRow, with_deepstack
+from megatron_sr1.policy.layers.rotary import MultimodalRotary
 from megatron_sr1.policy.vision import SharedVision
 from megatron_sr1.types import BANNED_LOGIT_BIAS, MicroBatch, Scoring
 

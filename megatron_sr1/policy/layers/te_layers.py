@@ -10,7 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sr1.platform.layers import moe_pattern
+from megatron_sr1.policy.layers.torch_layers import moe_pattern
 
 
 def te_layer_spec(config: TransformerConfig, *, is_moe: bool = False) -> ModuleSpec:

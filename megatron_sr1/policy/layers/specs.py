@@ -11,9 +11,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sr1.config import ConfigError
-from megatron_sr1.platform.layers import torch_block_spec
 from megatron_sr1.platform.runtime import Platform
-from megatron_sr1.platform.te_layers import te_block_spec
+from megatron_sr1.policy.layers.te_layers import te_block_spec
+from megatron_sr1.policy.layers.torch_layers import torch_block_spec
 
 LayerSpecName = Literal["te", "torch"]
 

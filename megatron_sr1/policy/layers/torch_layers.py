@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_sr1.platform.attention import PackedCausalAttention
+from megatron_sr1.policy.layers.core_attention import PackedCausalAttention
 
 # Transformer Engine fuses a norm into the linear layer behind it; the norm before experts stands for itself there too
 _FUSED_INPUT_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
