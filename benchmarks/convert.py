@@ -65,7 +65,7 @@ def _run(folder: Path, config: Path, layers: int | None, nproc: int) -> None:
         results.append(Result(out.name, max(peak["seconds"] for peak in peaks), max(peak["mib"] for peak in peaks)))
         print(f"{out.name}: {seconds:.1f} s with the processes' imports", flush=True)
     start_platform()
-    from megatron_sr1.checkpoint.streaming_verify import compare
+    from megatron_sr1.convert.verify import compare
     from megatron_sr1.weights import HfTensors
 
     first = HfTensors(hf)
@@ -105,7 +105,7 @@ def make_weights(hf: str) -> None:
     from megatron_sr1.platform import start_platform
 
     start_platform()
-    from megatron_sr1.checkpoint.streaming_layout import hf_shapes, model_slots
+    from megatron_sr1.convert.layout import hf_shapes, model_slots
     from megatron_sr1.weights.hf_dir import row_blocks
     from megatron_sr1.weights.hf_shards import PlannedShards
     from megatron_sr1.weights.safetensors import TensorInfo
@@ -127,7 +127,7 @@ def _there(source: str, out: str, folder: str) -> None:
     from megatron_sr1.platform import start_platform
 
     platform = start_platform()
-    from megatron_sr1.checkpoint.streaming_save import hf_to_megatron
+    from megatron_sr1.convert.save import hf_to_megatron
 
     baseline, started = _reset_peak(), time.perf_counter()
     hf_to_megatron(source, Path(out), platform, lambda done, total: None)
@@ -138,7 +138,7 @@ def _back(source: str, out: str, folder: str) -> None:
     from megatron_sr1.platform import start_platform
 
     platform = start_platform()
-    from megatron_sr1.checkpoint.streaming_export import megatron_to_hf
+    from megatron_sr1.convert.export import megatron_to_hf
 
     baseline, started = _reset_peak(), time.perf_counter()
     megatron_to_hf(source, None, Path(out), platform, lambda done, total: None)

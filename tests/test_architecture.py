@@ -34,7 +34,7 @@ LEVELS = {
         "sweep",
         "evaluation",
     },
-    2: {"platform", "kernels", "weights", "policy", "checkpoint", "rollout", "estimate"},
+    2: {"platform", "kernels", "weights", "policy", "convert", "checkpoint", "rollout", "estimate"},
     3: {"loops"},
     4: {"cli", "launch", "__main__"},
 }
@@ -46,12 +46,13 @@ ALLOWED_SIDEWAYS = {  # within a level; a room that is not here imports no neigh
     "kernels": {"platform"},
     "weights": {"platform"},
     "policy": {"platform", "kernels", "weights"},
-    "checkpoint": {"platform", "kernels", "weights", "policy"},
+    "convert": {"platform", "weights", "policy"},
+    "checkpoint": {"platform", "policy"},
     "rollout": {"platform", "weights"},
     "estimate": {"platform", "kernels", "policy"},
 }
 FORBIDDEN = {("policy", "objective")}  # the loop passes the loss in
-MEGATRON_ROOMS = {"policy", "weights", "checkpoint", "platform"}
+MEGATRON_ROOMS = {"policy", "weights", "convert", "checkpoint", "platform"}
 VLLM_ROOMS = {"rollout"}
 DEVICE_ROOMS = {"platform", "kernels"}
 DEVICE_WORD = re.compile(r"\b(cuda|nccl|gloo|is_cuda|is_nccl_available|is_gloo_available)\b", re.IGNORECASE)

@@ -108,8 +108,8 @@ def check_layouts(hf_dir: Path, megatron_dir: Path, extra: dict[str, dict[str, i
 def check_training_checkpoint(folder: Path, hf_dir: Path) -> None:
     """What a run saves, padded vocabulary, optimizer and all, becomes the Hugging Face weights it started from."""
     from megatron_sr1.checkpoint import Checkpointer, Progress
-    from megatron_sr1.checkpoint.streaming_export import megatron_to_hf
     from megatron_sr1.config import Config, LayoutConfig, ModelConfig
+    from megatron_sr1.convert.export import megatron_to_hf
     from megatron_sr1.platform import start_platform
     from megatron_sr1.policy import Policy
 
@@ -131,8 +131,8 @@ def check_four_ranks(rank: int, num_ranks: int, path: str) -> None:
     from megatron_sr1.platform import start_platform
 
     platform = start_platform()
-    from megatron_sr1.checkpoint.streaming_export import megatron_to_hf
-    from megatron_sr1.checkpoint.streaming_save import hf_to_megatron
+    from megatron_sr1.convert.export import megatron_to_hf
+    from megatron_sr1.convert.save import hf_to_megatron
 
     folder = Path(path)
     models: list[dict[str, Path]] = [make_families(folder) if rank == 0 else {}]
@@ -275,7 +275,7 @@ def check_damaged_megatron(model: Path) -> None:
 
 def check_values(hf_dir: Path) -> None:
     """Values that are not finite, or that the type asked for cannot hold, are named under their Hugging Face name."""
-    from megatron_sr1.checkpoint import streaming_save
+    from megatron_sr1.convert import save
 
     for name, value, options, words in (
         ("spoilt", float("nan"), (), (f"{GATE}[7, 5] is nan", "damaged")),
@@ -286,7 +286,7 @@ def check_values(hf_dir: Path) -> None:
             tensors[GATE][7, 5] = value
 
         source, there = damaged(hf_dir, name, spoil), hf_dir.with_name(f"{name}.megatron")
-        with mock.patch.object(streaming_save, "check_finite"):
+        with mock.patch.object(save, "check_finite"):
             assert call("hf-to-megatron", "--hf", source, "--out", there)[0] == 0
         out = hf_dir.with_name(f"{name}.back")
         status, said = call("megatron-to-hf", "--megatron", there, "--out", out, *options)
@@ -353,7 +353,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from megatron_sr1.platform import start_platform
 start_platform()
-from megatron_sr1.checkpoint import streaming_save
+from megatron_sr1.convert import save
 from megatron_sr1.weights import safetensors
 from tests.test_convert import load_tool
 
@@ -365,7 +365,7 @@ def dies(function, calls=[20]):
         return function(*arguments, **options)
     return counted
 
-streaming_save._read = dies(streaming_save._read)
+save._read = dies(save._read)
 safetensors.TensorSlot.write = dies(safetensors.TensorSlot.write)
 load_tool().main(sys.argv[2:])
 """

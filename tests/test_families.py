@@ -184,7 +184,7 @@ def _check_greedy(model_dir: str, family: str) -> None:
     import transformers
     from PIL import Image
 
-    from megatron_sr1.weights import compare_greedy
+    from megatron_sr1.convert.greedy import compare_greedy
 
     processor = Processor.from_pretrained(model_dir)
     model = getattr(transformers, ZOO[family].class_name).from_pretrained(model_dir, dtype=torch.float32)

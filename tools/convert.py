@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_sr1.checkpoint.parity import Agreement
     from megatron_sr1.config import Config
+    from megatron_sr1.convert.parity import Agreement
 
 TABLE_WIDTH = 200  # columns, where the output is no terminal
 EQUAL, DIFFERENT, ERROR = 0, 1, 2
@@ -148,7 +148,7 @@ def _rank_hf_to_megatron(out_dir: str, hf_dir: str) -> None:
     from megatron_sr1.platform import start_platform
 
     platform = start_platform()
-    from megatron_sr1.checkpoint.streaming_save import hf_to_megatron
+    from megatron_sr1.convert.save import hf_to_megatron
 
     with _progress("Hugging Face -> Megatron", platform.is_main) as advance:
         hf_to_megatron(hf_dir, Path(out_dir), platform, advance)
@@ -162,7 +162,7 @@ def _rank_megatron_to_hf(
     from megatron_sr1.platform import start_platform
 
     platform = start_platform()
-    from megatron_sr1.checkpoint.streaming_export import megatron_to_hf
+    from megatron_sr1.convert.export import megatron_to_hf
 
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     with _progress("Megatron -> Hugging Face", platform.is_main) as advance:
@@ -196,8 +196,8 @@ def _verify(args: argparse.Namespace) -> int:
     from megatron_sr1.platform import start_platform
 
     start_platform()
-    from megatron_sr1.checkpoint.streaming_tables import print_agreements, print_tensors
-    from megatron_sr1.checkpoint.streaming_verify import compare, open_checkpoint
+    from megatron_sr1.convert.tables import print_agreements, print_tensors
+    from megatron_sr1.convert.verify import compare, open_checkpoint
 
     console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
     first, second = (open_checkpoint(folder, args.hf) for folder in (args.first, args.second))
@@ -215,7 +215,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _logits(args: argparse.Namespace) -> list[Agreement]:
     """Both models in the layout that was asked for, on ranks of their own; the first leaves the result in a file."""
-    from megatron_sr1.checkpoint.parity import Agreement
+    from megatron_sr1.convert.parity import Agreement
     from megatron_sr1.platform import run_on_ranks
 
     configs = [_config(args, folder) for folder in (args.first, args.second)]
@@ -226,9 +226,9 @@ def _logits(args: argparse.Namespace) -> list[Agreement]:
 
 
 def _config(args: argparse.Namespace, folder: str) -> Config:
-    from megatron_sr1.checkpoint.streaming_layout import config_dir
-    from megatron_sr1.checkpoint.streaming_verify import is_megatron_dir
     from megatron_sr1.config import Config, LayoutConfig, ModelConfig, TrainConfig
+    from megatron_sr1.convert.layout import config_dir
+    from megatron_sr1.convert.verify import is_megatron_dir
 
     is_megatron = is_megatron_dir(Path(folder))
     hf_dir = config_dir(Path(folder), args.hf) if is_megatron else folder
@@ -247,7 +247,7 @@ def _rank_logits(first: Config, second: Config, result: str) -> None:
     from megatron_sr1.platform import start_platform
 
     platform = start_platform()
-    from megatron_sr1.checkpoint.parity import compare_scores
+    from megatron_sr1.convert.parity import compare_scores
 
     agreements = compare_scores(first, second, platform)
     if platform.is_main:

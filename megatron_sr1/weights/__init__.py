@@ -1,7 +1,6 @@
 """Hugging Face <-> Megatron-Core weights."""
 
 from megatron_sr1.weights.export import export_hf_weights
-from megatron_sr1.weights.greedy import compare_greedy
 from megatron_sr1.weights.hf_dir import HfTensors, write_hf_dir
 from megatron_sr1.weights.load import load_hf_weights, mark_shards, table_parameters
 from megatron_sr1.weights.name_table import WeightRule, hf_from_shards, language_rules, shard_from_hf, vision_rule
@@ -11,7 +10,6 @@ __all__ = [
     "HfTensors",
     "WeightRule",
     "check_megatron_dir",
-    "compare_greedy",
     "export_hf_weights",
     "hf_from_shards",
     "language_rules",

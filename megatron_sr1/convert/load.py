@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_sr1.checkpoint.streaming_layout import HEAD, HfLayout, ModelSlots, ParameterSlot, model_slots
+from megatron_sr1.convert.layout import HEAD, HfLayout, ModelSlots, ParameterSlot, model_slots
 from megatron_sr1.weights.name_table import hf_from_shards
 from megatron_sr1.weights.pickles import METADATA, check_megatron_dir
 from megatron_sr1.weights.safetensors import TensorInfo

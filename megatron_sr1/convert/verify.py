@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_sr1.checkpoint.streaming_layout import config_dir
-from megatron_sr1.checkpoint.streaming_load import MegatronSource
+from megatron_sr1.convert.layout import config_dir
+from megatron_sr1.convert.load import MegatronSource
 from megatron_sr1.weights.hf_dir import HfTensors
 from megatron_sr1.weights.pickles import FORMAT, METADATA
 from megatron_sr1.weights.safetensors import TensorInfo

@@ -11,8 +11,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from megatron_sr1.checkpoint.streaming_layout import assign, config_dir
-from megatron_sr1.checkpoint.streaming_load import MegatronSource
+from megatron_sr1.convert.layout import assign, config_dir
+from megatron_sr1.convert.load import MegatronSource
 from megatron_sr1.platform import Platform
 from megatron_sr1.weights.hf_dir import check_finite, copy_side_files
 from megatron_sr1.weights.hf_shards import MAX_SHARD_BYTES, PlannedShards

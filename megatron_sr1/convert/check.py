@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_sr1.checkpoint.streaming_layout import HEAD, ModelSlots, ParameterSlot, hf_shapes
+from megatron_sr1.convert.layout import HEAD, ModelSlots, ParameterSlot, hf_shapes
 from megatron_sr1.weights.hf_dir import HfTensors
 from megatron_sr1.weights.name_table import has_published_experts
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sr1.checkpoint.parity import Agreement
-from megatron_sr1.checkpoint.streaming_verify import Comparison
+from megatron_sr1.convert.parity import Agreement
+from megatron_sr1.convert.verify import Comparison
 
 HASH_LETTERS = 12
 

@@ -28,13 +28,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_sr1.checkpoint.streaming_check import (
+from megatron_sr1.convert.check import (
     check_tensors,
     published_experts,
     stored_dtypes,
     stores_tied_head,
 )
-from megatron_sr1.checkpoint.streaming_layout import (
+from megatron_sr1.convert.layout import (
     HF_FOLDER,
     HfLayout,
     ParameterSlot,

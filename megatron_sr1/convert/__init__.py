@@ -1,0 +1,1 @@
+"""The offline converter: Hugging Face folders <-> Megatron checkpoints, tensor by tensor, and their comparison."""
