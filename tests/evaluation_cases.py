@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from megatron_sr1.evaluation import Record, record_of
-from megatron_sr1.loops.grading import grade_pairs
+from megatron_sr1.rewards.workers import grade_pairs
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, Template
 
 from .data_cases import picture

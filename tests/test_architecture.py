@@ -34,25 +34,29 @@ LEVELS = {
         "sweep",
         "evaluation",
     },
-    2: {"platform", "kernels", "weights", "policy", "convert", "checkpoint", "rollout", "estimate"},
+    2: {"platform", "kernels", "weights", "policy", "convert", "rollout", "estimate", "training"},
     3: {"loops"},
     4: {"cli", "launch", "__main__"},
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 ALLOWED_SIDEWAYS = {  # within a level; a room that is not here imports no neighbour
-    "evaluation": {"prompts", "rewards"},  # what a description leads to is asked and graded as in the second pass
+    "evaluation": {
+        "data",
+        "prompts",
+        "rewards",
+    },  # what a description leads to is asked and graded as in the second pass
     "rewards": {"prompts"},  # one parser for the layouts, used by whoever looks into a response
     "platform": set(),
     "kernels": {"platform"},
     "weights": {"platform"},
     "policy": {"platform", "kernels", "weights"},
     "convert": {"platform", "weights", "policy"},
-    "checkpoint": {"platform", "policy"},
+    "training": {"platform", "kernels", "policy"},
     "rollout": {"platform", "weights"},
     "estimate": {"platform", "kernels", "policy"},
 }
 FORBIDDEN = {("policy", "objective")}  # the loop passes the loss in
-MEGATRON_ROOMS = {"policy", "weights", "convert", "checkpoint", "platform"}
+MEGATRON_ROOMS = {"policy", "weights", "convert", "training", "platform"}
 VLLM_ROOMS = {"rollout"}
 DEVICE_ROOMS = {"platform", "kernels"}
 DEVICE_WORD = re.compile(r"\b(cuda|nccl|gloo|is_cuda|is_nccl_available|is_gloo_available)\b", re.IGNORECASE)
@@ -349,7 +353,7 @@ VIOLATIONS = [
     ("imports_go_down", "megatron_sr1/rewards/a.py", "from ..objective import losses\n"),
     ("imports_go_down", "megatron_sr1/packing.py", "import megatron_sr1.policy.model\n"),
     ("imports_go_down", "megatron_sr1/policy/a.py", "from megatron_sr1.objective.losses import x\n"),
-    ("imports_go_down", "megatron_sr1/policy/a.py", "def f():\n    from megatron_sr1.checkpoint import save\n"),
+    ("imports_go_down", "megatron_sr1/policy/a.py", "def f():\n    from megatron_sr1.training import checkpointer\n"),
     ("imports_go_down", "megatron_sr1/rollout/a.py", "from megatron_sr1.policy import model\n"),
     ("imports_go_down", "megatron_sr1/kernels/a.py", "from megatron_sr1.weights import name_table\n"),
     ("imports_go_down", "megatron_sr1/loops/a.py", "from megatron_sr1.cli import main\n"),
@@ -357,7 +361,7 @@ VIOLATIONS = [
     ("commands_import_late", "megatron_sr1/launch/a.py", "from megatron_sr1.metrics import Metric\n"),
     ("megatron_has_its_rooms", "megatron_sr1/loops/a.py", "from megatron.core import parallel_state\n"),
     ("vllm_has_its_room", "megatron_sr1/policy/a.py", "def f():\n    import vllm\n"),
-    ("groups_are_passed", "megatron_sr1/checkpoint/a.py", "x = parallel_state.get_data_parallel_rank()\n"),
+    ("groups_are_passed", "megatron_sr1/training/a.py", "x = parallel_state.get_data_parallel_rank()\n"),
     ("device_words_have_their_rooms", "megatron_sr1/loops/a.py", "x = torch.cuda.synchronize()\n"),
     ("device_words_have_their_rooms", "megatron_sr1/policy/a.py", "x = y.is_cuda\n"),
     ("device_words_have_their_rooms", "megatron_sr1/policy/a.py", "x = 'cuda:0'\n"),

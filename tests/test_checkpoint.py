@@ -34,7 +34,7 @@ def _steps(policy: Any, config: Any, model_dir: str, number: int) -> list[Any]:
 
 
 def _check_moves(rank: int, num_ranks: int, folder: str) -> None:
-    from megatron_sr1.checkpoint import Checkpointer, Progress
+    from megatron_sr1.training.checkpointer import Checkpointer, Progress
 
     for family, (saving, loading) in MOVES.items():
         model_dir, path = f"{folder}/{family}", Path(folder) / f"{family}_checkpoints"

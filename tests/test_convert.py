@@ -107,11 +107,11 @@ def check_layouts(hf_dir: Path, megatron_dir: Path, extra: dict[str, dict[str, i
 
 def check_training_checkpoint(folder: Path, hf_dir: Path) -> None:
     """What a run saves, padded vocabulary, optimizer and all, becomes the Hugging Face weights it started from."""
-    from megatron_sr1.checkpoint import Checkpointer, Progress
     from megatron_sr1.config import Config, LayoutConfig, ModelConfig
     from megatron_sr1.convert.export import megatron_to_hf
     from megatron_sr1.platform import start_platform
     from megatron_sr1.policy import Policy
+    from megatron_sr1.training.checkpointer import Checkpointer, Progress
 
     platform = start_platform()
     layout = LayoutConfig(tensor=2, pipeline=2, sequence_parallel=True)

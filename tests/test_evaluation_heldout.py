@@ -9,7 +9,7 @@ import pytest
 from megatron_sr1.cli import command, main
 from megatron_sr1.config import Config, DataConfig
 from megatron_sr1.data import Quarantine, ShardDataset, write_shards
-from megatron_sr1.loops.heldout import Heldout
+from megatron_sr1.evaluation.heldout import Heldout
 from megatron_sr1.types import Prompt, SftSample
 
 from .data_cases import QUESTION, equal, png, prompts, write_tar

@@ -17,12 +17,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sr1.loops.clock import Clock
-from megatron_sr1.loops.grading import Graders
-from megatron_sr1.loops.live import LiveRollouts
-from megatron_sr1.loops.replay import SavedRollouts, read_rollouts, rollouts_file
-from megatron_sr1.loops.scoring import score_groups, scored_components, write_rollouts
+from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.objective import PRESETS
+from megatron_sr1.rewards.workers import Graders
+from megatron_sr1.training.live_rollouts import LiveRollouts
+from megatron_sr1.training.rewards import score_groups, scored_components, write_rollouts
+from megatron_sr1.training.saved_rollouts import SavedRollouts, read_rollouts, rollouts_file
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, Sampling
 
 PRESET = PRESETS["vision_sr1"]
@@ -155,7 +155,7 @@ def test_an_error_in_a_reward_reaches_the_caller_and_a_dead_worker_too() -> None
 
 PARENT = """
 import time
-from megatron_sr1.loops.grading import Graders
+from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
 if __name__ == "__main__":
     graders = Graders(["acc"])

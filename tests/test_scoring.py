@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sr1.loops.scoring import score_groups, summarise, without_leaks, write_rollouts
 from megatron_sr1.objective import PRESETS
+from megatron_sr1.training.rewards import score_groups, summarise, without_leaks, write_rollouts
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
 
 RIGHT_SECOND = r"<think> 3 + 7 = 10 </think> \boxed{10}"

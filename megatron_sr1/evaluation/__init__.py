@@ -20,9 +20,9 @@ from megatron_sr1.evaluation.records import (
     record_of,
     replace_records,
 )
+from megatron_sr1.evaluation.source_table import print_sources
 from megatron_sr1.evaluation.statistics import Share, ks_of, pass_at_k, share_of, wilson
 from megatron_sr1.evaluation.summary import summarise_records
-from megatron_sr1.evaluation.table import print_sources
 from megatron_sr1.evaluation.verdicts import Judging, judge_records
 
 __all__ = [

@@ -14,6 +14,7 @@ from typing import TypeVar
 from rich.console import Console
 
 from megatron_sr1.config import Config, EvaluateConfig
+from megatron_sr1.data import open_dataset
 from megatron_sr1.evaluation import (
     Identity,
     Judge,
@@ -29,14 +30,14 @@ from megatron_sr1.evaluation import (
     print_sources,
     record_of,
 )
-from megatron_sr1.loops.evaluate_files import EvaluationFiles, write_summary
-from megatron_sr1.loops.generation import Passes, build_generator
-from megatron_sr1.loops.grading import Vectors, grade_pairs
-from megatron_sr1.loops.heldout import Heldout, heldout_prompts, passes_of
+from megatron_sr1.evaluation.files import EvaluationFiles, write_summary
+from megatron_sr1.evaluation.heldout import Heldout
+from megatron_sr1.loops.generation import Passes, build_generator, passes_of, prompt_check
 from megatron_sr1.loops.run import Run, open_run
 from megatron_sr1.objective import Preset, preset_from_config
 from megatron_sr1.platform import Platform
 from megatron_sr1.report import print_table, summary_rows
+from megatron_sr1.rewards.workers import Vectors, grade_pairs
 from megatron_sr1.types import Generator, Prompt, RolloutGroup, Sampling, Template
 
 Value = TypeVar("Value")
@@ -95,6 +96,21 @@ def evaluate(run: Run, generator: Generator, heldout: Heldout, *, label: str, st
     if run.platform.is_main:
         write_summary(files, identity, heldout, replace(run.config.evaluate, judge_url=""), step)
     return answers
+
+
+def heldout_prompts(run: Run) -> Heldout:
+    """The prompts of `data.heldout`, at most `evaluate.max_prompts` of them where that is not 0.
+
+    Raises:
+        ValueError: as `open_dataset`; more images in a prompt than rollout.max_images.
+    """
+    config, quarantine = run.config, run.quarantine("heldout")
+    dataset = open_dataset(config.data, config.data.heldout, "data.heldout", quarantine)
+    preset = preset_from_config(config.objective)
+    check = prompt_check(config, lambda prompt: passes_of(prompt, preset))
+    heldout = Heldout(dataset, quarantine, config.evaluate.max_prompts, check)
+    heldout.check_images(config.rollout.max_images)
+    return heldout
 
 
 def _identity(config: Config, heldout: Heldout, model: str) -> Identity:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_sr1.config import Config
 from megatron_sr1.data import Check
 from megatron_sr1.loops.run import Run
+from megatron_sr1.objective import Preset
 from megatron_sr1.processing import Processor
 from megatron_sr1.rollout import Engine, Limits, TwoPassGenerator, refusals, stale_vision_canary
 from megatron_sr1.types import Prompt, SftSample, Template
@@ -77,6 +78,12 @@ def prompt_check(config: Config, passes: Callable[[Prompt], Passes]) -> Check:
             raise ValueError("\n".join(refused))
 
     return check
+
+
+def passes_of(prompt: Prompt, preset: Preset) -> Passes:
+    """Those of an evaluation: without an image there is nothing to describe."""
+    template: Template = preset.template if prompt.images else "cot"
+    return template, template == "see_think"
 
 
 def _canary_image() -> Image:

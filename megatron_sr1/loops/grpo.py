@@ -8,20 +8,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_sr1.checkpoint import Progress
 from megatron_sr1.config import Config
+from megatron_sr1.evaluation.heldout import Heldout, only_prompts
 from megatron_sr1.kernels import fused_stream_loss
-from megatron_sr1.loops.batches import Batcher, StreamBatch
-from megatron_sr1.loops.clock import Clock
-from megatron_sr1.loops.evaluate import evaluate
+from megatron_sr1.loops.evaluate import evaluate, heldout_prompts
 from megatron_sr1.loops.generation import Passes, build_generator, prompt_check
-from megatron_sr1.loops.heldout import Heldout, heldout_prompts, only_prompts
-from megatron_sr1.loops.live import LiveRollouts
 from megatron_sr1.loops.preemption import watch_for_stop
-from megatron_sr1.loops.replay import SavedRollouts, rollouts_file
 from megatron_sr1.loops.run import Run, metrics_of, open_run
-from megatron_sr1.loops.scoring import Rewards, summarise, without_leaks, write_rollouts
 from megatron_sr1.metrics import MetricLog
+from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.objective import (
     Mismatch,
     Preset,
@@ -32,6 +27,11 @@ from megatron_sr1.objective import (
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processing import Processor
+from megatron_sr1.training.batches import Batcher, StreamBatch
+from megatron_sr1.training.checkpointer import Progress
+from megatron_sr1.training.live_rollouts import LiveRollouts
+from megatron_sr1.training.rewards import Rewards, summarise, without_leaks, write_rollouts
+from megatron_sr1.training.saved_rollouts import SavedRollouts, rollouts_file
 from megatron_sr1.types import Clip, Generator, LogProbs, LossInputs, RolloutGroup, Sampling, Scoring
 
 

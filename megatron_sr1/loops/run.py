@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch.distributed
 
-from megatron_sr1.checkpoint import Checkpointer, Progress
 from megatron_sr1.config import Config, dump_config
 from megatron_sr1.convert.greedy import compare_greedy
 from megatron_sr1.data import Check, Quarantine, SampleFeed, StreamState, VisualTokens, open_stream
@@ -21,6 +20,7 @@ from megatron_sr1.metrics import MetricsWriter, Trackers
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.processing import Processor
+from megatron_sr1.training.checkpointer import Checkpointer, Progress
 from megatron_sr1.types import RolloutGroup
 from megatron_sr1.weights import write_hf_dir
 

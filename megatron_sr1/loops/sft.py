@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from megatron_sr1.checkpoint import Progress
 from megatron_sr1.config import Config
-from megatron_sr1.loops.batches import Batcher, SftBatch
 from megatron_sr1.loops.preemption import watch_for_stop
 from megatron_sr1.loops.run import Run, metrics_of, open_run
 from megatron_sr1.objective import sft_loss
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.processing import Processor
+from megatron_sr1.training.batches import Batcher, SftBatch
+from megatron_sr1.training.checkpointer import Progress
 from megatron_sr1.types import LogProbs, Prompt, Scoring, SftSample
 
 

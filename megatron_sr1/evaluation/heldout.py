@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-from megatron_sr1.data import Check, Quarantine, ShardDataset, open_dataset
-from megatron_sr1.loops.generation import Passes, prompt_check
-from megatron_sr1.objective import Preset, preset_from_config
-from megatron_sr1.types import Prompt, SftSample, Template
-
-if TYPE_CHECKING:
-    from megatron_sr1.loops.run import Run
+from megatron_sr1.data import Check, Quarantine, ShardDataset
+from megatron_sr1.types import Prompt, SftSample
 
 
 class Heldout:
@@ -103,27 +97,6 @@ class Heldout:
             yield prompt
         if known:
             raise ValueError(_strangers(known[0]))
-
-
-def heldout_prompts(run: Run) -> Heldout:
-    """The prompts of `data.heldout`, at most `evaluate.max_prompts` of them where that is not 0.
-
-    Raises:
-        ValueError: as `open_dataset`; more images in a prompt than rollout.max_images.
-    """
-    config, quarantine = run.config, run.quarantine("heldout")
-    dataset = open_dataset(config.data, config.data.heldout, "data.heldout", quarantine)
-    preset = preset_from_config(config.objective)
-    check = prompt_check(config, lambda prompt: passes_of(prompt, preset))
-    heldout = Heldout(dataset, quarantine, config.evaluate.max_prompts, check)
-    heldout.check_images(config.rollout.max_images)
-    return heldout
-
-
-def passes_of(prompt: Prompt, preset: Preset) -> Passes:
-    """Those of an evaluation: without an image there is nothing to describe."""
-    template: Template = preset.template if prompt.images else "cot"
-    return template, template == "see_think"
 
 
 def _strangers(key: str) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sr1.loops.grading import Vectors, grade_pairs
 from megatron_sr1.objective import Preset
 from megatron_sr1.rewards import faithful
+from megatron_sr1.rewards.workers import Vectors, grade_pairs
 from megatron_sr1.types import Rollout, RolloutGroup
 
 ALWAYS = ("acc", "acc_vis", "leak")  # scored for the metrics whatever the preset trains on

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
-from megatron_sr1.loops.clock import Clock
-from megatron_sr1.loops.grading import Graders
-from megatron_sr1.loops.scoring import Rewards, join_rewards, scored_components
+from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.objective import Preset
+from megatron_sr1.rewards.workers import Graders
+from megatron_sr1.training.rewards import Rewards, join_rewards, scored_components
 from megatron_sr1.types import Generator, Prompt, RolloutGroup, Sampling
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from megatron_sr1.loops.clock import Clock
-from megatron_sr1.loops.scoring import Rewards, scored_components
+from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.objective import Preset
+from megatron_sr1.training.rewards import Rewards, scored_components
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
 
 
