@@ -32,7 +32,7 @@ from PIL import Image
 
 from benchmarks.setting import write_model
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import render_caption_reasoner, render_see_think
 from megatron_sr1.rollout import Engine, TwoPassGenerator
 from megatron_sr1.rollout.request import Draw, Generation

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_sr1.config import Config, load_config
 from megatron_sr1.packing import pack
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.types import LogProbs, MicroBatch, TokenSequence
 
 TOLERANCE = 1e-5  # relative, fp32

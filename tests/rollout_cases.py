@@ -68,7 +68,7 @@ def make_model(model_dir: Path) -> None:
 
 def describing_processor(model_dir: str) -> Any:
     """Random weights never describe anything, so every response is read as a description."""
-    from megatron_sr1.processing import Processor
+    from megatron_sr1.processor import Processor
 
     class Describing(Processor):
         def decode(self, ids: Any) -> str:
@@ -108,7 +108,7 @@ def reference_differences(
 ) -> float:
     """The largest |log-prob difference| to transformers, of greedy rollouts; asserts that every token is its argmax."""
     from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
-    from megatron_sr1.processing import Processor
+    from megatron_sr1.processor import Processor
 
     define_missing_torchvision_ops()
     from transformers import Qwen2_5_VLForConditionalGeneration

@@ -11,7 +11,7 @@ from PIL import Image
 from megatron_sr1.config import Config, ConfigError, load_config
 from megatron_sr1.objective import PRESETS, preset_from_config
 from megatron_sr1.packing import gather_rows
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import find_description, render_caption_reasoner, render_see_think
 from megatron_sr1.training.batches import Batcher, StreamBatch
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, SftSample

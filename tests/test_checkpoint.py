@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.types import Scoring
 from tests.model_zoo import create_family
 from tests.policy_cases import LEARNING_RATE, STEP_TOLERANCE, TOLERANCE, MeanLoss, built, packed_rows

@@ -205,7 +205,7 @@ def test_the_length_filter_says_what_it_needs(tmp_path: Path) -> None:
 
 
 def test_lengths_are_those_of_the_processor(tmp_path: Path, tiny_model_dir: str) -> None:
-    from megatron_sr1.processing import Processor
+    from megatron_sr1.processor import Processor
 
     processor = Processor.from_pretrained(tiny_model_dir)
     samples = [Prompt(f"p{i}", "q" * i, "1", (noise(i, (40 + 30 * i, 90)),) * (i % 3)) for i in range(1, 6)]

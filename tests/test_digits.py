@@ -19,7 +19,7 @@ from megatron_sr1.data import ShardDataset, expand_shards
 from megatron_sr1.digits import KINDS, compose, describe, load_scans, make_demonstrations, make_prompts
 from megatron_sr1.digits.tiny_model import SPECIAL_TOKENS, create_tiny_model, train_tokenizer
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import parse_reasoner, parse_see_think, render_caption_reasoner, render_see_think
 from megatron_sr1.types import Prompt, SftSample
 

@@ -58,7 +58,7 @@ def _check_rollouts(rank: int, num_ranks: int, hf_dir: str, rollouts: str, data:
     from megatron_sr1.data import ShardDataset, expand_shards
     from megatron_sr1.packing import gather_rows, pack
     from megatron_sr1.policy import Policy
-    from megatron_sr1.processing import Processor
+    from megatron_sr1.processor import Processor
     from megatron_sr1.types import Scoring, TokenSequence
 
     processor = Processor.from_pretrained(hf_dir)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_sr1.config import Config, load_config
 from megatron_sr1.packing import gather_rows, pack
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.types import LogProbs, MicroBatch, Prompt, Rollout, RolloutGroup, RolloutPair, Scoring, TokenSequence
 from tests.model_zoo import ZOO, create_family, publish_experts
 from tests.ranks import run_ranks

@@ -161,7 +161,7 @@ def _row(config: Any, image: tuple[int, int] | None) -> Any:
     from PIL import Image
 
     from megatron_sr1.packing import pack
-    from megatron_sr1.processing import Processor
+    from megatron_sr1.processor import Processor
     from megatron_sr1.types import TokenSequence
 
     processor = Processor.from_pretrained(config.model.hf_dir)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_sr1.packing import gather_rows
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.types import MicroBatch, Scoring, TokenSequence
 from tests.policy_cases import (
     LEARNING_RATE,

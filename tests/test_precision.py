@@ -19,7 +19,7 @@ from megatron_sr1.packing import gather_rows, pack
 from megatron_sr1.platform.accelerator import Accelerator
 from megatron_sr1.platform.precision import check_bf16_layers, check_precision, compute_dtype, megatron_precision
 from megatron_sr1.platform.runtime import Platform
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.types import MicroBatch, Scoring
 from tests.model_zoo import ZOO, create_family
 from tests.policy_cases import MeanLoss, built, make_sequences

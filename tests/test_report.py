@@ -18,7 +18,7 @@ from megatron_sr1.config import dump_config, load_config
 from megatron_sr1.report import find_runs, print_table, summary_rows, write_report
 from megatron_sr1.report.plots import CHARTS, chart_names, running_mean, series
 from megatron_sr1.report.runs import read_run
-from megatron_sr1.report.table import comparison_rows
+from megatron_sr1.report.summary_table import comparison_rows
 
 VOID = {"meta", "img", "source", "br", "link"}
 EVIL = '<script>alert(1)</script> & "quoted" <description>a 3</description>'

@@ -148,7 +148,7 @@ date +%s.%N > "$folder/ended"
 DRIVER = """
 import sys
 from pathlib import Path
-from megatron_sr1.sweep import read_sweep, run_here
+from megatron_sr1.launch.sweep import read_sweep, run_here
 sys.executable = sys.argv[2]
 sweep = read_sweep(Path(sys.argv[1]))
 outcomes = run_here(sweep, sweep.runs, int(sys.argv[3]), lambda line: print(line, flush=True))

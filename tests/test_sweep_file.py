@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_sr1.cli import main
 from megatron_sr1.config import PRESET_NAMES, ConfigError, dump_config, load_config
-from megatron_sr1.sweep import choose_runs, command_of, read_sweep, state_of
+from megatron_sr1.launch.sweep import choose_runs, command_of, read_sweep, state_of
 
 REPOSITORY = Path(__file__).parent.parent
 QUICKSTART = str(REPOSITORY / "examples" / "quickstart" / "grpo.yaml")

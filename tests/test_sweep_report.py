@@ -18,9 +18,9 @@ from rich.console import Console
 
 from megatron_sr1.config import dump_config, load_config
 from megatron_sr1.report import RunGroup, print_tables, write_sweep_report
-from megatron_sr1.report.bands import band, band_names, draw_bands
-from megatron_sr1.report.groups import LAST_STEPS, GroupRow, sweep_rows
-from megatron_sr1.report.statistics import estimate, paired_difference
+from megatron_sr1.report.sweep.bands import band, band_names, draw_bands
+from megatron_sr1.report.sweep.groups import LAST_STEPS, GroupRow, sweep_rows
+from megatron_sr1.report.sweep.statistics import estimate, paired_difference
 from tests.test_report import Page, example
 
 STEPS = 20

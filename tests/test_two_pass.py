@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sr1.rollout.balance import deal, expected_tokens
-from megatron_sr1.rollout.checks import stale_vision_canary
 from megatron_sr1.rollout.plan import Limits, PassPrompt, check_same_ids, cut_description, refusal
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation
 from megatron_sr1.rollout.seeds import request_seed
 from megatron_sr1.rollout.two_pass import TwoPassGenerator
+from megatron_sr1.rollout.vision_canary import stale_vision_canary
 from megatron_sr1.types import Prompt, RolloutGroup, Sampling
 
 EOT, IMAGE = 1, 2

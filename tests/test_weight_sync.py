@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_sr1.packing import gather_rows, pack
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.types import Scoring, TokenSequence
 from tests.model_zoo import TEXTS, ZOO, create_family, publish_experts
 from tests.policy_cases import MeanLoss, built, make_sequences, packed_rows

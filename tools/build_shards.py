@@ -37,7 +37,7 @@ from megatron_sr1.prompts import parse_reasoner, parse_see_think, render_caption
 from megatron_sr1.types import Template
 
 if TYPE_CHECKING:
-    from megatron_sr1.processing import Processor
+    from megatron_sr1.processor import Processor
 
 MAX_LISTED = 20  # of what is wrong; the rest is counted
 BYTES_PER_MB = 1_000_000
@@ -53,7 +53,7 @@ class ModelRules:
     @cached_property
     def _processor(self) -> Processor:
         from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
-        from megatron_sr1.processing import Processor
+        from megatron_sr1.processor import Processor
 
         assert self.hf_dir is not None
         define_missing_torchvision_ops()

@@ -15,7 +15,7 @@ from megatron_sr1.cli.runs import check_run
 def run_sweep(args: argparse.Namespace) -> None:
     """Runs what is not finished yet, then prints the tables; exits with 1 where a run failed, and with the status of a
     run that was asked to stop where this command was."""
-    from megatron_sr1.sweep import STOPPED_STATUS, choose_runs, command_of, read_sweep, run_here, state_of
+    from megatron_sr1.launch.sweep import STOPPED_STATUS, choose_runs, command_of, read_sweep, run_here, state_of
 
     if args.jobs < 1:
         raise ValueError(f"--jobs {args.jobs} is not allowed: it must be 1 or more.")
@@ -67,8 +67,8 @@ def run_report(runs: Sequence[Path], out: Path | None) -> None:
 def _sweep_report(path: Path, out: Path | None) -> None:
     from rich.console import Console
 
+    from megatron_sr1.launch.sweep import read_sweep
     from megatron_sr1.report import RunGroup, print_tables, write_sweep_report
-    from megatron_sr1.sweep import read_sweep
 
     sweep = read_sweep(path)
     groups: dict[tuple[str, str], dict[int, Path]] = {}

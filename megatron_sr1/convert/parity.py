@@ -13,7 +13,7 @@ from megatron_sr1.config import Config
 from megatron_sr1.packing import pack
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Scorer
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.types import MicroBatch, Scoring, TokenSequence
 
 _QUESTION = "Which of these numbers is the largest: 17, 4 or 23? Look closely, then answer."

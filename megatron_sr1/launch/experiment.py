@@ -146,7 +146,7 @@ def _task(entry: dict[str, Any], path: Path) -> Task:
     if task.sweep:
         if task.command or task.config or task.overrides or task.arguments:
             raise ConfigError(f"{where}: a sweep says itself what runs. Leave command, config and the like out.")
-        from megatron_sr1.sweep import read_sweep
+        from megatron_sr1.launch.sweep import read_sweep
 
         sweep = read_sweep(Path(task.sweep))
         runs = [Step(run.name, sweep.command, (sweep.config, *run.overrides)) for run in sweep.runs]

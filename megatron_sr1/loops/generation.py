@@ -10,7 +10,7 @@ from megatron_sr1.config import Config
 from megatron_sr1.data import Check
 from megatron_sr1.loops.run import Run
 from megatron_sr1.objective import Preset
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.rollout import Engine, Limits, TwoPassGenerator, refusals, stale_vision_canary
 from megatron_sr1.types import Prompt, SftSample, Template
 

@@ -26,7 +26,7 @@ from megatron_sr1.objective import (
 )
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy, StepResult
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.training.batches import Batcher, StreamBatch
 from megatron_sr1.training.checkpointer import Progress
 from megatron_sr1.training.live_rollouts import LiveRollouts

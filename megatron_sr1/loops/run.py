@@ -19,7 +19,7 @@ from megatron_sr1.data import Check, Quarantine, SampleFeed, StreamState, Visual
 from megatron_sr1.metrics import MetricsWriter, Trackers
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.training.checkpointer import Checkpointer, Progress
 from megatron_sr1.types import RolloutGroup
 from megatron_sr1.weights import write_hf_dir

@@ -13,7 +13,7 @@ from megatron_sr1.loops.run import Run, metrics_of, open_run
 from megatron_sr1.objective import sft_loss
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.training.batches import Batcher, SftBatch
 from megatron_sr1.training.checkpointer import Progress
 from megatron_sr1.types import LogProbs, Prompt, Scoring, SftSample

@@ -1,11 +1,11 @@
 """The report of one run, of several runs side by side, or of a sweep: terminal tables and one self-contained page."""
 
-from megatron_sr1.report.groups import GroupRow, RunGroup
 from megatron_sr1.report.page import write_report
 from megatron_sr1.report.runs import find_runs
-from megatron_sr1.report.sweep_page import write_sweep_report
-from megatron_sr1.report.sweep_table import print_tables
-from megatron_sr1.report.table import Row, print_table, summary_rows
+from megatron_sr1.report.summary_table import Row, print_table, summary_rows
+from megatron_sr1.report.sweep.groups import GroupRow, RunGroup
+from megatron_sr1.report.sweep.page import write_sweep_report
+from megatron_sr1.report.sweep.tables import print_tables
 
 __all__ = [
     "GroupRow",

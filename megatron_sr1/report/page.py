@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_sr1.report.examples import examples_section
 from megatron_sr1.report.plots import CHARTS, Chart, draw_chart
 from megatron_sr1.report.runs import Run, read_run
-from megatron_sr1.report.table import COLUMNS, Column, Row, comparison_rows, percent
+from megatron_sr1.report.summary_table import COLUMNS, Column, Row, comparison_rows, percent
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> list[Row]:

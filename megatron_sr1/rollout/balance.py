@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_sr1.packing import split_for_ranks
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.types import Prompt, Sampling
 
 _CHARACTERS_PER_TOKEN = 3  # of a question; an estimate spares every rank the tokenising of all prompts

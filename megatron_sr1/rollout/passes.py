@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import find_description
 from megatron_sr1.rollout.plan import Limits, PassPrompt, check_same_ids, cut_description, plan_second, refusal
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation, TokenEngine

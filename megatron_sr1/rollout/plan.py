@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import render_caption_reasoner, render_cot, render_see_think
 from megatron_sr1.types import PassName, Prompt, Template
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.rollout.balance import deal
 from megatron_sr1.rollout.passes import Passes, PassOptions
 from megatron_sr1.rollout.plan import Limits, plan_first, refusals

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_sr1.config import Config, row_tokens
 from megatron_sr1.objective import Preset, stream_advantages, token_kinds, token_weights
 from megatron_sr1.packing import moved, pack, scatter_rows, split_for_ranks
-from megatron_sr1.processing import Processor
+from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import description_block, render_caption_reasoner, render_see_think
 from megatron_sr1.types import (
     EncodedImage,

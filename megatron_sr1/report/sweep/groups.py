@@ -9,8 +9,8 @@ from pathlib import Path
 
 from megatron_sr1.config import load_config
 from megatron_sr1.report.runs import CONFIG_FILE, Evaluation, Run, read_run
-from megatron_sr1.report.statistics import Difference, Estimate, estimate, paired_difference
-from megatron_sr1.report.table import COLUMNS
+from megatron_sr1.report.summary_table import COLUMNS
+from megatron_sr1.report.sweep.statistics import Difference, Estimate, estimate, paired_difference
 
 LAST_STEPS = 10  # training numbers are means over as many steps, the last
 AVERAGED = ("first/response_tokens", "second/response_tokens", "loss/sft/nll")  # of them, beside the rewards

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerFast
 
-from megatron_sr1.processing import REQUIRED_TOKENS, Processor
+from megatron_sr1.processor import REQUIRED_TOKENS, Processor
 
 NAMES_SPECIAL = "a<|image_pad|>b <image> <|im_end|>\n<|im_start|>system <|vision_start|><|video_pad|>"
 

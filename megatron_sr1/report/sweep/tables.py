@@ -9,8 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sr1.report.groups import LAST_STEPS, SHARES, GroupRow, Measure, common_start, training_measures
-from megatron_sr1.report.statistics import Difference, Estimate
+from megatron_sr1.report.sweep.groups import LAST_STEPS, SHARES, GroupRow, Measure, common_start, training_measures
+from megatron_sr1.report.sweep.statistics import Difference, Estimate
 
 UNKNOWN = "–"
 

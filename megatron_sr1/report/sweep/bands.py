@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megatron_sr1.report.groups import GroupRow
 from megatron_sr1.report.plots import COLORS, WINDOW, dress, png_address, running_mean, series
-from megatron_sr1.report.statistics import Estimate, estimate
+from megatron_sr1.report.sweep.groups import GroupRow
+from megatron_sr1.report.sweep.statistics import Estimate, estimate
 
 FIRST = (  # in this order; what else a run has of rewards follows
     *("reward/total", "accuracy", "second_pass_accuracy", "language_shortcut_rate", "faithful", "leak"),

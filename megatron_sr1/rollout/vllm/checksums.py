@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sr1.rollout.weight_placement import Placement, placements
+from megatron_sr1.rollout.vllm.placement import Placement, placements
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # odd, 2^64 / golden ratio: neighbouring positions get unlike factors
 _BLOCK = 2**20  # elements whose 8-byte products exist at a time

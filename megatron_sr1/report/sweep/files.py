@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.report.groups import GroupRow
-from megatron_sr1.report.sweep_table import markdown
+from megatron_sr1.report.sweep.groups import GroupRow
+from megatron_sr1.report.sweep.tables import markdown
 
 CSV_HEAD = (
     *("group", "preset", "variant", "measure", "seeds", "mean", "std", "before_mean", "before_std"),

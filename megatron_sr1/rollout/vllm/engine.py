@@ -24,8 +24,8 @@ from safetensors import safe_open
 
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation
-from megatron_sr1.rollout.weight_check import WeightCheck
-from megatron_sr1.rollout.weight_reload import check_reloadable, reload_weights
+from megatron_sr1.rollout.vllm.checksums import WeightCheck
+from megatron_sr1.rollout.vllm.reload import check_reloadable, reload_weights
 from megatron_sr1.types import BANNED_LOGIT_BIAS
 
 if TYPE_CHECKING:
@@ -332,7 +332,7 @@ def _fixed_arguments(on_cpu: bool) -> dict[str, Any]:
         "gpu_memory_utilization": 0.01,  # a share that must be free at the start; the KV cache's bytes are given
         "scheduling_policy": "priority",
         "enable_prefix_caching": True,
-        # PIL's resizing, as in processing.py: torchvision's differs by up to 0.2 in normalised pixel values.
+        # PIL's resizing, as in processor.py: torchvision's differs by up to 0.2 in normalised pixel values.
         "mm_processor_kwargs": {"use_fast": False},
         "logprobs_mode": "processed_logprobs",  # of the distribution that was drawn from
         "generation_config": "vllm",  # no sampling default of the model directory is applied

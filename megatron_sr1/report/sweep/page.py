@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from megatron_sr1.report.bands import band_names, draw_bands
 from megatron_sr1.report.examples import examples_section
-from megatron_sr1.report.groups import GroupRow, RunGroup, sweep_rows
 from megatron_sr1.report.page import config_section, figure, page, summary_section
-from megatron_sr1.report.sweep_files import write_sweep_files
-from megatron_sr1.report.sweep_table import TextTable, notes, text_tables
-from megatron_sr1.report.table import comparison_rows
+from megatron_sr1.report.summary_table import comparison_rows
+from megatron_sr1.report.sweep.bands import band_names, draw_bands
+from megatron_sr1.report.sweep.files import write_sweep_files
+from megatron_sr1.report.sweep.groups import GroupRow, RunGroup, sweep_rows
+from megatron_sr1.report.sweep.tables import TextTable, notes, text_tables
 
 
 def write_sweep_report(groups: Sequence[RunGroup], folder: Path, out: Path | None = None) -> list[GroupRow]:

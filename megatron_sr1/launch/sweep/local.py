@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from megatron_sr1.sweep.file import Sweep, SweepRun
+from megatron_sr1.launch.sweep.file import Sweep, SweepRun
 
 STOPPED_STATUS = os.EX_TEMPFAIL  # how a run that was asked to stop, and has saved, ends
 POLL_SECONDS = 0.2

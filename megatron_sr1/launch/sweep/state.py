@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sr1.config import Config, ConfigError, load_config
-from megatron_sr1.sweep.file import Sweep, SweepRun
+from megatron_sr1.launch.sweep.file import Sweep, SweepRun
 
 State = Literal["new", "started", "finished"]
 
