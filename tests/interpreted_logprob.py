@@ -12,7 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_sr1.kernels import IGNORE_INDEX, chunked, linear_logprob, triton_forward
+from megatron_sr1.kernels import IGNORE_INDEX, linear_logprob
+from megatron_sr1.kernels.linear_logprob import chunked, triton_forward
 from megatron_sr1.kernels.linear_logprob.tiles import RowGradients, Tile, empty_state
 from megatron_sr1.kernels.linear_logprob.triton_forward import Blocks
 from megatron_sr1.kernels.linear_logprob.triton_tiles import TritonTiles

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_sr1.kernels import IGNORE_INDEX, backends, chunked, linear_logprob
+from megatron_sr1.kernels import IGNORE_INDEX, linear_logprob
+from megatron_sr1.kernels.linear_logprob import backends, chunked
 from megatron_sr1.kernels.linear_logprob.backends import BackendName
 from megatron_sr1.kernels.linear_logprob.torch_tiles import TORCH
 from megatron_sr1.platform.cpu_shim import install_cpu_shim

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.autograd.profiler import profile
 
-from megatron_sr1.kernels import chunked, linear_logprob
+from megatron_sr1.kernels import linear_logprob
+from megatron_sr1.kernels.linear_logprob import chunked
 
 MIB = 2**20
 SHAPES = [(4096, 256, 16384), (16384, 128, 4096), (2048, 128, 40000)]  # T, H, V

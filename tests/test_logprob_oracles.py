@@ -11,7 +11,8 @@ from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_sr1.kernels import IGNORE_INDEX, chunked, linear_logprob
+from megatron_sr1.kernels import IGNORE_INDEX, linear_logprob
+from megatron_sr1.kernels.linear_logprob import chunked
 from megatron_sr1.types import LogProbs
 from tests.logprob_cases import assert_relative, backward_both, make_inputs
 from tests.ranks import run_ranks

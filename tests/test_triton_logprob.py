@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sr1.kernels import chunked, linear_logprob
+from megatron_sr1.kernels import linear_logprob
+from megatron_sr1.kernels.linear_logprob import chunked
 from megatron_sr1.kernels.linear_logprob.backends import BackendName
 from tests.logprob_cases import assert_relative
 
@@ -78,7 +79,7 @@ def _compiling() -> dict[str, str]:
 
 def print_compiled() -> None:
     """Compiles each kernel with all features (full) and with none (bare), for compute capability 9.0; prints JSON."""
-    from megatron_sr1.kernels import triton_forward, triton_tiles
+    from megatron_sr1.kernels.linear_logprob import triton_forward, triton_tiles
 
     pointers = {name: "*fp32" for name in ("state", "inverse_temperature", "bias", "at_target", "of_p", "of_p_log_p")}
     pointers |= {"logsumexp": "*fp32", "targets": "*i64", "gradient": "*bf16", "parts": "*fp32"}

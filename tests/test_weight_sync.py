@@ -117,14 +117,14 @@ def _answers(engine: Any, processor: Processor, temperature: float, num_samples:
 @contextmanager
 def _without(name: str) -> Iterator[None]:
     """An engine that leaves the named repair after a reload undone."""
-    from megatron_sr1.rollout import weight_reload
+    from megatron_sr1.rollout.vllm import reload
 
-    repair = vars(weight_reload)[name]
-    setattr(weight_reload, name, lambda model: None)
+    repair = vars(reload)[name]
+    setattr(reload, name, lambda model: None)
     try:
         yield
     finally:
-        setattr(weight_reload, name, repair)
+        setattr(reload, name, repair)
 
 
 def _missed(engine: Any, policy: Any) -> dict[str, str]:
