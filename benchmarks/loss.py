@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.logprob import peak_resident_kib
 from megatron_sr1.kernels.policy_loss.fused import fused_stream_loss
 from megatron_sr1.objective import stream_loss
-from megatron_sr1.types import Clip, LossInputs, Stream
+from megatron_sr1.types import Clip, LossInputs, RewardStream
 
 Candidate = Callable[[LossInputs], tuple[Tensor, Mapping[str, Tensor]]]
 CANDIDATES: dict[str, Candidate] = {
@@ -37,7 +37,7 @@ CANDIDATES: dict[str, Candidate] = {
     "fused triton": partial(fused_stream_loss, backend="triton"),
 }
 STREAMS = tuple(
-    Stream(name, "first", "response", (("acc", 1.0),), weight, 0.01, "k3")
+    RewardStream(name, "first", "response", (("acc", 1.0),), weight, 0.01, "k3")
     for name, weight in (("answer", 1.0), ("visual", 0.5))
 )
 

@@ -178,14 +178,14 @@ class LogProbs:
 
 # ---------------------------------------------------------------- the objective
 @dataclass(frozen=True)
-class Stream:
+class RewardStream:
     """A reward stream: which tokens are credited with which reward (Vision-SR1, eq. 6-9)."""
 
     name: str
     trajectory: PassName
     tokens: TokenSegment
     rewards: tuple[tuple[str, float], ...]  # (component of REWARDS, weight)
-    weight: float = 1.0  # lambda
+    loss_weight: float = 1.0  # lambda
     kl_coef: float = 0.01  # beta
     kl_estimator: KlEstimator = "k3"
     normalize: Literal["sum", "per_component"] = "sum"  # per_component: GDPO
@@ -210,7 +210,7 @@ class LossInputs:
     ref_logprobs: Tensor | None  # [R], None only if every kl_coef is 0
     advantages: Tensor  # [S, R]
     token_weights: Tensor  # [S, R]
-    streams: tuple[Stream, ...]
+    streams: tuple[RewardStream, ...]
     clip: Clip = Clip()
 
 

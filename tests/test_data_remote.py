@@ -148,7 +148,7 @@ def test_a_download_that_stops_is_an_error_and_leaves_nothing(server: Server, tm
     assert dataset.read(0).answer == "0"
 
 
-def test_another_shard_behind_the_url_is_downloaded_anew(server: Server, tmp_path: Path) -> None:
+def test_another_shard_behind_the_url_is_downloaded_again(server: Server, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path / "cache", BIG)
     for answer in ("1", "2"):
         shard = indexed(write_shards([Prompt("p", "q", answer)], server.folder, "t", 3))[0]

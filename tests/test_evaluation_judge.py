@@ -246,7 +246,7 @@ def test_interrupted_judging_goes_on_to_the_same_bytes(path: Path, tmp_path: Pat
     assert len(again) == 18 - 7 and path.read_bytes() == whole.read_bytes() and not journal.exists()
 
 
-def test_another_judge_is_asked_anew(path: Path) -> None:
+def test_another_judge_is_asked_again(path: Path) -> None:
     judge_records(path, lambda question: _reader(question, 0), "big", 1)
     outcome = judge_records(path, lambda _: r"\boxed{0}", "small", 1)
     assert outcome.num_asked == 18

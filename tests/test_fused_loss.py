@@ -21,20 +21,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_sr1.kernels.policy_loss.fused import METRICS, Backend, fused_stream_loss
+from megatron_sr1.kernels.policy_loss.fused import METRICS, LossBackend, fused_stream_loss
 from megatron_sr1.objective import stream_loss
-from megatron_sr1.types import Clip, LossInputs, Stream
+from megatron_sr1.types import Clip, LossInputs, RewardStream
 from tests import test_objective_liger as liger_case
 from tests import test_objective_losses as by_hand
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS: tuple[Backend, ...] = ("torch", "triton") if INTERPRETED else ("torch",)
+BACKENDS: tuple[LossBackend, ...] = ("torch", "triton") if INTERPRETED else ("torch",)
 EXAMPLES = 20 if INTERPRETED else 60  # an interpreted kernel takes a hundred times as long
 LN2 = math.log(2)
 
 
-def make_stream(name: str, weight: float = 1.0, kl_coef: float = 0.1, estimator: str = "k3") -> Stream:
-    return Stream(name, "first", "response", (("acc", 1.0),), weight, kl_coef, estimator)
+def make_stream(name: str, weight: float = 1.0, kl_coef: float = 0.1, estimator: str = "k3") -> RewardStream:
+    return RewardStream(name, "first", "response", (("acc", 1.0),), weight, kl_coef, estimator)
 
 
 THREE = (make_stream("a", 0.5, 0.1, "k1"), make_stream("b", 1.0, 0.2, "k2"), make_stream("c", 1.5, 0.3, "k3"))
@@ -43,7 +43,7 @@ BOTH_CLIPS = Clip(0.2, 0.3, 3.0)
 
 def make_inputs(
     num_tokens: int,
-    streams: tuple[Stream, ...] = THREE,
+    streams: tuple[RewardStream, ...] = THREE,
     clip: Clip = BOTH_CLIPS,
     *,
     old: bool = True,
@@ -97,7 +97,7 @@ def assert_near(name: str, got: Tensor, expected: Tensor, scale: Tensor | float,
     assert (error <= tolerance * (expected.detach().abs() + scale)).all(), f"{name}: off by {error.max().item():.2e}"
 
 
-def assert_matches_reference(inputs: LossInputs, backend: Backend, tolerance: float = 1e-6) -> None:
+def assert_matches_reference(inputs: LossInputs, backend: LossBackend, tolerance: float = 1e-6) -> None:
     """Against the reference in float64. Errors are relative to the sum of the magnitudes that a number is made of:
     a sum of weights 1 for loss and metrics, and for a token's gradient w (1 + |A| ratio + e^|d|), all streams."""
     loss, metrics = fused_stream_loss(inputs, backend=backend)
@@ -142,7 +142,9 @@ CLIPS = st.builds(
     masked=st.sampled_from([0.0, 0.4, 1.0]),
     seed=st.integers(0, 2**31),
 )
-def test_equals_the_reference(backend: Backend, num_tokens: int, streams: tuple, clip: Clip, **drawn: object) -> None:
+def test_equals_the_reference(
+    backend: LossBackend, num_tokens: int, streams: tuple, clip: Clip, **drawn: object
+) -> None:
     assert_matches_reference(make_inputs(num_tokens, streams, clip, **drawn), backend)
 
 
@@ -167,7 +169,7 @@ def test_many_tokens() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_other_dtypes_and_strides_are_read_as_they_are(backend: Backend) -> None:
+def test_other_dtypes_and_strides_are_read_as_they_are(backend: LossBackend) -> None:
     inputs = make_inputs(600)
     one_row = torch.randn(600, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     strided = replace(
@@ -194,7 +196,7 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("advantage", "ratio", "value", "slope", "held"), by_hand.CLIP_CASES)
 def test_clipping_by_hand(
-    backend: Backend, advantage: float, ratio: float, value: float, slope: float, held: str | None
+    backend: LossBackend, advantage: float, ratio: float, value: float, slope: float, held: str | None
 ) -> None:
     old = torch.tensor([-2.0])
     weights = torch.ones(1, 1)
@@ -210,7 +212,7 @@ def test_clipping_by_hand(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_two_streams_by_hand(backend: Backend) -> None:
+def test_two_streams_by_hand(backend: LossBackend) -> None:
     """Three tokens, ratios 1, 2 and 1/2, d = ln 2, 0 and -ln 2; the second belongs to both streams.
 
     x: lambda 2, beta 0.5, k3, weights 1/4, 3/4, 0, advantages 4, -1: policy -4/4 + 2 * 3/4 = 1/2,
@@ -238,7 +240,7 @@ def test_two_streams_by_hand(backend: Backend) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_kl_keeps_its_digits_at_every_distance(backend: Backend, estimator: str) -> None:
+def test_kl_keeps_its_digits_at_every_distance(backend: LossBackend, estimator: str) -> None:
     """One token at a time against float64, from differences whose square is lost beside 1 to those beyond e^80."""
     distances = [s * 10.0**e for e in range(-6, 2) for s in (1, -1, 3, -3)] + [0.0, 0.999, -0.999, 1.001, 79.0, 85.0]
     got = []
@@ -261,7 +263,7 @@ def test_kl_keeps_its_digits_at_every_distance(backend: Backend, estimator: str)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_first_step_has_ratio_one_and_kl_zero_exactly(backend: Backend) -> None:
+def test_first_step_has_ratio_one_and_kl_zero_exactly(backend: LossBackend) -> None:
     inputs = make_inputs(50, THREE[2:], masked=0.0)
     same = inputs.trainer_logprobs.detach().clone()
     for old in (None, same):
@@ -275,13 +277,13 @@ def test_first_step_has_ratio_one_and_kl_zero_exactly(backend: Backend) -> None:
 # ---------------------------------------------------------------- an implementation that is not ours
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dual", [None, 1.6])
-def test_equals_liger(backend: Backend, dual: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_liger(backend: LossBackend, dual: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liger_case, "stream_loss", lambda inputs: fused_stream_loss(inputs, backend=backend))
     liger_case.test_loss_and_gradients_equal("token_mean", "dapo", dual)
 
 
 # ---------------------------------------------------------------- the edge of float32
-def one_token(backend: Backend, log_ratio: float, advantage: float, weight: float, clip: Clip) -> tuple[float, ...]:
+def one_token(backend: LossBackend, log_ratio: float, advantage: float, weight: float, clip: Clip) -> tuple[float, ...]:
     """Loss, gradient and ratio_mean of one token beside a quiet one; the other token's part is 0."""
     inputs = LossInputs(
         trainer_logprobs=torch.tensor([log_ratio, 0.0]).requires_grad_(),
@@ -297,7 +299,7 @@ def one_token(backend: Backend, log_ratio: float, advantage: float, weight: floa
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_extreme_ratios(backend: Backend) -> None:
+def test_extreme_ratios(backend: LossBackend) -> None:
     clip, dual, infinite = Clip(0.2, 0.3), Clip(0.2, 0.3, 3.0), math.inf
     assert one_token(backend, 200.0, 1.0, 0.5, clip) == (pytest.approx(-0.65), 0.0, infinite)
     assert one_token(backend, 200.0, -2.0, 0.5, dual) == (pytest.approx(3.0), 0.0, infinite)
@@ -311,7 +313,7 @@ def test_extreme_ratios(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_nan_that_counts_is_not_lost_and_one_that_does_not_is(backend: Backend) -> None:
+def test_a_nan_that_counts_is_not_lost_and_one_that_does_not_is(backend: LossBackend) -> None:
     inputs = make_inputs(5, THREE, masked=0.0)
     with torch.no_grad():
         inputs.trainer_logprobs[2] = math.nan
@@ -329,7 +331,7 @@ def test_a_nan_that_counts_is_not_lost_and_one_that_does_not_is(backend: Backend
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("num_tokens", "masked"), [(0, 0.0), (9, 1.0)])
-def test_nothing_to_score_is_zero(backend: Backend, num_tokens: int, masked: float) -> None:
+def test_nothing_to_score_is_zero(backend: LossBackend, num_tokens: int, masked: float) -> None:
     inputs = make_inputs(num_tokens, masked=masked)
     loss, metrics = fused_stream_loss(inputs, backend=backend)
     assert loss == 0 and all(value == 0 for value in metrics.values())
@@ -338,7 +340,7 @@ def test_nothing_to_score_is_zero(backend: Backend, num_tokens: int, masked: flo
 
 # ---------------------------------------------------------------- what it keeps, and what it refuses
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_keeps_one_tensor_for_backward_and_repeats_to_the_bit(backend: Backend) -> None:
+def test_keeps_one_tensor_for_backward_and_repeats_to_the_bit(backend: LossBackend) -> None:
     inputs = make_inputs(1100)
     kept: list[Tensor] = []
 

@@ -19,7 +19,7 @@ from megatron_sr1.objective import (
     stream_advantages,
     token_weights,
 )
-from megatron_sr1.types import Stream
+from megatron_sr1.types import RewardStream
 
 EPS = 1e-12
 ROOT_HALF = math.sqrt(0.5)
@@ -85,7 +85,7 @@ def test_preset_is_the_method_table(name: str) -> None:
     template, second_pass, streams = EXPECTED_PRESETS[name]
     preset = PRESETS[name]
     assert (preset.name, preset.template, preset.second_pass) == (name, template, second_pass)
-    got = [(s.name, s.trajectory, s.tokens, dict(s.rewards), s.weight, s.normalize) for s in preset.streams]
+    got = [(s.name, s.trajectory, s.tokens, dict(s.rewards), s.loss_weight, s.normalize) for s in preset.streams]
     assert got == streams
     assert all((s.kl_coef, s.kl_estimator) == (0.01, "k3") for s in preset.streams)
     assert preset_from_config(ObjectiveConfig(preset=name)) == preset
@@ -93,7 +93,10 @@ def test_preset_is_the_method_table(name: str) -> None:
 
 def test_components_are_listed_once() -> None:
     assert PRESETS["vision_sr1"].components == ("acc", "fmt", "acc_vis", "fmt_vis")
-    twice = (Stream("a", "first", "response", (("acc", 1.0),)), Stream("b", "first", "response", (("acc", 2.0),)))
+    twice = (
+        RewardStream("a", "first", "response", (("acc", 1.0),)),
+        RewardStream("b", "first", "response", (("acc", 2.0),)),
+    )
     assert Preset("x", "cot", twice).components == ("acc",)
 
 
@@ -117,12 +120,12 @@ def test_format_weight_out_of_range_is_named() -> None:
     ("streams", "message"),
     [
         ((), "streams is empty"),
-        ((Stream("a", "first", "response", ()),), "no rewards"),
-        ((Stream("a", "second", "description", (("acc", 1.0),)),), "no description block"),
-        ((Stream("a", "first", "response", (("acc", 1.0),)),) * 2, "repeat"),
+        ((RewardStream("a", "first", "response", ()),), "no rewards"),
+        ((RewardStream("a", "second", "description", (("acc", 1.0),)),), "no description block"),
+        ((RewardStream("a", "first", "response", (("acc", 1.0),)),) * 2, "repeat"),
     ],
 )
-def test_impossible_preset_is_refused(streams: tuple[Stream, ...], message: str) -> None:
+def test_impossible_preset_is_refused(streams: tuple[RewardStream, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Preset("x", "see_think", streams)
 
@@ -211,7 +214,7 @@ def test_bad_advantage_arguments_are_named(change: dict, message: str) -> None:
         group_advantages(**arguments)
 
 
-SUMMED = Stream("s", "first", "response", (("acc", 1.0), ("fmt", 0.5)))
+SUMMED = RewardStream("s", "first", "response", (("acc", 1.0), ("fmt", 0.5)))
 DECOUPLED = replace(SUMMED, normalize="per_component")
 
 
@@ -229,7 +232,7 @@ def test_sum_and_per_component_by_hand() -> None:
 
 @pytest.mark.parametrize("scope", ["group", "batch"])
 def test_gdpo_of_one_component_is_the_sum(scope: str) -> None:
-    single = Stream("s", "first", "response", (("acc", 1.0),))
+    single = RewardStream("s", "first", "response", (("acc", 1.0),))
     rewards = {"acc": f64(1, 0, 1, 0.5, 0)}
     groups = ids(0, 0, 0, 1, 1)
     summed = stream_advantages(single, rewards, groups, EPS, scope)

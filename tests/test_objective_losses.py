@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_sr1.config import PRESET_NAMES
 from megatron_sr1.objective import PRESETS, kl_estimate, sft_loss, stream_advantages, stream_loss, token_weights
-from megatron_sr1.types import Clip, LossInputs, Stream
+from megatron_sr1.types import Clip, LossInputs, RewardStream
 
 LN2 = math.log(2)
 
@@ -111,7 +111,7 @@ def expected_gradient(name: str) -> list[float]:
         weight = 1 / sum(sum(NUM_TOKENS[segment]) for segment in segments)
         for index, (rollout, segment) in enumerate(TOKENS):
             if segment in segments:
-                total[index] += weight * (-stream.weight * advantages[rollout] + 0.01 * K3_SLOPE[segment])
+                total[index] += weight * (-stream.loss_weight * advantages[rollout] + 0.01 * K3_SLOPE[segment])
     return total
 
 
@@ -141,10 +141,10 @@ def test_paper_normalisation_is_one_over_2b() -> None:
 
 
 # ---------------------------------------------------------------- one stream, token by token
-ONE = Stream("one", "first", "response", (("acc", 1.0),), weight=1.0, kl_coef=0.0)
+ONE = RewardStream("one", "first", "response", (("acc", 1.0),), loss_weight=1.0, kl_coef=0.0)
 
 
-def one_stream(ratio: list[float], advantages: list[float], clip: Clip, stream: Stream = ONE) -> LossInputs:
+def one_stream(ratio: list[float], advantages: list[float], clip: Clip, stream: RewardStream = ONE) -> LossInputs:
     old = -torch.linspace(2.0, 3.0, len(ratio), dtype=torch.float64)
     trainer = (old + f64(*ratio).log()).requires_grad_()
     weights = torch.ones(1, len(ratio), dtype=torch.float64)
@@ -196,7 +196,7 @@ def test_without_dual_clip_a_negative_advantage_is_unbounded() -> None:
 def test_kl_by_hand_and_beta_is_not_multiplied_by_lambda(
     estimator: str, difference: float, value: float, slope: float
 ) -> None:
-    stream = replace(ONE, weight=0.25, kl_coef=0.5, kl_estimator=estimator)
+    stream = replace(ONE, loss_weight=0.25, kl_coef=0.5, kl_estimator=estimator)
     inputs = one_stream([1.0], [0.0], Clip(), stream)
     inputs = replace(inputs, ref_logprobs=inputs.trainer_logprobs.detach() + difference)
     loss, metrics = stream_loss(inputs)
@@ -215,7 +215,7 @@ def test_k3_of_a_small_difference_keeps_its_digits() -> None:
 def test_gradcheck() -> None:
     generator = torch.Generator().manual_seed(5)
     streams = tuple(
-        replace(ONE, name=estimator, weight=0.3 + index, kl_coef=0.1, kl_estimator=estimator)
+        replace(ONE, name=estimator, loss_weight=0.3 + index, kl_coef=0.1, kl_estimator=estimator)
         for index, estimator in enumerate(("k1", "k2", "k3"))
     )
     num = 40
@@ -276,7 +276,7 @@ def test_metrics_are_detached_and_recompose_the_loss() -> None:
     loss, metrics = stream_loss(inputs)
     assert loss.requires_grad and not any(value.requires_grad for value in metrics.values())
     total = sum(
-        stream.weight * metrics[f"loss/{stream.name}/policy"] + stream.kl_coef * metrics[f"loss/{stream.name}/kl"]
+        stream.loss_weight * metrics[f"loss/{stream.name}/policy"] + stream.kl_coef * metrics[f"loss/{stream.name}/kl"]
         for stream in inputs.streams
     )
     torch.testing.assert_close(total, loss.detach())

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sr1.objective import Mismatch, importance_weights, stream_loss, token_kinds
-from megatron_sr1.types import Clip, LossInputs, Stream
+from megatron_sr1.types import Clip, LossInputs, RewardStream
 
 RATIOS = [0.1, 0.5, 1.0, 1.9, 2.1, 40.0]
 GENERATOR = torch.full((6,), -3.0)
@@ -79,7 +79,7 @@ def test_shapes_must_agree() -> None:
 # ---------------------------------------------------------------- inside the loss
 def loss_gradient(advantages: torch.Tensor, old: torch.Tensor | None, kl_coef: float) -> torch.Tensor:
     trainer = TRAINER.clone().requires_grad_()
-    stream = Stream("s", "first", "response", (("acc", 1.0),), weight=0.5, kl_coef=kl_coef)
+    stream = RewardStream("s", "first", "response", (("acc", 1.0),), loss_weight=0.5, kl_coef=kl_coef)
     inputs = LossInputs(trainer, old, GENERATOR, advantages[None], torch.full((1, 6), 1 / 6), (stream,), Clip(dual=3.0))
     stream_loss(inputs)[0].backward()
     assert trainer.grad is not None

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sr1.rollout.balance import deal, expected_tokens
+from megatron_sr1.rollout.balance import assign_prompts, expected_tokens
 from megatron_sr1.rollout.plan import Limits, PassPrompt, check_same_ids, cut_description, refusal
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation
 from megatron_sr1.rollout.seeds import request_seed
@@ -366,7 +366,7 @@ def test_engines_get_all_prompts_in_even_shares(shapes: list[tuple[int, int]], n
         for i, (images, length) in enumerate(shapes)
     ]
     letters: Any = Letters()
-    shares = deal(letters, prompts, sampling(), num_engines)
+    shares = assign_prompts(letters, prompts, sampling(), num_engines)
     assert sorted(index for share in shares for index in share) == list(range(len(prompts)))
     costs = [expected_tokens(letters, item, sampling()) for item in prompts]
     loads = [sum(costs[index] for index in share) for share in shares]

@@ -116,7 +116,7 @@ def _texts(sample: SftSample) -> list[str]:
 
 
 def _builder_digest() -> str:
-    """sha256 of the code that decides what is built: data made by other code is built anew."""
+    """sha256 of the code that decides what is built: data made by other code is rebuilt."""
     sources = [*sorted(Path(megatron_sr1.digits.__file__).parent.glob("*.py")), Path(megatron_sr1.prompts.__file__)]
     digest = hashlib.sha256()
     for path in sources:

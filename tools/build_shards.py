@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megatron_sr1.config import RolloutConfig
-from megatron_sr1.data.build.builder import BuildOptions, Report, build_shards, problems_path
+from megatron_sr1.data.build.builder import BuildOptions, BuildReport, build_shards, problems_path
 from megatron_sr1.data.build.check import check_shards
 from megatron_sr1.data.build.samples import Question
 from megatron_sr1.data.sources.json_lines import JsonlSource
@@ -202,7 +202,7 @@ def _source(args: argparse.Namespace, columns: Columns) -> Source:
     return WebDatasetSource(args.input, columns)
 
 
-def _print_report(report: Report, options: BuildOptions, console: Console) -> None:
+def _print_report(report: BuildReport, options: BuildOptions, console: Console) -> None:
     table = Table(title=str(options.out_dir))
     for column in ("shard", "samples", "MB"):
         table.add_column(column, justify="left" if column == "shard" else "right")

@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if args.command in ("report", "sweep") or any(word.startswith("-") for word in rest):
         parser.parse_args(arguments)  # ends here where words are left that no option takes
         return args
-    args.overrides += rest  # argparse takes overrides that follow an option for strangers
+    args.overrides += rest  # argparse takes overrides that follow an option for unknown words
     if args.command == "launch":
         return args
     os.environ.update(slurm_ranks(os.environ))

@@ -49,7 +49,7 @@ from megatron_sr1.weights.safetensors import TensorInfo
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """Rows of a parameter that are written together."""
 
     slot: ParameterSlot
@@ -89,7 +89,7 @@ def hf_to_megatron(hf_dir: str, out_dir: Path, platform: Platform, advance: Call
     torch.distributed.barrier()
 
 
-def _pieces(slot: ParameterSlot, dtype: torch.dtype) -> Iterator[Piece]:
+def _pieces(slot: ParameterSlot, dtype: torch.dtype) -> Iterator[TensorPiece]:
     whole = TensorInfo(dtype, slot.shape)
     if slot.rule.kind == "gate_up":
         half = TensorInfo(dtype, (slot.shape[0] // 2, *slot.shape[1:]))
@@ -100,10 +100,10 @@ def _pieces(slot: ParameterSlot, dtype: torch.dtype) -> Iterator[Piece]:
         blocks = list(row_blocks(whole))
     for start, stop in blocks:
         shape = (stop - start, *slot.shape[1:]) if slot.shape else ()
-        yield Piece(slot, start, stop, TensorInfo(dtype, shape))
+        yield TensorPiece(slot, start, stop, TensorInfo(dtype, shape))
 
 
-def _read(piece: Piece, tensors: HfTensors, sizes: Sizes) -> Tensor:
+def _read(piece: TensorPiece, tensors: HfTensors, sizes: Sizes) -> Tensor:
     """The values of a piece; only the rows that it is made of are read."""
     rule, start, stop = piece.slot.rule, piece.start, piece.stop
     if rule.kind == "qkv" or rule.expert is not None:
@@ -128,7 +128,7 @@ def _checked(tensors: HfTensors, name: str, start: int, stop: int | None) -> Ten
 
 
 def _write(
-    pieces: list[Piece], tensors: HfTensors, sizes: Sizes, file: Path, advance: Callable[[int, int], None]
+    pieces: list[TensorPiece], tensors: HfTensors, sizes: Sizes, file: Path, advance: Callable[[int, int], None]
 ) -> list[WriteResult]:
     total = sum(piece.info.nbytes for piece in pieces)
     results = []
@@ -157,7 +157,7 @@ def _without_checksums() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
-def _metadata(pieces: list[Piece]) -> Metadata:
+def _metadata(pieces: list[TensorPiece]) -> Metadata:
     tensors: dict[str, TensorStorageMetadata] = {}
     for piece in pieces:
         slot = piece.slot

@@ -32,7 +32,7 @@ class TensorSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Difference:
+class TensorDifference:
     """The first element, in memory order, that differs."""
 
     index: tuple[int, ...]
@@ -49,7 +49,7 @@ class Comparison:
     second: TensorInfo | None
     first_hash: str | None
     second_hash: str | None
-    difference: Difference | None  # where both have the same type and shape
+    difference: TensorDifference | None  # where both have the same type and shape
 
     @property
     def equal(self) -> bool:
@@ -104,7 +104,7 @@ def _hash(source: TensorSource, name: str) -> str:
     return digest.hexdigest()
 
 
-def _first_difference(first: TensorSource, second: TensorSource, name: str) -> Difference:
+def _first_difference(first: TensorSource, second: TensorSource, name: str) -> TensorDifference:
     """Both tensors side by side; their pieces need not have the same lengths."""
     info = first.tensors[name]
     streams = (_flat(first, name), _flat(second, name))
@@ -118,7 +118,7 @@ def _first_difference(first: TensorSource, second: TensorSource, name: str) -> D
         if len(unequal):
             at = int(unequal[0])
             index = torch.unravel_index(torch.tensor(position + at), info.shape) if info.shape else ()
-            return Difference(tuple(int(i) for i in index), float(heads[0][at]), float(heads[1][at]))
+            return TensorDifference(tuple(int(i) for i in index), float(heads[0][at]), float(heads[1][at]))
         position += length
         buffers = [
             buffer[length:] if len(buffer) > length else next(stream)

@@ -22,7 +22,7 @@ Digits = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Kind:
+class QuestionKind:
     """One kind of question: its text, its answer and the reasoning that leads there."""
 
     problem: str
@@ -43,15 +43,15 @@ def _number(digits: Digits) -> str:
     return "".join(map(str, digits))
 
 
-KINDS: Mapping[str, Kind] = {
-    "sum": Kind("What is the sum of all digits?", sum, _reason_sum, uniform_answer=False),
-    "difference": Kind(
+KINDS: Mapping[str, QuestionKind] = {
+    "sum": QuestionKind("What is the sum of all digits?", sum, _reason_sum, uniform_answer=False),
+    "difference": QuestionKind(
         "What is the largest digit minus the smallest digit?",
         lambda digits: max(digits) - min(digits),
         _reason_difference,
         uniform_answer=True,
     ),
-    "number": Kind(
+    "number": QuestionKind(
         "Which number do the digits form?", _number, lambda digits: f"they form {_number(digits)}", uniform_answer=False
     ),
 }
@@ -102,7 +102,7 @@ def _prompt(key: str, name: str, digits: Digits, images: tuple[Image, ...]) -> P
     return Prompt(key, kind.problem, str(kind.answer(digits)), images, source=name, metadata={"facts": facts})
 
 
-def _draw_digits(kind: Kind, rng: np.random.Generator) -> Digits:
+def _draw_digits(kind: QuestionKind, rng: np.random.Generator) -> Digits:
     """Rejection sampling: the first row of uniform digits that has the wanted answer."""
     num_digits = int(rng.choice(list(NUM_DIGITS), p=list(NUM_DIGITS.values())))
     wanted = int(rng.integers(10)) if kind.uniform_answer else None

@@ -12,9 +12,8 @@ from typing import Any
 from megatron_sr1.config import EvaluateConfig
 from megatron_sr1.evaluation import Identity, Record, read_records, summarise_records
 from megatron_sr1.evaluation.heldout import Heldout
+from megatron_sr1.evaluation.summary import Numbers
 from megatron_sr1.types import Prompt
-
-Numbers = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)

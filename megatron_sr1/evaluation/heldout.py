@@ -91,18 +91,18 @@ class Heldout:
                 self._quarantine.add(self._dataset.bad(index, error))
                 continue
             if known:
-                raise ValueError(_strangers(known[0]))
+                raise ValueError(_other_samples(known[0]))
             (prompt,) = only_prompts([sample], "data.heldout")
             found += 1
             yield prompt
         if known:
-            raise ValueError(_strangers(known[0]))
+            raise ValueError(_other_samples(known[0]))
 
 
-def _strangers(key: str) -> str:
+def _other_samples(key: str) -> str:
     return (
         f"the records of this evaluation hold {key!r} where data.heldout has another sample. Restore the file of "
-        "records, or evaluate anew with --restart."
+        "records, or start over with --restart."
     )
 
 

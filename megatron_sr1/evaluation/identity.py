@@ -47,8 +47,8 @@ def check_identity(path: Path, identity: Identity) -> None:
     if names:
         changes = "; ".join(f"{name} was {kept.get(name)!r} and is {identity.get(name)!r}" for name in names)
         raise ValueError(
-            f"{path} belongs to another evaluation: {changes}. Go on as before, choose another run_dir, or evaluate "
-            "anew with --restart."
+            f"{path} belongs to another evaluation: {changes}. Go on as before, choose another run_dir, or start over "
+            "with --restart."
         )
 
 

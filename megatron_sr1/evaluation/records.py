@@ -101,7 +101,7 @@ def append_records(path: Path, records: Iterable[Record]) -> None:
 
 
 def replace_records(path: Path, records: Iterable[Record]) -> None:
-    """Writes all records anew; until the last one is written the old file stays."""
+    """Rewrites all records; until the last one is written the old file stays."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         file.writelines(map(write_line, records))
@@ -134,7 +134,7 @@ def drop_unfinished(path: Path, made_of: str) -> list[str]:
         if record.made_of != made_of:
             raise ValueError(
                 f"{path}: record {record.key!r} is of another evaluation, {record.made_of}, not {made_of}. Choose "
-                "another run_dir, or evaluate anew with --restart."
+                "another run_dir, or start over with --restart."
             )
         keys.append(record.key)
         if record.ends_chunk:
@@ -155,7 +155,7 @@ def _records_and_ends(path: Path) -> Iterator[tuple[Record, int]]:
                 yield _record(json.loads(line)), end
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{path}:{number} is not a record of an evaluation ({error}). Restore the file, or evaluate anew "
+                    f"{path}:{number} is not a record of an evaluation ({error}). Restore the file, or start over "
                     "with --restart."
                 ) from error
 

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-Numbers = Mapping[str, float | None]
+from megatron_sr1.evaluation.summary import Numbers
 
 _COLUMNS = (  # (number, title)
     ("accuracy", "accuracy"),

@@ -1,7 +1,7 @@
 """Which descriptions the judge is asked about, all of them at once, and the verdicts back in the records.
 
 A verdict is kept in a journal the moment it is there, so a killed evaluation asks only for the others. When all are
-there the records are written anew, in their order, and the journal is removed.
+there the records are rewritten, in their order, and the journal is removed.
 """
 
 from __future__ import annotations

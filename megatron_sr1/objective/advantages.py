@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_sr1.types import Stream
+from megatron_sr1.types import RewardStream
 
 SCOPES = ("group", "batch")
 
@@ -69,7 +69,7 @@ def group_advantages(
 
 
 def stream_advantages(
-    stream: Stream,
+    stream: RewardStream,
     component_rewards: Mapping[str, Tensor],
     group_ids: Tensor,
     eps: float,

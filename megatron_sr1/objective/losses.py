@@ -50,7 +50,7 @@ def stream_loss(inputs: LossInputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         kl = trainer.new_zeros(())
         if inputs.ref_logprobs is not None:
             kl = (weight * kl_estimate(trainer, inputs.ref_logprobs, stream.kl_estimator)).sum()
-        loss = loss + stream.weight * policy + stream.kl_coef * kl
+        loss = loss + stream.loss_weight * policy + stream.kl_coef * kl
         sums = {
             "weight": weight.sum(),
             "policy": policy,
@@ -121,7 +121,7 @@ def check_inputs(inputs: LossInputs) -> None:
     num_tokens = inputs.trainer_logprobs.shape[0]
     num_streams = len(inputs.streams)
     if num_streams == 0:
-        raise ValueError("streams: empty; give at least one Stream.")
+        raise ValueError("streams: empty; give at least one RewardStream.")
     for name, value in (("old_logprobs", inputs.old_logprobs), ("ref_logprobs", inputs.ref_logprobs)):
         if value is not None:
             _check_shape(name, value, (num_tokens,))

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_sr1.config import ObjectiveConfig
-from megatron_sr1.types import KlEstimator, PassName, Stream, Template, TokenSegment
+from megatron_sr1.types import KlEstimator, PassName, RewardStream, Template, TokenSegment
 
 SECOND_PASS_SUFFIX = "_vis"  # components that are measured on the second pass
 
@@ -34,11 +34,11 @@ class Preset:
 
     name: str
     template: Template
-    streams: tuple[Stream, ...]
+    streams: tuple[RewardStream, ...]
 
     def __post_init__(self) -> None:
         if not self.streams:
-            raise ValueError(f"Preset {self.name!r}: streams is empty; give at least one Stream.")
+            raise ValueError(f"Preset {self.name!r}: streams is empty; give at least one RewardStream.")
         names = [stream.name for stream in self.streams]
         if len(set(names)) < len(names):
             raise ValueError(f"Preset {self.name!r}: stream names {names} repeat; metrics need a name each.")
@@ -77,9 +77,11 @@ class _Settings:
         trajectory: PassName,
         tokens: TokenSegment,
         rewards: dict[str, float],
-        weight: float,
-    ) -> Stream:
-        return Stream(name, trajectory, tokens, tuple(rewards.items()), weight, self.kl_coef, self.kl_estimator)
+        loss_weight: float,
+    ) -> RewardStream:
+        return RewardStream(
+            name, trajectory, tokens, tuple(rewards.items()), loss_weight, self.kl_coef, self.kl_estimator
+        )
 
 
 def _vision_r1(settings: _Settings) -> Preset:

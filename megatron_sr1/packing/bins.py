@@ -51,7 +51,7 @@ def fill_rows(sequences: Sequence[TokenSequence], *, max_tokens: int, sequence_m
 
 
 def split_for_ranks(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Deals items (sequences, or groups of siblings that share images) to ranks, balanced by their tokens.
+    """Assigns items (sequences, or groups of siblings that share images) to ranks, balanced by their tokens.
 
     Longest first, each to the rank with the fewest tokens so far; with at least as many items as ranks, no rank is
     left without one.

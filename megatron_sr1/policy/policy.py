@@ -90,10 +90,10 @@ class Policy(Scorer):
             loss, metrics = loss_fn(index, LogProbs(output[0], output[1]))
             return loss, no_tokens, {name: value.detach() for name, value in metrics.items()}
 
-        def nothing(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        def discard(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             return output.sum(), no_tokens, {}
 
-        reported = self._schedule.run(batches, scoring, forward_only=False, collect=collect, nothing=nothing)
+        reported = self._schedule.run(batches, scoring, forward_only=False, collect=collect, discard=discard)
         metrics = self._add_metrics(reported)
         rate = learning_rate(self.optimizer)
         _, grad_norm, _ = self.optimizer.step()
@@ -109,7 +109,7 @@ class Policy(Scorer):
         """Model, optimizer and schedule as Megatron-Core's distributed checkpointing takes them: any layout can load
         what any other saved."""
         precision = self.config.precision
-        scales = precision.dtype == "fp8" and precision.fp8_recipe == "delayed"  # the others make theirs anew
+        scales = precision.dtype == "fp8" and precision.fp8_recipe == "delayed"  # the others compute theirs each step
         model = sharded_weights(self.chunks, extra_state=scales)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=CHECKPOINT_FORMAT)
         return {

@@ -35,19 +35,19 @@ class Schedule:
         *,
         forward_only: bool,
         collect: Callable[[int, Tensor], Any],
-        nothing: Callable[[Tensor], Any],
+        discard: Callable[[Tensor], Any],
     ) -> list[Any]:
         """What `collect(index, output)` made of the last stage's outputs [2, R]; an empty list on other stages.
 
         Schedules and expert parallelism may ask for more micro-batches than there are: rows of padding are appended,
-        whose output, of no scored token, goes to `nothing` instead.
+        whose output, of no scored token, goes to `discard` instead.
         """
         rows = [*batches, *self._padding(batches)]
 
         def forward_step(numbered: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module) -> tuple[Tensor, Any]:
             index, batch = next(numbered)
             output = model(batch, scoring)
-            finish = nothing if index >= len(batches) else lambda out: collect(index, out)
+            finish = discard if index >= len(batches) else lambda out: collect(index, out)
             return output, (lambda out, non_loss_data=False: finish(out))
 
         with torch.set_grad_enabled(not forward_only):

@@ -59,7 +59,7 @@ class Scorer:
     def logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
         """Scores of each micro-batch's R rows, without gradient, on every rank of the pipeline."""
         scores = self._schedule.run(
-            batches, scoring, forward_only=True, collect=lambda _, output: output, nothing=lambda output: output
+            batches, scoring, forward_only=True, collect=lambda _, output: output, discard=lambda output: output
         )
         return self._from_last_stage(scores, batches)
 

@@ -2,15 +2,15 @@
 
 from megatron_sr1.report.page import write_report
 from megatron_sr1.report.runs import find_runs
-from megatron_sr1.report.summary_table import Row, print_table, summary_rows
+from megatron_sr1.report.summary_table import SummaryRow, print_table, summary_rows
 from megatron_sr1.report.sweep.groups import GroupRow, RunGroup
 from megatron_sr1.report.sweep.page import write_sweep_report
 from megatron_sr1.report.sweep.tables import print_tables
 
 __all__ = [
     "GroupRow",
-    "Row",
     "RunGroup",
+    "SummaryRow",
     "find_runs",
     "print_table",
     "print_tables",

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from megatron_sr1.report.runs import Example, Run
+from megatron_sr1.report.runs import Example, ReportedRun
 
 RIGHT_FROM = 0.5  # a reward in [0, 1] is marked right from here
 PENALTIES = ("leak",)  # of these less is better
 
 
-def examples_section(runs: Sequence[Run]) -> str:
+def examples_section(runs: Sequence[ReportedRun]) -> str:
     """HTML of the last evaluation's examples of each run, each with its earlier self where that was kept."""
     blocks = ""
     evaluated = [run for run in runs if run.evaluations]

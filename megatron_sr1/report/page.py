@@ -9,11 +9,11 @@ from pathlib import Path
 
 from megatron_sr1.report.examples import examples_section
 from megatron_sr1.report.plots import CHARTS, Chart, draw_chart
-from megatron_sr1.report.runs import Run, read_run
-from megatron_sr1.report.summary_table import COLUMNS, Column, Row, comparison_rows, percent
+from megatron_sr1.report.runs import ReportedRun, read_run
+from megatron_sr1.report.summary_table import COLUMNS, SummaryColumn, SummaryRow, comparison_rows, percent
 
 
-def write_report(run_dirs: Sequence[Path], out: Path) -> list[Row]:
+def write_report(run_dirs: Sequence[Path], out: Path) -> list[SummaryRow]:
     """Writes the report of the runs to `out` and returns the rows of its table.
 
     Args:
@@ -46,7 +46,7 @@ def page(title: str, sections: Sequence[str]) -> str:
     )
 
 
-def summary_section(rows: Sequence[Row], title: str = "Held-out evaluation") -> str:
+def summary_section(rows: Sequence[SummaryRow], title: str = "Held-out evaluation") -> str:
     """The table of evaluations, with what its columns mean."""
     if not rows:
         return f'<section><h2>{title}</h2><p class="note">No evaluation yet.</p></section>'
@@ -67,11 +67,11 @@ def summary_section(rows: Sequence[Row], title: str = "Held-out evaluation") -> 
     )
 
 
-def _arrow(column: Column) -> str:
+def _arrow(column: SummaryColumn) -> str:
     return "↑" if column.higher_is_better else "↓"
 
 
-def _cell(column: Column, row: Row, base: Row) -> str:
+def _cell(column: SummaryColumn, row: SummaryRow, base: SummaryRow) -> str:
     value, start = row.values[column.key], base.values[column.key]
     if row is base or value is None or start is None:
         return f"<td>{percent(value)}</td>"
@@ -80,7 +80,7 @@ def _cell(column: Column, row: Row, base: Row) -> str:
     return f'<td>{percent(value)} <small class="{kind}">{change:+.1f}</small></td>'
 
 
-def _sources_section(rows: Sequence[Row]) -> str:
+def _sources_section(rows: Sequence[SummaryRow]) -> str:
     sources = sorted({source for row in rows for source in row.by_source})
     if not sources:
         return ""
@@ -97,7 +97,7 @@ def _sources_section(rows: Sequence[Row]) -> str:
     )
 
 
-def _curves_section(runs: Sequence[Run]) -> str:
+def _curves_section(runs: Sequence[ReportedRun]) -> str:
     trained = [run for run in runs if run.metrics]
     groups = [trained] if len({run.preset for run in trained}) == len(trained) else [[run] for run in trained]
     blocks = ""
@@ -109,7 +109,7 @@ def _curves_section(runs: Sequence[Run]) -> str:
     return f"<section><h2>Training</h2>{blocks or '<p class=note>No training step yet.</p>'}</section>"
 
 
-def _chart(runs: Sequence[Run], labels: Sequence[str], chart: Chart) -> str:
+def _chart(runs: Sequence[ReportedRun], labels: Sequence[str], chart: Chart) -> str:
     light, dark = (draw_chart(runs, labels, chart, theme) for theme in ("light", "dark"))
     return "" if light is None or dark is None else figure(chart.title, light, dark)
 
@@ -123,7 +123,7 @@ def figure(title: str, light: str, dark: str) -> str:
     )
 
 
-def config_section(runs: Sequence[Run]) -> str:
+def config_section(runs: Sequence[ReportedRun]) -> str:
     """The resolved configuration of each run, folded."""
     blocks = "".join(
         f"<details><summary>{escape(str(run.path))}</summary><pre>{escape(run.config_text)}</pre></details>"

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megatron_sr1.report.runs import Run
+from megatron_sr1.report.runs import ReportedRun
 
 INK = {"light": "#3b4252", "dark": "#c8d0dc"}
 COLORS = {
@@ -44,13 +44,13 @@ CHARTS = (
 )
 
 
-def chart_names(run: Run, chart: Chart) -> list[str]:
+def chart_names(run: ReportedRun, chart: Chart) -> list[str]:
     """The run's metrics that belong to the chart, sorted, each with at least one number."""
     names = {name for entry in run.metrics for name, value in entry.items() if value is not None}
     return sorted(n for n in names - {"step"} if any(fnmatchcase(n, pattern) for pattern in chart.patterns))
 
 
-def draw_chart(runs: Sequence[Run], labels: Sequence[str], chart: Chart, theme: str) -> str | None:
+def draw_chart(runs: Sequence[ReportedRun], labels: Sequence[str], chart: Chart, theme: str) -> str | None:
     """A transparent PNG as a data address, or None where no run has the metric.
 
     Thin lines are the values, bold lines their running mean. With several runs each has its own line style.

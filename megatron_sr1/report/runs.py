@@ -40,7 +40,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """One run folder. `metrics` are the lines of metrics.jsonl; `evaluations` are in order of step."""
 
     path: Path
@@ -77,7 +77,7 @@ def _is_run(folder: Path) -> bool:
     return (folder / METRICS_FILE).is_file() or any((folder / EVAL_FOLDER).glob("*.json"))
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> ReportedRun:
     """Reads one run folder; a file the run has not written yet counts as empty.
 
     Raises:
@@ -86,7 +86,7 @@ def read_run(path: Path) -> Run:
     """
     config_file, metrics_file = path / CONFIG_FILE, path / METRICS_FILE
     evaluations = [_read_evaluation(path, file) for file in (path / EVAL_FOLDER).glob("*.json")]
-    return Run(
+    return ReportedRun(
         path=path,
         preset=load_config(config_file, []).objective.preset if config_file.is_file() else "",
         config_text=config_file.read_text(encoding="utf-8") if config_file.is_file() else "",

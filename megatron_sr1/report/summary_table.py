@@ -11,11 +11,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sr1.report.runs import Run, read_run
+from megatron_sr1.report.runs import ReportedRun, read_run
 
 
 @dataclass(frozen=True)
-class Column:
+class SummaryColumn:
     """One column of the summary: a share of the prompts."""
 
     key: str
@@ -25,17 +25,21 @@ class Column:
 
 
 COLUMNS = (
-    Column("accuracy", "accuracy", True, "the first pass, which sees the image, answers correctly"),
-    Column("second_pass_accuracy", "second pass", True, "the description alone leads to the correct answer"),
-    Column("language_shortcut_rate", "LSR", False, "answered correctly although the description does not suffice"),
-    Column("faithful", "faithful", True, "the description states what the image shows (where the truth is known)"),
-    Column("format", "format", True, "the first response follows the layout"),
-    Column("leak", "leak", False, "the description states the answer"),
+    SummaryColumn("accuracy", "accuracy", True, "the first pass, which sees the image, answers correctly"),
+    SummaryColumn("second_pass_accuracy", "second pass", True, "the description alone leads to the correct answer"),
+    SummaryColumn(
+        "language_shortcut_rate", "LSR", False, "answered correctly although the description does not suffice"
+    ),
+    SummaryColumn(
+        "faithful", "faithful", True, "the description states what the image shows (where the truth is known)"
+    ),
+    SummaryColumn("format", "format", True, "the first response follows the layout"),
+    SummaryColumn("leak", "leak", False, "the description states the answer"),
 )
 
 
 @dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """One evaluation in the table. `values` are shares in [0, 1], None where not measured."""
 
     label: str
@@ -48,17 +52,17 @@ class Row:
         return int(self.values["num_prompts"] or 0)
 
 
-def summary_rows(run_dir: Path) -> list[Row]:
+def summary_rows(run_dir: Path) -> list[SummaryRow]:
     """One row per evaluation of the run, in order of step: before, (step-n ...,) after."""
     return run_rows(read_run(run_dir))
 
 
-def run_rows(run: Run) -> list[Row]:
+def run_rows(run: ReportedRun) -> list[SummaryRow]:
     """As `summary_rows`, for a run already read."""
-    return [Row(e.label, e.step, e.summary, e.by_source) for e in run.evaluations]
+    return [SummaryRow(e.label, e.step, e.summary, e.by_source) for e in run.evaluations]
 
 
-def comparison_rows(runs: Sequence[Run]) -> list[Row]:
+def comparison_rows(runs: Sequence[ReportedRun]) -> list[SummaryRow]:
     """The rows of one run; of several: the common starting point where they share it, then each run's last evaluation.
 
     Runs are named by preset, or by folder where two have the same preset.
@@ -67,7 +71,7 @@ def comparison_rows(runs: Sequence[Run]) -> list[Row]:
     if len(evaluated) == 1:
         return run_rows(evaluated[0])
     names = _names(evaluated)
-    rows: list[Row] = []
+    rows: list[SummaryRow] = []
     first_rows = [run_rows(run)[0] for run in evaluated]
     same_start = all(row.values == first_rows[0].values for row in first_rows) if first_rows else False
     if same_start and first_rows[0].label == "before":
@@ -79,13 +83,13 @@ def comparison_rows(runs: Sequence[Run]) -> list[Row]:
     return rows
 
 
-def _names(runs: Sequence[Run]) -> list[str]:
+def _names(runs: Sequence[ReportedRun]) -> list[str]:
     counts = Counter(run.preset for run in runs)
     return [run.preset if run.preset and counts[run.preset] == 1 else run.name for run in runs]
 
 
-def _renamed(label: str, row: Row) -> Row:
-    return Row(label, row.step, row.values, row.by_source)
+def _renamed(label: str, row: SummaryRow) -> SummaryRow:
+    return SummaryRow(label, row.step, row.values, row.by_source)
 
 
 def percent(value: float | None) -> str:
@@ -93,7 +97,7 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def print_table(console: Console, rows: Sequence[Row]) -> None:
+def print_table(console: Console, rows: Sequence[SummaryRow]) -> None:
     """Prints the summary, in percent of the prompts."""
     table = Table(title="Held-out evaluation, % of prompts", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True, min_width=max((len(row.label) for row in rows), default=0))

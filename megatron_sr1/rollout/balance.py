@@ -1,7 +1,7 @@
 """Which engine generates which prompts: a function of the prompts alone.
 
 What an engine learned of earlier response lengths would balance better, but a continued run has not learned it: it
-would deal otherwise than the run that was stopped, and batches of other prompts change the last bits of log-probs.
+would assign otherwise than the run that was stopped, and batches of other prompts change the last bits of log-probs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from megatron_sr1.types import Prompt, Sampling
 _CHARACTERS_PER_TOKEN = 3  # of a question; an estimate spares every rank the tokenising of all prompts
 
 
-def deal(processor: Processor, prompts: Sequence[Prompt], sampling: Sampling, num_engines: int) -> list[list[int]]:
+def assign_prompts(
+    processor: Processor, prompts: Sequence[Prompt], sampling: Sampling, num_engines: int
+) -> list[list[int]]:
     """Indices into `prompts` for each engine, balanced by expected tokens, each list increasing."""
     return split_for_ranks([expected_tokens(processor, prompt, sampling) for prompt in prompts], num_engines)
 

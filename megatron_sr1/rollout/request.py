@@ -42,7 +42,7 @@ class EngineFault(RuntimeError):
 class TokenEngine(WeightSink, Protocol):
     """Continuous batching over one copy of the weights. What `prepare` returns is opaque, and may be added often.
 
-    `restart` drops all requests and everything held and loads the model directory anew, as version 0; all ranks call it
+    `restart` drops all requests and everything held and reloads the model directory, as version 0; all ranks call it
     together. Before it the ranks of one engine meet in `meet_after_fault`. `sleep` gives memory back until the next
     `update_weights`, where the platform can.
     """

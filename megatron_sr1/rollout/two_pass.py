@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_sr1.processor import Processor
-from megatron_sr1.rollout.balance import deal
+from megatron_sr1.rollout.balance import assign_prompts
 from megatron_sr1.rollout.passes import Passes, PassOptions
 from megatron_sr1.rollout.plan import Limits, plan_first, refusals
 from megatron_sr1.rollout.request import EngineFault, TokenEngine
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class TwoPassGenerator:
-    """Implements `types.Generator`: prompts are dealt out to the engines, all ranks get all groups."""
+    """Implements `types.Generator`: prompts are assigned to the engines, all ranks get all groups."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class TwoPassGenerator:
             EngineFault: on every rank: an engine failed again after MAX_RESTARTS restarts, or it had been updated and
                 cannot be refilled. On one rank: it failed alone among the ranks of its engine.
         """
-        share = deal(self._processor, prompts, sampling, self._num_ranks)[self._rank]
+        share = assign_prompts(self._processor, prompts, sampling, self._num_ranks)[self._rank]
         plans = {group: plan_first(self._processor, prompts[group], sampling.template) for group in share}
         refused = self._gather([text for group in share for text in self._refusals(prompts[group], sampling)])
         if refused:

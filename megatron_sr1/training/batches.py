@@ -17,10 +17,10 @@ from megatron_sr1.prompts import description_block, render_caption_reasoner, ren
 from megatron_sr1.types import (
     EncodedImage,
     MicroBatch,
+    RewardStream,
     Rollout,
     RolloutGroup,
     SftSample,
-    Stream,
     TokenSequence,
 )
 
@@ -174,11 +174,11 @@ class Batcher:
         lengths = [_group_tokens(group) for group in groups]
         return [shares[index] for index in split_for_ranks(lengths, self._replicas.size())[self._replicas.rank()]]
 
-    def _masks(self, first: Rollout, second: Rollout | None, streams: Sequence[Stream]) -> tuple[Tensor, Tensor]:
+    def _masks(self, first: Rollout, second: Rollout | None, streams: Sequence[RewardStream]) -> tuple[Tensor, Tensor]:
         """Which response tokens each stream credits: [S, n] of the first pass and [S, n'] of the second."""
         return self._pass_masks(first, "first", streams), self._pass_masks(second, "second", streams)
 
-    def _pass_masks(self, rollout: Rollout | None, trajectory: str, streams: Sequence[Stream]) -> Tensor:
+    def _pass_masks(self, rollout: Rollout | None, trajectory: str, streams: Sequence[RewardStream]) -> Tensor:
         if rollout is None:
             return torch.zeros(len(streams), 0)
         rows = torch.zeros(len(streams), len(rollout.response_ids))
@@ -199,7 +199,9 @@ class Batcher:
         return inside if tokens == "description" else everything - inside
 
 
-def _with_grad_rows(batch: MicroBatch, advantages: Tensor, weights: Tensor, streams: Sequence[Stream]) -> MicroBatch:
+def _with_grad_rows(
+    batch: MicroBatch, advantages: Tensor, weights: Tensor, streams: Sequence[RewardStream]
+) -> MicroBatch:
     """The loss depends on the tokens that a stream credits with an advantage or holds to the reference. Others, such as
     those of a group with equal rewards where there is no KL term, cost no backward in the output head."""
     held = torch.tensor([stream.kl_coef > 0 for stream in streams], device=weights.device)[:, None]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sr1.data.benchmarks.item import BadRow, Item, Row
+from megatron_sr1.data.benchmarks.item import BadRow, Item, SourceRow
 from megatron_sr1.data.sources.source import Problem, RawSample, load_images
 
 _NOT_IN_KEYS = re.compile(r"[^\w/-]+")
@@ -20,7 +20,7 @@ class Benchmark:
     name: str  # the first part of `source`; the category is what follows
     dataset: str  # who publishes it, for messages
     columns: tuple[tuple[str, ...], ...]  # every one is needed; several names: one of them
-    convert: Callable[[Row], Item]  # a function of a module: worker processes import it
+    convert: Callable[[SourceRow], Item]  # a function of a module: worker processes import it
     split: str | None = None  # that is evaluated; file names begin with it. None: all files
     folder: str = ""  # of the set, where one repository holds several
 
@@ -33,7 +33,9 @@ class Benchmark:
                 f"of {self.dataset}?"
             )
 
-    def sample(self, row: Row, key: str, where: str, load_image: Callable[[object], bytes]) -> RawSample | Problem:
+    def sample(
+        self, row: SourceRow, key: str, where: str, load_image: Callable[[object], bytes]
+    ) -> RawSample | Problem:
         """As `Columns.sample`; the source of a sample is `<name>/<category>`."""
         try:
             item = self.convert(row)

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_sr1.data.sources.source import ProblemKind
 
-Row = Mapping[str, Any]  # column -> value, null where a row has none
+SourceRow = Mapping[str, Any]  # column -> value, null where a row has none
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Item:
     key: str = ""  # what the authors call it, unique in the set; "": file and row
     choices: tuple[str, ...] = ()
     images: tuple[object, ...] = ()  # as the columns hold them: bytes, struct or path
-    metadata: Row = field(default_factory=dict)
+    metadata: SourceRow = field(default_factory=dict)
 
 
 class BadRow(Exception):
@@ -32,7 +32,7 @@ class BadRow(Exception):
         self.kind: ProblemKind = kind
 
 
-def text(row: Row, *names: str) -> str:
+def text(row: SourceRow, *names: str) -> str:
     """The first of these columns that is not null, which holds text or a whole number; stripped, maybe "".
 
     Several names: the same column has been called differently. Raises BadRow.
@@ -46,7 +46,7 @@ def text(row: Row, *names: str) -> str:
     return str(value).strip()
 
 
-def answer_of(row: Row, *names: str) -> str:
+def answer_of(row: SourceRow, *names: str) -> str:
     """The gold answer as it is written. Raises BadRow where there is none, or "?", for what the authors withhold."""
     found = "" if all(row.get(name) is None for name in names) else text(row, *names)
     if found in ("", "?"):
@@ -54,6 +54,6 @@ def answer_of(row: Row, *names: str) -> str:
     return found
 
 
-def some(row: Row, *names: str) -> dict[str, Any]:
+def some(row: SourceRow, *names: str) -> dict[str, Any]:
     """Those columns that hold something, as metadata."""
     return {name: row[name] for name in names if row.get(name) not in (None, "")}

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import string
 
-from megatron_sr1.data.benchmarks.item import BadRow, Item, Row, answer_of, some, text
+from megatron_sr1.data.benchmarks.item import BadRow, Item, SourceRow, answer_of, some, text
 from megatron_sr1.data.benchmarks.options import ask, gold_letter, parse_options
 
 _GSM8K_MARK = "####"
 
 
-def gsm8k(row: Row) -> Item:
+def gsm8k(row: SourceRow) -> Item:
     """Fields: question, answer: a solution whose last line is `#### 1,234`, without the comma the gold."""
     _, mark, gold = answer_of(row, "answer").rpartition(_GSM8K_MARK)
     if not mark or not gold.strip():
@@ -20,13 +20,13 @@ def gsm8k(row: Row) -> Item:
     return Item(text(row, "question"), gold.strip().replace(",", ""))
 
 
-def math_500(row: Row) -> Item:
+def math_500(row: SourceRow) -> Item:
     """Fields: problem, answer (LaTeX), subject, level (1 to 5), unique_id (test/algebra/12.json)."""
     key = text(row, "unique_id").removesuffix(".json")
     return Item(text(row, "problem"), answer_of(row, "answer"), text(row, "subject"), key, metadata=some(row, "level"))
 
 
-def mmlu_pro(row: Row) -> Item:
+def mmlu_pro(row: SourceRow) -> Item:
     """Fields: question_id, question, options (up to ten), answer (a letter), answer_index (the same from 0), category,
     src.
     """
@@ -39,7 +39,7 @@ def mmlu_pro(row: Row) -> Item:
     return Item(problem, gold, text(row, "category"), text(row, "question_id"), options, metadata=some(row, "src"))
 
 
-def supergpqa(row: Row) -> Item:
+def supergpqa(row: SourceRow) -> Item:
     """Fields: uuid, question, options (four to ten), answer_letter, discipline, field, subfield, difficulty,
     is_calculation; by discipline is how its results are reported.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_sr1.data.benchmarks.item import BadRow, Item, Row, answer_of, some, text
+from megatron_sr1.data.benchmarks.item import BadRow, Item, SourceRow, answer_of, some, text
 from megatron_sr1.data.benchmarks.marks import QUESTION_IN_IMAGE, drop_leading, name_parts
 from megatron_sr1.data.benchmarks.options import (
     ANSWER_WITH_LETTER,
@@ -16,7 +16,7 @@ TEXT_ONLY = "Text Only"
 _CHOICES = "Choices:"
 
 
-def mathverse(row: Row) -> Item:
+def mathverse(row: SourceRow) -> Item:
     """One version of a problem of MathVerse; by version is how its results are reported.
 
     Fields: sample_index, problem_index, problem_version (Text Dominant ... Vision Only; Text Only in a file of its
@@ -49,7 +49,7 @@ def _with_hidden_options(question: str) -> str:
     return f"{question or QUESTION_IN_IMAGE}\n{ANSWER_WITH_LETTER}"
 
 
-def math_vision(row: Row) -> Item:
+def math_vision(row: SourceRow) -> Item:
     """One problem of MATH-Vision.
 
     Fields: id, question with marks <image1>, options (a list, empty for a free answer; A to E where they are drawn),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from megatron_sr1.data.benchmarks.item import BadRow, Item, Row, answer_of, some, text
+from megatron_sr1.data.benchmarks.item import BadRow, Item, SourceRow, answer_of, some, text
 from megatron_sr1.data.benchmarks.marks import QUESTION_IN_IMAGE, mentioned, place_images
 from megatron_sr1.data.benchmarks.options import ANSWER_WITH_LETTER, ask, gold_letter, parse_options
 
@@ -13,7 +13,7 @@ OPTIONS_IN_IMAGE = "The image shows a question and its options."
 _SUBJECT = re.compile(r"(?:dev|validation|test)_(.+)_\d+")
 
 
-def mmmu(row: Row) -> Item:
+def mmmu(row: SourceRow) -> Item:
     """One row of MMMU or of the standard settings of MMMU-Pro.
 
     Fields: id (validation_Accounting_1), question and options with marks <image 1>, options as a list in text,
@@ -38,7 +38,7 @@ def mmmu(row: Row) -> Item:
     return Item(problem, gold, _subject(row), text(row, "id"), options, shown, metadata)
 
 
-def mmmu_pro_vision(row: Row) -> Item:
+def mmmu_pro_vision(row: SourceRow) -> Item:
     """One row of the vision setting of MMMU-Pro: question and options are read from the image.
 
     Fields: id, image, options (a list in text), answer (a letter), subject.
@@ -51,7 +51,7 @@ def mmmu_pro_vision(row: Row) -> Item:
     return Item(problem, gold, _subject(row), text(row, "id"), options, (row["image"],))
 
 
-def _subject(row: Row) -> str:
+def _subject(row: SourceRow) -> str:
     if row.get("subject") is not None:
         return text(row, "subject")
     key = text(row, "id")

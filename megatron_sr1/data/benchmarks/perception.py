@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from megatron_sr1.data.benchmarks.item import BadRow, Item, Row, answer_of, some, text
+from megatron_sr1.data.benchmarks.item import BadRow, Item, SourceRow, answer_of, some, text
 from megatron_sr1.data.benchmarks.options import (
     ANSWER_WITH_LETTER,
     ask,
@@ -22,7 +22,7 @@ _INSTRUCTIONS = {
 _YES_NO = {"0": "No", "1": "Yes"}
 
 
-def realworldqa(row: Row) -> Item:
+def realworldqa(row: SourceRow) -> Item:
     """One question of RealWorldQA.
 
     Fields: image, question (ends with lines A. Left, B. Right ..., and an instruction how to answer), answer (a letter,
@@ -41,7 +41,7 @@ def realworldqa(row: Row) -> Item:
     return Item(question, answer, choices=options, images=(_image(row, "image"),))
 
 
-def visnumbench(row: Row) -> Item:
+def visnumbench(row: SourceRow) -> Item:
     """One question of VisNumBench; by attribute (Angle, Depth ...) is how its results are reported.
 
     Fields: id (not unique: both scenes count from 0), question or text, option ("(a) 0.92 (b) 0.61 ..."), answer
@@ -55,7 +55,7 @@ def visnumbench(row: Row) -> Item:
     return Item(problem, gold, attribute, "", options, (image,), some(row, "id", "task_class"))
 
 
-def hallusionbench(row: Row) -> Item:
+def hallusionbench(row: SourceRow) -> Item:
     """One question of HallusionBench.
 
     Fields: category (VD, VS), subcategory, set_id, figure_id, question_id, question, gt_answer (1: yes, 0: no),
@@ -75,7 +75,7 @@ def hallusionbench(row: Row) -> Item:
     return Item(problem, _YES_NO[answer], category, key, images=images, metadata=parts)
 
 
-def _image(row: Row, *names: str) -> object:
+def _image(row: SourceRow, *names: str) -> object:
     image = next((row[name] for name in names if row.get(name) not in (None, "")), None)
     if image is None:
         raise BadRow("placeholders", f"it has no image in {' or '.join(names)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sr1.data.build.journal import Journal, Record
+from megatron_sr1.data.build.journal import Journal, JournalEntry
 from megatron_sr1.data.build.samples import BuiltSample
 from megatron_sr1.data.build.tar import ShardFile, tar_blocks
 from megatron_sr1.data.sources.source import Problem
@@ -23,7 +23,7 @@ class Cut:
 class Assembler:
     """Takes samples one by one, leaves out repetitions, and cuts shards."""
 
-    def __init__(self, journal: Journal, cut: Cut, records: list[Record]) -> None:
+    def __init__(self, journal: Journal, cut: Cut, records: list[JournalEntry]) -> None:
         """`records`: of the finished shards; new ones are appended."""
         self._journal, self._cut, self._records = journal, cut, records
         self._shard: ShardFile | None = None
@@ -66,7 +66,7 @@ class Assembler:
         index, sha256 = self._shard.close(self._cut.tokenizer)
         keys, contents, problems = tuple(self._keys), tuple(self._contents), tuple(self.problems)
         shard = self._shard.path.name
-        record = Record(shard, index.num_bytes, sha256, index.fingerprint, keys, contents, problems, *position)
+        record = JournalEntry(shard, index.num_bytes, sha256, index.fingerprint, keys, contents, problems, *position)
         self._journal.add(len(self._records), record)
         self._records.append(record)
         self._shard, self._keys, self._contents, self.problems = None, [], [], []

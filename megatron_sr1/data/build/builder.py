@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sr1.data.build.assembler import Assembler, Cut
-from megatron_sr1.data.build.journal import Journal, Record, replace_text
+from megatron_sr1.data.build.journal import Journal, JournalEntry, replace_text
 from megatron_sr1.data.build.samples import TextRules
 from megatron_sr1.data.build.workers import built_chunks
 from megatron_sr1.data.sources.source import Chunk, Problem, Source
@@ -38,7 +38,7 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
-class Report:
+class BuildReport:
     """What was built. The problems themselves are in <name>.problems.jsonl."""
 
     plan: Mapping[str, Any]
@@ -48,7 +48,7 @@ class Report:
     shards: tuple[Mapping[str, Any], ...]  # {name, num_samples, num_bytes, sha256, fingerprint}
 
     @classmethod
-    def read(cls, path: Path) -> Report:
+    def read(cls, path: Path) -> BuildReport:
         """Raises ValueError where the file is damaged."""
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
@@ -68,7 +68,7 @@ def problems_path(out_dir: Path, name: str) -> Path:
 
 def build_shards(
     source: Source, rules: TextRules, options: BuildOptions, advance: Callable[[int, int], None]
-) -> tuple[Report, bool]:
+) -> tuple[BuildReport, bool]:
     """Builds, or finishes, `<name>-*.tar` with their indices, `<name>.report.json` and `<name>.problems.jsonl`.
 
     Args:
@@ -119,12 +119,12 @@ def _plan(source: Source, options: BuildOptions) -> dict[str, Any]:
     }
 
 
-def _complete(plan: Mapping[str, Any], options: BuildOptions) -> Report | None:
+def _complete(plan: Mapping[str, Any], options: BuildOptions) -> BuildReport | None:
     """The report of just this build, if all its shards are there."""
     path = report_path(options.out_dir, options.name)
     if not path.is_file():
         return None
-    report = Report.read(path)
+    report = BuildReport.read(path)
     shards = [(options.out_dir / shard["name"], shard["num_bytes"]) for shard in report.shards]
     whole = all(file.is_file() and file.stat().st_size == num_bytes for file, num_bytes in shards)
     return report if whole and report.plan == plan else None
@@ -161,7 +161,7 @@ def _assemble(
     assembler.finish((len(chunks), 0))
 
 
-def _report(plan: Mapping[str, Any], records: Sequence[Record], problems: Sequence[Problem]) -> Report:
+def _report(plan: Mapping[str, Any], records: Sequence[JournalEntry], problems: Sequence[Problem]) -> BuildReport:
     shards = [
         {
             "name": record.shard,
@@ -175,4 +175,4 @@ def _report(plan: Mapping[str, Any], records: Sequence[Record], problems: Sequen
     digest = hashlib.sha256("".join(f"{r.shard}\0{r.fingerprint}\n" for r in records).encode())
     left_out = dict(sorted(Counter(problem.kind for problem in problems).items()))
     num_samples = sum(len(record.keys) for record in records)
-    return Report(plan, num_samples, left_out, digest.hexdigest(), tuple(shards))
+    return BuildReport(plan, num_samples, left_out, digest.hexdigest(), tuple(shards))

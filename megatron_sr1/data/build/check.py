@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from megatron_sr1.data.build.builder import Report
+from megatron_sr1.data.build.builder import BuildReport
 from megatron_sr1.data.index import INDEX_SUFFIX, IndexedSample, index_path, read_index
 from megatron_sr1.data.scan import scan_shard
 
@@ -34,7 +34,7 @@ def check_shards(folder: Path, num_workers: int, advance: Callable[[int, int], N
     Raises:
         ValueError: there is no shard, or a report is damaged.
     """
-    reports = [Report.read(path) for path in sorted(folder.glob("*.report.json"))]
+    reports = [BuildReport.read(path) for path in sorted(folder.glob("*.report.json"))]
     sums = {str(shard["name"]): str(shard["sha256"]) for report in reports for shard in report.shards}
     there = {path.name for path in folder.glob("*.tar")}
     indexed = {path.name.removesuffix(INDEX_SUFFIX) for path in folder.glob("*.tar" + INDEX_SUFFIX)}

@@ -23,7 +23,7 @@ _PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
-class Record:
+class JournalEntry:
     """One finished shard, and the problems that were found before the sample after it."""
 
     shard: str
@@ -37,7 +37,7 @@ class Record:
     next_item: int
 
     @classmethod
-    def parse(cls, text: str) -> Record:
+    def parse(cls, text: str) -> JournalEntry:
         tree = json.loads(text)
         lists = {name: tuple(tree[name]) for name in ("keys", "contents")}
         return cls(**{**tree, **lists, "problems": tuple(Problem(**problem) for problem in tree["problems"])})
@@ -51,7 +51,7 @@ class Journal:
         self.folder = out_dir / f".{name}.build"
 
     @contextmanager
-    def open(self, plan: Mapping[str, Any]) -> Iterator[list[Record]]:
+    def open(self, plan: Mapping[str, Any]) -> Iterator[list[JournalEntry]]:
         """Makes or finds the work folder, for this process alone, and gives the records of the finished shards.
 
         Raises:
@@ -69,36 +69,36 @@ class Journal:
             elif path.read_text() != text:
                 raise ValueError(
                     f"{self.folder} holds an unfinished build of another input or with other options. Run it with the "
-                    "same ones to finish it, or remove the folder to begin anew."
+                    "same ones to finish it, or remove the folder to start over."
                 )
             yield list(self._records())
 
-    def _records(self) -> Iterator[Record]:
+    def _records(self) -> Iterator[JournalEntry]:
         number = 0
         while (path := self._record_path(number)).is_file():
-            record = Record.parse(path.read_text())
+            record = JournalEntry.parse(path.read_text())
             self._whole(record)
             yield record
             number += 1
 
-    def _whole(self, record: Record) -> Path:
+    def _whole(self, record: JournalEntry) -> Path:
         """Where the shard is: a build that was killed at its very end has published some already."""
         for path in (self.folder / record.shard, self._out_dir / record.shard):
             if path.is_file() and path.stat().st_size == record.num_bytes:
                 return path
         raise ValueError(
             f"{self.folder / record.shard}: this finished shard is gone or has another size. Remove {self.folder} to "
-            "begin anew."
+            "start over."
         )
 
-    def add(self, number: int, record: Record) -> None:
+    def add(self, number: int, record: JournalEntry) -> None:
         """Notes shard `number` as finished; it must be on disk."""
         replace_text(self._record_path(number), json.dumps(asdict(record)))
 
     def _record_path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.json"
 
-    def publish(self, records: list[Record]) -> None:
+    def publish(self, records: list[JournalEntry]) -> None:
         """Moves the shards and their indices to the output folder."""
         for record in records:
             for path in (self.folder / record.shard, index_path(self.folder / record.shard)):

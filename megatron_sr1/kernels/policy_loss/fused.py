@@ -28,12 +28,12 @@ from megatron_sr1.kernels.policy_loss.torch_loss import torch_loss
 from megatron_sr1.objective.losses import check_inputs
 from megatron_sr1.types import KlEstimator, LossInputs
 
-Backend = Literal["auto", "torch", "triton"]
+LossBackend = Literal["auto", "torch", "triton"]
 METRICS = ("weight", "policy", "kl", "ratio_mean", "clip_fraction", "dual_clip_fraction")
 _Compute = Callable[[LossInputs], tuple[Tensor, Tensor, Tensor]]  # -> loss [], totals [S, 6], gradient [R]
 
 
-def fused_stream_loss(inputs: LossInputs, *, backend: Backend = "auto") -> tuple[Tensor, dict[str, Tensor]]:
+def fused_stream_loss(inputs: LossInputs, *, backend: LossBackend = "auto") -> tuple[Tensor, dict[str, Tensor]]:
     """Policy loss of one micro-batch: what `stream_loss` returns, under the same names.
 
     The numbers are those of the reference to rounding, in the dtype of the trainer log-probs, whatever the dtype of
@@ -85,9 +85,9 @@ class _FusedLoss(torch.autograd.Function):
         return gradient * grad_loss, None, None
 
 
-def _choose(backend: Backend, logprobs: Tensor) -> _Compute:
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend={backend!r}: must be one of {', '.join(get_args(Backend))}.")
+def _choose(backend: LossBackend, logprobs: Tensor) -> _Compute:
+    if backend not in get_args(LossBackend):
+        raise ValueError(f"backend={backend!r}: must be one of {', '.join(get_args(LossBackend))}.")
     if backend == "auto":
         can_triton = logprobs.is_cuda and logprobs.dtype == torch.float32 and find_spec("triton") is not None
         backend = "triton" if can_triton else "torch"

@@ -6,7 +6,7 @@ The first kernel reads every input once. A program owns one block of tokens and 
 the block's gradient, and for each stream the block's sums of the six terms into partials [S, 6, B]. The second kernel
 adds the partials in a fixed order and makes the loss of the totals. No atomics: the results are the same bits in every
 run on one kind of card. Numbers that a run may change (weights, coefficients, bounds) are arguments of the kernels;
-a kernel is compiled anew only for another set of estimators, another number of streams, with or without a reference.
+a kernel is recompiled only for another set of estimators, another number of streams, with or without a reference.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def triton_loss(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
     partials = trainer.new_empty(num_streams, NUM_TERMS.value, num_blocks)
     totals = trainer.new_empty(num_streams, NUM_TERMS.value)
     loss = trainer.new_empty(())
-    weights = tuple(float(stream.weight) for stream in inputs.streams)
+    weights = tuple(float(stream.loss_weight) for stream in inputs.streams)
     kl_coefs = tuple(float(stream.kl_coef) for stream in inputs.streams)
     with torch.cuda.device_of(trainer):
         if num_blocks:

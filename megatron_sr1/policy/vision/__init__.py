@@ -1,11 +1,11 @@
 """The vision tower's work, shared by the ranks of a model replica: every patch is encoded once."""
 
-from megatron_sr1.policy.vision.assignment import Piece, SplitCosts, VisionPlan, plan_images
+from megatron_sr1.policy.vision.assignment import ImagePiece, SplitCosts, VisionPlan, plan_images
 from megatron_sr1.policy.vision.patches import VisionTower
 from megatron_sr1.policy.vision.shared import SharedVision, encode_images, plan_grids
 
 __all__ = [
-    "Piece",
+    "ImagePiece",
     "SharedVision",
     "SplitCosts",
     "VisionPlan",

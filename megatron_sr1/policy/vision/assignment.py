@@ -15,7 +15,7 @@ from functools import cached_property
 
 
 @dataclass(frozen=True, order=True)
-class Piece:
+class ImagePiece:
     """Patches [start, stop) of image number `image`."""
 
     image: int
@@ -51,7 +51,7 @@ class VisionPlan:
     """The pieces of each rank. A rank's pieces of shared images come first; over the ranks, in their order, these are
     the shared images' patches, in order."""
 
-    parts: tuple[tuple[Piece, ...], ...]
+    parts: tuple[tuple[ImagePiece, ...], ...]
     shared_images: frozenset[int]  # those that several ranks hold a piece of
 
     @cached_property
@@ -101,10 +101,10 @@ def plan_images(
 def _split(cuts: Sequence[Sequence[int]], longest_first: Sequence[int], num_split: int, num_ranks: int) -> VisionPlan:
     """The plan that splits the first `num_split` of `longest_first`."""
     ranks = [(0, rank) for rank in range(num_ranks)]  # (patches, rank): a heap
-    parts: list[list[Piece]] = [[] for _ in range(num_ranks)]
+    parts: list[list[ImagePiece]] = [[] for _ in range(num_ranks)]
     for image in longest_first[num_split:]:
         patches, rank = ranks[0]
-        parts[rank].append(Piece(image, 0, cuts[image][-1]))
+        parts[rank].append(ImagePiece(image, 0, cuts[image][-1]))
         heapq.heapreplace(ranks, (patches + cuts[image][-1], rank))
     loads = [patches for patches, _ in sorted(ranks, key=lambda entry: entry[1])]
     split = sorted(longest_first[:num_split])
@@ -117,9 +117,9 @@ def _split(cuts: Sequence[Sequence[int]], longest_first: Sequence[int], num_spli
     )
 
 
-def _fill(cuts: Sequence[Sequence[int]], images: Sequence[int], loads: Sequence[int]) -> list[list[Piece]]:
+def _fill(cuts: Sequence[Sequence[int]], images: Sequence[int], loads: Sequence[int]) -> list[list[ImagePiece]]:
     """Pieces of `images`, one after the other, for ranks that hold `loads` patches already."""
-    pieces: list[list[Piece]] = [[] for _ in loads]
+    pieces: list[list[ImagePiece]] = [[] for _ in loads]
     if not images:
         return pieces
     offsets = [0]
@@ -134,7 +134,7 @@ def _fill(cuts: Sequence[Sequence[int]], images: Sequence[int], loads: Sequence[
             image = images[index]
             stop = cuts[image][-1] if last_rank else max(place, _nearest(cuts[image], target - offsets[index]))
             if stop > place:
-                pieces[rank].append(Piece(image, place, stop))
+                pieces[rank].append(ImagePiece(image, place, stop))
             place = stop
             if stop < cuts[image][-1]:
                 break

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-from megatron_sr1.policy.vision.assignment import Piece
+from megatron_sr1.policy.vision.assignment import ImagePiece
 from megatron_sr1.policy.vision.exchange import gather_for_all
 from megatron_sr1.policy.vision.patches import (
     PatchOrder,
@@ -48,7 +48,7 @@ def tower_inputs(
     tower: VisionTower,
     images: Sequence[EncodedImage],
     orders: Sequence[PatchOrder],
-    pieces: Sequence[Piece],
+    pieces: Sequence[ImagePiece],
     rows: RankRows,
 ) -> TowerInputs:
     """Makes the patches of `pieces` (of no other image) and what the tower needs to know of them."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sr1.config import load_config
-from megatron_sr1.report.runs import CONFIG_FILE, Evaluation, Run, read_run
+from megatron_sr1.report.runs import CONFIG_FILE, Evaluation, ReportedRun, read_run
 from megatron_sr1.report.summary_table import COLUMNS
-from megatron_sr1.report.sweep.statistics import Difference, Estimate, estimate, paired_difference
+from megatron_sr1.report.sweep.statistics import Estimate, PairedDifference, estimate, paired_difference
 
 LAST_STEPS = 10  # training numbers are means over as many steps, the last
 AVERAGED = ("first/response_tokens", "second/response_tokens", "loss/sft/nll")  # of them, beside the rewards
@@ -48,11 +48,11 @@ class GroupRow:
     label: str
     preset: str
     variant: str
-    runs: Mapping[int, Run]  # those with a step, by seed
+    runs: Mapping[int, ReportedRun]  # those with a step, by seed
     unfinished: tuple[str, ...]  # runs that are not in the numbers, and how far they are
     per_seed: Mapping[int, Mapping[str, float]]
     before_per_seed: Mapping[int, Mapping[str, float]]
-    differences: Mapping[str, Difference]  # to the first group of the table; nothing for that one
+    differences: Mapping[str, PairedDifference]  # to the first group of the table; nothing for that one
 
     @property
     def after(self) -> Mapping[str, Estimate]:
@@ -109,7 +109,7 @@ def sweep_rows(groups: Sequence[RunGroup]) -> list[GroupRow]:
     return rows
 
 
-def measured(run: Run) -> dict[str, float]:
+def measured(run: ReportedRun) -> dict[str, float]:
     """The numbers of a finished run by key of their measure: the evaluation after training; means over the last
     LAST_STEPS steps of rewards and lengths; the median step's seconds."""
     last = run.metrics[-LAST_STEPS:]
@@ -135,13 +135,13 @@ def common_start(rows: Sequence[GroupRow]) -> bool:
     return any(starts) and all(values == starts[0] for values in starts)
 
 
-def _progress(run: Run) -> tuple[int, int | None]:
+def _progress(run: ReportedRun) -> tuple[int, int | None]:
     """Steps done, and steps of the whole run."""
     steps = load_config(run.path / CONFIG_FILE, []).train.steps
     return int(run.metrics[-1]["step"] or 0) + 1, steps
 
 
-def _evaluation(run: Run, label: str) -> Evaluation | None:
+def _evaluation(run: ReportedRun, label: str) -> Evaluation | None:
     return next((evaluation for evaluation in run.evaluations if evaluation.label == label), None)
 
 
@@ -157,7 +157,7 @@ def _estimates(per_seed: Mapping[int, Mapping[str, float]]) -> dict[str, Estimat
 
 def _differences(
     per_seed: Mapping[int, Mapping[str, float]], base: Mapping[int, Mapping[str, float]]
-) -> dict[str, Difference]:
+) -> dict[str, PairedDifference]:
     found = {}
     for key in dict.fromkeys(key for values in per_seed.values() for key in values):
         difference = paired_difference(_of(per_seed, key), _of(base, key))

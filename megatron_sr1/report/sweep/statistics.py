@@ -18,7 +18,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """Mean of x(seed) - base(seed) over the `num` seeds that both have, and its standard error std / sqrt(num), None of
     one seed. Pairing takes out what a seed does to both: the same data order, the same draws at the first step."""
 
@@ -33,11 +33,11 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.fmean(values), std, len(values))
 
 
-def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> Difference | None:
+def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> PairedDifference | None:
     """From seed -> value on both sides; None where they have no seed in common."""
     seeds = sorted(values.keys() & base.keys())
     if not seeds:
         return None
     over_seeds = estimate([values[seed] - base[seed] for seed in seeds])
     error = None if over_seeds.std is None else over_seeds.std / math.sqrt(over_seeds.num)
-    return Difference(over_seeds.mean, error, over_seeds.num)
+    return PairedDifference(over_seeds.mean, error, over_seeds.num)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_sr1.report.sweep.groups import LAST_STEPS, SHARES, GroupRow, Measure, common_start, training_measures
-from megatron_sr1.report.sweep.statistics import Difference, Estimate
+from megatron_sr1.report.sweep.statistics import Estimate, PairedDifference
 
 UNKNOWN = "–"
 
@@ -81,7 +81,7 @@ def _estimates(values: Mapping[str, Estimate], measures: Sequence[Measure]) -> l
     return [_cell(m, values[m.key].mean, values[m.key].std) if m.key in values else UNKNOWN for m in measures]
 
 
-def _differences(values: Mapping[str, Difference], measures: Sequence[Measure]) -> list[str]:
+def _differences(values: Mapping[str, PairedDifference], measures: Sequence[Measure]) -> list[str]:
     found = [(measure, values.get(measure.key)) for measure in measures]
     return [UNKNOWN if d is None else _cell(m, d.mean, d.error, sign="+") for m, d in found]
 
