@@ -19,7 +19,8 @@ from megatron_sr1.objective import (
     stream_advantages,
     token_weights,
 )
-from megatron_sr1.types import RewardStream
+from megatron_sr1.rewards import score_pair
+from megatron_sr1.types import Prompt, RewardStream, Rollout, RolloutPair
 
 EPS = 1e-12
 ROOT_HALF = math.sqrt(0.5)
@@ -164,9 +165,10 @@ def test_group_of_one_gives_zero_and_does_not_touch_others() -> None:
 
 
 def test_missing_second_pass_counts_as_zero_reward() -> None:
-    # (1, nothing): the same as (1, 0), not a group of one; the placeholder value does not matter.
-    valid = torch.tensor([True, False])
-    got = group_advantages(f64(1, math.nan), ids(0, 0), EPS, "group", valid)
+    # (1, nothing): the same as (1, 0), not a group of one; a pair without a second pass earns 0
+    alone = RolloutPair(0, Rollout("a", (1,), (2,), "x", (-0.1,), "stop", 0), None, None)
+    earned = score_pair(alone, Prompt("p", "q", "1"), ["acc_vis"])["acc_vis"]
+    got = group_advantages(f64(1, earned), ids(0, 0), EPS, "group")
     torch.testing.assert_close(got, f64(ROOT_HALF, -ROOT_HALF))
 
 
@@ -205,7 +207,6 @@ def test_float32_in_float32_out() -> None:
         ({"group_ids": f64(0, 0)}, "group_ids"),
         ({"eps": 0.0}, "eps"),
         ({"scope": "prompt"}, "scope='prompt'"),
-        ({"valid": ids(0, 1)}, "valid"),
     ],
 )
 def test_bad_advantage_arguments_are_named(change: dict, message: str) -> None:

@@ -25,7 +25,6 @@ def group_advantages(
     group_ids: Tensor,
     eps: float,
     scope: str,
-    valid: Tensor | None = None,
 ) -> Tensor:
     """z-scores of one reward.
 
@@ -36,8 +35,6 @@ def group_advantages(
         group_ids: [B] integers; equal where two rollouts answer one prompt. They need not be sorted or contiguous.
         eps: added to the standard deviation, in units of the reward.
         scope: "group" or "batch".
-        valid: [B] bool. Where false the reward counts as 0, in the statistics too: a rollout that has no second pass
-            has earned no visual reward, which the others are compared with.
 
     Returns:
         [B], dtype of `rewards`, without gradient.
@@ -45,10 +42,8 @@ def group_advantages(
     Raises:
         ValueError: shapes disagree, a dtype or the scope is wrong, eps is not positive, or a reward is not finite.
     """
-    _check(rewards, group_ids, eps, scope, valid)
+    _check(rewards, group_ids, eps, scope)
     values = rewards.detach().to(torch.float64)
-    if valid is not None:
-        values = torch.where(valid, values, 0.0)
     if not bool(torch.isfinite(values).all()):
         raise ValueError("rewards: not all are finite; a reward that cannot be computed is an error, not a number.")
     if scope == "batch":
@@ -120,7 +115,7 @@ def stream_advantages(
     return group_advantages(total, group_ids, eps, scope).to(dtype)
 
 
-def _check(rewards: Tensor, group_ids: Tensor, eps: float, scope: str, valid: Tensor | None) -> None:
+def _check(rewards: Tensor, group_ids: Tensor, eps: float, scope: str) -> None:
     if rewards.ndim != 1 or not rewards.is_floating_point():
         raise ValueError(f"rewards: need floating point [num_rollouts], got {rewards.dtype} {tuple(rewards.shape)}.")
     if group_ids.shape != rewards.shape or group_ids.is_floating_point():
@@ -128,8 +123,6 @@ def _check(rewards: Tensor, group_ids: Tensor, eps: float, scope: str, valid: Te
             f"group_ids: need one integer per reward, {tuple(rewards.shape)}, got {group_ids.dtype} "
             f"{tuple(group_ids.shape)}."
         )
-    if valid is not None and (valid.shape != rewards.shape or valid.dtype != torch.bool):
-        raise ValueError(f"valid: need bool {tuple(rewards.shape)}, got {valid.dtype} {tuple(valid.shape)}.")
     if eps <= 0:
         raise ValueError(f"eps={eps!r}: must be greater than 0.")
     if scope not in SCOPES:

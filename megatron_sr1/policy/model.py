@@ -5,8 +5,6 @@ T_local   tokens of the row on this context-parallel rank (T without context par
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -163,10 +161,10 @@ class QwenVLModel(GPTModel):
         return bias
 
 
-def _local_grad_rows(batch: MicroBatch, mine: Tensor) -> Tensor | Literal["all"]:
-    """Which of the scored tokens at `mine` the loss depends on."""
+def _local_grad_rows(batch: MicroBatch, mine: Tensor) -> Tensor | None:
+    """Which of the scored tokens at `mine` the loss depends on; None: all."""
     if batch.grad_rows is None:
-        return "all"
+        return None
     wanted = torch.zeros_like(batch.targets, dtype=torch.bool)
     wanted[batch.grad_rows] = True
     return torch.nonzero(wanted[mine]).squeeze(1)

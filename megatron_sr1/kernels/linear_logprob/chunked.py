@@ -66,7 +66,6 @@ class Plan:
     entropy: bool
     rounded: bool  # products are rounded to bfloat16 before anything is done with them
     grad_rows: Tensor | None = None  # [G] the only rows that take part in backward, ascending; None: all
-    drop_zero_rows: bool = False  # find the rows that take part in backward by their gradients
     accumulate_into: Tensor | None = None  # [V_local, H] receives the gradient of the head
 
 
@@ -114,7 +113,7 @@ class _ChunkedLogProb(torch.autograd.Function):
         gradients = _row_gradients(grad_logprobs, grad_entropy, nats, inverse_temperature)
         kept = dict(zip(ctx.kept, tiles, strict=True))
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        chosen = _chosen_rows(plan, gradients)
+        chosen = plan.grad_rows
         if chosen is None:
             wanted = _backward(hidden, weight, rows, logsumexp, gradients, plan, kept, needs)
         else:
@@ -191,15 +190,6 @@ def _row_gradients(
     at_target = torch.zeros_like(grad_entropy) if grad_logprobs is None else grad_logprobs * scale
     of_p_log_p = grad_entropy * scale
     return RowGradients(at_target, at_target + of_p_log_p * nats, of_p_log_p)
-
-
-def _chosen_rows(plan: Plan, gradients: RowGradients) -> Tensor | None:
-    """The rows [G] that take part in backward, ascending; None: all."""
-    if not plan.drop_zero_rows:
-        return plan.grad_rows
-    nonzero = gradients.nonzero()
-    chosen = nonzero.nonzero().squeeze(1)  # the host learns their number here
-    return None if len(chosen) == len(nonzero) else chosen
 
 
 def _backward(

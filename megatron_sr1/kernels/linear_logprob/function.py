@@ -22,9 +22,8 @@ Rounding. `logits="bf16"` rounds every product hidden @ weight.T to bfloat16, in
 in backward alike, as an inference engine does that scores with bfloat16 logits: up to 0.05 nats a token.
 
 Rows of backward. Rows that take no part get gradient 0 and cost nothing in backward. `grad_rows` names the others
-before ([G], as when a group's advantages are all 0: any gradient that comes in for another row is dropped), at no cost;
-"nonzero" finds in backward those whose incoming gradient of log-prob or entropy is not exactly 0, for which the host
-waits once for the device. Leaving rows out changes the order of sums, so the last bits of the gradient of `weight`.
+before ([G], as when a group's advantages are all 0: any gradient that comes in for another row is dropped), at no cost.
+Leaving rows out changes the order of sums, so the last bits of the gradient of `weight`.
 
 The main gradient. Backward adds the gradient of `weight` to `accumulate_into` in place, tile by tile, rounded nowhere;
 `weight` itself gets zeros and `weight.grad_added_to_main_grad = True`, as from Megatron's linear layers with gradient
@@ -61,7 +60,7 @@ def linear_logprob(
     logit_bias: Tensor | None = None,
     backend: BackendName = "auto",
     logits: Literal["fp32", "bf16"] = "fp32",
-    grad_rows: Tensor | Literal["all", "nonzero"] = "all",
+    grad_rows: Tensor | None = None,
     accumulate_into: Tensor | None = None,
 ) -> LogProbs:
     """Natural-log probability of `targets`, differentiable in `hidden` and `weight`; the module tells the details.
@@ -82,7 +81,7 @@ def linear_logprob(
         logit_bias: [V_local], added to the logits before the temperature, as a sampler's logit bias is; constant.
         backend: how tiles are computed (backends.py). Log-probs to be compared bit by bit need the same one.
         logits: whether products are rounded to bfloat16; "fp32" keeps them in the accumulation dtype.
-        grad_rows: rows that take part in backward: "all", "nonzero", or ascending row numbers [G] int64.
+        grad_rows: [G] int64, ascending numbers of the rows that take part in backward; None: all.
         accumulate_into: [V_local, H] in the accumulation dtype, such as `weight.main_grad`.
 
     Raises:
@@ -99,7 +98,6 @@ def linear_logprob(
         entropy=entropy,
         rounded=_rounded(logits),
         grad_rows=_grad_rows(grad_rows, targets, scored),
-        drop_zero_rows=isinstance(grad_rows, str) and grad_rows == "nonzero",
         accumulate_into=_accumulator(accumulate_into, weight),
     )
     return _score(hidden, weight, targets, _inverse_temperature(temperature, hidden), scored, plan)
@@ -167,11 +165,9 @@ def _accumulator(into: Tensor | None, weight: Tensor) -> Tensor | None:
     return into
 
 
-def _grad_rows(rows: Tensor | str, targets: Tensor, scored: Tensor | None) -> Tensor | None:
+def _grad_rows(rows: Tensor | None, targets: Tensor, scored: Tensor | None) -> Tensor | None:
     """The chosen rows, as places among the scored rows; None where nothing is chosen beforehand."""
-    if isinstance(rows, str):
-        if rows not in ("all", "nonzero"):
-            raise ValueError(f'linear_logprob: grad_rows={rows!r} is not allowed: use "all", "nonzero" or row numbers.')
+    if rows is None:
         return None
     num_rows = len(targets)
     if rows.dim() != 1 or rows.dtype != torch.int64:

@@ -54,11 +54,6 @@ class RowGradients:
         of_p_log_p = None if self.of_p_log_p is None else self.of_p_log_p[index]
         return RowGradients(self.at_target[index], self.of_p[index], of_p_log_p)
 
-    def nonzero(self) -> Tensor:
-        """[T] bool: the rows whose logits have any gradient."""
-        some = (self.at_target != 0) | (self.of_p != 0)
-        return some if self.of_p_log_p is None else some | (self.of_p_log_p != 0)
-
 
 @dataclass(frozen=True)
 class Tile:
