@@ -34,7 +34,7 @@ from benchmarks.setting import write_model
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import render_caption_reasoner, render_see_think
-from megatron_sr1.rollout import Engine, TwoPassGenerator
+from megatron_sr1.rollout import Engine, Limits, Planner, TwoPassGenerator
 from megatron_sr1.rollout.request import Draw, Generation
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, Sampling
 
@@ -43,6 +43,7 @@ TEXTS = (  # what the tokenizer learns: prompts of both passes, so that they are
     render_caption_reasoner("a 3 and a 7", "What is 3 plus 4?"),
     "<description> a 3 and a 7 </description> <think> 3 + 7 = 10 </think> \\boxed{10}",
 )
+MAX_MODEL_TOKENS = 1024
 VARIANTS = ("first pass only", "barrier", "streamed, in turn", "streamed")
 VOCAB = 704  # a row for every token of the small tokenizer
 MIXES = ("pareto", "straggler", "uniform", "equal")
@@ -120,7 +121,8 @@ def run(
     asked = {f"{group}/{sample}/first": tokens for (group, sample), tokens in zip(places, lengths, strict=True)}
     asked |= {f"{group}/{sample}/second": options.second for group, sample in places}
     second_pass = variant != "first pass only"
-    generator = TwoPassGenerator(engine, processor, max_description_tokens=32, streamed=variant != "barrier")
+    planner = Planner(processor, Limits(options.longest, MAX_MODEL_TOKENS, 32))
+    generator = TwoPassGenerator(engine, planner, streamed=variant != "barrier")
     sampling = Sampling(options.samples, 1.0, options.longest, seed=1, second_pass=second_pass)
     engine.begin(asked, in_turn=variant == "streamed, in turn")
     start, start_cpu = time.perf_counter(), time.process_time()
@@ -196,7 +198,7 @@ def main() -> None:
         write_model(Path(folder), TEXTS * 20, layers=options.layers, vocab=VOCAB, **shape)
         engine = MeasuredEngine(
             folder,
-            max_model_tokens=1024,
+            max_model_tokens=MAX_MODEL_TOKENS,
             max_running_requests=options.slots,
             kv_cache_gib=0.25,
             max_images=1,

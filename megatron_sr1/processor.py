@@ -122,6 +122,10 @@ class Processor:
                 expanded.append(token)
         return tuple(expanded)
 
+    def num_visual_tokens(self, size: tuple[int, int]) -> int:
+        """How many tokens an image of a size takes up in a prompt. Arguments and errors as `grid`."""
+        return math.prod(self.grid(size)) // self.merge_size**2
+
     def grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """Patches along time, height and width of a still image; no pixel is read.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,8 +21,39 @@ if TYPE_CHECKING:
 PassName = Literal["first", "second"]
 Template = Literal["see_think", "cot", "caption_reasoner"]
 TokenSegment = Literal["response", "description", "reasoning"]
+Item = TypeVar("Item")
 BANNED_LOGIT_BIAS = -100.0  # the strongest that samplers accept
 KlEstimator = Literal["k1", "k2", "k3"]
+
+
+# ---------------------------------------------------------------- ranks
+class Ranks(Protocol):
+    """Ranks that do something together, and this one's place among them."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def num_ranks(self) -> int: ...
+
+    def gather(self, items: list[Item]) -> list[Item]:
+        """All ranks' items on every rank, in the order of the ranks. Collective."""
+        ...
+
+
+@dataclass(frozen=True)
+class OneRank:
+    """`Ranks` of a process that works alone."""
+
+    rank: int = 0
+    num_ranks: int = 1
+
+    def gather(self, items: list[Item]) -> list[Item]:
+        """The items."""
+        return items
+
+
+ALONE = OneRank()
 
 
 # ---------------------------------------------------------------- data -> rollouts
@@ -60,6 +91,13 @@ class SeeThink:
     description_span: tuple[int, int]
     reasoning_span: tuple[int, int]
     answer_span: tuple[int, int]
+
+
+class Passes(NamedTuple):
+    """What a prompt is asked: by which template in its first pass, and whether a second pass follows."""
+
+    template: Template
+    second_pass: bool
 
 
 @dataclass(frozen=True)
@@ -238,6 +276,10 @@ class Generator(WeightSink, Protocol):
         step: int,
         on_group: Callable[[RolloutGroup], None] | None = None,
     ) -> list[RolloutGroup]: ...
+
+    def sleep(self) -> None:
+        """Gives its memory to the trainer until the next `update_weights`, where the platform can."""
+        ...
 
 
 RewardFn = Callable[[RolloutPair, Prompt], float]

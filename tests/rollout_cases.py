@@ -47,13 +47,6 @@ def tracks(groups: list[RolloutGroup]) -> list[Any]:
     ]
 
 
-def gather(items: list[Any]) -> list[Any]:
-    """All ranks' items."""
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, items)
-    return [item for part in everyone for item in part]
-
-
 def make_model(model_dir: Path) -> None:
     """A tiny one whose greedy choices are far apart."""
     texts = [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from PIL import Image
@@ -14,23 +12,11 @@ from megatron_sr1.packing import gather_rows
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import find_description, render_caption_reasoner, render_see_think
 from megatron_sr1.training.batches import Batcher, StreamBatch
-from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, SftSample
+from megatron_sr1.types import ALONE, OneRank, Prompt, Ranks, Rollout, RolloutGroup, RolloutPair, SftSample
 
 GOOD = r"<description> The digits are 3 7 . </description> <think> 3 + 7 = 10 </think> \boxed{10}"
 BROKEN = r"<think> 3 + 7 </think> \boxed{10}"
 SECOND = r"<think> 3 + 7 = 10 </think> \boxed{10}"
-
-
-@dataclass(frozen=True)
-class Shares:
-    index: int = 0
-    count: int = 1
-
-    def rank(self) -> int:
-        return self.index
-
-    def size(self) -> int:
-        return self.count
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +65,13 @@ def _config(*overrides: str) -> Config:
     return load_config(None, ["train.micro_batch_tokens=256", *overrides])
 
 
-def _streams(processor: Processor, config: Config, shares: Shares = Shares()) -> StreamBatch:
+def _streams(processor: Processor, config: Config, ranks: Ranks = ALONE) -> StreamBatch:
     preset = preset_from_config(config.objective)
-    return Batcher(config, processor, shares).streams(_groups(processor), _rewards(), preset)
+    return Batcher(config, processor, ranks).streams(_groups(processor), _rewards(), preset)
+
+
+def _weights(batch: StreamBatch) -> list[torch.Tensor]:
+    return [row.token_weights for row in batch.tokens]
 
 
 def _by_sequence(batch: StreamBatch, values: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -91,8 +81,8 @@ def _by_sequence(batch: StreamBatch, values: list[torch.Tensor]) -> list[torch.T
 
 def test_each_pass_carries_its_own_advantage(processor: Processor) -> None:
     batch = _streams(processor, _config())
-    advantages = _by_sequence(batch, batch.advantages)
-    weights = _by_sequence(batch, batch.token_weights)
+    advantages = _by_sequence(batch, [row.advantages for row in batch.tokens])
+    weights = _by_sequence(batch, _weights(batch))
     # first, second of (0,0); first, second of (0,1); first, second of (1,0); first of (1,1)
     assert len(advantages) == 7
     z = 0.5**0.5  # two rewards, sample standard deviation: +-1/sqrt(2)
@@ -111,14 +101,14 @@ def test_token_mean_weights_add_to_one_per_stream(processor: Processor, preset: 
     config = _config(f"objective.preset={preset}")
     rewards = {**_rewards(), "fmt_cot": torch.zeros(4)}
     chosen = preset_from_config(config.objective)
-    batch = Batcher(config, processor, Shares()).streams(_groups(processor), rewards, chosen)
-    totals = sum(weights.sum(1) for weights in batch.token_weights)
+    batch = Batcher(config, processor, ALONE).streams(_groups(processor), rewards, chosen)
+    totals = sum(weights.sum(1) for weights in _weights(batch))
     assert totals.tolist() == pytest.approx([1.0] * len(chosen.streams), rel=1e-5)
 
 
 def test_perception_credit_splits_the_first_pass_at_the_description_block(processor: Processor) -> None:
     batch = _streams(processor, _config("objective.preset=perception_credit"))
-    weights = _by_sequence(batch, batch.token_weights)
+    weights = _by_sequence(batch, _weights(batch))
     groups = _groups(processor)
     names = [stream.tokens for stream in PRESETS["perception_credit"].streams]
     reasoning, description = names.index("reasoning"), names.index("description")
@@ -134,9 +124,9 @@ def test_perception_credit_splits_the_first_pass_at_the_description_block(proces
 
 def test_replicas_share_the_groups_and_keep_global_denominators(processor: Processor) -> None:
     whole = _streams(processor, _config())
-    parts = [_streams(processor, _config(), Shares(index, 2)) for index in range(2)]
+    parts = [_streams(processor, _config(), OneRank(index, 2)) for index in range(2)]
     assert sum(len(micro.targets) for part in parts for micro in part.micro_batches) == whole.num_tokens
-    totals = [sum(weights.sum(1) for weights in part.token_weights) for part in parts]
+    totals = [sum(weights.sum(1) for weights in _weights(part)) for part in parts]
     assert (totals[0] + totals[1]).tolist() == pytest.approx([1.0, 1.0], rel=1e-5)
     for part in parts:
         assert part.num_tokens == whole.num_tokens
@@ -149,13 +139,13 @@ def test_siblings_share_one_image_and_generator_logprobs_stay_aligned(processor:
     (micro,) = batch.micro_batches
     assert len(micro.images) == 2, "four first passes over two images"
     expected = -0.01 * micro.row_offset.float()
-    assert torch.allclose(batch.generator_logprobs[0], expected)
+    assert torch.allclose(batch.tokens[0].generator_logprobs, expected)
 
 
 def test_tokens_know_how_far_their_image_is(processor: Processor) -> None:
     groups = _groups(processor)
     batch = _streams(processor, _config())
-    distances = _by_sequence(batch, batch.image_distance)
+    distances = _by_sequence(batch, [row.image_distance for row in batch.tokens])
     first, second = groups[0].pairs[0].first, groups[0].pairs[0].second
     assert second is not None and set(distances[1].tolist()) == {-1.0}, "a second pass sees no image"
     ids = (*first.prompt_ids, *first.response_ids)
@@ -166,7 +156,7 @@ def test_tokens_know_how_far_their_image_is(processor: Processor) -> None:
 
 def test_counts_of_kinds_are_those_of_the_whole_step(processor: Processor) -> None:
     whole = _streams(processor, _config())
-    parts = [_streams(processor, _config(), Shares(index, 2)) for index in range(2)]
+    parts = [_streams(processor, _config(), OneRank(index, 2)) for index in range(2)]
     assert all(part.num_of_kind == whole.num_of_kind for part in parts)
     pairs = [pair for group in _groups(processor) for pair in group.pairs]
     assert whole.num_of_kind["text"] == sum(len(pair.second.response_ids) for pair in pairs if pair.second is not None)
@@ -180,7 +170,7 @@ def test_sft_takes_both_layouts(processor: Processor) -> None:
         SftSample(prompt, "see_think", GOOD),
         SftSample(prompt, "caption_reasoner", SECOND, description="The digits are 3 7 ."),
     ]
-    batch = Batcher(_config(), processor, Shares()).sft(samples)
+    batch = Batcher(_config(), processor, ALONE).sft(samples)
     num_tokens = sum(len(processor.response_ids(sample.response)) for sample in samples)
     assert sum(len(micro.targets) for micro in batch.micro_batches) == num_tokens
     assert sum(weights.sum().item() for weights in batch.token_weights) == pytest.approx(1.0)
@@ -199,7 +189,7 @@ def test_rows_have_the_multiples_of_the_layout(processor: Processor) -> None:
     for micro in batch.micro_batches:
         assert len(micro.input_ids) in (128, 256, 384), "500 tokens have room for three times 128"
         assert not (micro.cu_seqlens % 4).any()
-    ours, theirs = (_by_sequence(item, item.token_weights) for item in (batch, plain))
+    ours, theirs = (_by_sequence(item, _weights(item)) for item in (batch, plain))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), "padding changes no weight"
 
 
@@ -207,13 +197,13 @@ def test_a_budget_below_one_row_is_refused_at_once(processor: Processor) -> None
     layout = ("nproc=4", "layout.tensor=2", "layout.context=2", "layout.sequence_parallel=true")
     fp8 = ("precision.dtype=fp8", "precision.fp8_recipe=blockwise")
     with pytest.raises(ConfigError, match=r"train.micro_batch_tokens=256 .* at least 512"):
-        Batcher(_config(*layout, *fp8), processor, Shares())
+        Batcher(_config(*layout, *fp8), processor, ALONE)
 
 
 def test_no_pixel_is_read_and_images_stay_on_the_host(processor: Processor) -> None:
     device = torch.device("meta")
     prompt = Prompt("p", "What is the sum of all digits?", "10", (Image.new("RGB", (56, 28)),))
-    batch = Batcher(_config(), processor, Shares(), device).sft([SftSample(prompt, "see_think", GOOD)])
+    batch = Batcher(_config(), processor, ALONE, device).sft([SftSample(prompt, "see_think", GOOD)])
     assert sum(len(micro.images) for micro in batch.micro_batches) == 1
     for micro in batch.micro_batches:
         assert {value.device for value in vars(micro).values() if isinstance(value, torch.Tensor)} == {device}
@@ -226,9 +216,7 @@ def test_the_head_needs_a_gradient_only_where_the_loss_depends_on_a_token(proces
     """Group 1 has equal answers: without a KL term nothing of its first passes is trained on; with one, all is."""
     rewards = _rewards() | {"acc": torch.tensor([1.0, 0.0, 1.0, 1.0]), "fmt": torch.ones(4)}
     config = _config("objective.kl_coef=0", "objective.preset=see_think")
-    batch = Batcher(config, processor, Shares()).streams(
-        _groups(processor), rewards, preset_from_config(config.objective)
-    )
+    batch = Batcher(config, processor, ALONE).streams(_groups(processor), rewards, preset_from_config(config.objective))
     dead = []
     for micro in batch.micro_batches:
         wanted = torch.ones_like(micro.targets, dtype=torch.bool)

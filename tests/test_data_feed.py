@@ -22,19 +22,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_sr1.data import (
-    BadSample,
     Quarantine,
     SampleFeed,
     SampleStream,
     ShardDataset,
-    Share,
     StreamState,
     write_shards,
 )
 from megatron_sr1.data.index import index_path
-from megatron_sr1.types import Prompt, SftSample
+from megatron_sr1.types import Prompt, Ranks, SftSample
 from tests.data_cases import QUESTION, encoded, equal, noise, png, prompts, write_tar
 from tests.test_data_index import indexed
+from tests.thread_ranks import Meeting
 
 
 def through_json(state: StreamState) -> StreamState:
@@ -54,24 +53,13 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[int, ShardDataset
     return {n: ShardDataset(indexed(shards) if n != 11 else shards) for n, shards in made.items()}
 
 
-class Ranks:
-    """Feeds of several ranks, each on a thread of its own; `exchange` meets like a collective."""
+class Feeds:
+    """Feeds of several ranks, each on a thread of its own."""
 
-    def __init__(self, num_ranks: int, make: Callable[[Share, Callable], SampleFeed]) -> None:
-        self._lists: list[list[BadSample]] = [[] for _ in range(num_ranks)]
-        self._barrier = threading.Barrier(num_ranks, timeout=60)
-        self.feeds = [make(Share(rank, num_ranks), self._exchange(rank)) for rank in range(num_ranks)]
+    def __init__(self, num_ranks: int, make: Callable[[Ranks], SampleFeed]) -> None:
+        meeting = Meeting(num_ranks)
+        self.feeds = [make(meeting.of(rank)) for rank in range(num_ranks)]
         self._pool = ThreadPoolExecutor(num_ranks)
-
-    def _exchange(self, rank: int) -> Callable[[list[BadSample]], list[BadSample]]:
-        def exchange(found: list[BadSample]) -> list[BadSample]:
-            self._lists[rank] = found
-            self._barrier.wait()
-            everything = [bad for part in self._lists for bad in part]
-            self._barrier.wait()
-            return everything
-
-        return exchange
 
     def step(self, count: int) -> list[str]:
         """One batch: the keys of all ranks, in rank order."""
@@ -120,13 +108,13 @@ def test_interrupted_runs_of_any_layout_give_the_order_of_one_rank(
     state: StreamState | None = None
     for num_ranks, workers, steps in parts:
 
-        def make(share: Share, exchange: Callable, workers: int = workers) -> SampleFeed:
+        def make(ranks: Ranks, workers: int = workers) -> SampleFeed:
             stream = SampleStream(chosen, seed, weights=shares, window=window)
             return SampleFeed(
-                stream, Quarantine(0), workers=workers, prefetch_bytes=prefetch, share=share, exchange=exchange
+                stream, Quarantine(0), workers=workers, prefetch_bytes=prefetch, ranks=ranks, divided=True
             )
 
-        ranks = Ranks(num_ranks, make)
+        ranks = Feeds(num_ranks, make)
         for feed in ranks.feeds if state is not None else ():
             feed.restore(state)
         for count in steps:
@@ -190,6 +178,7 @@ def test_resuming_far_on_reads_nothing_before(datasets: dict[int, ShardDataset])
 KILLED = """
 import json, os, sys
 from megatron_sr1.data import *
+from megatron_sr1.types import OneRank
 folder, ranks, workers, steps = sys.argv[1], *map(int, sys.argv[2:5])
 shards = sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".tar"))
 stream = SampleStream(ShardDataset(shards), 7, window=16)
@@ -202,7 +191,7 @@ with SampleFeed(stream, Quarantine(0), workers=workers) as feed:
         feed.restore(StreamState.from_json(saved["state"]))
     while len(keys) < steps:
         batch = feed.next(6)
-        shares = [Share(rank, ranks).of(list(batch.samples)) for rank in range(ranks)]
+        shares = [part_of(list(batch.samples), OneRank(rank, ranks)) for rank in range(ranks)]
         keys += [sample.key for share in shares for sample in share]
         feed.finish(batch)
         with open(path + ".tmp", "w") as file:
@@ -290,11 +279,11 @@ def test_bad_samples_are_passed_over_by_all_ranks(tmp_path: Path, num_ranks: int
     wanted = [key for key in (stream.key(i) for i in stream.indices(0, 80)) if key not in BAD]
     file = tmp_path / "out" / "train.jsonl"
 
-    def make(share: Share, exchange: Callable) -> SampleFeed:
-        quarantine = Quarantine(3, file if share.rank == 0 else None)
-        return SampleFeed(SampleStream(dataset, 3, window=9), quarantine, share=share, exchange=exchange)
+    def make(ranks: Ranks) -> SampleFeed:
+        quarantine = Quarantine(3, file if ranks.rank == 0 else None)
+        return SampleFeed(SampleStream(dataset, 3, window=9), quarantine, ranks=ranks, divided=True)
 
-    ranks = Ranks(num_ranks, make)
+    ranks = Feeds(num_ranks, make)
     found = [key for _ in range(8) for key in ranks.step(7)]
     assert found == wanted[:56]
     entries = [json.loads(line) for line in file.read_text().splitlines()]
@@ -308,7 +297,7 @@ def test_bad_samples_are_passed_over_by_all_ranks(tmp_path: Path, num_ranks: int
     states = ranks.close()
     assert len(set(map(str, states))) == 1 and {bad.key for bad in states[0].bad} == BAD
 
-    resumed = Ranks(2, make)
+    resumed = Feeds(2, make)
     for feed in resumed.feeds:
         feed.restore(states[0])
     assert resumed.step(9) == wanted[56:65]

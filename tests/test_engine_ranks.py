@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from tests.ranks import run_ranks
 from tests.rollout_cases import (
     MAX_MODEL_TOKENS,
+    MAX_RESPONSE,
     TOLERANCE,
     changed_weight,
     describing_processor,
     finishing_engine,
-    gather,
     make_model,
     prompts,
     reference_differences,
@@ -30,7 +30,8 @@ FAULT_WAIT = 3.0  # seconds
 
 
 def collect(rank: int, num_ranks: int, folder: str) -> None:
-    from megatron_sr1.rollout import TwoPassGenerator
+    from megatron_sr1.platform import GroupRanks, TeamRanks
+    from megatron_sr1.rollout import Limits, Planner, TwoPassGenerator
     from megatron_sr1.rollout.request import EngineFault
 
     model_dir = f"{folder}/model"
@@ -42,8 +43,9 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
     changed = {name: changed_weight(name, tensor) for name, tensor in weights.items()}
 
     def generator(streamed: bool = True) -> Any:
-        options = {"max_description_tokens": 100, "streamed": streamed, "weights": changed.items}
-        return TwoPassGenerator(engine, processor, **options, gather=lambda items: gather(items))
+        planner = Planner(processor, Limits(MAX_RESPONSE, MAX_MODEL_TOKENS, 100))
+        engines = TeamRanks(GroupRanks(), num_ranks)
+        return TwoPassGenerator(engine, planner, engines=engines, streamed=streamed, weights=changed.items)
 
     batch, greedy = prompts(8), sampling(temperature=0.0, num_samples=1)
     facts: dict[str, Any] = {"greedy": generator().generate(batch, greedy, 0), "media_ids": processor.media_ids}

@@ -26,7 +26,7 @@ from megatron_sr1.evaluation import (
     replace_records,
     summarise_records,
 )
-from megatron_sr1.types import RolloutPair
+from megatron_sr1.types import OneRank, RolloutPair
 
 from .evaluation_cases import MADE_OF, boxed, pair, record, rollout
 
@@ -231,7 +231,7 @@ def test_the_model_is_known_by_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "b" / "README.md").write_text("no part of the model")
     whole = model_digest(file_digests(tmp_path / "a"))
     assert whole == model_digest(file_digests(tmp_path / "b"))
-    shares = [file_digests(tmp_path / "a", rank, 3) for rank in range(3)]
+    shares = [file_digests(tmp_path / "a", OneRank(rank, 3)) for rank in range(3)]
     assert [len(share) for share in shares] == [2, 1, 1] and model_digest(shares[2] + shares[0] + shares[1]) == whole
     weights = tmp_path / "b" / "model-00002.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")

@@ -20,7 +20,6 @@ from tests.rollout_cases import (
     changed_weight,
     describing_processor,
     finishing_engine,
-    gather,
     make_model,
     prompts,
     reference_differences,
@@ -33,7 +32,8 @@ NUM_RANKS = 2
 
 # ------------------------------------------------------------ what the two processes do
 def collect(rank: int, num_ranks: int, folder: str) -> None:
-    from megatron_sr1.rollout import TwoPassGenerator, stale_vision_canary
+    from megatron_sr1.platform import GroupRanks
+    from megatron_sr1.rollout import Limits, Planner, TwoPassGenerator, stale_vision_canary
 
     model_dir = f"{folder}/model"
     engine = finishing_engine()(
@@ -46,10 +46,11 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
     )
     processor = describing_processor(model_dir)
 
-    def generator(**changes: Any) -> TwoPassGenerator:
-        return TwoPassGenerator(engine, processor, max_description_tokens=100, **changes)
+    def generator(longest: int = MAX_RESPONSE, **changes: Any) -> TwoPassGenerator:
+        return TwoPassGenerator(engine, Planner(processor, Limits(longest, MAX_MODEL_TOKENS, 100)), **changes)
 
-    ours = generator(rank=rank, num_ranks=num_ranks, gather=gather)
+    engines = GroupRanks()
+    ours = generator(engines=engines)
     batch, greedy = prompts(8), sampling(temperature=0.0, num_samples=1)
     weights = load_file(f"{model_dir}/model.safetensors")
     changed = {name: changed_weight(name, tensor) for name, tensor in weights.items()}
@@ -62,7 +63,7 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
     facts["other_step"] = generator().generate(batch, sampling(), 2)
     facts["too_long"] = [
         refused(ours, [*batch, Prompt("long", "1 " * 1000, "0")], sampling()),
-        refused(ours, batch, sampling(max_response_tokens=MAX_MODEL_TOKENS)),
+        refused(generator(MAX_MODEL_TOKENS, engines=engines), batch, sampling(max_response_tokens=MAX_MODEL_TOKENS)),
     ]
     facts["unbanned"] = draw_freely(engine, processor, ())
     facts["banned_ids"] = tuple(sorted(facts["unbanned"])[:50])
@@ -70,7 +71,7 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
     ours.update_weights(iter(changed.items()), version=3)
     facts["changed"] = ours.generate(batch, greedy, 0)
     engine.steps_to_fault = 5 if rank == 1 else None
-    recovering = generator(rank=rank, num_ranks=num_ranks, gather=gather, weights=changed.items)
+    recovering = generator(engines=engines, weights=changed.items)
     facts["recovered"] = recovering.generate(batch, greedy, 0)
     ours.update_weights(iter(weights.items()), version=4)
     facts["restored"] = ours.generate(batch, greedy, 0)
@@ -222,12 +223,13 @@ def test_a_prompt_that_does_not_fit_is_refused_on_every_rank(facts: list[dict[st
 
 def test_a_prompt_that_does_not_fit_is_found_when_the_data_is_read(folder: Path) -> None:
     """By the same rule as the generator's: the prompts it takes pass, those it refuses do not."""
-    from megatron_sr1.config import Config, ModelConfig, RolloutConfig
     from megatron_sr1.loops.generation import prompt_check
+    from megatron_sr1.processor import Processor
+    from megatron_sr1.rollout import Limits, Planner
+    from megatron_sr1.types import Passes
 
-    limits = {"max_response_tokens": MAX_RESPONSE, "max_description_tokens": 100, "max_model_tokens": MAX_MODEL_TOKENS}
-    config = Config(model=ModelConfig(hf_dir=str(folder / "model")), rollout=RolloutConfig(**limits))
-    check = prompt_check(config, lambda _: ("see_think", True))
+    planner = Planner(Processor.from_pretrained(str(folder / "model")), Limits(MAX_RESPONSE, MAX_MODEL_TOKENS, 100))
+    check = prompt_check(planner, lambda _: Passes("see_think", True))
     for each in prompts(8):
         check(each)
     with pytest.raises(ValueError, match=r"'long', first pass.*\n.*'long', second pass.*limit of 512"):

@@ -21,9 +21,11 @@ from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.objective import PRESETS
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.training.live_rollouts import LiveRollouts
-from megatron_sr1.training.rewards import score_groups, scored_components, write_rollouts
-from megatron_sr1.training.saved_rollouts import SavedRollouts, read_rollouts, rollouts_file
-from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, Sampling
+from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file, write_rollouts
+from megatron_sr1.training.saved_rollouts import SavedRollouts
+from megatron_sr1.training.step_rewards import scored_components
+from megatron_sr1.types import ALONE, Prompt, Rollout, RolloutGroup, RolloutPair, Sampling
+from tests.step_cases import scored
 
 PRESET = PRESETS["vision_sr1"]
 COMPONENTS = scored_components(PRESET)
@@ -51,7 +53,7 @@ def groups(num: int = 3, logprob: float = -0.1) -> list[RolloutGroup]:
 
 
 def save(folder: Path, made: list[RolloutGroup], step: int = 0) -> dict[str, torch.Tensor]:
-    rewards = score_groups(made, PRESET, 0, 1, list)
+    rewards = scored(made, PRESET)
     write_rollouts(rollouts_file(folder, step), made, rewards)
     return rewards
 
@@ -108,6 +110,7 @@ class Handing:
 
     def __init__(self, made: list[RolloutGroup]) -> None:
         self._made = made
+        self.log: list[str] = []
 
     def generate(self, prompts: Any, sampling: Any, step: int, on_group: Any = None) -> list[RolloutGroup]:
         for group in reversed(self._made):
@@ -115,28 +118,52 @@ class Handing:
         return self._made
 
     def update_weights(self, weights: Any, version: int) -> None:
-        """Has none."""
+        self.log.append(f"version {version}")
+
+    def sleep(self) -> None:
+        self.log.append("sleep")
 
 
-def test_rewards_from_workers_are_those_of_this_process() -> None:
-    """In the order of groups and samples, whatever the order of completion; across two steps; LaTeX included."""
-    sampling = Sampling(2, 1.0, 10, 0)
-    gathers: list[list[Any]] = []
+class TwoOfOneEngine:
+    """Two ranks that grade the same groups, seen from the first."""
 
-    def of_two_ranks_that_share_an_engine(items: list[Any]) -> list[Any]:
-        gathers.append(items)
+    rank, num_ranks = 0, 2
+
+    def __init__(self) -> None:
+        self.sent: list[list[Any]] = []
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        self.sent.append(items)
         return items + items
 
+
+def test_rewards_from_workers_are_those_of_this_process(tmp_path: Path) -> None:
+    """In the order of groups and samples, whatever the order of completion; across two steps; LaTeX included."""
+    sampling, ranks = Sampling(2, 1.0, 10, 0), TwoOfOneEngine()
     for made in (groups(3), groups(2)):
-        with LiveRollouts(Handing(made), sampling, PRESET, of_two_ranks_that_share_an_engine) as live:
+        with LiveRollouts(Handing(made), sampling, PRESET, ranks, tmp_path) as live:
             clock = Clock()
-            for _ in range(2):
-                found, rewards = live.take([], 0, clock)
-            expected = score_groups(made, PRESET, 0, 1, list)
+            for step in range(2):
+                found, rewards = live.take([], step, clock)
+            expected = scored(made, PRESET)
             assert found == made and rewards.keys() == expected.keys()
             assert all(torch.equal(rewards[name], value) for name, value in expected.items())
             assert clock.seconds.keys() == {"seconds/rollout", "seconds/reward"}
-    assert [len(items) for items in gathers] == [3, 3, 2, 2], "nothing is left over from the step before"
+        saved = SavedRollouts(tmp_path, PRESET, 2).take([group.prompt for group in made], 1, clock)
+        assert saved[0] == made and all(torch.equal(saved[1][name], value) for name, value in expected.items())
+    assert [len(items) for items in ranks.sent] == [3, 3, 2, 2], "nothing is left over from the step before"
+
+
+def test_engines_sleep_from_a_step_to_the_weights_that_follow_it(tmp_path: Path) -> None:
+    """Where none follow they stay awake, for nothing would wake them."""
+    sampling, made = Sampling(2, 1.0, 10, 0), groups(1)
+    for refreshed, log in ((True, ["sleep", "version 4"]), (False, [])):
+        engine = Handing(made)
+        with LiveRollouts(engine, sampling, PRESET, ALONE, tmp_path, refreshed=refreshed) as live:
+            live.take([], 3, Clock())
+            if refreshed:
+                live.refresh([], 4)
+        assert engine.log == log
 
 
 def test_an_error_in_a_reward_reaches_the_caller_and_a_dead_worker_too() -> None:
@@ -156,7 +183,7 @@ def test_an_error_in_a_reward_reaches_the_caller_and_a_dead_worker_too() -> None
 PARENT = """
 import time
 from megatron_sr1.rewards.workers import Graders
-from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
+from megatron_sr1.types import ALONE, Prompt, Rollout, RolloutGroup, RolloutPair
 if __name__ == "__main__":
     graders = Graders(["acc"])
     first = Rollout("0/p/0/first", (1,), (2,), "<think> t </think> \\\\boxed{10}", (-0.1,), "stop", 0)

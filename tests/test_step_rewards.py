@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from megatron_sr1.objective import PRESETS
-from megatron_sr1.training.rewards import score_groups, summarise, without_leaks, write_rollouts
+from megatron_sr1.training.rollout_files import write_rollouts
+from megatron_sr1.training.step_metrics import summarise
+from megatron_sr1.training.step_rewards import join_rewards, without_leaks
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
+from tests.step_cases import graded, scored
 
 RIGHT_SECOND = r"<think> 3 + 7 = 10 </think> \boxed{10}"
 
@@ -39,7 +41,7 @@ def groups() -> list[RolloutGroup]:
 
 
 def test_summary_follows_the_definitions(groups: list[RolloutGroup]) -> None:
-    rewards = score_groups(groups, PRESETS["vision_sr1"], 0, 1, list)
+    rewards = scored(groups, PRESETS["vision_sr1"])
     assert rewards["acc"].tolist() == [1, 1, 0, 1]
     assert rewards["acc_vis"].tolist() == [1, 0, 1, 0]
     assert rewards["fmt"].tolist() == [1, 1, 1, 0]
@@ -54,29 +56,19 @@ def test_summary_follows_the_definitions(groups: list[RolloutGroup]) -> None:
 
 def test_without_known_facts_faithfulness_is_not_measured(groups: list[RolloutGroup]) -> None:
     unknown = [RolloutGroup(0, Prompt("p", "q", "10"), groups[0].pairs)]
-    rewards = score_groups(unknown, PRESETS["see_think"], 0, 1, list)
+    rewards = scored(unknown, PRESETS["see_think"])
     assert summarise(unknown, rewards)["faithful"] is None
 
 
-def test_two_ranks_grade_halves_and_agree(groups: list[RolloutGroup]) -> None:
-    many = [RolloutGroup(index, groups[0].prompt, groups[0].pairs) for index in range(3)]
-    alone = score_groups(many, PRESETS["vision_sr1"], 0, 1, list)
-    sent: list[list[Any]] = []
-    for rank in range(2):
-        with pytest.raises(_Stop):
-            score_groups(many, PRESETS["vision_sr1"], rank, 2, lambda items: _stop(sent, items))
-    assert [len(items) for items in sent] == [2, 1]
-    both = score_groups(many, PRESETS["vision_sr1"], 0, 2, lambda _: [*sent[1], *sent[0]])
+def test_what_ranks_graded_joins_in_any_order_and_counts_once(groups: list[RolloutGroup]) -> None:
+    """The ranks of one engine grade the same groups."""
+    many = [RolloutGroup(index, groups[0].prompt, groups[0].pairs[index:] * 2) for index in range(3)]
+    preset = PRESETS["vision_sr1"]
+    alone = scored(many, preset)
+    parts = [graded(many[:2], preset), graded(many[2:], preset)]
+    both = join_rewards([*parts[1], *parts[0], *parts[1]], preset)
+    assert len(alone["acc"]) == 8 + 6 + 4
     assert all(torch.equal(both[name], alone[name]) for name in alone)
-
-
-class _Stop(Exception):
-    pass
-
-
-def _stop(sent: list[list[Any]], items: list[Any]) -> list[Any]:
-    sent.append(items)
-    raise _Stop
 
 
 def test_the_leak_filter_takes_only_visual_rewards(groups: list[RolloutGroup]) -> None:
@@ -87,7 +79,7 @@ def test_the_leak_filter_takes_only_visual_rewards(groups: list[RolloutGroup]) -
 
 
 def test_rollouts_are_kept_whole(groups: list[RolloutGroup], tmp_path: Path) -> None:
-    rewards = score_groups(groups, PRESETS["vision_sr1"], 0, 1, list)
+    rewards = scored(groups, PRESETS["vision_sr1"])
     path = tmp_path / "rollouts" / "step_000000.jsonl"
     write_rollouts(path, groups, rewards)
     lines = [json.loads(line) for line in path.read_text().splitlines()]

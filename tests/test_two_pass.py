@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import threading
+import gc
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sr1.prompts import render_see_think
 from megatron_sr1.rollout.balance import assign_prompts, expected_tokens
-from megatron_sr1.rollout.plan import Limits, PassPrompt, check_same_ids, cut_description, refusal
+from megatron_sr1.rollout.plan import Limits, PassPrompt, Planner, check_same_ids, cut_description, refusal
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation
 from megatron_sr1.rollout.seeds import request_seed
 from megatron_sr1.rollout.two_pass import TwoPassGenerator
 from megatron_sr1.rollout.vision_canary import stale_vision_canary
-from megatron_sr1.types import Prompt, RolloutGroup, Sampling
+from megatron_sr1.types import OneRank, Prompt, RolloutGroup, Sampling
+from tests.thread_ranks import Meeting
 
 EOT, IMAGE = 1, 2
 SEEN = "<description> a {} </description> <think> </think> \\boxed{{1}}"
@@ -40,6 +43,9 @@ class Letters:
 
     def prompt_ids(self, user_text: str, num_images: int) -> tuple[int, ...]:
         return (IMAGE,) * num_images + self.text_ids(user_text)
+
+    def num_visual_tokens(self, size: tuple[int, int]) -> int:
+        return math.prod(self.grid(size)) // self.merge_size**2
 
     def expand(self, prompt_ids: Sequence[int], grids: Sequence[Any]) -> tuple[int, ...]:
         return tuple(token for i in prompt_ids for token in ((i, i, i) if i == IMAGE else (i,)))
@@ -114,8 +120,12 @@ def prompt(key: str, num_images: int = 1) -> Prompt:
     return Prompt(key, "How many?", "1", images=(Picture(),) * num_images)  # type: ignore[arg-type]
 
 
-def generator(engine: ScriptedEngine, **changes: Any) -> TwoPassGenerator:
-    return TwoPassGenerator(engine, Letters(), **({"max_description_tokens": 50} | changes))  # type: ignore[arg-type]
+def planner(limit: int = 1000, max_description: int = 50) -> Planner:
+    return Planner(Letters(), Limits(90, limit, max_description))  # type: ignore[arg-type]
+
+
+def generator(engine: ScriptedEngine, max_description: int = 50, **changes: Any) -> TwoPassGenerator:
+    return TwoPassGenerator(engine, planner(engine.max_model_tokens, max_description), **changes)
 
 
 def test_defect_4_no_barrier_and_no_weight_load_between_the_passes() -> None:
@@ -280,6 +290,29 @@ def test_a_prompt_is_prepared_once_for_its_samples() -> None:
     assert engine.log.count("prepare") == 1
 
 
+def test_a_first_pass_is_tokenised_once_for_check_and_generator() -> None:
+    """8 prompts x 2 samples: 8 first passes, whoever asked first; the plans go with their prompts."""
+
+    class Counting(Letters):
+        texts: ClassVar[list[str]] = []
+
+        def prompt_ids(self, user_text: str, num_images: int) -> tuple[int, ...]:
+            self.texts.append(user_text)
+            return super().prompt_ids(user_text, num_images)
+
+    plans = Planner(Counting(), Limits(90, 1000, 50))  # type: ignore[arg-type]
+    prompts = [prompt(f"p{index}") for index in range(8)]
+    assert not any(plans.refusals(item, "see_think", True) for item in prompts)
+    TwoPassGenerator(ScriptedEngine(), plans).generate(prompts, sampling(), 0)
+    first = render_see_think(prompts[0].problem)
+    assert Counting.texts.count(first) == 8
+    assert len(Counting.texts) == 8 + 2 * 8 + 2 * 8, "second passes: two checks without a description, two samples"
+    assert len(plans._firsts) == 8
+    del prompts
+    gc.collect()
+    assert not plans._firsts
+
+
 def test_draws_ban_media_and_end_at_the_turn() -> None:
     engine = ScriptedEngine()
     generator(engine).generate([prompt("a")], sampling(temperature=0.0), 0)
@@ -289,27 +322,10 @@ def test_draws_ban_media_and_end_at_the_turn() -> None:
 
 def test_a_description_is_cut_to_its_limit() -> None:
     engine = ScriptedEngine(answer=lambda request_id: SEEN.format("x" * 40))
-    (group,) = generator(engine, max_description_tokens=12).generate([prompt("a")], sampling(), 0)
+    (group,) = generator(engine, max_description=12).generate([prompt("a")], sampling(), 0)
     assert group.pairs[0].description == "a " + "x" * 10
     assert cut_description(Letters(), "abc\ufffd", 9) == "abc\ufffd"  # type: ignore[arg-type]
     assert cut_description(Letters(), "abc\ufffdd", 4) == "abc"  # type: ignore[arg-type]
-
-
-class Meeting:
-    """An all-gather between threads that stand for ranks."""
-
-    def __init__(self, num_ranks: int) -> None:
-        self.sent: list[list[list[Any]]] = [[] for _ in range(num_ranks)]
-        self._barrier = threading.Barrier(num_ranks, timeout=20)
-
-    def of(self, rank: int) -> Callable[[list[Any]], list[Any]]:
-        def gather(items: list[Any]) -> list[Any]:
-            self.sent[rank].append(items)
-            self._barrier.wait()
-            turn = len(self.sent[rank]) - 1
-            return [item for sent in reversed(self.sent) for item in sent[turn]]
-
-        return gather
 
 
 def on_ranks(
@@ -321,7 +337,7 @@ def on_ranks(
     def one(rank: int) -> Any:
         try:
             engine = (engines or {}).get(rank) or ScriptedEngine()
-            ranked = generator(engine, rank=rank, num_ranks=num_ranks, gather=meeting.of(rank), weights=dict)
+            ranked = generator(engine, engines=meeting.of(rank), weights=dict)
             return ranked.generate(prompts, how, 0)
         except ValueError as error:
             return str(error)
@@ -349,10 +365,15 @@ def test_engines_restart_together_and_healthy_ones_keep_their_answers() -> None:
     assert len([entry for entry in engines[0].log if entry.startswith("add")]) == 8, "2 prompts x 2 samples x 2 passes"
 
 
+class Doubled(OneRank):
+    def gather(self, items: list[Any]) -> list[Any]:
+        return [*items, *items]
+
+
 def test_ranks_that_share_an_engine_get_every_group_once() -> None:
     """Both ranks of a tensor-parallel engine make the same calls and gather the same groups."""
     prompts = [prompt("a"), Prompt("huge", "x" * 2000, "1")]
-    twice = generator(ScriptedEngine(), gather=lambda items: [*items, *items])
+    twice = generator(ScriptedEngine(), engines=Doubled())
     assert [group.group_id for group in twice.generate(prompts[:1], sampling(), 0)] == [0]
     with pytest.raises(ValueError) as caught:
         twice.generate(prompts, sampling(second_pass=False), 0)
@@ -391,7 +412,7 @@ def test_defect_5_a_refusal_reaches_every_rank_before_anything_is_submitted() ->
 def test_defect_5_a_second_pass_that_cannot_fit_the_engine_is_refused_at_once() -> None:
     engine = ScriptedEngine(limit=700)
     with pytest.raises(ValueError, match="'a', second pass"):
-        generator(engine, max_description_tokens=600).generate([prompt("a")], sampling(), 0)
+        generator(engine, max_description=600).generate([prompt("a")], sampling(), 0)
     assert not engine.log
 
 

@@ -1,7 +1,8 @@
 """WebDataset shards in, prompts and demonstrations out: write, index, read, shuffle, mix, resume."""
 
-from megatron_sr1.data.feed import Batch, Check, SampleFeed, Share
-from megatron_sr1.data.opening import open_dataset, open_stream, read_in_order
+from megatron_sr1.data.feed import Batch, Check, SampleFeed, part_of
+from megatron_sr1.data.kinds import only_demonstrations, only_prompts
+from megatron_sr1.data.opening import open_dataset, open_stream
 from megatron_sr1.data.quarantine import BadSample, Quarantine
 from megatron_sr1.data.shards import ShardDataset, expand_shards
 from megatron_sr1.data.state import StreamState
@@ -17,12 +18,13 @@ __all__ = [
     "SampleSize",
     "SampleStream",
     "ShardDataset",
-    "Share",
     "StreamState",
     "VisualTokens",
     "expand_shards",
+    "only_demonstrations",
+    "only_prompts",
     "open_dataset",
     "open_stream",
-    "read_in_order",
+    "part_of",
     "write_shards",
 ]

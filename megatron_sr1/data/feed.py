@@ -16,30 +16,22 @@ from types import TracebackType
 from megatron_sr1.data.quarantine import BadSample, Quarantine
 from megatron_sr1.data.state import StreamState
 from megatron_sr1.data.stream import SampleStream
-from megatron_sr1.types import Prompt, SftSample
+from megatron_sr1.types import ALONE, Item, Prompt, Ranks, SftSample
 
 Check = Callable[[Prompt | SftSample], None]  # raises ValueError for a sample that cannot be used
-Exchange = Callable[[list[BadSample]], list[BadSample]]  # the lists of all ranks, one after the other; collective
 DEFAULT_PREFETCH = 256 << 20  # bytes
 _DECODED_PER_ENCODED = 12  # RGB bytes for a byte of PNG or JPEG: a guess, until a sample is decoded
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which part of every batch a rank reads: the equal split of the batch into `num_ranks` runs."""
-
-    rank: int = 0
-    num_ranks: int = 1
-
-    def of(self, positions: list[int]) -> list[int]:
-        """This rank's positions; those of all ranks, one after the other, are all."""
-        start, end = (len(positions) * rank // self.num_ranks for rank in (self.rank, self.rank + 1))
-        return positions[start:end]
+def part_of(items: list[Item], ranks: Ranks) -> list[Item]:
+    """This rank's run of the equal split of `items`; those of all ranks, one after the other, are all."""
+    start, end = (len(items) * rank // ranks.num_ranks for rank in (ranks.rank, ranks.rank + 1))
+    return items[start:end]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive good samples of a stream; `samples` are those of this rank's share."""
+    """Consecutive good samples of a stream; `samples` are all, or this rank's part where the feed is divided."""
 
     positions: tuple[int, ...]  # of all ranks
     samples: tuple[Prompt | SftSample, ...]
@@ -55,22 +47,22 @@ class SampleFeed:
         *,
         workers: int = 2,
         prefetch_bytes: int = DEFAULT_PREFETCH,
-        share: Share | None = None,
-        exchange: Exchange = list,
+        ranks: Ranks = ALONE,
+        divided: bool = False,
         check: Check | None = None,
     ) -> None:
         """
         Args:
             workers: threads that read and decode.
             prefetch_bytes: of encoded and decoded samples that wait to be handed out, about; never more than a batch.
-            share: the part of every batch to read; None: all of it.
-            exchange: how the ranks agree on bad samples: one that any rank finds bad, all pass over.
+            ranks: whoever takes the same batches; a sample that any rank finds bad, all pass over.
+            divided: each rank reads its part of every batch alone.
             check: what a sample must hold beyond being readable; one it raises ValueError for is bad.
         """
         self._stream = stream
         self._quarantine = quarantine
-        self._share = share or Share()
-        self._exchange = exchange
+        self._ranks = ranks
+        self._readers: Ranks = ranks if divided else ALONE
         self._check = check
         self._reader = _ReadAhead(stream, workers, prefetch_bytes)
         self._position = 0
@@ -101,7 +93,7 @@ class SampleFeed:
         return {"data/bad_samples": float(len(self._quarantine.bad))} if self._quarantine.budget else {}
 
     def next(self, count: int) -> Batch:
-        """The next `count` good samples. They are in flight until `finish`. Collective, if `exchange` is.
+        """The next `count` good samples. They are in flight until `finish`. Collective.
 
         Raises:
             ValueError: more bad samples than the quarantine takes.
@@ -110,9 +102,9 @@ class SampleFeed:
         while True:
             ahead = self._upcoming(2 * count)
             positions = ahead[:count]
-            order = self._share.of(positions) + self._share.of(ahead[count:])
-            samples, bad = self._read(self._share.of(positions), order)
-            found = self._exchange(bad)
+            mine = part_of(positions, self._readers)
+            samples, bad = self._read(mine, mine + part_of(ahead[count:], self._readers))
+            found = self._ranks.gather(bad)
             if not found:
                 break
             for item in found:

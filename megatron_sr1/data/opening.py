@@ -11,7 +11,6 @@ from megatron_sr1.data.quarantine import Quarantine
 from megatron_sr1.data.remote import ShardCache
 from megatron_sr1.data.shards import ShardDataset, expand_shards
 from megatron_sr1.data.stream import SampleStream, VisualTokens
-from megatron_sr1.types import Prompt, SftSample
 
 
 def open_dataset(config: DataConfig, patterns: Sequence[str], key: str, quarantine: Quarantine) -> ShardDataset:
@@ -49,22 +48,3 @@ def open_stream(
         max_prompt_tokens=config.max_prompt_tokens,
         visual_tokens=visual_tokens,
     )
-
-
-def read_in_order(dataset: ShardDataset, max_samples: int, quarantine: Quarantine) -> list[Prompt | SftSample]:
-    """The first good samples, in the order of the shards; `max_samples` 0: all.
-
-    Raises:
-        ValueError: more bad samples than the quarantine takes.
-    """
-    samples: list[Prompt | SftSample] = []
-    for i in range(len(dataset)):
-        if max_samples and len(samples) == max_samples:
-            break
-        if dataset.place(i) in quarantine:
-            continue
-        try:
-            samples.append(dataset.read(i))
-        except ValueError as error:
-            quarantine.add(dataset.bad(i, error))
-    return samples

@@ -156,8 +156,7 @@ def _sequences(command: str, config: Config) -> tuple[float, int]:
 
 
 def _stage(model: Architecture, config: Config, count: StageCount, command: str, rows: int, num_rows: int) -> StagePlan:
-    streams = preset_from_config(config.objective).streams
-    keep_reference = command == "grpo" and any(stream.kl_coef > 0 for stream in streams)
+    keep_reference = command == "grpo" and preset_from_config(config.objective).needs_reference
     state = trainer_state(count, config, keep_reference=keep_reference)
     return StagePlan(count, state, stage_activations(model, config, count, row_tokens=rows, num_rows=num_rows))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from megatron_sr1.data import Check, Quarantine, ShardDataset
-from megatron_sr1.types import Prompt, SftSample
+from megatron_sr1.data import Check, Quarantine, ShardDataset, only_prompts
+from megatron_sr1.types import Prompt
 
 
 class Heldout:
@@ -104,15 +104,3 @@ def _other_samples(key: str) -> str:
         f"the records of this evaluation hold {key!r} where data.heldout has another sample. Restore the file of "
         "records, or start over with --restart."
     )
-
-
-def only_prompts(samples: Sequence[Prompt | SftSample], key: str) -> list[Prompt]:
-    """The samples, which must all be prompts.
-
-    Raises:
-        ValueError: one is a demonstration; `key` names the configuration key of the shards.
-    """
-    for sample in samples:
-        if isinstance(sample, SftSample):
-            raise ValueError(f"{key} holds the demonstration {sample.prompt.key!r}. Give shards without responses.")
-    return list(samples)

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from megatron_sr1.types import ALONE, Ranks
+
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")  # weights, configuration, tokenizer, processor
 _THREADS = 4
 
@@ -21,9 +23,9 @@ def digest_of(identity: Identity) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def file_digests(hf_dir: Path, rank: int = 0, num_ranks: int = 1) -> list[tuple[str, str]]:
+def file_digests(hf_dir: Path, ranks: Ranks = ALONE) -> list[tuple[str, str]]:
     """(name, sha256 in hex) of this rank's share of a model directory's files; all ranks together read each once."""
-    paths = sorted(path for pattern in _MODEL_FILES for path in hf_dir.glob(pattern))[rank::num_ranks]
+    paths = sorted(path for pattern in _MODEL_FILES for path in hf_dir.glob(pattern))[ranks.rank :: ranks.num_ranks]
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(zip((path.name for path in paths), pool.map(_file_digest, paths), strict=True))
 

@@ -32,13 +32,13 @@ from megatron_sr1.evaluation import (
 )
 from megatron_sr1.evaluation.files import EvaluationFiles, write_summary
 from megatron_sr1.evaluation.heldout import Heldout
-from megatron_sr1.loops.generation import Passes, build_generator, passes_of, prompt_check
+from megatron_sr1.loops.generation import build_generator, prompt_check
 from megatron_sr1.loops.run import Run, open_run
 from megatron_sr1.objective import Preset, preset_from_config
 from megatron_sr1.platform import Platform
 from megatron_sr1.report import print_table, summary_rows
 from megatron_sr1.rewards.workers import Vectors, grade_pairs
-from megatron_sr1.types import Generator, Prompt, RolloutGroup, Sampling, Template
+from megatron_sr1.types import Generator, Passes, Prompt, RolloutGroup, Sampling, Template
 
 Value = TypeVar("Value")
 # whatever the preset trains on
@@ -66,10 +66,10 @@ def run_evaluate(config: Config, platform: Platform, *, restart: bool = False) -
     with open_run(config, platform) as run:
         heldout = heldout_prompts(run)
         files = EvaluationFiles(run.folder, label)
-        model = model_digest(run.gather(file_digests(Path(config.model.hf_dir), platform.rank, platform.world_size)))
+        model = model_digest(platform.ranks.gather(file_digests(Path(config.model.hf_dir), platform.ranks)))
         identity = _identity(config, heldout, model)
         answered = _on_main(run, lambda: _resume(files, identity, restart))
-        engines = functools.cache(lambda: build_generator(run, config.model.hf_dir))  # not where all is answered
+        engines = functools.cache(lambda: build_generator(run))  # not where all is answered
         _answer(run, engines, heldout, files, digest_of(identity), 0, answered)
         if platform.is_main:  # the others are done: no collective may wait for a judge
             if settings.judge_url:
@@ -78,6 +78,45 @@ def run_evaluate(config: Config, platform: Platform, *, restart: bool = False) -
             console = Console() if Console().is_terminal else Console(width=_LOG_WIDTH)
             print_table(console, summary_rows(run.folder))
             print_sources(console, summary, by_source)
+
+
+class Evaluations:
+    """Those of a training run, of the weights that its engines hold: before, now and then, after. Collective."""
+
+    def __init__(self, run: Run, generator: Generator, heldout: Heldout) -> None:
+        self._run, self._generator, self._heldout = run, generator, heldout
+
+    def before(self, step: int) -> None:
+        """Where the run begins, which is at step 0."""
+        if step == 0:
+            self._run.say(f"evaluating the starting point on {len(self._heldout)} held-out prompts")
+            evaluate(self._run, self._generator, self._heldout, label="before", step=0)
+
+    def between(self, step: int) -> None:
+        """Ahead of a step, not behind the last: a run that was stopped or killed in between makes it up."""
+        every = self._run.config.train.evaluate_every
+        if step and every and step % every == 0:
+            evaluate(self._run, self._generator, self._heldout, label=f"step-{step}", step=step)
+
+    def after(self) -> list[RolloutGroup]:
+        """Of the trained policy. Returns as `evaluate`."""
+        self._run.say(f"evaluating the trained policy on {len(self._heldout)} held-out prompts")
+        steps = self._run.config.train.steps
+        return evaluate(self._run, self._generator, self._heldout, label="after", step=steps)
+
+
+class NoEvaluations:
+    """Takes the place of `Evaluations` where there is nothing to evaluate with."""
+
+    def before(self, step: int) -> None:
+        """No evaluation."""
+
+    def between(self, step: int) -> None:
+        """No evaluation."""
+
+    def after(self) -> list[RolloutGroup]:
+        """No answers."""
+        return []
 
 
 def evaluate(run: Run, generator: Generator, heldout: Heldout, *, label: str, step: int) -> list[RolloutGroup]:
@@ -107,7 +146,7 @@ def heldout_prompts(run: Run) -> Heldout:
     config, quarantine = run.config, run.quarantine("heldout")
     dataset = open_dataset(config.data, config.data.heldout, "data.heldout", quarantine)
     preset = preset_from_config(config.objective)
-    check = prompt_check(config, lambda prompt: passes_of(prompt, preset))
+    check = prompt_check(run.planner, preset.passes_of)
     heldout = Heldout(dataset, quarantine, config.evaluate.max_prompts, check)
     heldout.check_images(config.rollout.max_images)
     return heldout
@@ -135,7 +174,7 @@ def _on_main(run: Run, work: Callable[[], Value]) -> Value:
             outcome.append((work(), ""))
         except ValueError as error:
             outcome.append((None, str(error)))
-    ((value, refusal),) = run.gather(outcome)
+    ((value, refusal),) = run.platform.ranks.gather(outcome)
     if refusal:
         raise ValueError(refusal)
     return value
@@ -192,8 +231,9 @@ def _answer_chunk(
         groups = generator.generate([chunk[index] for index in indices], sampling, step)
         for index, group in zip(indices, groups, strict=True):
             answers[index] = (replace(group, group_id=index), template)
-    mine = sorted(answers)[run.platform.rank :: run.platform.world_size]
-    graded = dict(run.gather([(index, _grade(*answers[index])) for index in mine]))
+    ranks = run.platform.ranks
+    mine = sorted(answers)[ranks.rank :: ranks.num_ranks]
+    graded = dict(ranks.gather([(index, _grade(*answers[index])) for index in mine]))
     return [(*answers[index], graded[index]) for index in range(len(chunk))]
 
 
@@ -201,7 +241,7 @@ def _by_passes(chunk: Sequence[Prompt], preset: Preset) -> dict[Passes, list[int
     """Indices into the chunk."""
     parts: dict[Passes, list[int]] = {}
     for index, prompt in enumerate(chunk):
-        parts.setdefault(passes_of(prompt, preset), []).append(index)
+        parts.setdefault(preset.passes_of(prompt), []).append(index)
     return parts
 
 

@@ -10,9 +10,9 @@ from megatron_sr1.config import Config
 from megatron_sr1.data import Check
 from megatron_sr1.loops.run import Run
 from megatron_sr1.objective import Preset
-from megatron_sr1.processor import Processor
-from megatron_sr1.rollout import Engine, Limits, TwoPassGenerator, refusals, stale_vision_canary
-from megatron_sr1.types import Prompt, SftSample, Template
+from megatron_sr1.platform import TeamRanks
+from megatron_sr1.rollout import Engine, Planner, TwoPassGenerator, stale_vision_canary
+from megatron_sr1.types import Passes, Prompt, Sampling, SftSample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,24 +20,23 @@ if TYPE_CHECKING:
 
 
 Weights = Callable[[], Iterable[tuple[str, "Tensor"]]]
-Passes = tuple[Template, bool]  # of the first pass; whether a second one follows
 _CANARY_SIDE = 56  # pixels: a few visual tokens for every family
 
 
-def build_generator(run: Run, hf_dir: str, weights: Weights | None = None) -> TwoPassGenerator:
-    """Engines on all ranks, each with the weights of `hf_dir` and a share of the prompts. Collective.
+def build_generator(run: Run, weights: Weights | None = None) -> TwoPassGenerator:
+    """Engines on all ranks, each with the weights of `model.hf_dir` and a share of the prompts. Collective.
 
     Args:
         weights: streams the policy's present weights, collectively. They are loaded at once, and whether updates reach
             the vision tower's images is tried (`stale_vision_canary`); later they refill engines that had to be
-            restarted. None: the engines keep those of `hf_dir`.
+            restarted. None: the engines keep those of `model.hf_dir`.
 
     Raises:
         RuntimeError: the engine does not hold, or does not look through, the weights it was sent.
     """
-    rollout, platform = run.config.rollout, run.platform
+    rollout = run.config.rollout
     engine = Engine(
-        hf_dir,
+        run.config.model.hf_dir,
         max_model_tokens=rollout.max_model_tokens,
         max_running_requests=rollout.max_running_requests,
         kv_cache_gib=rollout.kv_cache_gib,
@@ -47,43 +46,39 @@ def build_generator(run: Run, hf_dir: str, weights: Weights | None = None) -> Tw
         checksum_every=rollout.checksum_every,
         sleeps=rollout.sleep,
     )
-    processor = Processor.from_pretrained(hf_dir)
     if weights is not None:
         engine.update_weights(weights(), 0)
-        stale_vision_canary(engine, processor, _canary_image(), weights)
-    return TwoPassGenerator(
-        engine,
-        processor,
-        max_description_tokens=rollout.max_description_tokens,
-        rank=platform.rank // rollout.engine_tensor,
-        num_ranks=platform.world_size // rollout.engine_tensor,
-        gather=run.gather,
-        weights=weights,
+        stale_vision_canary(engine, run.processor, _canary_image(), weights)
+    engines = TeamRanks(run.platform.ranks, rollout.engine_tensor)
+    return TwoPassGenerator(engine, run.planner, engines=engines, weights=weights)
+
+
+def training_sampling(config: Config, preset: Preset) -> Sampling:
+    """How the responses that are trained on are drawn."""
+    rollout = config.rollout
+    return Sampling(
+        num_samples=rollout.samples_per_prompt,
+        temperature=rollout.temperature,
+        max_response_tokens=rollout.max_response_tokens,
+        seed=config.seed,
+        template=preset.passes.template,
+        second_pass=preset.passes.second_pass,
     )
 
 
-def prompt_check(config: Config, passes: Callable[[Prompt], Passes]) -> Check:
+def prompt_check(planner: Planner, passes: Callable[[Prompt], Passes]) -> Check:
     """What a prompt must be beyond readable: short enough for the engines, in each of its passes.
 
     The function raises ValueError with the sample's key, its length and the limits.
     """
-    rollout = config.rollout
-    limits = Limits(rollout.max_response_tokens, rollout.max_model_tokens, rollout.max_description_tokens)
-    processor = Processor.from_pretrained(config.model.hf_dir)
 
     def check(sample: Prompt | SftSample) -> None:
         prompt = sample.prompt if isinstance(sample, SftSample) else sample
-        refused = list(refusals(processor, prompt, *passes(prompt), limits))
+        refused = planner.refusals(prompt, *passes(prompt))
         if refused:
             raise ValueError("\n".join(refused))
 
     return check
-
-
-def passes_of(prompt: Prompt, preset: Preset) -> Passes:
-    """Those of an evaluation: without an image there is nothing to describe."""
-    template: Template = preset.template if prompt.images else "cot"
-    return template, template == "see_think"
 
 
 def _canary_image() -> Image:

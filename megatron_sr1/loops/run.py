@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch.distributed
 
 from megatron_sr1.config import Config, dump_config
 from megatron_sr1.convert.greedy import compare_greedy
-from megatron_sr1.data import Check, Quarantine, SampleFeed, StreamState, VisualTokens, open_stream
+from megatron_sr1.data import Check, Quarantine, SampleFeed, StreamState, open_stream
+from megatron_sr1.loops.preemption import StopRequest
 from megatron_sr1.metrics import MetricsWriter, Trackers
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.processor import Processor
+from megatron_sr1.rollout import Limits, Planner
 from megatron_sr1.training.checkpointer import Checkpointer, Progress
 from megatron_sr1.types import RolloutGroup
 from megatron_sr1.weights import write_hf_dir
@@ -35,6 +37,22 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.config.run_dir)
+
+    @cached_property
+    def processor(self) -> Processor:
+        """Of the model the run starts from.
+
+        Raises:
+            ValueError: see `Processor.from_pretrained`.
+        """
+        return Processor.from_pretrained(self.config.model.hf_dir)
+
+    @cached_property
+    def planner(self) -> Planner:
+        """Of the passes of prompts, within the limits of the run's engines."""
+        rollout = self.config.rollout
+        limits = Limits(rollout.max_response_tokens, rollout.max_model_tokens, rollout.max_description_tokens)
+        return Planner(self.processor, limits)
 
     @property
     def export_dir(self) -> Path:
@@ -56,37 +74,51 @@ class Run:
             ValueError: shards are missing or damaged, or have no index where one is needed.
         """
         data, quarantine = self.config.data, self.quarantine(name)
-        lengths = visual_tokens(self.config.model.hf_dir) if data.max_prompt_tokens else None
+        lengths = self.processor.num_visual_tokens if data.max_prompt_tokens else None
         stream = open_stream(data, name, self.config.seed, quarantine, lengths)
         ahead = {"workers": data.workers, "prefetch_bytes": data.prefetch_mib << 20}
-        return SampleFeed(stream, quarantine, **ahead, exchange=self.gather, check=check)
+        return SampleFeed(stream, quarantine, **ahead, ranks=self.platform.ranks, check=check)
 
-    def resume(self, policy: Policy, feed: SampleFeed) -> Progress:
+    def resume(self, policy: Policy, feed: SampleFeed) -> int:
         """Loads the newest checkpoint into the policy and sets the feed to its place; where there is none, the start.
+
+        Returns:
+            The step to go on with.
 
         Raises:
             ValueError: the checkpoint belongs to other data, another starting model or another kind of optimizer.
         """
-        checkpoints, source = self.checkpointer(), (feed.fingerprint, self.config.model.hf_dir)
+        checkpoints = self.checkpointer()
         newest = checkpoints.newest()
         if newest is None:
-            return Progress(0, 0, *source)
+            return 0
         feed.restore(StreamState.from_json(newest.stream))
-        progress = checkpoints.restore(policy, *source)
+        progress = checkpoints.restore(policy, feed.fingerprint, self.config.model.hf_dir)
         assert progress == newest
         self.say(f"continuing after step {progress.step}")
-        return progress
+        return progress.step
+
+    def end_step(self, step: int, feed: SampleFeed, stop: StopRequest, policy: Policy | None) -> None:
+        """Saves the policy where that is due, and leaves where the run is asked to. Collective.
+
+        Args:
+            policy: None: the step has not changed it, so there is nothing to save.
+
+        Raises:
+            SystemExit: the run is asked to stop.
+        """
+        train, num_done = self.config.train, step + 1
+        stopping = stop.agreed()
+        if policy is not None and (stopping or num_done % train.save_every == 0 or num_done == train.steps):
+            place = (num_done, feed.position, feed.fingerprint, self.config.model.hf_dir, feed.state().to_json())
+            self.checkpointer().save(policy, Progress(*place))
+        if stopping:
+            stop.leave(num_done)
 
     def say(self, text: str) -> None:
         """Tells whoever watches what the run is at."""
         if self.platform.is_main:
             print(text, flush=True)
-
-    def gather(self, items: list[Any]) -> list[Any]:
-        """All ranks' items on every rank, in rank order. Collective."""
-        lists: list[list[Any]] = [[] for _ in range(self.platform.world_size)]
-        torch.distributed.all_gather_object(lists, items)
-        return [item for part in lists for item in part]
 
     def export(self, policy: Policy) -> None:
         """Writes the policy's weights, with the starting model's configuration and processor files. Collective."""
@@ -109,12 +141,6 @@ class Run:
             report = {"identical_greedy_answers": len(answers), "keys": [group.prompt.key for group in answers]}
             (self.folder / "export.json").write_text(json.dumps(report, indent=1) + "\n")
         torch.distributed.barrier()
-
-
-def visual_tokens(hf_dir: str) -> VisualTokens:
-    """How many tokens an image of a size takes up in a prompt of this model; no pixel is read."""
-    processor = Processor.from_pretrained(hf_dir)
-    return lambda size: math.prod(processor.grid(size)) // processor.merge_size**2
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_sr1.config import ObjectiveConfig
-from megatron_sr1.types import KlEstimator, PassName, RewardStream, Template, TokenSegment
+from megatron_sr1.types import KlEstimator, Passes, PassName, Prompt, RewardStream, Template, TokenSegment
 
 SECOND_PASS_SUFFIX = "_vis"  # components that are measured on the second pass
 
@@ -56,6 +56,21 @@ class Preset:
         """Whether the second pass must be generated: a stream trains on it, or a reward is measured on it."""
         trained = any(stream.trajectory == "second" for stream in self.streams)
         return trained or any(component.endswith(SECOND_PASS_SUFFIX) for component in self.components)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a stream is held to the weights the policy started from."""
+        return any(stream.kl_coef > 0 for stream in self.streams)
+
+    @property
+    def passes(self) -> Passes:
+        """Those of training. The second pass is measured even where it earns nothing."""
+        return Passes(self.template, self.second_pass or self.template == "see_think")
+
+    def passes_of(self, prompt: Prompt) -> Passes:
+        """Those of an evaluation: without an image there is nothing to describe."""
+        template: Template = self.template if prompt.images else "cot"
+        return Passes(template, template == "see_think")
 
     @property
     def components(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ import torch.multiprocessing
 
 from megatron_sr1.platform.accelerator import Accelerator, find_accelerator
 from megatron_sr1.platform.cpu_shim import install_cpu_shim, patch_megatron
+from megatron_sr1.platform.ranks import GroupRanks
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a rank that waits longer than this for a dead peer fails
@@ -43,6 +44,11 @@ class Platform:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def ranks(self) -> GroupRanks:
+        """All ranks of the job."""
+        return GroupRanks()
 
     @property
     def on_cpu(self) -> bool:

@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from megatron_sr1.config import Config, check_model
-from megatron_sr1.platform import Platform
+from megatron_sr1.platform import GroupRanks, Platform
 from megatron_sr1.platform.precision import check_bf16_layers, check_precision
 from megatron_sr1.policy.architecture import Architecture, read_architecture
 from megatron_sr1.policy.build import build_chunks
@@ -55,6 +55,11 @@ class Scorer:
         else:
             load_hf_weights(self.chunks, self.config.model.hf_dir, self.architecture, self.groups)
         mark_shards(self.chunks, self.architecture, self.groups)
+
+    @property
+    def replicas(self) -> GroupRanks:
+        """The data-parallel replicas, each with a share of the sequences."""
+        return GroupRanks(self.groups.data)
 
     def logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
         """Scores of each micro-batch's R rows, without gradient, on every rank of the pipeline."""

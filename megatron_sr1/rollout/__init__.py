@@ -1,8 +1,8 @@
 """Generation: engines in the training ranks, two passes per sample. Importing this package does not import vllm."""
 
-from megatron_sr1.rollout.plan import Limits, refusals
+from megatron_sr1.rollout.plan import Limits, Planner
 from megatron_sr1.rollout.two_pass import TwoPassGenerator
 from megatron_sr1.rollout.vision_canary import stale_vision_canary
 from megatron_sr1.rollout.vllm.engine import Engine
 
-__all__ = ["Engine", "Limits", "TwoPassGenerator", "refusals", "stale_vision_canary"]
+__all__ = ["Engine", "Limits", "Planner", "TwoPassGenerator", "stale_vision_canary"]

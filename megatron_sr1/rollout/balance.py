@@ -6,7 +6,6 @@ would assign otherwise than the run that was stopped, and batches of other promp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from megatron_sr1.packing import split_for_ranks
@@ -31,7 +30,7 @@ def expected_tokens(processor: Processor, prompt: Prompt, sampling: Sampling) ->
     The siblings share the first pass' prompt through the prefix cache; each has a second prompt of its own, whose
     description counts as part of the response it came from. No pixel is read.
     """
-    visual = sum(math.prod(processor.grid(image.size)) // processor.merge_size**2 for image in prompt.images)
+    visual = sum(processor.num_visual_tokens(image.size) for image in prompt.images)
     text = len(prompt.problem) // _CHARACTERS_PER_TOKEN
     passes = 2 if sampling.second_pass else 1
     responses = sampling.num_samples * passes * sampling.max_response_tokens // 2

@@ -12,20 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import find_description
-from megatron_sr1.rollout.plan import Limits, PassPrompt, check_same_ids, cut_description, plan_second, refusal
+from megatron_sr1.rollout.plan import PassPrompt, Planner, check_same_ids
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation, TokenEngine
 from megatron_sr1.rollout.seeds import request_seed
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, Sampling
-
-
-@dataclass(frozen=True)
-class PassOptions:
-    """How the two passes follow each other."""
-
-    max_description_tokens: int  # a longer description is cut before the second pass
-    streamed: bool = True  # False: the second pass starts when the whole first pass is done
 
 
 @dataclass(frozen=True)
@@ -39,32 +30,36 @@ class _Request:
         return f"{self.group}/{self.sample}/{self.plan.pass_name}"
 
 
-class Passes:
+class PassRequests:
     """What has been asked for and what has come back; it outlives the engine that answers."""
 
     def __init__(
         self,
-        processor: Processor,
+        planner: Planner,
         prompts: Sequence[Prompt],
-        plans: dict[int, PassPrompt],
+        groups: Sequence[int],
         sampling: Sampling,
         step: int,
-        options: PassOptions,
         on_group: Callable[[RolloutGroup], None] | None = None,
+        *,
+        streamed: bool = True,
     ) -> None:
         """
         Args:
-            plans: the first pass of each group that this engine answers, by index into `prompts`.
+            groups: indices into `prompts` of those that this engine answers.
             on_group: takes each group as soon as its last pass is done.
+            streamed: False: the second pass starts when the whole first pass is done.
         """
-        self._processor = processor
+        self._planner = planner
+        self._processor = planner.processor
         self._prompts = prompts
         self._sampling = sampling
         self._step = step
-        self._options = options
+        self._streamed = streamed
         self._on_group = on_group
         self._start = time.perf_counter()
         samples = range(sampling.num_samples)
+        plans = {group: planner.first(prompts[group], sampling.template) for group in groups}
         requests = [_Request(group, sample, plan) for group, plan in plans.items() for sample in samples]
         self._open = {request.request_id: request for request in requests}  # asked for, not answered
         self._left = dict.fromkeys(plans, sampling.num_samples)  # samples of each group that are not complete
@@ -92,9 +87,9 @@ class Passes:
                 second = self._finish(self._open.pop(generation.request_id), generation, engine)
                 if second is not None:
                     self._open[second.request_id] = second
-                    if self._options.streamed:
+                    if self._streamed:
                         self._submit(engine, second, _prepare(engine, second.plan))
-            if not self._options.streamed and not engine.has_unfinished():
+            if not self._streamed and not engine.has_unfinished():
                 self._submit_possible(engine, list(self._open.values()))
 
     def pairs(self) -> dict[int, tuple[RolloutPair, ...]]:
@@ -106,7 +101,7 @@ class Passes:
         """Everything, or behind a barrier the first passes alone while there are some."""
         firsts = [request for request in requests if request.plan.pass_name == "first"]
         prepared: dict[int, object] = {}  # one per plan: siblings share the processed images
-        for request in firsts if firsts and not self._options.streamed else requests:
+        for request in firsts if firsts and not self._streamed else requests:
             identity = id(request.plan)
             if identity not in prepared:
                 prepared[identity] = _prepare(engine, request.plan)
@@ -140,14 +135,9 @@ class Passes:
         if written is None:
             self._complete(RolloutPair(request.sample, rollout, None, None), place)
             return None
-        description = cut_description(self._processor, written, self._options.max_description_tokens)
+        description = self._planner.cut(written)
         self._pairs[place] = RolloutPair(request.sample, rollout, None, description, description != written)
-        second = plan_second(self._processor, self._prompts[request.group], description)
-        options = (self._sampling.max_response_tokens, engine.max_model_tokens, self._options.max_description_tokens)
-        text = refusal(second, Limits(*options))
-        if text is not None:
-            raise ValueError(text)
-        return replace(request, plan=second)
+        return replace(request, plan=self._planner.second(self._prompts[request.group], description))
 
     def _complete(self, pair: RolloutPair, place: tuple[int, int]) -> None:
         group = place[0]

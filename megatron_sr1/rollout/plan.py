@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,19 +64,53 @@ class Limits:
 
     max_response: int
     max_model: int  # prompt + response
-    max_description: int
+    max_description: int  # a longer description is cut before the second pass
 
 
-def refusals(
-    processor: Processor, prompt: Prompt, template: Template, second_pass: bool, limits: Limits
-) -> Iterator[str]:
-    """Why the engine cannot take a prompt, for each pass that does not fit; of the second all but its description is
-    known, which is counted in full."""
-    texts = [refusal(plan_first(processor, prompt, template), limits)]
-    if second_pass:
-        shortest = plan_second(processor, prompt, description="")
-        texts.append(refusal(shortest, limits, reserved=limits.max_description))
-    return (text for text in texts if text is not None)
+class Planner:
+    """Plans the passes of prompts, and knows what does not fit the engine.
+
+    A first pass is planned once, whoever asks first: the check of the data, or the generator. The plan lives as long as
+    its prompt.
+    """
+
+    def __init__(self, processor: Processor, limits: Limits) -> None:
+        self.processor = processor
+        self.limits = limits
+        self._firsts: dict[tuple[int, Template], PassPrompt] = {}  # by the identity of the prompt
+
+    def first(self, prompt: Prompt, template: Template) -> PassPrompt:
+        """The first pass. Raises as `plan_first`."""
+        place = (id(prompt), template)
+        if place not in self._firsts:
+            self._firsts[place] = plan_first(self.processor, prompt, template)
+            weakref.finalize(prompt, self._firsts.pop, place, None).atexit = False
+        return self._firsts[place]
+
+    def second(self, prompt: Prompt, description: str) -> PassPrompt:
+        """The second pass, of a description that `cut` has returned.
+
+        Raises:
+            ValueError: it does not fit the engine: a description that was cut became longer again as part of a prompt.
+        """
+        plan = plan_second(self.processor, prompt, description)
+        text = refusal(plan, self.limits)
+        if text is not None:
+            raise ValueError(text)
+        return plan
+
+    def cut(self, description: str) -> str:
+        """The description, or as much of it as a second pass may hold."""
+        return cut_description(self.processor, description, self.limits.max_description)
+
+    def refusals(self, prompt: Prompt, template: Template, second_pass: bool) -> list[str]:
+        """Why the engine cannot take a prompt, for each pass that does not fit; of the second all but its description
+        is known, which is counted in full."""
+        texts = [refusal(self.first(prompt, template), self.limits)]
+        if second_pass:
+            shortest = plan_second(self.processor, prompt, description="")
+            texts.append(refusal(shortest, self.limits, reserved=self.limits.max_description))
+        return [text for text in texts if text is not None]
 
 
 def refusal(plan: PassPrompt, limits: Limits, reserved: int = 0) -> str | None:

@@ -1,33 +1,46 @@
-"""A step's rollouts from the engines, graded while they are made."""
+"""A step's rollouts from the engines, graded while they are made, and kept in a file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+
+from torch import Tensor
 
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.objective import Preset
 from megatron_sr1.rewards.workers import Graders
-from megatron_sr1.training.rewards import Rewards, join_rewards, scored_components
-from megatron_sr1.types import Generator, Prompt, RolloutGroup, Sampling
+from megatron_sr1.training.rollout_files import rollouts_file, write_rollouts
+from megatron_sr1.training.step_rewards import Rewards, join_rewards, scored_components
+from megatron_sr1.types import Generator, Prompt, Ranks, RolloutGroup, Sampling
 
 
 class LiveRollouts:
-    """Generates and grades. Its worker processes live as long as its `with` block."""
+    """Implements `RolloutSource` on a generator. Its worker processes live as long as its `with` block."""
 
     def __init__(
         self,
         generator: Generator,
         sampling: Sampling,
         preset: Preset,
-        gather: Callable[[list[Any]], list[Any]],
+        ranks: Ranks,
+        folder: Path,
+        *,
+        refreshed: bool = True,
     ) -> None:
-        """`gather`: gives every rank the concatenation of all ranks' lists."""
+        """
+        Args:
+            ranks: all ranks of the job; the first of them keeps the files.
+            folder: of the files, one for each step.
+            refreshed: weights come after every step, and until then the engines give their memory to the trainer.
+        """
         self._generator = generator
         self._sampling = sampling
         self._preset = preset
-        self._gather = gather
+        self._ranks = ranks
+        self._folder = folder
+        self._refreshed = refreshed
         self._graders = Graders(scored_components(preset))
 
     def __enter__(self) -> LiveRollouts:
@@ -47,5 +60,13 @@ class LiveRollouts:
         with clock("rollout"):
             groups = self._generator.generate(prompts, self._sampling, step, self._graders.submit)
         with clock("reward"):
-            rewards = join_rewards(self._gather(self._graders.collect()), self._preset)
+            rewards = join_rewards(self._ranks.gather(self._graders.collect()), self._preset)
+        if self._ranks.rank == 0:
+            write_rollouts(rollouts_file(self._folder, step), groups, rewards)
+        if self._refreshed:
+            self._generator.sleep()
         return groups, rewards
+
+    def refresh(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Streams the weights into the engines, and wakes them where they sleep. Collective."""
+        self._generator.update_weights(weights, version)

@@ -1,90 +1,41 @@
-"""Saved rollouts instead of an engine: a step's training, again, from the file the step left behind.
-
-Python writes floats so that reading gives the same bits. A step trained from its file is therefore the step itself.
-"""
+"""Saved rollouts instead of an engine: a step's training, again, from the file the step left behind."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
-import torch
+from torch import Tensor
 
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.objective import Preset
-from megatron_sr1.training.rewards import Rewards, scored_components
-from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
+from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file
+from megatron_sr1.training.step_rewards import Rewards, scored_components
+from megatron_sr1.types import Prompt, RolloutGroup
 
 
 class SavedRollouts:
-    """The rollouts of every step from a run's `rollouts` folder."""
+    """Implements `RolloutSource` on a run's `rollouts` folder."""
 
     def __init__(self, folder: Path, preset: Preset, num_samples: int) -> None:
+        """`num_samples`: K of the run that saved them."""
         self._folder = folder
         self._components = scored_components(preset)
         self._num_samples = num_samples
+
+    def __enter__(self) -> SavedRollouts:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
 
     def take(self, prompts: Sequence[Prompt], step: int, clock: Clock) -> tuple[list[RolloutGroup], Rewards]:
         """All groups and rewards of the step; see `read_rollouts` for errors."""
         with clock("rollout"):
             return read_rollouts(rollouts_file(self._folder, step), prompts, self._num_samples, self._components)
 
-
-def rollouts_file(folder: Path, step: int) -> Path:
-    """Where a step's rollouts are, in a `rollouts` folder."""
-    return folder / f"step_{step:06d}.jsonl"
-
-
-def read_rollouts(
-    path: Path, prompts: Sequence[Prompt], num_samples: int, components: Sequence[str]
-) -> tuple[list[RolloutGroup], Rewards]:
-    """What `scoring.write_rollouts` wrote.
-
-    Args:
-        prompts: of that step, in its order; the file has their keys, and no images.
-        num_samples: K.
-        components: rewards that must be there.
-
-    Raises:
-        ValueError: no such file, another number of samples, another prompt than the data gives at this place, a reward
-            that was not measured, or another number of response ids than log-probs.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist. Give the folder of a run that saved this step, or lower train.steps.")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    if len(lines) != len(prompts) * num_samples:
-        raise ValueError(
-            f"{path} holds {len(lines)} samples, the configuration asks for {len(prompts)} prompts x {num_samples} "
-            "samples. Set rollout.prompts_per_step and rollout.samples_per_prompt as in the run that saved it."
-        )
-    missing = sorted(set(components) - set(lines[0]["rewards"]))
-    if missing:
-        raise ValueError(f"{path} has no reward {missing[0]!r}. Set objective.preset as in the run that saved it.")
-    groups = []
-    for index, prompt in enumerate(prompts):
-        share = lines[index * num_samples : (index + 1) * num_samples]
-        for line in share:
-            if line["key"] != prompt.key:
-                raise ValueError(
-                    f"{path}, group {index}: rollouts of sample {line['key']!r}, but the data gives {prompt.key!r}. "
-                    "Use the data.train and the seed of the run that saved it."
-                )
-        groups.append(RolloutGroup(index, prompt, tuple(_pair(path, line) for line in share)))
-    rewards = {name: torch.tensor([line["rewards"][name] for line in lines]) for name in lines[0]["rewards"]}
-    return groups, rewards
-
-
-def _pair(path: Path, line: dict[str, Any]) -> RolloutPair:
-    first, second = _rollout(path, line["first"]), line["second"]
-    second = None if second is None else _rollout(path, second)
-    return RolloutPair(line["sample"], first, second, line["description"], line["description_cut"])
-
-
-def _rollout(path: Path, fields: dict[str, Any]) -> Rollout:
-    ids, logprobs = fields["response_ids"], fields["generator_logprobs"]
-    if len(ids) != len(logprobs):
-        raise ValueError(f"{path}, {fields['rollout_id']}: {len(ids)} response ids and {len(logprobs)} log-probs.")
-    sequences = {name: tuple(fields[name]) for name in ("prompt_ids", "response_ids", "generator_logprobs")}
-    return Rollout(**{**fields, **sequences})
+    def refresh(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Nothing is drawn, so the weights stay where they are; no rank asks for one."""

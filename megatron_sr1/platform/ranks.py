@@ -1,0 +1,51 @@
+"""`types.Ranks` on process groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed
+from torch.distributed import ProcessGroup
+
+from megatron_sr1.types import Item, Ranks
+
+
+@dataclass(frozen=True)
+class GroupRanks:
+    """The ranks of a process group; None: all ranks of the job."""
+
+    group: ProcessGroup | None = None
+
+    @property
+    def rank(self) -> int:
+        return torch.distributed.get_rank(self.group)
+
+    @property
+    def num_ranks(self) -> int:
+        return torch.distributed.get_world_size(self.group)
+
+    def gather(self, items: list[Item]) -> list[Item]:
+        """All ranks' items on every rank, in the order of the ranks. Collective."""
+        lists: list[list[Item]] = [[] for _ in range(self.num_ranks)]
+        torch.distributed.all_gather_object(lists, items, group=self.group)
+        return [item for part in lists for item in part]
+
+
+@dataclass(frozen=True)
+class TeamRanks:
+    """Teams of `size` ranks in a row, each counted as one: the ranks of an engine. Each still sends its own items."""
+
+    ranks: Ranks
+    size: int
+
+    @property
+    def rank(self) -> int:
+        return self.ranks.rank // self.size
+
+    @property
+    def num_ranks(self) -> int:
+        return self.ranks.num_ranks // self.size
+
+    def gather(self, items: list[Item]) -> list[Item]:
+        """All ranks' items, so a team's once for each of its ranks. Collective."""
+        return self.ranks.gather(items)

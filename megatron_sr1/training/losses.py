@@ -1,0 +1,76 @@
+"""The loss of each micro-batch of one optimizer step: `types.LossFn`s over the batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from megatron_sr1.config import ObjectiveConfig
+from megatron_sr1.kernels import fused_stream_loss
+from megatron_sr1.objective import Mismatch, Preset, importance_weights, sft_loss, token_kinds
+from megatron_sr1.training.batches import SftBatch, StreamBatch
+from megatron_sr1.types import Clip, LogProbs, LossInputs
+
+
+class SftLoss:
+    """Of demonstrations."""
+
+    def __init__(self, batch: SftBatch) -> None:
+        self._batch = batch
+
+    def __call__(self, index: int, logprobs: LogProbs) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return sft_loss(logprobs.logprobs, self._batch.token_weights[index])
+
+
+class PolicyLoss:
+    """Of rollouts (Vision-SR1, eq. 7-9), with how far trainer and generator are apart."""
+
+    def __init__(
+        self,
+        batch: StreamBatch,
+        old: list[LogProbs] | None,
+        reference: list[LogProbs] | None,
+        preset: Preset,
+        objective: ObjectiveConfig,
+    ) -> None:
+        """
+        Args:
+            old: per micro-batch, of the weights that drew the rollouts; None: they are the policy's present ones.
+            reference: per micro-batch; None only where no stream has a KL term.
+        """
+        self._batch, self._old, self._reference, self._preset = batch, old, reference, preset
+        self._clip = Clip(objective.clip_low, objective.clip_high, objective.dual_clip)
+        bounds = (objective.mismatch_low, objective.mismatch_high)
+        self._mismatch = Mismatch(objective.mismatch, objective.mismatch_level, *bounds)
+
+    def __call__(self, index: int, logprobs: LogProbs) -> tuple[Tensor, Mapping[str, Tensor]]:
+        micro_batch, tokens, trainer = self._batch.micro_batches[index], self._batch.tokens[index], logprobs.logprobs
+        old = None if self._old is None else self._old[index].logprobs
+        drawing = trainer if old is None else old  # the trainer's, of the weights that drew the tokens
+        weights, bounded = importance_weights(
+            drawing, tokens.generator_logprobs, micro_batch.row_sequence, self._mismatch
+        )
+        loss, metrics = fused_stream_loss(
+            LossInputs(
+                trainer_logprobs=trainer,
+                old_logprobs=old,
+                ref_logprobs=None if self._reference is None else self._reference[index].logprobs,
+                advantages=tokens.advantages * weights,
+                token_weights=tokens.token_weights,
+                streams=self._preset.streams,
+                clip=self._clip,
+            )
+        )
+        gap = (trainer.detach() - tokens.generator_logprobs).abs()
+        per_token = {"logprob_gap": gap, "entropy": logprobs.entropy}
+        if self._mismatch.kind != "none":
+            per_token |= {"mismatch/weight": weights, "mismatch/bounded": bounded}
+        sums = {name: value.sum() / self._batch.num_tokens for name, value in per_token.items()}
+        return loss, {**metrics, **sums, **self._gaps(index, (drawing.detach() - tokens.generator_logprobs).abs())}
+
+    def _gaps(self, index: int, gap: Tensor) -> dict[str, Tensor]:
+        """Mean |log-prob gap| to the generator, by kind of token; of the weights that drew them, before any update."""
+        batch = self._batch
+        kinds = token_kinds(batch.tokens[index].image_distance, batch.micro_batches[index].row_offset)
+        return {f"mismatch/{name}": (gap * kinds[name]).sum() / count for name, count in batch.num_of_kind.items()}

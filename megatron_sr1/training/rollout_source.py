@@ -1,0 +1,31 @@
+"""Where a step's scored rollouts come from: engines that run now, or the files of a run that had some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_sr1.metrics.clock import Clock
+from megatron_sr1.training.step_rewards import Rewards
+from megatron_sr1.types import Prompt, RolloutGroup
+
+
+class RolloutSource(Protocol):
+    """Use it in a `with`, which ends its workers."""
+
+    def take(self, prompts: Sequence[Prompt], step: int, clock: Clock) -> tuple[list[RolloutGroup], Rewards]:
+        """All groups and all rewards of a step, on every rank. Collective. The clock notes `seconds/rollout`."""
+        ...
+
+    def refresh(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Takes the policy's weights, with which the next step is drawn. Collective."""
+        ...
+
+    def __enter__(self) -> RolloutSource: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

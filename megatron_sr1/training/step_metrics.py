@@ -1,0 +1,81 @@
+"""The metrics of a GRPO step: of its rollouts, of its optimizer steps, of its time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_sr1.metrics import MetricLog
+from megatron_sr1.metrics.clock import Clock
+from megatron_sr1.objective import Preset
+from megatron_sr1.policy import StepResult
+from megatron_sr1.rewards import faithful
+from megatron_sr1.training.step_rewards import Rewards
+from megatron_sr1.types import RolloutGroup
+
+
+def step_metrics(
+    groups: Sequence[RolloutGroup], rewards: Rewards, preset: Preset, results: Sequence[StepResult], clock: Clock
+) -> dict[str, float]:
+    """All of them by name; those of several optimizer steps as their mean."""
+    log = MetricLog()
+    _log_rewards(log, groups, rewards, preset)
+    num_tokens = _log_responses(log, groups)
+    log.add("tokens_per_second", num_tokens / clock.seconds["seconds/rollout"])
+    for result in results:
+        for name, value in result.metrics.items():
+            log.add(name, value)
+        log.add("grad_norm", result.grad_norm)
+        log.add("learning_rate", result.learning_rate, "last")
+    for name, value in clock.seconds.items():
+        log.add(name, value)
+    return log.reduce()
+
+
+def summarise(groups: Sequence[RolloutGroup], rewards: Rewards) -> dict[str, float | None]:
+    """Shares over all rollouts.
+
+    language_shortcut_rate is the share whose answer is right although the description alone does not give it
+    (Vision-SR1, section 5). `faithful` is None where no prompt says what its image shows.
+    """
+    right, seen = rewards["acc"], rewards["acc_vis"]
+    truths = [faithful(pair.description, group.prompt) for group in groups for pair in group.pairs]
+    known = [float(truth) for truth in truths if truth is not None]
+    return {
+        "accuracy": right.mean().item(),
+        "second_pass_accuracy": seen.mean().item(),
+        "language_shortcut_rate": (right * (1.0 - seen)).mean().item(),
+        "faithful": sum(known) / len(known) if known else None,
+        "format": rewards["format"].mean().item(),
+        "leak": rewards["leak"].mean().item(),
+    }
+
+
+def _log_rewards(log: MetricLog, groups: Sequence[RolloutGroup], rewards: Rewards, preset: Preset) -> None:
+    for name, value in summarise(groups, rewards).items():
+        if value is not None:
+            log.add(name, value)
+    for name, reward in rewards.items():
+        if name != "format":  # in the summary already
+            log.add(f"reward/{name}", reward.mean().item())
+    earned = [weight * rewards[name].mean().item() for stream in preset.streams for name, weight in stream.rewards]
+    log.add("reward/total", sum(earned))
+
+
+def _log_responses(log: MetricLog, groups: Sequence[RolloutGroup]) -> int:
+    """Returns the number of response tokens."""
+    pairs = [pair for group in groups for pair in group.pairs]
+    responses = {
+        "first": [pair.first for pair in pairs],
+        "second": [pair.second for pair in pairs if pair.second is not None],
+    }
+    for name, rollouts in responses.items():
+        for rollout in rollouts:
+            log.add(f"{name}/response_tokens", len(rollout.response_ids))
+            log.add(f"{name}/longest_response_tokens", len(rollout.response_ids), "max")
+            log.add(f"{name}/truncated", rollout.finish_reason == "length")
+            log.add(f"seconds/{name}_pass", rollout.finished_at - rollout.queued_at)
+    for pair in pairs:
+        log.add("second/missing", pair.second is None)
+        if pair.description is not None:
+            log.add("second/description_cut", pair.description_cut)
+    return sum(len(rollout.response_ids) for rollouts in responses.values() for rollout in rollouts)

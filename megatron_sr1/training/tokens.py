@@ -1,0 +1,55 @@
+"""What the loss is told of every response token: of a response, then of the row it was packed into.
+
+S  reward streams    n  response tokens of one sequence    R  scored tokens of one packed row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_sr1.packing import scatter_rows
+from megatron_sr1.types import MicroBatch, RewardStream
+
+
+@dataclass(frozen=True)
+class ResponseTokens:
+    """Per-token inputs of the loss, of one response (n tokens) or of one packed row (n = R)."""
+
+    advantages: Tensor  # [S, n]
+    token_weights: Tensor  # [S, n]: 0 outside a stream, 1 / its global denominator inside
+    generator_logprobs: Tensor  # [n]
+    image_distance: Tensor  # [n]: tokens since the prompt's last visual token, -1 without images
+
+    def moved(self, device: torch.device) -> ResponseTokens:
+        """The same on `device`."""
+        return ResponseTokens(
+            self.advantages.to(device),
+            self.token_weights.to(device),
+            self.generator_logprobs.to(device),
+            self.image_distance.to(device),
+        )
+
+    def matters(self, streams: Sequence[RewardStream]) -> Tensor:
+        """[n] bool: tokens the loss depends on, which a stream credits with an advantage or holds to the reference.
+        Others, such as those of a group with equal rewards where there is no KL term, cost no backward in the head."""
+        held = torch.tensor([stream.kl_coef > 0 for stream in streams], device=self.token_weights.device)[:, None]
+        return ((self.token_weights != 0) & (held | (self.advantages != 0))).any(0)
+
+
+def into_rows(responses: Sequence[ResponseTokens], rows: Sequence[MicroBatch]) -> list[ResponseTokens]:
+    """One for each row, of the responses in the order that was packed.
+
+    Raises:
+        ValueError: see `packing.scatter_rows`.
+    """
+    columns = (
+        scatter_rows([response.advantages for response in responses], rows),
+        scatter_rows([response.token_weights for response in responses], rows),
+        scatter_rows([response.generator_logprobs for response in responses], rows),
+        scatter_rows([response.image_distance for response in responses], rows),
+    )
+    return [ResponseTokens(*row) for row in zip(*columns, strict=True)]

@@ -1,0 +1,61 @@
+"""The optimizer steps of one rollout batch: rewards -> advantages -> packed rows -> steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from megatron_sr1.config import Config
+from megatron_sr1.objective import Preset
+from megatron_sr1.policy import Policy, StepResult
+from megatron_sr1.processor import Processor
+from megatron_sr1.training.batches import Batcher, StreamBatch
+from megatron_sr1.training.losses import PolicyLoss
+from megatron_sr1.training.step_rewards import Rewards, without_leaks
+from megatron_sr1.types import LogProbs, RolloutGroup, Scoring
+
+
+class NoTrainer:
+    """Takes the place of a `Trainer` where the policy stays as it is."""
+
+    def update(self, groups: Sequence[RolloutGroup], rewards: Rewards) -> list[StepResult]:
+        """No step."""
+        return []
+
+
+class Trainer:
+    """Trains a policy on scored rollouts."""
+
+    def __init__(self, config: Config, policy: Policy, preset: Preset, processor: Processor) -> None:
+        """
+        Raises:
+            ConfigError: see `Batcher`.
+        """
+        self._config = config
+        self._policy = policy
+        self._preset = preset
+        self._scoring = Scoring(config.rollout.temperature, processor.media_ids)
+        self._batcher = Batcher(config, processor, policy.replicas, policy.platform.device)
+
+    def update(self, groups: Sequence[RolloutGroup], rewards: Rewards) -> list[StepResult]:
+        """One optimizer step per `train.batch_size` prompts. With several, old log-probs are taken before the first."""
+        rewards = without_leaks(rewards) if self._config.objective.leak_filter else rewards
+        batches = list(self._mini_batches(groups, rewards))
+        old: list[list[LogProbs] | None] = [None] * len(batches)
+        if len(batches) > 1:
+            old = [self._policy.logprobs(batch.micro_batches, self._scoring) for batch in batches]
+        results = []
+        for batch, before in zip(batches, old, strict=True):
+            reference = None
+            if self._preset.needs_reference:
+                reference = self._policy.reference_logprobs(batch.micro_batches, self._scoring)
+            loss = PolicyLoss(batch, before, reference, self._preset, self._config.objective)
+            results.append(self._policy.train_step(batch.micro_batches, loss, self._scoring))
+        return results
+
+    def _mini_batches(self, groups: Sequence[RolloutGroup], rewards: Rewards) -> Iterator[StreamBatch]:
+        size = self._config.train.batch_size
+        samples = self._config.rollout.samples_per_prompt
+        for start in range(0, len(groups), size):
+            rollouts = slice(start * samples, (start + size) * samples)
+            share = {name: value[rollouts] for name, value in rewards.items()}
+            yield self._batcher.streams(groups[start : start + size], share, self._preset)

@@ -1,0 +1,37 @@
+"""Threads that stand for ranks: what they gather meets like a collective."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+
+class Meeting:
+    """Where the ranks meet; `sent` keeps what each has given, turn by turn."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.sent: list[list[list[Any]]] = [[] for _ in range(num_ranks)]
+        self._barrier = threading.Barrier(num_ranks, timeout=60)
+
+    def of(self, rank: int) -> ThreadRanks:
+        """`types.Ranks` of the thread that stands for `rank`."""
+        return ThreadRanks(rank, len(self.sent), self)
+
+    def exchange(self, rank: int, items: list[Any]) -> list[Any]:
+        self.sent[rank].append(items)
+        turn = len(self.sent[rank]) - 1
+        self._barrier.wait()
+        everything = [item for sent in self.sent for item in sent[turn]]
+        self._barrier.wait()
+        return everything
+
+
+@dataclass(frozen=True)
+class ThreadRanks:
+    rank: int
+    num_ranks: int
+    meeting: Meeting
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        return self.meeting.exchange(self.rank, items)
