@@ -23,7 +23,12 @@ Template = Literal["see_think", "cot", "caption_reasoner"]
 TokenSegment = Literal["response", "description", "reasoning"]
 Item = TypeVar("Item")
 BANNED_LOGIT_BIAS = -100.0  # the strongest that samplers accept
+PresetName = Literal["vision_r1", "see_think", "summed", "gdpo", "vision_sr1", "perception_credit"]
 KlEstimator = Literal["k1", "k2", "k3"]
+AdvantageScope = Literal["group", "batch"]
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
+MismatchKind = Literal["none", "truncate", "mask"]
+MismatchLevel = Literal["token", "sequence"]
 
 
 # ---------------------------------------------------------------- ranks

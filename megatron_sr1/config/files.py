@@ -5,6 +5,7 @@ A file may name others under `base`, relative to itself: they are read first, in
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.whole import Config
+
+_OUTSIDE = re.compile(r"Invalid value '(?P<got>.*)', expected one of \[(?P<allowed>.*)\]")  # of a Literal
 
 
 def load_config(path: str | Path | None, overrides: list[str]) -> Config:
@@ -38,9 +41,7 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
         return OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}. {_known_keys(error)}"
-        ) from error
+        raise ConfigError(_reason(error)) from error
 
 
 def _with_bases(path: Path, readers: tuple[Path, ...]) -> Iterator[DictConfig | ListConfig]:
@@ -63,6 +64,19 @@ def _with_bases(path: Path, readers: tuple[Path, ...]) -> Iterator[DictConfig | 
             raise ConfigError(f"base={base!r} of {path} is not a file: there is no {file}. Paths start at that folder.")
         yield from _with_bases(file, (*readers, here))
     yield own
+
+
+def _reason(error: OmegaConfBaseException) -> str:
+    """The error in our words where it is a value outside a closed set, else in OmegaConf's."""
+    text = str(error).splitlines()[0]
+    outside = _OUTSIDE.fullmatch(text)
+    if outside is None or error.full_key is None:
+        return f"{error.full_key or 'configuration'}: {text}. {_known_keys(error)}"
+    allowed = ", ".join(name.strip("'") for name in outside["allowed"].split(", "))
+    return (
+        f"{error.full_key}={outside['got']!r} is not allowed: it must be one of {allowed}. Set {error.full_key} to one "
+        "of them."
+    )
 
 
 def _known_keys(error: OmegaConfBaseException) -> str:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from megatron_sr1.config.rules import one_of, positive, require
 
-_FP8_ALIGNMENT = {"delayed": 16, "current": 16, "blockwise": 128, "mxfp8": 32}
+LayerSpec = Literal["auto", "te", "torch"]
+Dtype = Literal["fp32", "bf16", "fp8"]
+LogitsDtype = Literal["fp32", "bf16"]
+Fp8Recipe = Literal["delayed", "current", "blockwise", "mxfp8"]
+RecomputeMode = Literal["none", "selective", "full", "block"]
+RecomputeModule = Literal["core_attn", "mlp", "moe", "moe_act", "layernorm"]
+_FP8_ALIGNMENT: dict[Fp8Recipe, int] = {"delayed": 16, "current": 16, "blockwise": 128, "mxfp8": 32}
 
 
 @dataclass(frozen=True)
@@ -17,10 +24,10 @@ class ModelConfig:
     megatron_dir: str = ""  # the weights as `tools/convert.py hf-to-megatron` wrote them; empty: those of hf_dir
     train_vision: bool = True
     max_position: int = 4096  # longest packed sequence the policy is built for, tokens
-    layer_spec: str = "auto"  # te: Transformer Engine's layers; torch: plain ones; auto: te on GPUs
+    layer_spec: LayerSpec = "auto"  # te: Transformer Engine's layers; torch: plain ones; auto: te on GPUs
 
     def __post_init__(self) -> None:
-        one_of("model.layer_spec", self.layer_spec, ("auto", "te", "torch"))
+        one_of("model.layer_spec", self.layer_spec, get_args(LayerSpec))
 
 
 @dataclass(frozen=True)
@@ -78,9 +85,9 @@ class PrecisionConfig:
     and the output head included.
     """
 
-    dtype: str = "fp32"
-    logits: str = "fp32"  # bf16: round the output head's logits as a generator does that computes them in bf16
-    fp8_recipe: str = "blockwise"
+    dtype: Dtype = "fp32"
+    logits: LogitsDtype = "fp32"  # bf16: round the output head's logits as a generator does that computes them in bf16
+    fp8_recipe: Fp8Recipe = "blockwise"
     bf16_first_layers: int = 1  # with fp8: these layers, counted from the embedding, stay bf16
     bf16_last_layers: int = 1  # and these, counted from the head
 
@@ -90,9 +97,9 @@ class PrecisionConfig:
         return _FP8_ALIGNMENT[self.fp8_recipe] if self.dtype == "fp8" else 1
 
     def __post_init__(self) -> None:
-        one_of("precision.dtype", self.dtype, ("fp32", "bf16", "fp8"))
-        one_of("precision.logits", self.logits, ("fp32", "bf16"))
-        one_of("precision.fp8_recipe", self.fp8_recipe, tuple(_FP8_ALIGNMENT))
+        one_of("precision.dtype", self.dtype, get_args(Dtype))
+        one_of("precision.logits", self.logits, get_args(LogitsDtype))
+        one_of("precision.fp8_recipe", self.fp8_recipe, get_args(Fp8Recipe))
         for name in ("bf16_first_layers", "bf16_last_layers"):
             require(getattr(self, name) >= 0, f"precision.{name}", getattr(self, name), "0 or more", "1 is common.")
 
@@ -101,13 +108,15 @@ class PrecisionConfig:
 class RecomputeConfig:
     """Activations that are made again in backward instead of being kept."""
 
-    mode: str = "none"  # selective: `modules` of every layer; full: every layer; block: the first `layers` of a chunk
+    mode: RecomputeMode = (
+        "none"  # selective: `modules` of every layer; full: every layer; block: a chunk's first
+    )
     modules: tuple[str, ...] = ("core_attn",)
     layers: int = 1  # full: layers of a unit that keeps only its input; block: layers that are recomputed
     vision: bool = False  # the blocks of the vision tower too
 
     def __post_init__(self) -> None:
-        one_of("recompute.mode", self.mode, ("none", "selective", "full", "block"))
+        one_of("recompute.mode", self.mode, get_args(RecomputeMode))
         positive("recompute", self, "layers")
         for module in self.modules:
-            one_of("recompute.modules", module, ("core_attn", "mlp", "moe", "moe_act", "layernorm"))
+            one_of("recompute.modules", module, get_args(RecomputeModule))

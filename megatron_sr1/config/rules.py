@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -22,6 +23,6 @@ def positive(section: str, config: Any, *names: str) -> None:
         require(value > 0, f"{section}.{name}", value, "greater than 0", f"Set {section}.{name} to a positive number.")
 
 
-def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises ConfigError for a value outside a closed list."""
+def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    """Raises ConfigError for a value outside a closed set: `get_args` of the Literal that names it."""
     require(value in allowed, key, value, "one of " + ", ".join(allowed), f"Set {key} to one of them.")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import Literal, get_args
 from urllib.parse import urlsplit
 
 from megatron_sr1.config.rules import ConfigError, one_of, require
 
+WandbMode = Literal["disabled", "offline", "online"]
 MLFLOW_SCHEMES = ("sqlite", "http", "https")
 
 
@@ -15,14 +17,14 @@ MLFLOW_SCHEMES = ("sqlite", "http", "https")
 class WandbConfig:
     """Weights & Biases. The key is its own business: WANDB_API_KEY, or `wandb login`."""
 
-    mode: str = "disabled"  # offline: files in <run_dir>/wandb, which `wandb sync` uploads later; online
+    mode: WandbMode = "disabled"  # offline: files in <run_dir>/wandb, which `wandb sync` uploads later; online
     project: str = "megatron-sr1"
     entity: str = ""  # user or team; empty: the account's default
     group: str = ""
     name: str = ""  # of the run; empty: the last two parts of run_dir
 
     def __post_init__(self) -> None:
-        one_of("track.wandb.mode", self.mode, ("disabled", "offline", "online"))
+        one_of("track.wandb.mode", self.mode, get_args(WandbMode))
         reason = "W&B files runs under a project."
         require(self.mode == "disabled" or bool(self.project), "track.wandb.project", "", "a name", reason)
 

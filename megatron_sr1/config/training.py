@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from megatron_sr1.config.rules import one_of, positive, require
+from megatron_sr1.types import AdvantageScope, Aggregation, KlEstimator, MismatchKind, MismatchLevel, PresetName
 
-PRESET_NAMES = ("vision_r1", "see_think", "summed", "gdpo", "vision_sr1", "perception_credit")
+PRESET_NAMES: tuple[PresetName, ...] = get_args(PresetName)
+Schedule = Literal["constant", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class OptimizerConfig:
     lr: float = 1e-6
     vision_lr: float | None = None  # of the vision tower and its merger; null: lr
     min_lr: float = 0.0
-    schedule: str = "constant"
+    schedule: Schedule = "constant"
     warmup_steps: int = 0
     weight_decay: float = 0.01
     clip_grad: float = 1.0
@@ -28,36 +31,38 @@ class OptimizerConfig:
         positive("optimizer", self, "lr", "eps", "clip_grad")
         if self.vision_lr is not None:
             positive("optimizer", self, "vision_lr")
-        one_of("optimizer.schedule", self.schedule, ("constant", "cosine"))
+        one_of("optimizer.schedule", self.schedule, get_args(Schedule))
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """Which reward streams, and how advantages and losses are formed (method: Vision-SR1, eq. 6-9)."""
 
-    preset: str = "vision_sr1"
+    preset: PresetName = "vision_sr1"
     format_weight: float = 0.1  # alpha
     kl_coef: float = 0.01  # beta, of every stream
-    kl_estimator: str = "k3"
-    advantage_scope: str = "group"
+    kl_estimator: KlEstimator = "k3"
+    advantage_scope: AdvantageScope = "group"
     advantage_eps: float = 1e-6
-    aggregation: str = "token_mean"  # token_mean: DAPO; sequence_mean: GRPO; sequence_sum: the paper's 1/B
+    aggregation: Aggregation = "token_mean"  # token_mean: DAPO; sequence_mean: GRPO; sequence_sum: the paper's 1/B
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
     leak_filter: bool = False  # true: a description that states the answer earns no visual reward
-    mismatch: str = "none"  # truncate or mask: weighs tokens by trainer / generator probability, see objective/mismatch
-    mismatch_level: str = "token"  # sequence: one weight for all tokens of a response
+    mismatch: MismatchKind = (
+        "none"  # else tokens weigh trainer / generator probability: objective/mismatch.py
+    )
+    mismatch_level: MismatchLevel = "token"  # sequence: one weight for all tokens of a response
     mismatch_low: float = 0.5  # mask: smaller weights become 0
     mismatch_high: float = 2.0  # mask: larger weights become 0; truncate: they become this
 
     def __post_init__(self) -> None:
         one_of("objective.preset", self.preset, PRESET_NAMES)
-        one_of("objective.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
-        one_of("objective.advantage_scope", self.advantage_scope, ("group", "batch"))
-        one_of("objective.aggregation", self.aggregation, ("token_mean", "sequence_mean", "sequence_sum"))
-        one_of("objective.mismatch", self.mismatch, ("none", "truncate", "mask"))
-        one_of("objective.mismatch_level", self.mismatch_level, ("token", "sequence"))
+        one_of("objective.kl_estimator", self.kl_estimator, get_args(KlEstimator))
+        one_of("objective.advantage_scope", self.advantage_scope, get_args(AdvantageScope))
+        one_of("objective.aggregation", self.aggregation, get_args(Aggregation))
+        one_of("objective.mismatch", self.mismatch, get_args(MismatchKind))
+        one_of("objective.mismatch_level", self.mismatch_level, get_args(MismatchLevel))
         positive("objective", self, "advantage_eps", "clip_low", "clip_high", "mismatch_high")
         require(
             0 <= self.mismatch_low < self.mismatch_high,

@@ -11,20 +11,19 @@ Shape legend: B rollouts (first passes) of the step, G groups, both over all ran
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from megatron_sr1.types import RewardStream
-
-SCOPES = ("group", "batch")
+from megatron_sr1.types import AdvantageScope, RewardStream
 
 
 def group_advantages(
     rewards: Tensor,
     group_ids: Tensor,
     eps: float,
-    scope: str,
+    scope: AdvantageScope,
 ) -> Tensor:
     """z-scores of one reward.
 
@@ -68,7 +67,7 @@ def stream_advantages(
     component_rewards: Mapping[str, Tensor],
     group_ids: Tensor,
     eps: float,
-    scope: str,
+    scope: AdvantageScope,
 ) -> Tensor:
     """Advantages of one stream from its reward components.
 
@@ -115,7 +114,7 @@ def stream_advantages(
     return group_advantages(total, group_ids, eps, scope).to(dtype)
 
 
-def _check(rewards: Tensor, group_ids: Tensor, eps: float, scope: str) -> None:
+def _check(rewards: Tensor, group_ids: Tensor, eps: float, scope: AdvantageScope) -> None:
     if rewards.ndim != 1 or not rewards.is_floating_point():
         raise ValueError(f"rewards: need floating point [num_rollouts], got {rewards.dtype} {tuple(rewards.shape)}.")
     if group_ids.shape != rewards.shape or group_ids.is_floating_point():
@@ -125,5 +124,5 @@ def _check(rewards: Tensor, group_ids: Tensor, eps: float, scope: str) -> None:
         )
     if eps <= 0:
         raise ValueError(f"eps={eps!r}: must be greater than 0.")
-    if scope not in SCOPES:
-        raise ValueError(f"scope={scope!r}: must be one of {', '.join(SCOPES)}.")
+    if scope not in get_args(AdvantageScope):
+        raise ValueError(f"scope={scope!r}: must be one of {', '.join(get_args(AdvantageScope))}.")

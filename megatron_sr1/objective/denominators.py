@@ -12,13 +12,15 @@ layout can change a gradient.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
-AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum")
+from megatron_sr1.types import Aggregation
 
 
-def token_weights(num_tokens: Tensor, aggregation: str) -> Tensor:
+def token_weights(num_tokens: Tensor, aggregation: Aggregation) -> Tensor:
     """Weight of each token of each rollout.
 
     Args:
@@ -50,6 +52,6 @@ def token_weights(num_tokens: Tensor, aggregation: str) -> Tensor:
     elif aggregation == "sequence_sum":
         denominators = torch.full_like(counts, num_rollouts)
     else:
-        raise ValueError(f"aggregation={aggregation!r}: must be one of {', '.join(AGGREGATIONS)}.")
+        raise ValueError(f"aggregation={aggregation!r}: must be one of {', '.join(get_args(Aggregation))}.")
     # 1 / 0 appears only where there is no token, and is not taken.
     return torch.where(num_tokens > 0, 1.0 / denominators, 0.0).to(torch.float32)

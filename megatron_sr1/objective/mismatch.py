@@ -20,10 +20,11 @@ Shape legend: R scored tokens of the micro-batch. Log-probs are in nats.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
+
+from megatron_sr1.types import MismatchKind, MismatchLevel
 
 NEAR_IMAGE = 64  # tokens after the last visual token
 POSITIONS = (0, 64, 256, 1024)  # where the bands of a response begin, in tokens
@@ -38,8 +39,8 @@ class Mismatch:
         ValueError: bounds that are not 0 <= low < high.
     """
 
-    kind: Literal["none", "truncate", "mask"] = "none"
-    level: Literal["token", "sequence"] = "token"
+    kind: MismatchKind = "none"
+    level: MismatchLevel = "token"
     low: float = 0.5
     high: float = 2.0
 

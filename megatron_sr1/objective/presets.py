@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_sr1.config import ObjectiveConfig
-from megatron_sr1.types import KlEstimator, Passes, PassName, Prompt, RewardStream, Template, TokenSegment
+from megatron_sr1.types import KlEstimator, Passes, PassName, PresetName, Prompt, RewardStream, Template, TokenSegment
 
 SECOND_PASS_SUFFIX = "_vis"  # components that are measured on the second pass
 
@@ -138,7 +138,7 @@ def _perception_credit(settings: _Settings) -> Preset:
     return Preset("perception_credit", "see_think", (answer, visual))
 
 
-_BUILDERS: dict[str, Callable[[_Settings], Preset]] = {
+_BUILDERS: dict[PresetName, Callable[[_Settings], Preset]] = {
     "vision_r1": _vision_r1,
     "see_think": _see_think,
     "summed": _summed,
@@ -147,7 +147,7 @@ _BUILDERS: dict[str, Callable[[_Settings], Preset]] = {
     "perception_credit": _perception_credit,
 }
 
-PRESETS: dict[str, Preset] = {name: build(_Settings()) for name, build in _BUILDERS.items()}
+PRESETS: dict[PresetName, Preset] = {name: build(_Settings()) for name, build in _BUILDERS.items()}
 
 
 def preset_from_config(config: ObjectiveConfig) -> Preset:
