@@ -108,9 +108,7 @@ class PrecisionConfig:
 class RecomputeConfig:
     """Activations that are made again in backward instead of being kept."""
 
-    mode: RecomputeMode = (
-        "none"  # selective: `modules` of every layer; full: every layer; block: a chunk's first
-    )
+    mode: RecomputeMode = "none"  # selective: `modules` of every layer; full: every layer; block: a chunk's first
     modules: tuple[str, ...] = ("core_attn",)
     layers: int = 1  # full: layers of a unit that keeps only its input; block: layers that are recomputed
     vision: bool = False  # the blocks of the vision tower too

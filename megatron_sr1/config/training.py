@@ -49,9 +49,7 @@ class ObjectiveConfig:
     clip_high: float = 0.2
     dual_clip: float | None = None
     leak_filter: bool = False  # true: a description that states the answer earns no visual reward
-    mismatch: MismatchKind = (
-        "none"  # else tokens weigh trainer / generator probability: objective/mismatch.py
-    )
+    mismatch: MismatchKind = "none"  # else tokens weigh trainer / generator probability: objective/mismatch.py
     mismatch_level: MismatchLevel = "token"  # sequence: one weight for all tokens of a response
     mismatch_low: float = 0.5  # mask: smaller weights become 0
     mismatch_high: float = 2.0  # mask: larger weights become 0; truncate: they become this

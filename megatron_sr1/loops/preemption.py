@@ -14,9 +14,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-import torch
-import torch.distributed
-
 from megatron_sr1.platform import STOPPED_STATUS, Platform
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -32,9 +29,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any rank was asked. Collective: one number per step, so that all ranks leave after the same one."""
-        asked = torch.tensor([int(self._received is not None)], device=self._platform.device)
-        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-        return bool(asked.item())
+        return self._platform.ranks.any(self._received is not None)
 
     def leave(self, step: int) -> NoReturn:
         """Ends this rank, when all have come here. What is due must be written before. Collective.
@@ -44,7 +39,7 @@ class StopRequest:
         """
         if self._platform.is_main:
             print(f"asked to stop: saved after step {step}; the same command continues from here", flush=True)
-        torch.distributed.barrier()
+        self._platform.ranks.meet()
         raise SystemExit(STOPPED_STATUS)
 
     def receive(self, number: int, frame: FrameType | None) -> None:

@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import torch.distributed
-
 from megatron_sr1.config import Config, dump_config
 from megatron_sr1.convert.greedy import compare_greedy
 from megatron_sr1.data import Check, Quarantine, SampleFeed, StreamState, open_stream
@@ -127,7 +125,7 @@ class Run:
         else:
             for _ in policy.hf_weights():
                 pass
-        torch.distributed.barrier()
+        self.platform.ranks.meet()
 
     def verify_export(self, answers: Sequence[RolloutGroup]) -> None:
         """Compares transformers' greedy answers on the export with `answers`; writes `export.json`. No answers, no
@@ -140,7 +138,7 @@ class Run:
             compare_greedy(str(self.export_dir), answers)
             report = {"identical_greedy_answers": len(answers), "keys": [group.prompt.key for group in answers]}
             (self.folder / "export.json").write_text(json.dumps(report, indent=1) + "\n")
-        torch.distributed.barrier()
+        self.platform.ranks.meet()
 
 
 @contextmanager
@@ -153,9 +151,7 @@ def open_run(config: Config, platform: Platform) -> Iterator[Run]:
     """
     run = Run(config, platform)
     with ExitStack() as stack:
-        mine = [_lock(run.folder, stack) if platform.is_main else False]
-        torch.distributed.broadcast_object_list(mine)
-        if not mine[0]:
+        if not platform.ranks.any(platform.is_main and _lock(run.folder, stack)):
             raise ValueError(
                 f"run_dir={config.run_dir!r} is in use by another process. Wait for it, stop it, or choose "
                 "another run_dir."

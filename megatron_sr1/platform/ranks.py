@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed
 from torch.distributed import ProcessGroup
 
 from megatron_sr1.types import Item, Ranks
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class GroupRanks:
-    """The ranks of a process group; None: all ranks of the job."""
+    """The ranks of a process group; None: all ranks of the job. `device`: where its backend takes tensors from."""
 
     group: ProcessGroup | None = None
+    device: torch.device = _CPU
 
     @property
     def rank(self) -> int:
@@ -29,6 +33,16 @@ class GroupRanks:
         lists: list[list[Item]] = [[] for _ in range(self.num_ranks)]
         torch.distributed.all_gather_object(lists, items, group=self.group)
         return [item for part in lists for item in part]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on some rank. Collective: one number, however many ranks."""
+        found = torch.tensor([int(flag)], device=self.device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self.group)
+        return bool(found.item())
+
+    def meet(self) -> None:
+        """Waits until all ranks are here. Collective."""
+        torch.distributed.barrier(group=self.group)
 
 
 @dataclass(frozen=True)

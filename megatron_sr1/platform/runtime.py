@@ -48,7 +48,7 @@ class Platform:
     @property
     def ranks(self) -> GroupRanks:
         """All ranks of the job."""
-        return GroupRanks()
+        return GroupRanks(device=self.device)
 
     @property
     def on_cpu(self) -> bool:

@@ -59,7 +59,7 @@ class Scorer:
     @property
     def replicas(self) -> GroupRanks:
         """The data-parallel replicas, each with a share of the sequences."""
-        return GroupRanks(self.groups.data)
+        return GroupRanks(self.groups.data, self.platform.device)
 
     def logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
         """Scores of each micro-batch's R rows, without gradient, on every rank of the pipeline."""
