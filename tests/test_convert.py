@@ -422,7 +422,7 @@ def test_two_processes_share_the_work_and_the_models_say_the_same(tiny_model_dir
     assert len(list(there.glob("*.distcp"))) == 2
     refused = run("megatron-to-hf", "--megatron", there, "--out", back, "--nproc", 2, "--hf", tmp_path)
     assert refused.returncode == 2 and not back.exists(), refused.stderr
-    assert f"\nconvert.py megatron-to-hf: {tmp_path} holds no config.json." in refused.stderr, refused.stderr
+    assert f"\nconvert megatron-to-hf: {tmp_path} holds no config.json." in refused.stderr, refused.stderr
     same = run("verify", tiny_model_dir, there, "--only-differences", "--logits", "--tp", 2, "--pp", 2)
     assert same.returncode == 0, same.stdout + same.stderr
     assert "several images" in same.stdout and same.stdout.strip().endswith("equal")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sr1.cli.convert import add_convert_options
 from megatron_sr1.launch import add_launch_options, slurm_ranks
 
 HELP = {
@@ -34,12 +35,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     _add_sweep(commands.add_parser("sweep", help="the runs of a sweep file on this machine, then their report"))
     text = "experiments of dependent tasks, and sweeps, on this machine, in containers or on Slurm, by NeMo-Run"
     add_launch_options(commands.add_parser("launch", help=text, description=text))
+    text = "checkpoints between Hugging Face and Megatron-Core, and their comparison"
+    add_convert_options(commands.add_parser("convert", help=text, description=text))
     report = commands.add_parser("report", help="table and HTML page of finished runs, or of a sweep")
     text = "run folders, folders that hold some, or a sweep's YAML file"
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN|SWEEP.yaml", help=text)
     report.add_argument("--out", type=Path, help="the page; default: report.html in the first folder")
     args, rest = parser.parse_known_args(arguments)
-    if args.command in ("report", "sweep") or any(word.startswith("-") for word in rest):
+    if args.command in ("convert", "report", "sweep") or any(word.startswith("-") for word in rest):
         parser.parse_args(arguments)  # ends here where words are left that no option takes
         return args
     args.overrides += rest  # argparse takes overrides that follow an option for unknown words

@@ -1,4 +1,4 @@
-"""megatron-sr1 sft, grpo, evaluate CONFIG.yaml [key=value ...]; sweep SWEEP.yaml; launch EXPERIMENT.yaml; report RUN"""
+"""megatron-sr1 sft, grpo, evaluate CONFIG.yaml [key=value ...]; sweep; launch; report; convert."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_sr1.cli.arguments import parse, sources
+from megatron_sr1.cli.convert import run_convert
 from megatron_sr1.cli.reports import run_report, run_sweep
 from megatron_sr1.cli.runs import start
 from megatron_sr1.config import load_config
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if args.command == "report":
             run_report(args.runs, args.out)
+        elif args.command == "convert":
+            sys.exit(run_convert(args))
         elif args.command == "sweep":
             run_sweep(args)
         elif args.command == "launch":

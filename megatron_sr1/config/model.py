@@ -21,7 +21,7 @@ class ModelConfig:
     """The policy's weights, in Hugging Face format (config, safetensors, tokenizer, processor)."""
 
     hf_dir: str = ""
-    megatron_dir: str = ""  # the weights as `tools/convert.py hf-to-megatron` wrote them; empty: those of hf_dir
+    megatron_dir: str = ""  # the weights as `megatron-sr1 convert hf-to-megatron` wrote them; empty: those of hf_dir
     train_vision: bool = True
     max_position: int = 4096  # longest packed sequence the policy is built for, tokens
     layer_spec: LayerSpec = "auto"  # te: Transformer Engine's layers; torch: plain ones; auto: te on GPUs

@@ -7,7 +7,7 @@
       - {name: convert, command: convert, arguments: [hf-to-megatron, --hf, runs/a/hf, --out, runs/a/megatron]}
       - {name: presets, sweep: examples/sweep.yaml, after: [cold-start]}
 
-A task is a command of megatron-sr1 (`convert`: of tools/convert.py) with its configuration, overrides and further
+A task is a command of megatron-sr1 with its configuration, overrides and further
 arguments, or a sweep, which is as many runs.
 """
 
@@ -30,7 +30,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")  # a part of the names of files, jobs 
 
 @dataclass(frozen=True)
 class Step:
-    """One process tree: the words after `megatron-sr1`, or after tools/convert.py."""
+    """One process tree: the words after `megatron-sr1`."""
 
     name: str
     command: str

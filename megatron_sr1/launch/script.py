@@ -30,7 +30,7 @@ trap requeue_if_stopped EXIT"""
 
 def command_of(step: Step, settings: LaunchSettings) -> str:
     """The command line of a step, from the working directory."""
-    program = ("tools/convert.py",) if step.command == "convert" else ("-m", "megatron_sr1.cli", step.command)
+    program = ("-m", "megatron_sr1.cli", step.command)
     return shlex.join((settings.program, *program, *step.words))
 
 

@@ -46,7 +46,7 @@ def load_sharded_weights(chunks: Sequence[torch.nn.Module], states: dict[str, An
 
 
 def load_model_weights(chunks: Sequence[torch.nn.Module], megatron_dir: str) -> None:
-    """Fills the chunks from a directory that `tools/convert.py hf-to-megatron` wrote.
+    """Fills the chunks from a directory that `megatron-sr1 convert hf-to-megatron` wrote.
 
     Raises:
         ValueError: the directory is none, or holds another model.
