@@ -11,6 +11,7 @@ WORKDIR /opt/megatron-sr1
 # What the base image compiled for its CUDA libraries stays as it is: the constraint makes pip fail rather than replace
 # it. Transformer Engine, where the image lacks it, builds against that torch, hence no build isolation.
 RUN python -c "import sys; assert sys.version_info >= (3, 12), 'the base image needs Python 3.12 or newer'" \
+ && python -c "import setuptools as s; assert int(s.__version__.split('.')[0]) >= 77, 'it needs setuptools 77 or newer'" \
  && python -m pip list --format=freeze | grep -E '^(torch|transformer.engine.*|apex)==' > constraints.txt \
  && printf '%s\n' megatron-core==0.19.2 vllm==0.33.0 math-verify==0.9.0 webdataset==1.0.2 >> constraints.txt
 

@@ -40,10 +40,13 @@ $(INSTALLED): setup.py pyproject.toml
 
 launch-env: $(LAUNCH)/.installed ## make .venv-launch with NeMo-Run, for megatron-sr1 launch
 
-$(LAUNCH)/.installed: megatron_sr1/launch/requirements.txt
+# The two of the launch extra and what they need, not what the project itself depends on.
+$(LAUNCH)/.installed: setup.py pyproject.toml
 	@echo "== making $(LAUNCH): NeMo-Run, and megatron_sr1 without what trains"
 	$(PYTHON) -m venv $(LAUNCH)
-	$(LAUNCH)/bin/pip install --quiet --requirement $<
+	$(PYTHON) -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*project['optional-dependencies']['launch'], sep='\n')" > $(LAUNCH)/requirements.txt
+	$(LAUNCH)/bin/pip install --quiet --requirement $(LAUNCH)/requirements.txt
 	$(LAUNCH)/bin/pip install --quiet --no-deps --editable .
 	@touch $@
 
