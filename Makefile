@@ -78,9 +78,10 @@ ablation: $(COLD_START) ## GRPO with and without the self-reward, two seeds each
 	@echo
 	@echo "Next: open $(RUNS)/ablation/report.html, read examples/quickstart/ablation.yaml"
 
-lint: setup ## ruff: rules and layout
+lint: setup ## ruff: rules and layout; basedpyright: types, about a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --level error
 
 format: setup ## ruff: repair what it can
 	$(BIN)/ruff check --fix .
