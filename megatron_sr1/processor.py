@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -228,9 +228,9 @@ class Processor:
         """
         if num_images not in self._frames:
             content = [{"type": "image"}] * num_images + [{"type": "text", "text": _USER_TEXT}]
-            rendered = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-            )
+            conversation: list[Any] = [{"role": "user", "content": content}]
+            rendered = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            assert isinstance(rendered, str), "text was asked for"
             parts = rendered.split(_USER_TEXT)
             if len(parts) != 2:
                 raise ValueError(

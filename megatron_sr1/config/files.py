@@ -39,7 +39,9 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
                     f"override {override!r} is not allowed: it must be key=value, for example train.steps=10."
                 )
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
-        return OmegaConf.to_object(tree)
+        config = OmegaConf.to_object(tree)
+        assert isinstance(config, Config), type(config)
+        return config
     except OmegaConfBaseException as error:
         raise ConfigError(_reason(error)) from error
 

@@ -66,7 +66,7 @@ def check_trackers(track: TrackConfig) -> None:
     Raises:
         ConfigError: one is not; the message names the key that asks for it and how to install it.
     """
-    wanted = {"track.wandb.mode": ("wandb",) if track.wandb.mode != "disabled" else ()}
+    wanted: dict[str, tuple[str, ...]] = {"track.wandb.mode": ("wandb",) if track.wandb.mode != "disabled" else ()}
     store = ("sqlalchemy", "alembic") if track.mlflow.uri.startswith("sqlite:") else ()
     wanted["track.mlflow.uri"] = ("mlflow", *store) if track.mlflow.uri else ()
     for key, packages in wanted.items():

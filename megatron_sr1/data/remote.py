@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _CHUNK = 1 << 20  # bytes
 
@@ -32,10 +32,11 @@ def expand_url(pattern: str) -> list[str]:
 @contextmanager
 def _opened(url: str) -> Iterator[IO[bytes]]:
     """Raises OSError where the opener fails, also at the end."""
-    from webdataset import gopen  # here, because it imports torch, which local shards do not need
+    from webdataset.gopen import gopen  # here, because it imports torch, which local shards do not need
 
     command = f"pipe:aws s3 cp --no-progress {shlex.quote(url)} -"
-    with gopen(command if url.startswith("s3://") else url) as stream:
+    opener: Any = gopen  # its pipes are files in all that is asked of them here
+    with opener(command if url.startswith("s3://") else url) as stream:
         yield stream
 
 

@@ -55,7 +55,8 @@ def scan_shard(path: Path, contents: bool = False) -> tuple[ShardIndex, list[Bad
         problem = problem or _schema_problem(path, group)
         seen.add(group.key)
         if not problem:
-            sample = IndexedSample(group.key, *(tuple(column) for column in zip(*group.members, strict=True)))
+            extensions, offsets, sizes = zip(*group.members, strict=True)
+            sample = IndexedSample(group.key, extensions, offsets, sizes)
             try:
                 samples[group.key] = _with_contents(path, sample) if contents else sample
             except ValueError as error:
@@ -120,7 +121,7 @@ def _members(path: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, str]]:
     with tarfile.open(path, mode="r:") as archive:
         last = -1
         while (member := archive.next()) is not None:
-            archive.members.clear()  # or tarfile would keep every header
+            archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # or it would keep every header
             if member.size < 0 or archive.offset <= last:  # tarfile would go round in a circle
                 raise tarfile.ReadError(f"member {member.name!r} has {member.size} bytes")
             last = archive.offset

@@ -46,7 +46,7 @@ def _write_temporary(
     samples: Iterable[Prompt | SftSample], out_dir: Path, name: str, samples_per_shard: int, paths: list[Path]
 ) -> None:
     """Appends each path to `paths` before it creates the file, so that the caller can remove it."""
-    from webdataset import TarWriter  # here, because it imports torch, which readers of shards do not need
+    from webdataset.writer import TarWriter  # here, because it imports torch, which readers of shards do not need
 
     seen: set[str] = set()
     remaining = iter(samples)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -37,8 +37,9 @@ def load_scans(split: Split) -> Mapping[int, np.ndarray]:
         raise ValueError(f"split={split!r} is not allowed: it must be one of {', '.join(SPLITS)}.")
     from sklearn.datasets import load_digits
 
-    dataset = load_digits()
-    return {digit: dataset.images[_split_indices(dataset.target, digit)[split]] for digit in range(10)}
+    dataset: Any = load_digits()  # its stub also knows the pair of arrays that another argument asks for
+    images, targets = dataset.images, dataset.target
+    return {digit: images[_split_indices(targets, digit)[split]] for digit in range(10)}
 
 
 def _split_indices(targets: np.ndarray, digit: int) -> dict[str, np.ndarray]:

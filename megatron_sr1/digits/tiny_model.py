@@ -118,7 +118,7 @@ def _qwen_tokenizer(tokenizer: Tokenizer) -> Qwen2Tokenizer:
     state = json.loads(tokenizer.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=state["vocab"],
-        merges=[tuple(merge) for merge in state["merges"]],
+        merges=[tuple(merge) for merge in state["merges"]],  # pyright: ignore[reportArgumentType]
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=list(SPECIAL_TOKENS),

@@ -78,6 +78,7 @@ class Judge:
                 response is empty or was cut before a \boxed answer.
             ConfigError: it refuses every question, because of the key, the URL or the model.
         """
+        reason = ""
         for attempt in range(self._config.judge_retries + 1):
             wait, reason = self._attempt(question)
             if wait is None:

@@ -11,19 +11,19 @@ from megatron_sr1.launch.script import REQUEUE
 from megatron_sr1.launch.settings import LaunchSettings
 
 if TYPE_CHECKING:
-    from nemo_run import DockerExecutor, LocalExecutor, SlurmExecutor
+    from nemo_run import DockerExecutor, LocalExecutor, SlurmExecutor  # pyright: ignore[reportMissingImports]
 
 
 def local_executor(settings: LaunchSettings) -> LocalExecutor:
     """Processes of this machine, with the variables of this shell."""
-    from nemo_run import LocalExecutor
+    from nemo_run import LocalExecutor  # pyright: ignore[reportMissingImports]
 
     return LocalExecutor(env_vars=dict(settings.variables))
 
 
 def docker_executor(settings: LaunchSettings) -> DockerExecutor:
     """Containers of this machine's Docker."""
-    from nemo_run import DockerExecutor, Packager
+    from nemo_run import DockerExecutor, Packager  # pyright: ignore[reportMissingImports]
 
     container = settings.container
     assert container.image is not None
@@ -45,7 +45,7 @@ def slurm_executor(settings: LaunchSettings, task: Task) -> SlurmExecutor:
     Slurm itself hands the variables of this shell on (sbatch --export=ALL), so those of `env` need no mention but to
     the container.
     """
-    from nemo_run import LocalTunnel, Packager, SlurmExecutor
+    from nemo_run import LocalTunnel, Packager, SlurmExecutor  # pyright: ignore[reportMissingImports]
 
     slurm, container = settings.slurm, settings.container
     num_steps = len(task.steps)

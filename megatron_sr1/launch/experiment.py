@@ -140,7 +140,8 @@ def _task(entry: dict[str, Any], path: Path) -> Task:
         if not (is_list if isinstance(default, tuple) else isinstance(value, str)):
             kind = "a list of texts" if isinstance(default, tuple) else "a text"
             raise ConfigError(f"{where}: {key}={value!r} is not allowed: it must be {kind}.")
-    task = _TaskEntry(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+    words: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    task = _TaskEntry(**words)
     if not _NAME.fullmatch(task.name):
         raise ConfigError(f"{path}: the task's name {task.name!r} must be of small letters, digits and '-'.")
     if task.sweep:

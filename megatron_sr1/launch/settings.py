@@ -110,7 +110,9 @@ def load_settings(path: Path | None, overrides: Sequence[str]) -> LaunchSettings
         if wrong:
             raise ConfigError(f"--set {wrong[0]!r} is not allowed: it must be key=value, such as slurm.nodes=2.")
         merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
-        return OmegaConf.to_object(merged)
+        settings = OmegaConf.to_object(merged)
+        assert isinstance(settings, LaunchSettings), type(settings)
+        return settings
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{source}: {' '.join(str(error).split())}") from error
 

@@ -22,7 +22,7 @@ from megatron_sr1.launch.script import STOPPED_MARK, local_script, slurm_script
 from megatron_sr1.launch.settings import LaunchSettings
 
 if TYPE_CHECKING:
-    import nemo_run
+    import nemo_run  # pyright: ignore[reportMissingImports]
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def submit(experiment: Experiment, settings: LaunchSettings, *, follow: bool) ->
         if settings.executor == "local":
             stack.enter_context(_passing_on_signals(_marks(settings, identity)))
         nemo = stack.enter_context(_nemo_experiment(experiment, settings, identity, detach))
-        from docker.errors import DockerException
-        from invoke.exceptions import UnexpectedExit
+        from docker.errors import DockerException  # pyright: ignore[reportMissingModuleSource]
+        from invoke.exceptions import UnexpectedExit  # pyright: ignore[reportMissingImports]
 
         for job in _jobs(experiment, settings, identity):
             _add(nemo, job)
@@ -162,7 +162,7 @@ def _nemo_experiment(
     experiment: Experiment, settings: LaunchSettings, identity: str, quiet: bool
 ) -> nemo_run.Experiment:
     os.environ["NEMORUN_HOME"] = str(settings.log_folder)  # read when it is imported
-    import nemo_run
+    import nemo_run  # pyright: ignore[reportMissingImports]
 
     return nemo_run.Experiment(
         experiment.name,
@@ -176,7 +176,7 @@ def _nemo_experiment(
 
 
 def _add(nemo: nemo_run.Experiment, job: Job) -> None:
-    from nemo_run import Script
+    from nemo_run import Script  # pyright: ignore[reportMissingImports]
 
     nemo.add(Script(inline=job.script), executor=job.executor, name=job.name, dependencies=list(job.after))
 

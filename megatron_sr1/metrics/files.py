@@ -25,12 +25,12 @@ class JsonlSink:
 
     def __init__(self, path: Path, start_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [entry for entry in read_jsonl(path) if entry["step"] < start_step] if path.exists() else []
+        kept = [entry for entry in read_jsonl(path) if _step_of(entry) < start_step] if path.exists() else []
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
         os.replace(temporary, path)
         self._file = path.open("a", encoding="utf-8")
-        self._last_step = kept[-1]["step"] if kept else None
+        self._last_step = _step_of(kept[-1]) if kept else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line.
@@ -68,6 +68,12 @@ def read_jsonl(path: Path) -> list[dict[str, float | None]]:
             raise ValueError(f"{path}:{number} holds no step. Repair or remove that line.")
         entries.append(entry)
     return entries
+
+
+def _step_of(entry: dict[str, float | None]) -> float:
+    step = entry["step"]
+    assert step is not None, "every line has a step"
+    return step
 
 
 class TensorBoardSink:

@@ -53,7 +53,7 @@ class WandbTracker:
                     console="off", silent=True, disable_git=True, save_code=False, x_disable_meta=True
                 ),
             )
-        except wandb.errors.Error as error:
+        except wandb.Error as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
                 f"track.wandb.mode={track.mode!r}: {reason} Check WANDB_API_KEY and the network, or set it to offline."

@@ -36,7 +36,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> list[SummaryRow]:
 
 def page(title: str, sections: Sequence[str]) -> str:
     """The whole document around its sections."""
-    style = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
+    style = files("megatron_sr1.report").joinpath("style.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

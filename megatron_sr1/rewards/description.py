@@ -78,4 +78,5 @@ def _facts(prompt: Prompt) -> list[str] | None:
 
 def _tokens(text: str) -> list[str]:
     """Numbers and words in lower case, number words as digits."""
-    return [NUMBER_WORDS.get(token, token) for token in _TOKEN.findall(text.lower())]
+    words: list[str] = _TOKEN.findall(text.lower())
+    return [NUMBER_WORDS.get(word, word) for word in words]

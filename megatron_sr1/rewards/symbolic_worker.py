@@ -11,6 +11,7 @@ import logging
 import resource
 import signal
 import sys
+from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
@@ -27,8 +28,9 @@ LATEX = LatexExtractionConfig(
 
 def same_expression(answer: str, gold: str) -> bool:
     """True where math-verify finds the answer equal to the gold. Text it cannot read equals nothing."""
-    sides = [parse(f"${side}$", [LATEX], "no_fallback", parsing_timeout=None) for side in (gold, answer)]
-    return all(sides) and verify(*sides, timeout_seconds=None)
+    no_limit: Any = None  # the parent keeps one; the library's own annotation wants a number
+    first, second = (parse(f"${side}$", [LATEX], "no_fallback", parsing_timeout=no_limit) for side in (gold, answer))
+    return bool(first) and bool(second) and verify(first, second, timeout_seconds=None)
 
 
 def main() -> None:

@@ -91,13 +91,15 @@ class TwoPassGenerator:
 
     def _run(self, requests: PassRequests) -> None:
         """Answers everything; where an engine fails all of them restart, as engines are made together. Collective."""
-        for restarts in range(MAX_RESTARTS + 1):
-            faults = self._engines.gather(self._attempt(requests))
+        faults = self._engines.gather(self._attempt(requests))
+        for _ in range(MAX_RESTARTS):
             if not faults:
                 return
-            if restarts < MAX_RESTARTS:
-                logger.warning("restarting the engines, %d requests are open here: %s", requests.num_open, faults[0])
-                self._restart()
+            logger.warning("restarting the engines, %d requests are open here: %s", requests.num_open, faults[0])
+            self._restart()
+            faults = self._engines.gather(self._attempt(requests))
+        if not faults:
+            return
         raise EngineFault(f"the engine failed {MAX_RESTARTS + 1} times in one batch of rollouts, last with {faults[0]}")
 
     def _attempt(self, requests: PassRequests) -> list[str]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_sr1.data.benchmarks.item import BadRow, Item, SourceRow
 from megatron_sr1.data.sources.source import Problem, RawSample, load_images
@@ -45,7 +46,7 @@ class Benchmark:
         images = load_images(item.images, load_image)
         if isinstance(images, str):
             return Problem(where, key, "unreadable_image", images)
-        fields = {
+        fields: dict[str, Any] = {
             "problem": item.problem,
             "answer": item.answer,
             "source": f"{self.name}/{item.category}" if item.category else self.name,

@@ -30,8 +30,9 @@ def open_benchmark(benchmark: Benchmark, path: str, split: str | None, images: s
     if suffix == ".parquet":
         if images is not None:
             raise ValueError(f"--images {images}: the Parquet files of {path} hold their images. Leave it out.")
-        return ParquetSource(pattern, benchmark)
-    return JsonlSource(pattern, benchmark, images) if suffix == ".jsonl" else JsonSource(pattern, benchmark, images)
+        return ParquetSource(pattern, benchmark)  # pyright: ignore[reportReturnType]  # a cached property is a property
+    source = JsonlSource if suffix == ".jsonl" else JsonSource
+    return source(pattern, benchmark, images)  # pyright: ignore[reportReturnType]
 
 
 def _find(benchmark: Benchmark, path: str, split: str | None) -> tuple[str, str]:

@@ -32,7 +32,8 @@ def mathverse(row: SourceRow) -> Item:
         question = question.removesuffix(_CHOICES).rstrip()
         answer = gold_letter(answer, len(options) or 26)
         question = ask(question or QUESTION_IN_IMAGE, options) if options else _with_hidden_options(question)
-    details = row.get("metadata") if isinstance(row.get("metadata"), dict) else {}
+    details = row.get("metadata")
+    details = details if isinstance(details, dict) else {}
     return Item(
         question or QUESTION_IN_IMAGE,
         answer,

@@ -28,11 +28,11 @@ def mmmu(row: SourceRow) -> Item:
     question = question or QUESTION_IN_IMAGE
     metadata = some(row, "subfield", "topic_difficulty", "question_type")
     if row.get("question_type") == "open":
-        accepted = parse_options(answer) if answer.startswith(("['", '["')) else (answer,)
+        accepted = list(parse_options(answer)) if answer.startswith(("['", '["')) else [answer]
         if not accepted:
             raise BadRow("empty_answer", "the list of its answers is empty")
         if len(accepted) > 1:
-            metadata["accepted_answers"] = list(accepted)
+            metadata["accepted_answers"] = accepted
         return Item(question, accepted[0], _subject(row), text(row, "id"), images=shown, metadata=metadata)
     problem, gold = ask(question, options), gold_letter(answer, len(options))
     return Item(problem, gold, _subject(row), text(row, "id"), options, shown, metadata)

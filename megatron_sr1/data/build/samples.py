@@ -48,6 +48,7 @@ class TextRules(Protocol):
     @property
     def tokenizer(self) -> str:
         """What prompts are counted with, for people; "" where nothing counts them."""
+        ...
 
     def prompt_tokens(self, question: Question) -> tuple[int, int] | None:
         """Tokens of the prompt where each image counts 1, and with all visual tokens; None where nothing counts them.
@@ -55,9 +56,11 @@ class TextRules(Protocol):
         Raises:
             ValueError: an image has a shape that the model's processor refuses.
         """
+        ...
 
     def boxed_answer(self, template: Template, response: str) -> str | None:
         """The answer in a response of the template's layout; None where the layout is broken."""
+        ...
 
 
 @dataclass(frozen=True)

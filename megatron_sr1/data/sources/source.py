@@ -86,11 +86,13 @@ class RowReader(Protocol):
 
     def check(self, names: Sequence[str], file: Path) -> None:
         """Raises ValueError where a file with the columns `names` cannot make samples."""
+        ...
 
     def sample(
         self, row: Mapping[str, Any], key: str, where: str, load_image: Callable[[object], bytes]
     ) -> RawSample | Problem:
         """`key`: for a row that names none. `load_image`: the bytes of an image; raises ValueError or OSError."""
+        ...
 
 
 @dataclass(frozen=True)

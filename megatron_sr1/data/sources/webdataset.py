@@ -96,7 +96,7 @@ def _members(path: Path, start: int) -> Iterator[Member]:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 while (member := archive.next()) is not None:
-                    archive.members.clear()  # or tarfile would keep every header
+                    archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # or it would keep every header
                     match = _KEY.fullmatch(member.name.removeprefix("./"))
                     if match is not None and not member.isdir():  # WebDataset passes over the others too
                         yield match[1], match[2], member

@@ -115,13 +115,16 @@ def _read_file(path: Path) -> _SweepFile:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     known = {key.name: key.default for key in fields(_SweepFile)}
-    strange = [str(key) for key in tree if key not in known] if isinstance(tree, dict) else ["a list"]
-    if strange:
-        raise ConfigError(f"{path}: {', '.join(strange)} is not allowed. Keys of a sweep: {', '.join(known)}.")
-    for problem in _type_problems(tree):
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a list is not allowed. Keys of a sweep: {', '.join(known)}.")
+    entries = {str(key): value for key, value in tree.items()}
+    unknown = [key for key in entries if key not in known]
+    if unknown:
+        raise ConfigError(f"{path}: {', '.join(unknown)} is not allowed. Keys of a sweep: {', '.join(known)}.")
+    for problem in _type_problems(entries):
         raise ConfigError(f"{path}: {problem}")
-    lists = {key: tuple(value) for key, value in tree.items() if isinstance(value, list)}
-    file = _SweepFile(**{**tree, **lists})
+    words: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entries.items()}
+    file = _SweepFile(**words)
     for problem in _problems(file):
         raise ConfigError(f"{path}: {problem}")
     return file

@@ -114,7 +114,7 @@ def measured(run: ReportedRun) -> dict[str, float]:
     LAST_STEPS steps of rewards and lengths; the median step's seconds."""
     last = run.metrics[-LAST_STEPS:]
     names = {name for entry in last for name in entry if name.startswith("reward/") or name in AVERAGED}
-    values = {name: [entry[name] for entry in last if entry.get(name) is not None] for name in sorted(names)}
+    values = {name: [value for entry in last if (value := entry.get(name)) is not None] for name in sorted(names)}
     seconds = [sum(entry.get(stage) or 0.0 for stage in STAGES) for entry in run.metrics]
     means = {name: statistics.fmean(found) for name, found in values.items() if found}
     return {**_shares(_evaluation(run, "after")), **means, "seconds/step": statistics.median(seconds)}
