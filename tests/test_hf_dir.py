@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_sr1.platform.torch_private import StorageInfo
 from megatron_sr1.weights import HfTensors, check_megatron_dir, write_hf_dir
 from megatron_sr1.weights import hf_dir as module
 from megatron_sr1.weights.hf_dir import check_finite, row_blocks
@@ -252,7 +252,7 @@ def checkpoint(folder: Path, **changes: object) -> Path:
         torch.save(torch.ones(2, 2), stream)
         end = stream.tell()
         torch.save(changes.get("stored", {"step": 1}), stream)
-        places = [_StorageInfo("data.distcp", 0, end), _StorageInfo("data.distcp", end, stream.tell() - end)]
+        places = [StorageInfo("data.distcp", 0, end), StorageInfo("data.distcp", end, stream.tell() - end)]
     indices = [MetadataIndex("w", (0, 0)), MetadataIndex("scheduler")]
     chunk = ChunkStorageMetadata(torch.Size((0, 0)), torch.Size((2, 2)))
     entry = TensorStorageMetadata(TensorProperties(torch.bfloat16), torch.Size((2, 2)), [chunk])

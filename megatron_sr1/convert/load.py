@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_sr1.convert.layout import HEAD, HfLayout, ModelSlots, ParameterSlot, model_slots
+from megatron_sr1.platform.torch_private import EXTRA_STATE, file_view
 from megatron_sr1.weights.name_table import hf_from_shards
 from megatron_sr1.weights.pickles import METADATA, check_megatron_dir
 from megatron_sr1.weights.safetensors import TensorInfo
 
 _OTHER_KEYS = ("optimizer.", "chained_", "rng_state", "rerun_state")  # of a training checkpoint, beside the model
-_EXTRA_STATE = "_extra_state"
 
 
 class MegatronTensors:
@@ -85,7 +84,7 @@ class MegatronTensors:
         path = self.folder / place.relative_path
         try:
             with path.open("rb") as stream:
-                view = _create_file_view(stream, place.offset, place.length)
+                view = file_view(stream, place.offset, place.length)
                 piece = torch.load(view, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
             raise ValueError(f"{path}: {index} cannot be read ({error}). Copy the checkpoint again.") from error
@@ -127,7 +126,7 @@ class MegatronSource:
         extra = sorted(
             key
             for key in stored.keys() - known
-            if not key.startswith(_OTHER_KEYS) and _EXTRA_STATE not in key and "/shard_" not in key
+            if not key.startswith(_OTHER_KEYS) and EXTRA_STATE not in key and "/shard_" not in key
         )
         if extra:
             raise ValueError(

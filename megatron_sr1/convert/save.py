@@ -18,7 +18,6 @@ import torch.distributed
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -42,6 +41,7 @@ from megatron_sr1.convert.layout import (
     model_slots,
 )
 from megatron_sr1.platform import Platform
+from megatron_sr1.platform.torch_private import StorageInfo
 from megatron_sr1.weights.hf_dir import HfTensors, check_finite, copy_side_files, row_blocks
 from megatron_sr1.weights.name_table import Sizes, shard_from_hf
 from megatron_sr1.weights.pickles import BACKEND, COMMON
@@ -138,7 +138,7 @@ def _write(
             assert TensorInfo(value.dtype, tuple(value.shape)) == piece.info, (piece, value.shape)
             offset = stream.tell()
             torch.save(value.view(piece.slot.sizes(piece.stop - piece.start)), stream)
-            place = _StorageInfo(file.name, offset, stream.tell() - offset)
+            place = StorageInfo(file.name, offset, stream.tell() - offset)
             results.append(WriteResult(piece.index, place.length, place))
             advance(piece.info.nbytes, total)
         stream.flush()

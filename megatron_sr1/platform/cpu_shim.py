@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._device import _device_constructors
 
 _FACTORIES = """
     zeros ones empty full tensor arange linspace rand randn randint randperm eye as_tensor empty_strided
@@ -69,8 +68,10 @@ def install_cpu_shim() -> None:
     if _installed:
         return
     _installed = True
-    # `with torch.device(...)` recognises factories by identity: let it remember the real ones, not the wrappers
-    _device_constructors()
+    # imports torch's checkpoints, too, which a process that only starts ranks does not need
+    from megatron_sr1.platform.torch_private import remember_factories
+
+    remember_factories()  # the real ones, not the wrappers
     for name in _FACTORIES.split():
         setattr(torch, name, _wrap_factory(getattr(torch, name)))
     torch.Tensor.to = _wrap_to(torch.Tensor.to)
@@ -97,21 +98,7 @@ def install_cpu_shim() -> None:
 
 def patch_megatron() -> None:
     """Replaces what in Megatron-Core asks CUDA for more than a device: generators and streams."""
-    from megatron.core.tensor_parallel import random as megatron_random
-    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+    from megatron_sr1.platform.megatron_private import keep_token_counts_on_host, use_cpu_generator
 
-    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()  # one is made where there is none; here nobody uses it
-    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _counts_for_collectives
-
-
-def _counts_for_collectives(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
-    """Megatron copies token counts from the device on a side stream here. They are on the host already, but still
-    tensors, where collectives take sequences of numbers."""
-    if point == dispatcher.cuda_dtoh_point:
-        for name in ("input_splits", "output_splits"):
-            splits = getattr(dispatcher, name)
-            if isinstance(splits, torch.Tensor):
-                setattr(dispatcher, name, splits.numpy())
-    return tokens_per_expert
+    use_cpu_generator()
+    keep_token_counts_on_host()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch.distributed
 
 from megatron_sr1.platform.runtime import Platform, join_alone, start_platform
+from megatron_sr1.platform.torch_private import fake_store
 
 
 @contextmanager
@@ -21,10 +22,9 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[Platform]:
     platform = start_platform()
     assert platform.world_size == 1, "this process is one of several ranks already"
     assert 0 <= rank < world_size, (rank, world_size)
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend on import
-
+    store = fake_store()
     torch.distributed.destroy_process_group()
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    torch.distributed.init_process_group("fake", store=store, rank=rank, world_size=world_size)
     try:
         yield Platform(platform.device, rank, world_size, platform.accelerator)
     finally:

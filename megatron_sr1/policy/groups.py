@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from megatron_sr1.config import LayoutConfig
+from megatron_sr1.platform.megatron_private import created_groups
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ def build_groups(layout: LayoutConfig) -> ParallelGroups:
 
 def _destroy_groups() -> None:
     """Megatron-Core forgets its groups but leaves them to torch.distributed, with their threads and connections."""
-    for group in parallel_state._global_process_group_list or ():
-        if group is not None:  # None stands for the default group
-            with suppress(ValueError):  # it went with the default group that it was split from
-                torch.distributed.destroy_process_group(group)
+    for group in created_groups():
+        with suppress(ValueError):  # it went with the default group that it was split from
+            torch.distributed.destroy_process_group(group)
     parallel_state.destroy_model_parallel()

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.distributed
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator, _p2p_ops
 from torch import Tensor
 
 from megatron_sr1.config import Config
 from megatron_sr1.packing import empty_row, moved
+from megatron_sr1.platform.megatron_private import OrderedCommunicator
 from megatron_sr1.policy.groups import ParallelGroups
 from megatron_sr1.types import MicroBatch, Scoring
 
@@ -26,7 +26,7 @@ class Schedule:
         self._groups = groups
         self._config = config
         self._device = next(chunks[0].parameters()).device
-        self._communicator = _OrderedCommunicator(groups.pipeline, chunks[0].config, self._device)
+        self._communicator = OrderedCommunicator(groups.pipeline, chunks[0].config, self._device)
 
     def run(
         self,
@@ -77,43 +77,3 @@ class Schedule:
         if number == len(batches):
             return []
         return [moved(empty_row(self._config.row_multiple), self._device)] * (number - len(batches))
-
-
-class _OrderedCommunicator(P2PCommunicator):
-    """Exchanges shapes in the order in which it exchanges the tensors.
-
-    Of two stages each is the other's previous and next. Megatron posts the messages about shapes in an order in which
-    the one for the next stage meets the receiver that waits for the previous one: rows of different lengths would get
-    each other's shapes.
-    """
-
-    def __init__(self, group: torch.distributed.ProcessGroup, config: Any, device: torch.device) -> None:
-        super().__init__(pp_group=group, config=config)
-        self._device = device
-
-    def _communicate_shapes(
-        self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
-    ) -> tuple[list[int], list[int]]:
-        def sent(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else torch.tensor(tensor.shape, device=self._device)
-
-        def received(wanted: bool) -> Tensor | None:
-            return torch.empty(3, dtype=torch.int64, device=self._device) if wanted else None
-
-        shapes = {"prev": received(recv_prev), "next": received(recv_next)}
-        to_prev, to_next = (
-            sent(tensor_send_prev),
-            sent(tensor_send_next),
-        )  # named: they must live until the requests end
-        requests = _p2p_ops(
-            tensor_send_prev=to_prev,
-            tensor_recv_prev=shapes["prev"],
-            tensor_send_next=to_next,
-            tensor_recv_next=shapes["next"],
-            group=self.pp_group,
-            prev_pipeline_rank=self.prev_rank,
-            next_pipeline_rank=self.next_rank,
-        )
-        for request in requests.values():
-            request.wait()
-        return tuple([0, 0, 0] if shape is None else shape.tolist() for shape in shapes.values())

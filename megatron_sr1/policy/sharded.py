@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_sr1.platform.torch_private import EXTRA_STATE
 from megatron_sr1.weights import check_megatron_dir
-
-EXTRA_STATE = "_extra_state"  # ends the names of what Transformer Engine keeps beside its weights
 
 
 def sharded_weights(chunks: Sequence[torch.nn.Module], *, extra_state: bool = False) -> dict[str, Any]:

@@ -7,7 +7,6 @@ under another name and renamed when every rank is done, so a folder with the rig
 from __future__ import annotations
 
 import json
-import queue
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,14 +15,12 @@ from typing import Any
 
 import torch.distributed
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_sr1.platform import Platform
+from megatron_sr1.platform.megatron_private import read_results_in_process
 from megatron_sr1.policy import Policy
 
-# A synchronous save reads its results in the process that wrote them. Megatron's default, a queue in a manager process
-# of its own, costs a new interpreter per rank and outlives a killed run.
-filesystem_async._results_queue = queue.Queue()
+read_results_in_process()
 
 
 @dataclass(frozen=True)

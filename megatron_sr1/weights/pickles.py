@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata, planner
+from torch.distributed.checkpoint import metadata, planner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
-from torch.serialization import _get_layout
+
+from megatron_sr1.platform.torch_private import METADATA_CLASSES
 
 METADATA = ".metadata"
 COMMON = "common.pt"
@@ -33,8 +34,6 @@ _CLASSES = (
     metadata.StorageMeta,
     metadata.TensorProperties,
     metadata.TensorStorageMetadata,
-    metadata._MEM_FORMAT_ENCODING,
-    filesystem._StorageInfo,
     planner.BytesIOWriteData,
     planner.SavePlan,
     planner.TensorWriteData,
@@ -42,7 +41,7 @@ _CLASSES = (
     planner.WriteItemType,
     collections.OrderedDict,
     torch.Size,
-    _get_layout,
+    *METADATA_CLASSES,
 )
 _ALLOWED: dict[tuple[str, str], Any] = {(item.__module__, item.__qualname__): item for item in _CLASSES} | {
     ("torch", "Size"): torch.Size,

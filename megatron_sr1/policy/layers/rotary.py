@@ -5,18 +5,20 @@ Shapes: T tokens, d channels of a head, positions [3, T] = time, height, width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from megatron_sr1.platform.torch_private import FixedDtypeBuffers
 
-class MultimodalRotary(torch.nn.Module):
+
+class MultimodalRotary(FixedDtypeBuffers):
     """Angle of frequency i of token t: position[axis(i), t] / theta^(2i / d), for i < d / 2; the second half of a head
     repeats the first.
 
     axis(i) is time, height or width: in three sections of the frequencies (Qwen2.5-VL), or by turns, T H W T H W ...,
     until the sections of height and width are used up, and time for the rest (Qwen3-VL).
+
+    The frequencies stay fp32 in a model that is cast to bf16: 8 bits do not hold a position.
     """
 
     def __init__(self, head_dim: int, theta: float, section: tuple[int, int, int], *, interleaved: bool) -> None:
@@ -35,13 +37,6 @@ class MultimodalRotary(torch.nn.Module):
         positions = position_ids[self.axes].float()  # [d / 2, T]
         angles = positions.T * self.frequencies
         return torch.cat([angles, angles], dim=-1)[:, None, None]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultimodalRotary:
-        """Moves between devices, but stays fp32 in a model that is cast to bf16: 8 bits do not hold a position."""
-        kept = self.frequencies
-        super()._apply(fn, recurse)
-        self.frequencies = kept.to(self.frequencies.device)
-        return self
 
 
 def _sectioned(section: tuple[int, int, int]) -> Tensor:

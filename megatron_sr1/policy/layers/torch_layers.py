@@ -12,20 +12,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from megatron_sr1.platform.megatron_private import name_missing_gemm
 from megatron_sr1.policy.layers.core_attention import PackedCausalAttention
 
 # Transformer Engine fuses a norm into the linear layer behind it; the norm before experts stands for itself there too
 _FUSED_INPUT_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 _FUSED_MLP_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
-# the router asks for Transformer Engine's matrix product by a name that Megatron defines only where that is installed
-vars(moe_utils).setdefault("te_general_gemm", None)
+name_missing_gemm()
 
 
 class RMSNorm(torch.nn.Module):

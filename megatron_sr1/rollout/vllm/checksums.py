@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_sr1.rollout.vllm.placement import Placement, placements
+from megatron_sr1.rollout.vllm.private import packed_experts
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # odd, 2^64 / golden ratio: neighbouring positions get unlike factors
 _BLOCK = 2**20  # elements whose 8-byte products exist at a time
@@ -60,7 +61,7 @@ class WeightCheck:
         for place in placements(self._modules, mapped):
             piece = place.take(tensor).to(self._dtype)
             if place.start is None and self._on_cpu:
-                piece = _packed_experts(self._modules[place.module], piece)
+                piece = packed_experts(self._modules[place.module], piece)
             rows = _as_rows(piece)
             checksum = self._sum_of_experts(piece) if place.start is None else _ordered(rows, 0, rows.shape[1])
             for module in (place.module, *self._heads.get(place.module, ())):
@@ -111,14 +112,6 @@ class WeightCheck:
             units = torch.zeros(stop - start, width, dtype=self._dtype)
             units[torch.arange(stop - start), torch.arange(start, stop)] = 1
             yield start, width, module.quant_method.apply(module, units, None).T
-
-
-def _packed_experts(module: Any, piece: Tensor) -> Tensor:
-    """Experts [E, out, in] in the order in which vLLM's CPU kernel reads them."""
-    from vllm._custom_ops import cpu_prepack_moe_weight
-
-    kernel = module.quant_method.moe_kernel.fused_experts
-    return piece if kernel._use_zentorch else cpu_prepack_moe_weight(piece, kernel.isa)
 
 
 def _input_size(module: Any) -> int:

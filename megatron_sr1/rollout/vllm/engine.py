@@ -8,7 +8,6 @@ requests, and the ranks of one engine make the same calls in the same order.
 
 from __future__ import annotations
 
-import datetime
 import gc
 import json
 import logging
@@ -22,9 +21,11 @@ import torch
 import torch.distributed
 from safetensors import safe_open
 
+from megatron_sr1.platform.torch_private import all_gather_within
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation
 from megatron_sr1.rollout.vllm.checksums import WeightCheck
+from megatron_sr1.rollout.vllm.private import detach_finalizer, name_shared_memory, silence_reload_warnings
 from megatron_sr1.rollout.vllm.reload import check_reloadable, reload_weights
 from megatron_sr1.types import BANNED_LOGIT_BIAS
 
@@ -121,12 +122,11 @@ class Engine:
         _register_architectures(self._arguments["model"])
         if self._in_job and self._arguments["tensor_parallel_size"] > 1:
             _name_shared_memory()
-        # At each reload it warns of every layer that has no weights of its own. _complete() watches what matters.
-        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+        silence_reload_warnings()  # _complete() watches what matters
         set_num_threads = torch.set_num_threads
         engine = LLMEngine.from_engine_args(EngineArgs(**self._arguments))
         if self._in_job:  # vLLM's shutdown destroys the process groups, which are the job's
-            engine.engine_core._finalizer.detach()
+            detach_finalizer(engine)
         torch.set_num_threads = set_num_threads  # vLLM replaces it on a CPU by one that only warns
         (self._model,) = engine.collective_rpc("get_model")
         check_reloadable(self._model)
@@ -162,10 +162,9 @@ class Engine:
 
         group = get_tp_group().cpu_group
         counts = [torch.empty(1, dtype=torch.int64) for _ in range(group.size())]
-        options = torch.distributed.distributed_c10d.AllgatherOptions()
-        options.timeout = datetime.timedelta(seconds=self.fault_wait_seconds)  # the group's own is half an hour
         try:
-            group.allgather([counts], [torch.tensor([num_open])], options).wait()
+            # the group's own patience is half an hour
+            all_gather_within(group, counts, torch.tensor([num_open]), self.fault_wait_seconds)
         except RuntimeError as error:
             raise EngineFault(f"one rank of an engine failed alone, so the run ends here: {error}") from error
         if len({count.item() for count in counts}) > 1:
@@ -298,16 +297,9 @@ def _name_shared_memory() -> None:
     vLLM names it after the address at which the ranks met, which is the same for all jobs where their launcher has
     introduced them: two jobs on a machine would share it, and what a killed job left would keep the next from starting.
     """
-    from vllm.distributed.device_communicators import cpu_communicator
-
     names = [secrets.token_hex(8)]
     torch.distributed.broadcast_object_list(names)
-    (job,) = names
-
-    def group_name(communicator: Any) -> str:
-        return f"{job}-{communicator.unique_name}-{'-'.join(map(str, communicator.ranks))}"
-
-    cpu_communicator._CPUSHMDistributed.make_group_name = staticmethod(group_name)
+    name_shared_memory(names[0])
 
 
 def _generation(output: Any) -> Generation:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sr1.rollout.vllm.private import pack_experts
+
 _CPU_EXPERT_MULTIPLE = 32  # vLLM pads an expert's width to it on a CPU
 
 
@@ -54,7 +56,7 @@ def _repack_experts(model: torch.nn.Module) -> None:
     """
     for _, module in _experts(model):
         if module.w13_weight.device.type == "cpu":
-            module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
+            pack_experts(module)
 
 
 def _experts(model: torch.nn.Module) -> list[tuple[str, Any]]:
