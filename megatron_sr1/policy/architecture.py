@@ -13,10 +13,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig, PreTrainedModel, Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
-from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionModel
+from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from megatron_sr1.policy.supported import unsupported_settings
 
@@ -27,7 +24,6 @@ class Family:
 
     name: str
     config_class: type[PreTrainedConfig]
-    vision_class: type[PreTrainedModel]
     language_prefix: str  # of tensor names in a checkpoint, as published and as transformers saves them
     vision_prefix: str
     qk_norm: bool  # RMSNorm of each head's query and key, before the rotary embedding
@@ -40,7 +36,6 @@ class Family:
 _QWEN2_5_VL = Family(
     name="qwen2_5_vl",
     config_class=Qwen2_5_VLConfig,
-    vision_class=Qwen2_5_VisionTransformerPretrainedModel,
     language_prefix="model.",
     vision_prefix="visual.",
     qk_norm=False,
@@ -51,7 +46,6 @@ _QWEN2_5_VL = Family(
 _QWEN3_VL = Family(
     name="qwen3_vl",
     config_class=Qwen3VLConfig,
-    vision_class=Qwen3VLVisionModel,
     language_prefix="model.language_model.",
     vision_prefix="model.visual.",
     qk_norm=True,
@@ -66,7 +60,6 @@ FAMILIES: dict[str, Family] = {
         _QWEN3_VL,
         name="qwen3_vl_moe",
         config_class=Qwen3VLMoeConfig,
-        vision_class=Qwen3VLMoeVisionModel,
         has_experts=True,
     ),
 }

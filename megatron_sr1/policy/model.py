@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from transformers import AutoModel
 
 from megatron_sr1.config import Config
 from megatron_sr1.kernels import linear_logprob
@@ -64,7 +65,7 @@ class QwenVLModel(GPTModel):
             interleaved=architecture.family.interleaved_rotary,
         )
         if is_first:
-            self.vision = architecture.family.vision_class._from_config(
+            self.vision = AutoModel.from_config(
                 architecture.hf.vision_config, attn_implementation="sdpa", dtype=megatron_config.params_dtype
             )
             self.vision.requires_grad_(config.model.train_vision)
