@@ -11,13 +11,22 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-PACKAGE = "megatron_sr1"
+from tests.source_tree import (
+    PACKAGE,
+    REPOSITORY,
+    Function,
+    Module,
+    docstrings,
+    functions,
+    imports,
+    outside_nodes,
+    private_names,
+    read_modules,
+)
 
 LEVELS = {
     0: {"__init__", "config", "types"},
@@ -56,54 +65,17 @@ ALLOWED_SIDEWAYS = {  # within a level; a room that is not here imports no neigh
 }
 FORBIDDEN = {("policy", "objective")}  # the loop passes the loss in
 MEGATRON_ROOMS = {"policy", "weights", "convert", "training", "platform"}
-VLLM_ROOMS = {"rollout"}
+VLLM_ROOMS = {"rollout/vllm"}
+PRIVATE_FILES = {  # the names that are no public interface of a library: the one file that may use them
+    "torch": f"{PACKAGE}/platform/torch_private",
+    "megatron": f"{PACKAGE}/platform/megatron_private",
+    "vllm": f"{PACKAGE}/rollout/vllm/private",
+}
+TENSOR_METHODS = {"abs", "backward", "cpu", "detach", "exp", "item", "log", "mean", "std", "sum", "tolist"}
 DEVICE_ROOMS = {"platform", "kernels"}
 DEVICE_WORD = re.compile(r"\b(cuda|nccl|gloo|is_cuda|is_nccl_available|is_gloo_available)\b", re.IGNORECASE)
 UNFINISHED = re.compile(r"\bTODO\b|\bFIXME\b|NotImplementedError")
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_MEDIAN_LINES, MIN_TEST_RATIO = 500, 60, 150, 0.6
-CHECKED_FOLDERS = (PACKAGE, "tools")
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-
-
-@dataclass(frozen=True)
-class Module:
-    """One source file; `room` is the first name below the package, or the folder for files outside it."""
-
-    path: Path
-    parts: tuple[str, ...]  # relative to the repository, without .py
-    text: str
-    tree: ast.Module
-
-    @property
-    def in_package(self) -> bool:
-        return self.parts[0] == PACKAGE
-
-    @property
-    def room(self) -> str:
-        return self.parts[1] if self.in_package else self.parts[0]
-
-    def at(self, node: ast.AST, what: str) -> str:
-        return f"{'/'.join(self.parts)}.py:{1 if isinstance(node, ast.Module) else node.lineno}: {what}"
-
-
-def read_modules(root: Path) -> list[Module]:
-    modules = []
-    for folder in CHECKED_FOLDERS:
-        for path in sorted((root / folder).rglob("*.py")):
-            text = path.read_text(encoding="utf-8")
-            modules.append(Module(path, path.relative_to(root).with_suffix("").parts, text, ast.parse(text)))
-    return modules
-
-
-def imports(module: Module, tree: ast.AST | None = None) -> Iterator[tuple[ast.AST, str]]:
-    """Every imported dotted name, relative imports resolved; `from a import b` gives `a.b`."""
-    for node in ast.walk(tree or module.tree):
-        if isinstance(node, ast.Import):
-            yield from ((node, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = list(module.parts[: -node.level]) if node.level else []
-            prefix = ".".join(base + ([node.module] if node.module else []))
-            yield from ((node, f"{prefix}.{alias.name}") for alias in node.names)
 
 
 def imported_rooms(module: Module, tree: ast.AST | None = None) -> Iterator[tuple[ast.AST, str]]:
@@ -112,19 +84,6 @@ def imported_rooms(module: Module, tree: ast.AST | None = None) -> Iterator[tupl
         if parts[0] == PACKAGE:
             is_room = len(parts) > 1 and parts[1] in LEVEL_OF
             yield node, parts[1] if is_room else "__init__"
-
-
-def outside_nodes(module: Module) -> Iterator[ast.AST]:
-    """Nodes that run when the module is imported: everything outside functions."""
-    queue: list[ast.AST] = [module.tree]
-    while queue:
-        node = queue.pop()
-        yield node
-        queue += [c for c in ast.iter_child_nodes(node) if not isinstance(c, Function | ast.Lambda)]
-
-
-def functions(module: Module) -> Iterator[Function]:
-    yield from (node for node in ast.walk(module.tree) if isinstance(node, Function))
 
 
 # ---------------------------------------------------------------- the rules
@@ -166,7 +125,7 @@ def _library_only_in(modules: list[Module], library: str, rooms: set[str]) -> li
     return [
         module.at(node, f"{library} belongs to {', '.join(sorted(rooms))}; {module.room} imports {name}")
         for module in modules
-        if module.in_package and module.room not in rooms
+        if module.in_package and not any(module.lies_in(room) for room in rooms)
         for node, name in imports(module)
         if name.split(".")[0] == library
     ]
@@ -178,6 +137,68 @@ def rule_megatron_has_its_rooms(modules: list[Module]) -> list[str]:
 
 def rule_vllm_has_its_room(modules: list[Module]) -> list[str]:
     return _library_only_in(modules, "vllm", VLLM_ROOMS)
+
+
+def rule_private_names_are_gathered(modules: list[Module]) -> list[str]:
+    """Those of torch, vLLM and Megatron in one file for each; of others there are none. Of an attribute, nothing tells
+    whose it is: each of the files may have them."""
+    found = []
+    for module in modules:
+        library = {path: name for name, path in PRIVATE_FILES.items()}.get("/".join(module.parts))
+        for node, name in private_names(module):
+            imported = isinstance(node, ast.Import | ast.ImportFrom)
+            if library is None or (imported and name.split(".")[0] != library):
+                wanted = PRIVATE_FILES.get(name.split(".")[0]) if imported else None
+                where = f"{wanted}.py" if wanted else f"one of {', '.join(sorted(PRIVATE_FILES.values()))}"
+                found.append(module.at(node, f"{name} is private: give it a name in {where}"))
+    return found
+
+
+def _imported_files(module: Module, files: dict[str, Module]) -> set[str]:
+    """Dotted names of the package's files that a file imports, wherever in it. A package stands for its __init__."""
+    targets = set()
+    for _, name in imports(module):
+        parents = [name, name.rpartition(".")[0]]  # `from a import b`: b is a file, or a name in a
+        targets |= {next((parent for parent in parents if parent in files), "")}
+    return targets - {""}
+
+
+def rule_files_make_no_circle(modules: list[Module]) -> list[str]:
+    """Imports inside functions and for types alone count, too: whoever reads one file must read the circle."""
+    files = {".".join(m.parts).removesuffix(".__init__"): m for m in modules if m.in_package}
+    reached = {name: _imported_files(module, files) for name, module in files.items()}
+    for middle in files:  # paths through the first file, the first two, ... (Warshall 1962)
+        for targets in reached.values():
+            targets |= reached[middle] if middle in targets else set()
+    circles = {frozenset(n for n in reached[name] if name in reached[n]) for name in files if name in reached[name]}
+    lasts = [(files[max(circle)], circle) for circle in circles]
+    return [last.at(last.tree, f"a circle of imports: {', '.join(sorted(circle))}") for last, circle in lasts]
+
+
+def _tensor_words(module: Module) -> Iterator[tuple[ast.AST, str]]:
+    for node, name in imports(module):
+        if name.split(".")[0] == "torch" and name.split(".")[:2] != ["torch", "distributed"]:
+            yield node, f"import of {name}"
+    for node in ast.walk(module.tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="torch"), attr=name) if name != "distributed":
+                yield node, f"torch.{name}"
+            case ast.Call(func=ast.Attribute(attr=name)) if name in TENSOR_METHODS:
+                yield node, f".{name}()"
+            case ast.Name(id=name) | ast.Constant(value=str() as name) if re.search(r"\bTensor\b", name):
+                yield node, name
+
+
+def rule_loops_hold_no_tensor_arithmetic(modules: list[Module]) -> list[str]:
+    """Loops say what comes after what: of torch they know the collectives, of tensors not even the type."""
+    return [
+        module.at(node, f"{what}: loops hold the order alone, tensors belong to the rooms below")
+        for module in modules
+        if module.lies_in("loops")
+        for skip in [docstrings(module.tree)]
+        for node, what in _tensor_words(module)
+        if id(node) not in skip
+    ]
 
 
 def rule_groups_are_passed(modules: list[Module]) -> list[str]:
@@ -195,11 +216,6 @@ def rule_groups_are_passed(modules: list[Module]) -> list[str]:
         for module, node in calls
         if module.room != "policy" or len(files) > 1
     ]
-
-
-def _docstrings(tree: ast.Module) -> set[int]:
-    """Ids of bare string statements: docstrings, which may use any word."""
-    return {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
 
 
 def _words(node: ast.AST) -> list[str]:
@@ -222,7 +238,7 @@ def rule_device_words_have_their_rooms(modules: list[Module]) -> list[str]:
     for module in modules:
         if not module.in_package or module.room in DEVICE_ROOMS:
             continue
-        skip = _docstrings(module.tree)
+        skip = docstrings(module.tree)
         for node in ast.walk(module.tree):
             hits = [word for word in _words(node) if id(node) not in skip and DEVICE_WORD.search(word)]
             found += [module.at(node, f"{word!r}: devices and backends are chosen in platform/") for word in hits]
@@ -360,6 +376,35 @@ VIOLATIONS = [
     ("commands_import_late", "megatron_sr1/launch/a.py", "from megatron_sr1.metrics import Metric\n"),
     ("megatron_has_its_rooms", "megatron_sr1/loops/a.py", "from megatron.core import parallel_state\n"),
     ("vllm_has_its_room", "megatron_sr1/policy/a.py", "def f():\n    import vllm\n"),
+    ("vllm_has_its_room", "megatron_sr1/rollout/passes.py", "from vllm import SamplingParams\n"),
+    ("private_names_are_gathered", "megatron_sr1/data/a.py", "from torch.serialization import _get_layout\n"),
+    ("private_names_are_gathered", "megatron_sr1/data/a.py", "def f():\n    from torch.utils import _device\n"),
+    ("private_names_are_gathered", "megatron_sr1/data/a.py", "from torch._inductor import config\n"),
+    ("private_names_are_gathered", "megatron_sr1/data/a.py", "import triton._internal_testing\n"),
+    ("private_names_are_gathered", "megatron_sr1/policy/a.py", "x = parallel_state._groups\n"),
+    ("private_names_are_gathered", "megatron_sr1/policy/a.py", "x = self.engine.core._finalizer\n"),
+    ("private_names_are_gathered", "megatron_sr1/policy/a.py", "x = super()._apply(f)\n"),
+    ("private_names_are_gathered", "megatron_sr1/policy/a.py", "setattr(engine, '_core', None)\n"),
+    ("private_names_are_gathered", "tools/a.py", "x = config._name_or_path\n"),
+    (
+        "private_names_are_gathered",
+        "megatron_sr1/platform/megatron_private.py",
+        "from torch.serialization import _get_layout\n",
+    ),
+    ("files_make_no_circle", "megatron_sr1/data/write.py", "def f():\n    from megatron_sr1.data import read\n"),
+    (
+        "files_make_no_circle",
+        "megatron_sr1/data/write.py",
+        "if TYPE_CHECKING:\n    from megatron_sr1.data.read import x\n",
+    ),
+    ("files_make_no_circle", "megatron_sr1/rollout/vllm/engine.py", "from megatron_sr1.rollout import x\n"),
+    ("loops_hold_no_tensor_arithmetic", "megatron_sr1/loops/a.py", "import torch\n"),
+    ("loops_hold_no_tensor_arithmetic", "megatron_sr1/loops/a.py", "import torch.nn.functional as F\n"),
+    ("loops_hold_no_tensor_arithmetic", "megatron_sr1/loops/a.py", "from torch import Tensor\n"),
+    ("loops_hold_no_tensor_arithmetic", "megatron_sr1/loops/a.py", "import torch.distributed\nx = torch.ones(3)\n"),
+    ("loops_hold_no_tensor_arithmetic", "megatron_sr1/loops/a.py", "def f(x: Tensor) -> float: ...\n"),
+    ("loops_hold_no_tensor_arithmetic", "megatron_sr1/loops/a.py", "def f(x: 'list[Tensor]') -> float: ...\n"),
+    ("loops_hold_no_tensor_arithmetic", "megatron_sr1/loops/a.py", "x = rewards.mean().item()\n"),
     ("groups_are_passed", "megatron_sr1/training/a.py", "x = parallel_state.get_data_parallel_rank()\n"),
     ("device_words_have_their_rooms", "megatron_sr1/loops/a.py", "x = torch.cuda.synchronize()\n"),
     ("device_words_have_their_rooms", "megatron_sr1/policy/a.py", "x = y.is_cuda\n"),
@@ -396,9 +441,13 @@ CLEAN = {
     "megatron_sr1/data/write.py": "'''Works without cuda.'''\nbarracuda = build(use_gloo_groups=1)  # not nccl\n",
     "megatron_sr1/platform/device.py": "x = 'cuda'\nimport megatron.core\n",
     "megatron_sr1/policy/groups.py": "from megatron_sr1.platform import device\nx = parallel_state.get_a()\n",
+    "megatron_sr1/platform/torch_private.py": "from torch.serialization import _get_layout\nx = y._z\n",
+    "megatron_sr1/policy/own.py": "class _A:\n    def f(self):\n        self._x = _A._y\nos._exit(0)\nx.__len__\n",
+    "megatron_sr1/rollout/__init__.py": "from megatron_sr1.rollout.vllm.engine import x\n",
     "megatron_sr1/rollout/vllm/engine.py": "import vllm\nfrom megatron_sr1.prompts import x\n",
     "megatron_sr1/prompts.py": "try:\n    x = 1\nexcept (OSError, ValueError):\n    x = 2\n",
     "megatron_sr1/loops/grpo.py": "from megatron_sr1.policy import model\nfrom megatron_sr1.objective import losses\n",
+    "megatron_sr1/loops/run.py": "'''No Tensor.'''\nimport torch.distributed\ntorch.distributed.barrier()\n",
     "megatron_sr1/objective/losses.py": "class A:\n    '''Doc.'''\n    def f(self, x: int) -> int:\n        return x\n",
     "megatron_sr1/cli/command.py": "def main() -> None:\n    from megatron_sr1.loops import grpo\n",
     "tools/build.py": "from megatron_sr1.loops import grpo\ndef _f(x):\n    def inner(y): ...\n",
