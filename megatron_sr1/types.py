@@ -264,10 +264,13 @@ class LossFn(Protocol):
     def __call__(self, index: int, logprobs: LogProbs) -> tuple[Tensor, Mapping[str, Tensor]]: ...
 
 
-class WeightSink(Protocol):
-    """Takes Hugging Face named tensors in place."""
+NamedTensors = Iterable[tuple[str, "Tensor"]]  # weights under their Hugging Face names, whole
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
+
+class WeightSink(Protocol):
+    """Takes weights in place."""
+
+    def update_weights(self, weights: NamedTensors, version: int) -> None: ...
 
 
 class Generator(WeightSink, Protocol):

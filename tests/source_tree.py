@@ -63,10 +63,12 @@ def imports(module: Module, tree: ast.AST | None = None) -> Iterator[tuple[ast.A
 
 
 def outside_nodes(module: Module) -> Iterator[ast.AST]:
-    """Nodes that run when the module is imported: everything outside functions."""
+    """Nodes that run when the module is imported: everything outside functions and `if TYPE_CHECKING`."""
     queue: list[ast.AST] = [module.tree]
     while queue:
         node = queue.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
         yield node
         queue += [c for c in ast.iter_child_nodes(node) if not isinstance(c, Function | ast.Lambda)]
 

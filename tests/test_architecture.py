@@ -449,7 +449,8 @@ CLEAN = {
     "megatron_sr1/loops/grpo.py": "from megatron_sr1.policy import model\nfrom megatron_sr1.objective import losses\n",
     "megatron_sr1/loops/run.py": "'''No Tensor.'''\nimport torch.distributed\ntorch.distributed.barrier()\n",
     "megatron_sr1/objective/losses.py": "class A:\n    '''Doc.'''\n    def f(self, x: int) -> int:\n        return x\n",
-    "megatron_sr1/cli/command.py": "def main() -> None:\n    from megatron_sr1.loops import grpo\n",
+    "megatron_sr1/cli/command.py": "if TYPE_CHECKING:\n    from megatron_sr1.loops import grpo\n",
+    "megatron_sr1/cli/main.py": "def main() -> None:\n    from megatron_sr1.loops import grpo\n",
     "tools/build.py": "from megatron_sr1.loops import grpo\ndef _f(x):\n    def inner(y): ...\n",
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megatron_sr1.config import Config
@@ -12,18 +12,15 @@ from megatron_sr1.loops.run import Run
 from megatron_sr1.objective import Preset
 from megatron_sr1.platform import TeamRanks
 from megatron_sr1.rollout import Engine, Planner, TwoPassGenerator, stale_vision_canary
-from megatron_sr1.types import Passes, Prompt, Sampling, SftSample
+from megatron_sr1.types import NamedTensors, Passes, Prompt, Sampling, SftSample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
-
-Weights = Callable[[], Iterable[tuple[str, "Tensor"]]]
 _CANARY_SIDE = 56  # pixels: a few visual tokens for every family
 
 
-def build_generator(run: Run, weights: Weights | None = None) -> TwoPassGenerator:
+def build_generator(run: Run, weights: Callable[[], NamedTensors] | None = None) -> TwoPassGenerator:
     """Engines on all ranks, each with the weights of `model.hf_dir` and a share of the prompts. Collective.
 
     Args:

@@ -7,17 +7,13 @@ A global barrier between the passes would leave the engine idle behind the longe
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 from megatron_sr1.rollout.balance import assign_prompts
 from megatron_sr1.rollout.passes import PassRequests
 from megatron_sr1.rollout.plan import Planner
 from megatron_sr1.rollout.request import EngineFault, TokenEngine
-from megatron_sr1.types import ALONE, Prompt, Ranks, RolloutGroup, Sampling
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from megatron_sr1.types import ALONE, NamedTensors, Prompt, Ranks, RolloutGroup, Sampling
 
 MAX_RESTARTS = 2  # of one call: a fault that comes back is not an accident
 
@@ -34,7 +30,7 @@ class TwoPassGenerator:
         *,
         engines: Ranks = ALONE,
         streamed: bool = True,
-        weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
+        weights: Callable[[], NamedTensors] | None = None,
     ) -> None:
         """
         Args:
@@ -50,7 +46,7 @@ class TwoPassGenerator:
         self._streamed = streamed
         self._weights = weights
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, weights: NamedTensors, version: int) -> None:
         self._engine.update_weights(weights, version)
 
     def sleep(self) -> None:

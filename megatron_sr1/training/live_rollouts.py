@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-
-from torch import Tensor
 
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.objective import Preset
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.training.rollout_files import rollouts_file, write_rollouts
 from megatron_sr1.training.step_rewards import Rewards, join_rewards, scored_components
-from megatron_sr1.types import Generator, Prompt, Ranks, RolloutGroup, Sampling
+from megatron_sr1.types import Generator, NamedTensors, Prompt, Ranks, RolloutGroup, Sampling
 
 
 class LiveRollouts:
@@ -67,6 +65,6 @@ class LiveRollouts:
             self._generator.sleep()
         return groups, rewards
 
-    def refresh(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def refresh(self, weights: NamedTensors, version: int) -> None:
         """Streams the weights into the engines, and wakes them where they sleep. Collective."""
         self._generator.update_weights(weights, version)

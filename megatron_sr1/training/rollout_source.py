@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol
 
-from torch import Tensor
-
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.training.step_rewards import Rewards
-from megatron_sr1.types import Prompt, RolloutGroup
+from megatron_sr1.types import NamedTensors, Prompt, RolloutGroup
 
 
 class RolloutSource(Protocol):
@@ -20,7 +18,7 @@ class RolloutSource(Protocol):
         """All groups and all rewards of a step, on every rank. Collective. The clock notes `seconds/rollout`."""
         ...
 
-    def refresh(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def refresh(self, weights: NamedTensors, version: int) -> None:
         """Takes the policy's weights, with which the next step is drawn. Collective."""
         ...
 

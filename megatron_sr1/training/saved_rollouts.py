@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-
-from torch import Tensor
 
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.objective import Preset
 from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file
 from megatron_sr1.training.step_rewards import Rewards, scored_components
-from megatron_sr1.types import Prompt, RolloutGroup
+from megatron_sr1.types import NamedTensors, Prompt, RolloutGroup
 
 
 class SavedRollouts:
@@ -37,5 +35,5 @@ class SavedRollouts:
         with clock("rollout"):
             return read_rollouts(rollouts_file(self._folder, step), prompts, self._num_samples, self._components)
 
-    def refresh(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def refresh(self, weights: NamedTensors, version: int) -> None:
         """Nothing is drawn, so the weights stay where they are; no rank asks for one."""
