@@ -28,6 +28,7 @@ from tests.logprob_cases import (
     check_shards,
     dense_reference,
     make_bias,
+    make_exact_inputs,
     make_inputs,
 )
 from tests.ranks import run_ranks
@@ -177,7 +178,7 @@ def test_bfloat16_inputs(backend: str) -> None:
 def test_rounded_logits_are_those_of_the_torch_back_end() -> None:
     runs = []
     for backend in ("torch", "triton"):
-        hidden, weight, targets = make_inputs()
+        hidden, weight, targets = make_exact_inputs()
         result = linear_logprob(hidden, weight, targets, entropy=True, temperature=0.7, logits="bf16", backend=backend)
         backward_both(result)
         runs.append((result.logprobs, result.entropy, hidden.grad, weight.grad))
@@ -187,7 +188,7 @@ def test_rounded_logits_are_those_of_the_torch_back_end() -> None:
 
 def test_rounded_logits_of_the_fused_back_end() -> None:
     """The interpreter cuts float32 to bfloat16 where a GPU rounds, so the expected logits are cut as well."""
-    hidden, weight, targets = make_inputs()
+    hidden, weight, targets = make_exact_inputs()
     with torch.no_grad():
         scores = linear_logprob(hidden, weight, targets, temperature=0.7, logits="bf16", backend="fused").logprobs
         cut = ((hidden @ weight.t()).view(torch.int32) & -65536).view(torch.float32)

@@ -25,6 +25,17 @@ def make_inputs(
     return hidden, weight, torch.randint(0, vocab, (tokens,), generator=generator)
 
 
+def make_exact_inputs(
+    tokens: int = TOKENS, vocab: int = VOCAB, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Multiples of 1/8 and 1/16: float32 holds every partial sum of a logit exactly, so that rounding the logit to
+    bfloat16 gives the same on every CPU, in whatever order and width it sums."""
+    hidden, weight, targets = make_inputs(tokens, vocab)
+    hidden, weight = ((x.detach() * steps).round() / steps for x, steps in ((hidden, 8), (weight, 16)))
+    assert hidden.abs().max() < 8 and weight.abs().max() < 4, "6 bits of each before the sign, 24 products: 17 bits"
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+
 def dense_reference(
     hidden: Tensor,
     weight: Tensor,

@@ -29,6 +29,7 @@ from tests.logprob_cases import (
     backward_both,
     dense_reference,
     make_bias,
+    make_exact_inputs,
     make_inputs,
 )
 from tests.ranks import run_ranks
@@ -394,7 +395,7 @@ class TestRoundedLogits:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_every_use_sees_the_same_rounded_logits(self, small_tiles: None, dtype: torch.dtype) -> None:
         """Autograd through rounded dense logits, whose rounding passes the gradient on, is the reference."""
-        hidden, weight, targets = make_inputs(dtype=dtype)
+        hidden, weight, targets = make_exact_inputs(dtype=dtype)
         result = linear_logprob(
             hidden, weight, targets, entropy=True, temperature=0.7, logit_bias=make_bias(), logits="bf16"
         )
