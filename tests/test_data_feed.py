@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -381,7 +381,8 @@ def test_reading_ahead_is_bounded_by_bytes(tmp_path: Path, with_index: bool) -> 
         for _ in range(steps):
             feed.finish(feed.next(8))
         with feed:
-            time.sleep(0.3)
+            started = list(feed._reader._futures.values())  # nothing more is started before the next batch
+            assert not wait(started, timeout=60).not_done
             quiet = read[0] - 8 * steps
         return quiet
 

@@ -155,7 +155,8 @@ def test_a_cancelled_run_stays_cancelled_and_what_waits_for_it_never_starts(
     cluster.wait("step 2 is done", lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, jobs["sft"])
     cluster.run("scancel", jobs["sft"])
     cluster.wait("cancelled", lambda: cluster.show(jobs["sft"])["JobState"] == "CANCELLED", jobs["sft"])
-    time.sleep(6)  # the ranks save, and the batch script ends
+    running = ("squeue", "--noheader", "--states", "RUNNING,COMPLETING", "--format", "%A")
+    cluster.wait("saved, and ended", lambda: jobs["sft"] not in cluster.run(*running).split(), jobs["sft"])
     assert cluster.show(jobs["sft"])["Restarts"] == "0" and cluster.show(jobs["sft"])["JobState"] == "CANCELLED"
     assert cluster.show(jobs["report"])["JobState"] == "PENDING"
     assert cluster.show(jobs["report"])["Reason"] in ("Dependency", "DependencyNeverSatisfied")

@@ -103,6 +103,7 @@ def test_sft_stops_when_every_process_is_signalled(workspace: Workspace) -> None
 
 
 DEAF = """
+import signal
 import time
 from pathlib import Path
 from megatron_sr1.loops.preemption import watch_for_stop
@@ -111,6 +112,14 @@ from megatron_sr1.platform import run_on_ranks, start_platform
 def step(folder):
     platform = start_platform()
     with watch_for_stop(platform) as stop:
+        receive = signal.getsignal(signal.SIGUSR1)
+
+        def receive_and_note(number, frame):
+            receive(number, frame)
+            with (Path(folder) / f"usr1_{platform.rank}").open("a") as file:
+                file.write(".")
+
+        signal.signal(signal.SIGUSR1, receive_and_note)
         (Path(folder) / f"ready{platform.rank}").touch()
         for number in range(1200):  # one step that takes two minutes
             time.sleep(0.1)
@@ -138,7 +147,9 @@ def test_a_second_sigterm_ends_at_once(num_ranks: int, tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     wait_for(lambda: all((tmp_path / f"asked{rank}").exists() for rank in ranks), process)
     process.send_signal(signal.SIGUSR1)
-    time.sleep(0.3)
+    wanted = "." * num_ranks  # a launcher passes SIGTERM on as SIGUSR1 too
+    noted = [tmp_path / f"usr1_{rank}" for rank in ranks]
+    wait_for(lambda: all(path.exists() and path.read_text() == wanted for path in noted), process)
     assert process.poll() is None, "asked twice is still asked: the step may end"
     start = time.monotonic()
     process.send_signal(signal.SIGTERM)

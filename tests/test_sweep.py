@@ -142,7 +142,11 @@ case "$folder" in
 *seed3) exit 7 ;;
 *seed9) touch "$folder/waits"; while :; do sleep 0.05; done ;;
 esac
-sleep 0.6
+# asked for the runs beside it: stays until one of them has begun, or it is clear that none does
+for try in $(seq 600); do
+    [ -z "$BESIDE" ] || [ -n "$(find "$(dirname "$folder")" -name began ! -path "$folder/*")" ] && break
+    sleep 0.05
+done
 date +%s.%N > "$folder/ended"
 """
 DRIVER = """
@@ -159,7 +163,7 @@ print([(outcome.run.seed, outcome.status) for outcome in outcomes])
 class Driver:
     """Runs seeds of a sweep by `run_here` in another process, with the stand-in as its Python."""
 
-    def __init__(self, folder: Path, seeds: list[int], jobs: int) -> None:
+    def __init__(self, folder: Path, seeds: list[int], jobs: int, beside: bool = False) -> None:
         self.folder = folder
         stand_in, sweep = folder / "stand_in.sh", folder / "sweep.yaml"
         stand_in.write_text(STAND_IN)
@@ -171,6 +175,7 @@ class Driver:
             cwd=REPOSITORY,
             text=True,
             stdout=subprocess.PIPE,
+            env=os.environ | {"BESIDE": "1" if beside else ""},
         )
 
     def file(self, seed: int, name: str) -> Path:
@@ -195,7 +200,7 @@ def test_runs_one_after_another_and_a_failure_does_not_stop_the_others(tmp_path:
 
 
 def test_jobs_run_beside_each_other(tmp_path: Path) -> None:
-    driver = Driver(tmp_path, [1, 2, 4], jobs=2)
+    driver = Driver(tmp_path, [1, 2, 4], jobs=2, beside=True)
     assert driver.end()[-1] == "[(1, 0), (2, 0), (4, 0)]"
     assert driver.time(2, "began") < driver.time(1, "ended") and driver.time(1, "began") < driver.time(2, "ended")
     assert driver.time(4, "began") > min(driver.time(1, "ended"), driver.time(2, "ended"))
