@@ -73,9 +73,9 @@ def draw_grids(generator: random.Random, num_images: int, patch_size: int, scale
 
 def make_plans(tower: torch.nn.Module, grids: Sequence[Grid], num_ranks: int) -> dict[str, object]:
     """The plans that share the work. Replicated is no plan: every rank has all."""
-    from megatron_sr1.policy.vision import Piece, VisionPlan, plan_grids
+    from megatron_sr1.policy.vision import ImagePiece, VisionPlan, plan_grids
 
-    whole = [Piece(index, 0, height * width) for index, (_, height, width) in enumerate(grids)]
+    whole = [ImagePiece(index, 0, height * width) for index, (_, height, width) in enumerate(grids)]
     by_count = VisionPlan(tuple(tuple(whole[rank::num_ranks]) for rank in range(num_ranks)), frozenset())
     return {"by count": by_count, "balanced": plan_grids(tower, grids, num_ranks)}
 

@@ -16,7 +16,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from megatron_sr1.data.build.journal import Journal, Record
+from megatron_sr1.data.build.journal import Journal, JournalEntry
 from megatron_sr1.data.index import index_path, read_index, write_index
 from tests.build_cases import (
     TOOL,
@@ -77,7 +77,7 @@ def _session_is_alive(session: int) -> bool:
     return True
 
 
-def _publish_one(journal: Journal, records: list[Record]) -> None:
+def _publish_one(journal: Journal, records: list[JournalEntry]) -> None:
     for path in (journal.folder / records[0].shard, index_path(journal.folder / records[0].shard)):
         path.rename(journal.folder.parent / path.name)
     raise KeyboardInterrupt

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_sr1.cli import main
 from megatron_sr1.config import load_config
+from tests.hf_config_cases import SMALL, write_config
 
 MODELS = Path(__file__).parent.parent / "examples" / "models"
 
@@ -19,11 +20,7 @@ def config_file(tmp_path: Path) -> Path:
     """A GRPO configuration whose shards exist."""
     for name in ("train", "heldout", "cold_start"):
         (tmp_path / f"{name}-0.tar").write_bytes(b"")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(
-        '{"text_config": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 8,'
-        ' "num_hidden_layers": 2}}'
-    )
+    write_config(tmp_path / "model", SMALL)
     path = tmp_path / "grpo.yaml"
     shards = "\n".join(f"  {name}: ['{tmp_path}/{name}-*.tar']" for name in ("train", "heldout", "cold_start"))
     path.write_text(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from megatron_sr1.config import (
     dump_config,
     load_config,
 )
+from tests.hf_config_cases import DENSE, MIXTURE, SMALL, write_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = REPOSITORY / "examples" / "recipes"
@@ -174,7 +174,7 @@ def test_example_loads_and_fits_together(path) -> None:
         assert config.data.cold_start
 
 
-_MODEL = {
+_MODEL = SMALL | {
     "num_attention_heads": 12,
     "num_key_value_heads": 4,
     "num_hidden_layers": 6,
@@ -195,20 +195,20 @@ _MODEL = {
     ],
 )
 def test_a_layout_that_the_model_does_not_divide_is_refused(overrides: list[str], key: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": _MODEL}))
+    write_config(tmp_path, {"architectures": [MIXTURE], "text_config": _MODEL})
     with pytest.raises(ConfigError, match=re.escape(key)):
         check_model(load_config(None, [f"model.hf_dir={tmp_path}", *overrides]))
 
 
 def test_layouts_that_the_model_divides_pass(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": _MODEL}))
+    write_config(tmp_path, {"architectures": [MIXTURE], "text_config": _MODEL})
     for overrides in (
         ["nproc=2", "layout.pipeline=2", "layout.stage_layers=[1,5]"],
         ["nproc=8", "layout.expert=4", "layout.tensor=2", "layout.sequence_parallel=true"],
         ["nproc=12", "layout.tensor=12", "layout.sequence_parallel=true"],  # three ranks share a key/value head
     ):
         check_model(load_config(None, [f"model.hf_dir={tmp_path}", *overrides]))
-    (tmp_path / "config.json").write_text(json.dumps({name: _MODEL[name] for name in _MODEL if name != "num_experts"}))
+    write_config(tmp_path, _MODEL | {"architectures": [DENSE]})
     with pytest.raises(ConfigError, match="the model has no experts"):
         check_model(load_config(None, [f"model.hf_dir={tmp_path}", "nproc=2", "layout.expert=2"]))
     check_model(load_config(None, [f"model.hf_dir={tmp_path}", "nproc=2", "layout.tensor=2"]))

@@ -13,6 +13,7 @@ from megatron_sr1.evaluation.heldout import Heldout
 from megatron_sr1.types import Prompt, SftSample
 
 from .data_cases import QUESTION, equal, png, prompts, write_tar
+from .hf_config_cases import SMALL, write_config
 
 
 @pytest.fixture
@@ -107,10 +108,7 @@ def run_folder(tmp_path: Path) -> Path:
     run, benchmark = tmp_path / "run", tmp_path / "benchmark" / "test"
     benchmark.mkdir(parents=True)
     write_shards(prompts(2), benchmark, "test", 100)
-    (run / "hf").mkdir(parents=True)
-    (run / "hf" / "config.json").write_text(
-        '{"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 8, "num_hidden_layers": 2}'
-    )
+    write_config(run / "hf", SMALL)
     (run / "config.yaml").write_text(
         f"run_dir: elsewhere\nseed: 7\nmodel: {{hf_dir: start, max_position: 99}}\n"
         f"data: {{heldout: ['{benchmark.parent}']}}\nevaluate: {{verify_export: 16}}\n"

@@ -99,8 +99,8 @@ def _hf_gradients(model: torch.nn.Module, architecture: Any) -> dict[str, Tensor
     """By the names of published checkpoints, and lying as in those."""
     gradients = {}
     for name, parameter in model.named_parameters():
-        name = name.replace("model.language_model.", architecture.language_prefix)
-        name = name.replace("model.visual.", architecture.vision_prefix)
+        name = name.replace("model.language_model.", architecture.family.language_prefix)
+        name = name.replace("model.visual.", architecture.family.vision_prefix)
         assert parameter.grad is not None, name
         gradients[name] = parameter.grad.transpose(1, 2) if ".mlp.experts." in name else parameter.grad
     return gradients
@@ -301,7 +301,7 @@ def _check_checkpoint_names(model_dir: str) -> None:
     expected = set()
     for layer, is_moe in layers.items():
         names = ["linear_qkv.layer_norm_weight", "linear_qkv.weight", "linear_proj.weight"]
-        names += ["linear_qkv.bias"] if architecture.qkv_bias else ["q_layernorm.weight", "k_layernorm.weight"]
+        names += ["linear_qkv.bias"] if architecture.family.qkv_bias else ["q_layernorm.weight", "k_layernorm.weight"]
         expected |= {f"{layer}.self_attention.{name}" for name in names}
         dense = ["mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
         experts = [f"mlp.experts.experts.linear_fc{number}.weight" for number in (1, 2)]
@@ -363,7 +363,7 @@ def _read(folder: Path, tree: dict[str, Any]) -> Any:
 
 def _check_published_configs(folder: Path) -> None:
     """Keys at the top level or in text_config, rope_scaling in three spellings."""
-    from megatron_sr1.policy.architecture import architecture_fields
+    from megatron_sr1.policy.transformer_config import architecture_fields
 
     for name, expected in PUBLISHED.items():
         model = _read(folder / "config", json.loads((MODELS / name / "config.json").read_text()))

@@ -238,7 +238,7 @@ def _plain_layers_extra(model: Any, config: Any, tokens: int) -> float:
     norm = 4 * tokens / layout.context / (layout.tensor if layout.sequence_parallel else 1) * model.hidden_size
     per_head = 4 * tokens / layout.context * model.head_dim
     heads, kv_heads = model.num_heads / layout.tensor, model.num_kv_heads / layout.tensor
-    copies = heads * (2 if kv_heads > 1 else 1) + kv_heads if model.qk_norm else -kv_heads
+    copies = heads * (2 if kv_heads > 1 else 1) + kv_heads if model.family.qk_norm else -kv_heads
     layer = 2 * norm + 4 * per_head + copies * per_head
     kept_layers = {"full": 0, "block": layers - config.recompute.layers}.get(config.recompute.mode, layers)
     return kept_layers * layer + norm + per_head
@@ -274,7 +274,7 @@ def _engine_blocks(rank: int, num_ranks: int, model_dir: str) -> None:
 
     start_platform()
     from megatron_sr1.estimate.engine import engine_bytes
-    from megatron_sr1.policy.architecture import read_architecture
+    from megatron_sr1.policy.read import read_architecture
     from megatron_sr1.rollout import Engine
 
     gib = 1 / 32

@@ -208,9 +208,9 @@ CASES = [  # model, layout, ranks
 @contextmanager
 def _chunks(model_dir: str, layout: LayoutConfig, rank: int, num_ranks: int, spec: str) -> Iterator[list[Any]]:
     from megatron_sr1.platform.fake_ranks import fake_ranks
-    from megatron_sr1.policy.architecture import read_architecture
     from megatron_sr1.policy.build import build_chunks
     from megatron_sr1.policy.groups import build_groups
+    from megatron_sr1.policy.read import read_architecture
 
     model = ModelConfig(hf_dir=model_dir, layer_spec=spec)
     config = Config(model=model, layout=layout, nproc=num_ranks, precision=PrecisionConfig(dtype="bf16"))

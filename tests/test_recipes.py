@@ -15,6 +15,7 @@ import pytest
 
 from megatron_sr1.cli import main
 from megatron_sr1.config import Config, ConfigError, load_config
+from tests.hf_config_cases import SMALL, write_config
 from tests.ranks import run_ranks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -256,7 +257,7 @@ def test_missing_files_are_named_one_by_one(tmp_path: Path) -> None:
     from megatron_sr1.config import check_weights, missing_files
 
     config = load_config(None, [f"model.hf_dir={tmp_path}"])
-    (tmp_path / "config.json").write_text("{}")
+    write_config(tmp_path, SMALL)
     with pytest.raises(ConfigError, match=r"lacks model\.safetensors .*hf download REPOSITORY --local-dir"):
         check_weights(config, weights=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):

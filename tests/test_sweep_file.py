@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from megatron_sr1.cli import main
 from megatron_sr1.config import PRESET_NAMES, ConfigError, dump_config, load_config
 from megatron_sr1.launch.sweep import choose_runs, command_of, read_sweep, state_of
+from tests.hf_config_cases import SMALL, write_config
 
 REPOSITORY = Path(__file__).parent.parent
 QUICKSTART = str(REPOSITORY / "examples" / "quickstart" / "grpo.yaml")
@@ -151,9 +152,7 @@ def runnable(tmp_path: Path) -> list[str]:
     """Overrides with which the shards are there and the model divides."""
     for name in ("train", "heldout"):
         (tmp_path / f"{name}-0.tar").write_bytes(b"")
-    (tmp_path / "model").mkdir()
-    sizes = '"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 8, "num_hidden_layers": 2'
-    (tmp_path / "model" / "config.json").write_text("{" + sizes + "}")
+    write_config(tmp_path / "model", SMALL)
     shards = [f"data.{name}=[{tmp_path}/{name}-*.tar]" for name in ("train", "heldout")]
     return [f"model.hf_dir={tmp_path}/model", *shards]
 

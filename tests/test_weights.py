@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_sr1.config import HfConfig
 from megatron_sr1.weights.name_table import (
     WeightRule,
     canonical_name,
@@ -22,50 +22,25 @@ from megatron_sr1.weights.name_table import (
     shard_from_hf,
     vision_rule,
 )
+from tests.hf_config_cases import DENSE, MIXTURE, QWEN3, hf_config
 from tests.model_zoo import ZOO, create_family, publish_experts
 
-
-@dataclass(frozen=True)
-class Sizes:
-    num_layers: int = 2
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    hidden_size: int = 4
-    vocab_size: int = 10
-    tied: bool = True
-    qk_norm: bool = False
-    qkv_bias: bool = True
-    num_experts: int = 0
-    expert_ffn_size: int = 3
-    moe_layers: tuple[bool, ...] = (False, False)
-    language_prefix: str = "model."
-    vision_prefix: str = "visual."
-    head: int = 2
-    inner: int = 8
+EXPERTS = {"num_experts": 3, "expert_ffn_size": 3, "moe_layers": (False, True)}
 
 
-QWEN3 = {
-    "qk_norm": True,
-    "qkv_bias": False,
-    "language_prefix": "model.language_model.",
-    "vision_prefix": "model.visual.",
-}
-MIXTURE = QWEN3 | {"num_experts": 3, "moe_layers": (False, True)}
-
-
-def _hf_tensors(sizes: Sizes, rule: WeightRule) -> list[torch.Tensor]:
+def _hf_tensors(sizes: HfConfig, rule: WeightRule) -> list[torch.Tensor]:
     """Every element is distinct, so that a wrong place is a wrong value."""
     rows = {
-        "q_proj": sizes.num_heads * sizes.head,
-        "k_proj": sizes.num_kv_heads * sizes.head,
-        "v_proj": sizes.num_kv_heads * sizes.head,
-        "gate_proj": sizes.inner,
-        "up_proj": sizes.inner,
+        "q_proj": sizes.num_heads * sizes.head_dim,
+        "k_proj": sizes.num_kv_heads * sizes.head_dim,
+        "v_proj": sizes.num_kv_heads * sizes.head_dim,
+        "gate_proj": sizes.ffn_size,
+        "up_proj": sizes.ffn_size,
         "gate": sizes.num_experts,
         "embed_tokens": sizes.vocab_size,
         "lm_head": sizes.vocab_size,
     }
-    columns = {"down_proj": sizes.inner, "o_proj": sizes.num_heads * sizes.head}
+    columns = {"down_proj": sizes.ffn_size, "o_proj": sizes.num_heads * sizes.head_dim}
     fused = {
         "expert_gate_up": (sizes.num_experts, sizes.hidden_size, 2 * sizes.expert_ffn_size),
         "expert_down": (sizes.num_experts, sizes.expert_ffn_size, sizes.hidden_size),
@@ -89,13 +64,14 @@ def _hf_tensors(sizes: Sizes, rule: WeightRule) -> list[torch.Tensor]:
     repeats=st.sampled_from([1, 2]),
     vocab=st.integers(5, 23),
     tied=st.booleans(),
-    family=st.sampled_from([{}, QWEN3, MIXTURE]),
+    family=st.sampled_from([(DENSE, {}), (QWEN3, {}), (MIXTURE, EXPERTS)]),
 )
 def test_every_rule_joins_what_it_split(
-    ranks: int, kv_heads: int, repeats: int, vocab: int, tied: bool, family: dict[str, Any]
+    ranks: int, kv_heads: int, repeats: int, vocab: int, tied: bool, family: tuple[str, dict[str, Any]]
 ) -> None:
     heads = kv_heads * repeats * 4
-    sizes = Sizes(num_heads=heads, num_kv_heads=kv_heads, vocab_size=vocab, tied=tied, **family)
+    class_name, experts = family
+    sizes = hf_config(class_name, num_heads=heads, num_kv_heads=kv_heads, vocab_size=vocab, tied=tied, **experts)
     for rule in language_rules(sizes):
         parts = [hf_part(rule, tensor) for tensor in _hf_tensors(sizes, rule)]
         width = 1 if rule.expert is not None else ranks
@@ -109,7 +85,7 @@ def test_every_rule_joins_what_it_split(
 
 def test_experts_are_slices_of_one_tensor_in_either_layout() -> None:
     """Published: gate_up [E, H, 2I]; transformers 5 saves [E, 2I, H]. Megatron holds [2I, H], gates first."""
-    sizes = Sizes(**MIXTURE)
+    sizes = hf_config(MIXTURE, **EXPERTS)
     (found,) = [rules for name, rules in rules_by_hf(language_rules(sizes)).items() if name.endswith("gate_up_proj")]
     assert [rule.expert for rule in found] == [0, 1, 2]
     (published,) = _hf_tensors(sizes, found[0])
@@ -138,7 +114,7 @@ def test_transformer_engine_spells_the_same_parameters_otherwise() -> None:
 
 def test_fused_qkv_keeps_each_group_together() -> None:
     """4 query heads in 2 groups, head size 1: q0 q1 k0 v0 | q2 q3 k1 v1; rank 1 of 2 holds the second group."""
-    sizes = Sizes(head=1)
+    sizes = hf_config(head_dim=1)
     rule = WeightRule("x", ("q", "k", "v"), "qkv")
     query, key, value = torch.tensor([0.0, 1, 2, 3]), torch.tensor([10.0, 11]), torch.tensor([20.0, 21])
     assert shard_from_hf(rule, [query, key, value], sizes, 0, 1).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
@@ -148,23 +124,26 @@ def test_fused_qkv_keeps_each_group_together() -> None:
 def test_gate_and_up_are_split_each_for_itself() -> None:
     rule = WeightRule("x", ("gate", "up"), "gate_up")
     gate, up = torch.tensor([0.0, 1, 2, 3]), torch.tensor([10.0, 11, 12, 13])
-    assert shard_from_hf(rule, [gate, up], Sizes(), 1, 2).tolist() == [2, 3, 12, 13]
+    assert shard_from_hf(rule, [gate, up], hf_config(), 1, 2).tolist() == [2, 3, 12, 13]
 
 
 def test_vocabulary_is_padded_with_zeros_to_equal_shards() -> None:
     rule = WeightRule("x", ("e",), "vocabulary")
-    last = shard_from_hf(rule, [torch.ones(10, 3)], Sizes(), 3, 4)
+    last = shard_from_hf(rule, [torch.ones(10, 3)], hf_config(), 3, 4)
     assert last.shape == (3, 3) and last[:1].eq(1).all() and last[1:].eq(0).all()
 
 
 def test_names_are_those_of_the_published_checkpoints() -> None:
-    tied = {name for rule in language_rules(Sizes()) for name in rule.hf}
-    untied = {name for rule in language_rules(Sizes(tied=False)) for name in rule.hf}
+    tied = {name for rule in language_rules(hf_config()) for name in rule.hf}
+    untied = {name for rule in language_rules(hf_config(tied=False)) for name in rule.hf}
     assert "model.layers.1.self_attn.q_proj.bias" in tied and "model.norm.weight" in tied
     assert untied - tied == {"lm_head.weight"}
-    for sizes, name in ((Sizes(), "visual.blocks.0.norm1.bias"), (Sizes(**QWEN3), "model.visual.blocks.0.norm1.bias")):
+    for sizes, name in (
+        (hf_config(), "visual.blocks.0.norm1.bias"),
+        (hf_config(QWEN3), "model.visual.blocks.0.norm1.bias"),
+    ):
         assert vision_rule("vision.blocks.0.norm1.bias", sizes).hf == (name,)
-    mixture = {name for rule in language_rules(Sizes(**MIXTURE)) for name in rule.hf}
+    mixture = {name for rule in language_rules(hf_config(MIXTURE, **EXPERTS)) for name in rule.hf}
     assert {name for name in mixture if name.startswith("model.language_model.layers.1.mlp")} == {
         f"model.language_model.layers.1.mlp.{name}"
         for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
@@ -182,13 +161,12 @@ def test_the_table_covers_what_transformers_saves_exactly(family: str, tmp_path:
     is_mixture = "moe" in family
     if is_mixture:
         publish_experts(folder)
-    base = QWEN3 if "qwen3" in family else {}
     experts = {"num_experts": 4, "expert_ffn_size": 48, "hidden_size": 64, "moe_layers": (True, True)}
-    sizes = Sizes(tied=ZOO[family].tied, **(base | experts if is_mixture else base))
+    sizes = hf_config(ZOO[family].class_name, tied=ZOO[family].tied, **(experts if is_mixture else {}))
     by_name = rules_by_hf(language_rules(sizes))
     with safe_open(folder / "model.safetensors", "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, not a mapping
-    assert {name for name in shapes if not name.startswith(sizes.vision_prefix)} == by_name.keys()
+    assert {name for name in shapes if not name.startswith(sizes.family.vision_prefix)} == by_name.keys()
     for name, rules in by_name.items():
         if rules[0].expert is not None:
             assert len(rules) == shapes[name][0]

@@ -6,7 +6,9 @@ No torch here, so that `--dry-run`, the launcher and the tests of bad input star
 from megatron_sr1.config.checks import check_model, check_train_batch, row_tokens
 from megatron_sr1.config.data import DataConfig
 from megatron_sr1.config.evaluation import EvaluateConfig
+from megatron_sr1.config.families import FAMILIES, Family
 from megatron_sr1.config.files import dump_config, load_config
+from megatron_sr1.config.hf_config import HfConfig, read_hf_config
 from megatron_sr1.config.model import LayoutConfig, ModelConfig, PrecisionConfig, RecomputeConfig
 from megatron_sr1.config.model_files import check_weights, how_to_get, missing_files
 from megatron_sr1.config.rollout import RolloutConfig
@@ -16,11 +18,14 @@ from megatron_sr1.config.training import PRESET_NAMES, ObjectiveConfig, Optimize
 from megatron_sr1.config.whole import Config
 
 __all__ = [
+    "FAMILIES",
     "PRESET_NAMES",
     "Config",
     "ConfigError",
     "DataConfig",
     "EvaluateConfig",
+    "Family",
+    "HfConfig",
     "LayoutConfig",
     "MlflowConfig",
     "ModelConfig",
@@ -40,5 +45,6 @@ __all__ = [
     "how_to_get",
     "load_config",
     "missing_files",
+    "read_hf_config",
     "row_tokens",
 ]

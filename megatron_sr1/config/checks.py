@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
+from megatron_sr1.config.hf_config import read_hf_config
 from megatron_sr1.config.rules import require
 from megatron_sr1.config.whole import Config
 
@@ -14,45 +11,32 @@ def check_model(config: Config) -> None:
     """What the model's own config.json says about the layout; no weights are read.
 
     Raises:
-        ConfigError: no config.json in model.hf_dir, or heads, layers or experts that the layout does not divide.
+        ConfigError: what `read_hf_config` refuses, or heads, layers or experts that the layout does not divide.
     """
-    path = Path(config.model.hf_dir) / "config.json"
+    model, layout = read_hf_config(config.model.hf_dir), config.layout
+    heads, layers = ("num_attention_heads", model.num_heads), ("num_hidden_layers", model.num_layers)
+    _check_division("layout.tensor", layout.tensor, *heads)
+    _check_division("layout.tensor", layout.tensor, "intermediate_size", model.ffn_size)
+    _check_division("rollout.engine_tensor", config.rollout.engine_tensor, *heads)
     require(
-        path.is_file(),
-        "model.hf_dir",
-        config.model.hf_dir,
-        "a model directory in Hugging Face format, which holds a config.json",
-        "Give the path of one; `make quickstart` makes a tiny one.",
-    )
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    text = tree.get("text_config", tree)  # older checkpoints keep the language model's keys at the top
-    layout = config.layout
-    _check_division("layout.tensor", layout.tensor, text, "num_attention_heads")
-    _check_division("layout.tensor", layout.tensor, text, "intermediate_size")
-    _check_division("rollout.engine_tensor", config.rollout.engine_tensor, text, "num_attention_heads")
-    key_value_heads = text["num_key_value_heads"]
-    require(
-        key_value_heads % layout.tensor == 0 or layout.tensor % key_value_heads == 0,
+        model.num_kv_heads % layout.tensor == 0 or layout.tensor % model.num_kv_heads == 0,
         "layout.tensor",
         layout.tensor,
-        f"a divisor or a multiple of the model's num_key_value_heads={key_value_heads}",
+        f"a divisor or a multiple of the model's num_key_value_heads={model.num_kv_heads}",
         "Ranks share key/value heads evenly.",
     )
-    layers = text["num_hidden_layers"]
     if layout.stage_layers:
         require(
-            sum(layout.stage_layers) == layers,
+            sum(layout.stage_layers) == model.num_layers,
             "layout.stage_layers",
             layout.stage_layers,
-            f"{layout.num_chunks} numbers that add up to the model's num_hidden_layers={layers}",
+            f"{layout.num_chunks} numbers that add up to the model's num_hidden_layers={model.num_layers}",
             "Change them, or leave the key out for equal chunks.",
         )
     else:
-        name, chunks = ("layout.pipeline * layout.virtual", layout.num_chunks)
-        _check_division(name, chunks, text, "num_hidden_layers", " or set layout.stage_layers")
-    experts = next((name for name in ("num_experts", "num_local_experts") if text.get(name)), None)  # old and new name
-    if experts is not None:
-        _check_division("layout.expert", layout.expert, text, experts)
+        _check_division("layout.pipeline * layout.virtual", layout.num_chunks, *layers, " or set layout.stage_layers")
+    if model.num_experts:
+        _check_division("layout.expert", layout.expert, "num_experts", model.num_experts)
         require(
             layout.tensor == 1 or layout.sequence_parallel,
             "layout.sequence_parallel",
@@ -64,9 +48,8 @@ def check_model(config: Config) -> None:
         require(layout.expert == 1, "layout.expert", layout.expert, "1: the model has no experts", "Leave it out.")
 
 
-def _check_division(key: str, ranks: int, text: dict[str, Any], name: str, otherwise: str = "") -> None:
-    allowed = f"a divisor of the model's {name}={text[name]}"
-    require(text[name] % ranks == 0, key, ranks, allowed, f"Change {key}{otherwise}.")
+def _check_division(key: str, ranks: int, name: str, size: int, otherwise: str = "") -> None:
+    require(size % ranks == 0, key, ranks, f"a divisor of the model's {name}={size}", f"Change {key}{otherwise}.")
 
 
 def check_train_batch(config: Config) -> None:

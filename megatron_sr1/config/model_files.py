@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megatron_sr1.config.hf_config import read_hf_config
 from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.whole import Config
 
@@ -58,8 +59,10 @@ def check_weights(config: Config, *, weights: bool) -> None:
 
 
 def how_to_get(hf_dir: str) -> str:
-    """The command that fills a model directory."""
-    tree = json.loads((Path(hf_dir) / "config.json").read_text(encoding="utf-8"))
-    name = str(tree.get("_name_or_path", ""))
-    repository = name if name.count("/") == 1 and not name.startswith((".", "/")) else "REPOSITORY"
+    """The command that fills a model directory.
+
+    Raises:
+        ConfigError: see `read_hf_config`.
+    """
+    repository = read_hf_config(hf_dir).repository or "REPOSITORY"
     return f"Get the model with: hf download {repository} --local-dir {hf_dir}"

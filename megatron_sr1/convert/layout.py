@@ -18,9 +18,10 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
 
+from megatron_sr1.config import HfConfig
 from megatron_sr1.policy import Architecture
 from megatron_sr1.policy.build import meta_model
-from megatron_sr1.weights.name_table import Sizes, WeightRule, hf_from_shards, language_rules, vision_rule
+from megatron_sr1.weights.name_table import WeightRule, hf_from_shards, language_rules, vision_rule
 
 HF_FOLDER = "hf"  # in a checkpoint: configuration, tokenizer and processor files, so that it needs no other folder
 HF_LAYOUT = "hf_layout.json"
@@ -141,7 +142,7 @@ def hf_shapes(slots: ModelSlots) -> dict[str, list[tuple[int, ...]]]:
     return {name: _hf_shapes(owners, slots.architecture) for name, owners in slots.by_hf().items()}
 
 
-def _hf_shapes(owners: list[tuple[ParameterSlot, int]], sizes: Sizes) -> list[tuple[int, ...]]:
+def _hf_shapes(owners: list[tuple[ParameterSlot, int]], sizes: HfConfig) -> list[tuple[int, ...]]:
     slot, number = owners[0]
     meta = torch.empty(slot.shape, device="meta")
     ways = (True,) if slot.rule.expert is None else (True, False)

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_sr1.config import HfConfig
 from megatron_sr1.convert.check import (
     check_tensors,
     published_experts,
@@ -43,7 +44,7 @@ from megatron_sr1.convert.layout import (
 from megatron_sr1.platform import Platform
 from megatron_sr1.platform.torch_private import StorageInfo
 from megatron_sr1.weights.hf_dir import HfTensors, check_finite, copy_side_files, row_blocks
-from megatron_sr1.weights.name_table import Sizes, shard_from_hf
+from megatron_sr1.weights.name_table import shard_from_hf
 from megatron_sr1.weights.pickles import BACKEND, COMMON
 from megatron_sr1.weights.safetensors import TensorInfo
 
@@ -103,7 +104,7 @@ def _pieces(slot: ParameterSlot, dtype: torch.dtype) -> Iterator[TensorPiece]:
         yield TensorPiece(slot, start, stop, TensorInfo(dtype, shape))
 
 
-def _read(piece: TensorPiece, tensors: HfTensors, sizes: Sizes) -> Tensor:
+def _read(piece: TensorPiece, tensors: HfTensors, sizes: HfConfig) -> Tensor:
     """The values of a piece; only the rows that it is made of are read."""
     rule, start, stop = piece.slot.rule, piece.start, piece.stop
     if rule.kind == "qkv" or rule.expert is not None:
@@ -128,7 +129,7 @@ def _checked(tensors: HfTensors, name: str, start: int, stop: int | None) -> Ten
 
 
 def _write(
-    pieces: list[TensorPiece], tensors: HfTensors, sizes: Sizes, file: Path, advance: Callable[[int, int], None]
+    pieces: list[TensorPiece], tensors: HfTensors, sizes: HfConfig, file: Path, advance: Callable[[int, int], None]
 ) -> list[WriteResult]:
     total = sum(piece.info.nbytes for piece in pieces)
     results = []

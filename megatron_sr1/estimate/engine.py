@@ -43,7 +43,7 @@ def engine_bytes(model: Architecture, config: Config, *, element: int = 2) -> En
     kv_cache = int(rollout.kv_cache_gib * 2**30)
     batched = max(BATCHED_TOKENS, rollout.max_model_tokens)
     hidden = 6 * model.hidden_size + (1 + len(model.deepstack_layers)) * model.hidden_size
-    width = model.ffn_size if not model.num_experts else model.expert_ffn_size * experts_per_token(model)
+    width = model.ffn_size if not model.num_experts else model.expert_ffn_size * model.experts_per_token
     forward = batched * (hidden + 3 * width // ranks) * element
     forward += _encoder_bytes(model, batched * element) // ranks
     forward += _LOGIT_COPIES * 4 * rollout.max_running_requests * model.vocab_size
@@ -63,11 +63,6 @@ def _encoder_bytes(model: Architecture, values: int) -> int:
 def kv_token_bytes(model: Architecture, ranks: int, *, element: int) -> int:
     """Of one token on one of the `ranks` of an engine."""
     return 2 * model.num_layers * max(1, model.num_kv_heads // ranks) * model.head_dim * element
-
-
-def experts_per_token(model: Architecture) -> int:
-    """0 for a dense model."""
-    return model.hf.text_config.num_experts_per_tok if model.num_experts else 0
 
 
 def engine_parameters(hf_dir: str, model: Architecture, ranks: int) -> int:

@@ -50,9 +50,9 @@ def layer_shape(
         heads=model.num_heads / layout.tensor,
         kv_heads=max(1.0, model.num_kv_heads / layout.tensor),
         head_dim=model.head_dim,
-        qk_norm=model.qk_norm,
+        qk_norm=model.family.qk_norm,
         ffn=model.expert_ffn_size if is_moe else model.ffn_size / layout.tensor,
-        chosen_experts=model.hf.text_config.num_experts_per_tok if is_moe else 0,
+        chosen_experts=model.experts_per_token if is_moe else 0,
         num_experts=model.num_experts if is_moe else 0,
         element=element,
     )

@@ -21,8 +21,9 @@ from megatron_sr1.estimate.machine import GIB, Machine
 from megatron_sr1.estimate.state import TrainerState, trainer_state
 from megatron_sr1.objective import preset_from_config
 from megatron_sr1.platform.precision import check_bf16_layers
-from megatron_sr1.policy.architecture import Architecture, read_architecture
+from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.parameter_counts import StageCount, count_stages
+from megatron_sr1.policy.read import read_architecture
 
 RUNTIME_GIB = 4.0  # device context, communication buffers, library workspaces, fragments: taken as given, not derived
 TYPICAL = 0.5  # of the longest sequence: what a sequence is taken to be long

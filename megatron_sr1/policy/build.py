@@ -7,12 +7,13 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_sr1.config import Config, ModelConfig
 from megatron_sr1.platform import Platform, start_platform
-from megatron_sr1.policy.architecture import Architecture, read_architecture
+from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.groups import ParallelGroups, build_groups
 from megatron_sr1.policy.layers.deepstack import DeepstackLayer
 from megatron_sr1.policy.layers.self_attention import PackedSelfAttention
 from megatron_sr1.policy.layers.specs import block_spec, layer_spec_name
 from megatron_sr1.policy.model import QwenVLModel
+from megatron_sr1.policy.read import read_architecture
 from megatron_sr1.policy.transformer_config import transformer_config
 
 

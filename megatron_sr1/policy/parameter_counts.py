@@ -8,9 +8,9 @@ import torch
 
 from megatron_sr1.config import Config, LayoutConfig, ModelConfig, TrainConfig, check_model
 from megatron_sr1.platform.fake_ranks import fake_ranks
-from megatron_sr1.policy.architecture import read_architecture
 from megatron_sr1.policy.build import build_chunks
 from megatron_sr1.policy.groups import build_groups
+from megatron_sr1.policy.read import read_architecture
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from torch import Tensor
 from megatron_sr1.config import Config, check_model
 from megatron_sr1.platform import GroupRanks, Platform
 from megatron_sr1.platform.precision import check_bf16_layers, check_precision
-from megatron_sr1.policy.architecture import Architecture, read_architecture
+from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.build import build_chunks
 from megatron_sr1.policy.groups import ParallelGroups, build_groups
 from megatron_sr1.policy.layers.specs import layer_spec_name
+from megatron_sr1.policy.read import read_architecture
 from megatron_sr1.policy.schedule import Schedule
 from megatron_sr1.policy.sharded import load_model_weights
 from megatron_sr1.types import LogProbs, MicroBatch, Scoring

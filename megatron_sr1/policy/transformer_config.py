@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sr1.config import Config, ConfigError, LayoutConfig, RecomputeConfig
 from megatron_sr1.platform.precision import megatron_precision
-from megatron_sr1.policy.architecture import Architecture, architecture_fields
+from megatron_sr1.policy.architecture import Architecture
 
 _ONLY_TE = {"layernorm", "moe_act"}
 
@@ -34,6 +35,47 @@ def transformer_config(architecture: Architecture, config: Config, *, spec: str,
         use_cpu_initialization=on_cpu,
         calculate_per_token_loss=True,  # losses arrive divided by their global denominators: the schedule only adds
     )
+
+
+def architecture_fields(architecture: Architecture) -> dict[str, Any]:
+    """The arguments of Megatron-Core's TransformerConfig that follow from the model alone.
+
+    Layout, precision and recompute are added by the caller. No loss term balances the experts: the objective is the
+    caller's and nothing else.
+    """
+    fields: dict[str, Any] = {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_size,
+        "num_attention_heads": architecture.num_heads,
+        "num_query_groups": architecture.num_kv_heads,
+        "kv_channels": architecture.head_dim,
+        "qk_layernorm": architecture.family.qk_norm,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": architecture.hf.text_config.rms_norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": architecture.family.qkv_bias,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    moe_layers = architecture.moe_layers
+    if any(moe_layers):
+        fields |= {
+            "num_moe_experts": architecture.num_experts,
+            "moe_ffn_hidden_size": architecture.expert_ffn_size,
+            "moe_layer_freq": 1 if all(moe_layers) else [int(is_moe) for is_moe in moe_layers],
+            "moe_router_topk": architecture.experts_per_token,
+            # transformers: softmax over all experts, then the chosen ones divided by their sum; that is the softmax
+            # over the chosen ones
+            "moe_router_pre_softmax": False,
+            "moe_router_score_function": "softmax",
+            "moe_router_dtype": "fp32",
+            "moe_router_load_balancing_type": "none",
+            "moe_aux_loss_coeff": 0.0,
+        }
+    return fields
 
 
 def _layout_fields(layout: LayoutConfig) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_sr1.config import HfConfig
 from megatron_sr1.weights.load import EXPERT_KINDS, Groups, local_parameters
-from megatron_sr1.weights.name_table import Sizes, WeightRule, hf_from_shards
+from megatron_sr1.weights.name_table import WeightRule, hf_from_shards
 
 DEFAULT_BUCKET_BYTES = 256 * 2**20
 _ALIGNMENT = 16  # bytes: a view of a bucket must start at a multiple of its element size
@@ -20,7 +21,7 @@ _ALIGNMENT = 16  # bytes: a view of a bucket must start at a multiple of its ele
 @torch.no_grad()
 def export_hf_weights(
     chunks: Sequence[torch.nn.Module],
-    sizes: Sizes,
+    sizes: HfConfig,
     groups: Groups,
     read: Callable[[torch.nn.Parameter], Tensor] = torch.Tensor.detach,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
@@ -126,7 +127,7 @@ def _exchanged(
     bucket: _Bucket,
     local: Mapping[WeightRule, Tensor],
     owner: int,
-    sizes: Sizes,
+    sizes: HfConfig,
     groups: Groups,
     device: torch.device,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -180,7 +181,7 @@ def _joined(parts: Tensor, piece: _Piece) -> Tensor:
     return rows.reshape(-1).view(piece.dtype).view(-1, *piece.shape[1:])
 
 
-def _whole(rule: WeightRule, shards: list[list[Tensor]], sizes: Sizes) -> list[Tensor]:
+def _whole(rule: WeightRule, shards: list[list[Tensor]], sizes: HfConfig) -> list[Tensor]:
     """The Hugging Face tensors of a parameter's shards, or of all ranks' experts ([rank][expert of the rank])."""
     if rule.kind not in EXPERT_KINDS:
         return hf_from_shards(rule, [shard for (shard,) in shards], sizes)

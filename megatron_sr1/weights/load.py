@@ -10,9 +10,9 @@ import torch.distributed
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch.distributed import ProcessGroup
 
+from megatron_sr1.config import HfConfig
 from megatron_sr1.weights.hf_dir import HfTensors
 from megatron_sr1.weights.name_table import (
-    Sizes,
     WeightRule,
     canonical_name,
     language_rules,
@@ -36,7 +36,7 @@ class Groups(Protocol):
 
 
 def table_parameters(
-    chunks: Sequence[torch.nn.Module], sizes: Sizes, expert_rank: int = 0, expert_ranks: int = 1
+    chunks: Sequence[torch.nn.Module], sizes: HfConfig, expert_rank: int = 0, expert_ranks: int = 1
 ) -> dict[str, tuple[WeightRule, torch.nn.Parameter]]:
     """The chunks' parameters with their rules, by the table's names.
 
@@ -56,7 +56,7 @@ def table_parameters(
 
 
 @torch.no_grad()
-def load_hf_weights(chunks: Sequence[torch.nn.Module], hf_dir: str, sizes: Sizes, groups: Groups) -> None:
+def load_hf_weights(chunks: Sequence[torch.nn.Module], hf_dir: str, sizes: HfConfig, groups: Groups) -> None:
     """Fills the parameters from `hf_dir`.
 
     Raises:
@@ -78,7 +78,7 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], hf_dir: str, sizes: Sizes
         parameter.copy_(shard)
 
 
-def mark_shards(chunks: Sequence[torch.nn.Module], sizes: Sizes, groups: Groups) -> None:
+def mark_shards(chunks: Sequence[torch.nn.Module], sizes: HfConfig, groups: Groups) -> None:
     """Tells Megatron which parameters are shards of a tensor, and which are an expert's.
 
     It marks shards only when it initialises them itself. Unmarked, they would be taken for copies of one tensor and
@@ -94,7 +94,7 @@ def mark_shards(chunks: Sequence[torch.nn.Module], sizes: Sizes, groups: Groups)
 
 
 def local_parameters(
-    chunks: Sequence[torch.nn.Module], sizes: Sizes, groups: Groups
+    chunks: Sequence[torch.nn.Module], sizes: HfConfig, groups: Groups
 ) -> dict[str, tuple[WeightRule, torch.nn.Parameter]]:
     """`table_parameters` of this rank's share of the experts."""
     return table_parameters(chunks, sizes, groups.expert.rank(), groups.expert.size())

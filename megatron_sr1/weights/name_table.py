@@ -16,10 +16,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from megatron_sr1.config import HfConfig
 
 Kind = Literal["replicated", "columns", "qkv", "gate_up", "vocabulary", "expert_gate_up", "expert_down"]
 
@@ -29,37 +31,6 @@ _FUSED_NORMS = {
 }
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.linear_fc([12])\.weight(\d+)$")
 _LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
-
-
-class Sizes(Protocol):
-    """What the table needs to know of a model."""
-
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def tied(self) -> bool: ...
-    @property
-    def qk_norm(self) -> bool: ...
-    @property
-    def qkv_bias(self) -> bool: ...
-    @property
-    def num_experts(self) -> int: ...
-    @property
-    def expert_ffn_size(self) -> int: ...
-    @property
-    def moe_layers(self) -> tuple[bool, ...]: ...
-    @property
-    def language_prefix(self) -> str: ...
-    @property
-    def vision_prefix(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -73,9 +44,9 @@ class WeightRule:
 
 
 # ---------------------------------------------------------------- names
-def language_rules(sizes: Sizes) -> list[WeightRule]:
+def language_rules(sizes: HfConfig) -> list[WeightRule]:
     """All language-model rules in checkpoint order. The vision tower keeps its names (see `vision_rule`)."""
-    prefix = sizes.language_prefix
+    prefix = sizes.family.language_prefix
     embedding, final_norm = f"{prefix}embed_tokens.weight", f"{prefix}norm.weight"
     rules = [WeightRule("embedding.word_embeddings.weight", (embedding,), "vocabulary")]
     for layer in range(sizes.num_layers):
@@ -87,13 +58,13 @@ def language_rules(sizes: Sizes) -> list[WeightRule]:
     return rules
 
 
-def _attention_rules(ours: str, theirs: str, sizes: Sizes) -> list[WeightRule]:
+def _attention_rules(ours: str, theirs: str, sizes: HfConfig) -> list[WeightRule]:
     """The attention of a layer and both norms around it."""
     inner, outer = f"{ours}.self_attention", f"{theirs}.self_attn"
     rules = [WeightRule(f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",), "replicated")]
-    for part in ("weight", "bias") if sizes.qkv_bias else ("weight",):
+    for part in ("weight", "bias") if sizes.family.qkv_bias else ("weight",):
         rules.append(WeightRule(f"{inner}.linear_qkv.{part}", tuple(f"{outer}.{x}_proj.{part}" for x in "qkv"), "qkv"))
-    for x in "qk" if sizes.qk_norm else "":
+    for x in "qk" if sizes.family.qk_norm else "":
         rules.append(WeightRule(f"{inner}.{x}_layernorm.weight", (f"{outer}.{x}_norm.weight",), "replicated"))
     return [
         *rules,
@@ -122,9 +93,9 @@ def _expert_rules(ours: str, theirs: str, num_experts: int) -> list[WeightRule]:
     return rules
 
 
-def vision_rule(megatron: str, sizes: Sizes) -> WeightRule:
+def vision_rule(megatron: str, sizes: HfConfig) -> WeightRule:
     """The vision tower is the transformers module itself, whole on every tensor-parallel rank of the first stage."""
-    return WeightRule(megatron, (sizes.vision_prefix + megatron.removeprefix("vision."),), "replicated")
+    return WeightRule(megatron, (sizes.family.vision_prefix + megatron.removeprefix("vision."),), "replicated")
 
 
 def rules_by_hf(rules: Iterable[WeightRule]) -> dict[str, list[WeightRule]]:
@@ -158,7 +129,7 @@ def hf_part(rule: WeightRule, tensor: Tensor) -> Tensor:
     return tensor if rule.expert is None else tensor[rule.expert]
 
 
-def shard_from_hf(rule: WeightRule, parts: list[Tensor], sizes: Sizes, rank: int, ranks: int) -> Tensor:
+def shard_from_hf(rule: WeightRule, parts: list[Tensor], sizes: HfConfig, rank: int, ranks: int) -> Tensor:
     """This tensor-parallel rank's parameter, from the parts (`hf_part`) of the rule's Hugging Face tensors.
 
     An expert is not split: pass rank 0 of 1. Its part may lie as in published checkpoints, gate_up [H, 2I] and
@@ -186,7 +157,7 @@ def shard_from_hf(rule: WeightRule, parts: list[Tensor], sizes: Sizes, rank: int
 
 
 def hf_from_shards(
-    rule: WeightRule, shards: list[Tensor], sizes: Sizes, *, published_experts: bool = True
+    rule: WeightRule, shards: list[Tensor], sizes: HfConfig, *, published_experts: bool = True
 ) -> list[Tensor]:
     """The parts of the rule's Hugging Face tensors, from the parameter of every tensor-parallel rank, in rank order
     (one, for an expert).
@@ -214,7 +185,7 @@ def hf_from_shards(
     return [part.flatten(0, 1) for part in (queries, keys, values)]
 
 
-def has_published_experts(rule: WeightRule, shape: Iterable[int], sizes: Sizes) -> bool:
+def has_published_experts(rule: WeightRule, shape: Iterable[int], sizes: HfConfig) -> bool:
     """Whether the experts of a checkpoint lie as in published ones, told by the shape [E, ...] of the rule's tensor.
 
     Whoever converts there and back keeps the answer, so that the tensors come back as they were.
@@ -222,7 +193,7 @@ def has_published_experts(rule: WeightRule, shape: Iterable[int], sizes: Sizes) 
     return tuple(shape)[1:] != _expert_shape(rule, sizes)
 
 
-def _expert_shape(rule: WeightRule, sizes: Sizes) -> tuple[int, int]:
+def _expert_shape(rule: WeightRule, sizes: HfConfig) -> tuple[int, int]:
     """Of the Megatron parameter: (out, in)."""
     hidden, inner = sizes.hidden_size, sizes.expert_ffn_size
     return (2 * inner, hidden) if rule.kind == "expert_gate_up" else (hidden, inner)

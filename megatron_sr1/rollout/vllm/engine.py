@@ -9,7 +9,6 @@ requests, and the ranks of one engine make the same calls in the same order.
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import secrets
@@ -21,6 +20,7 @@ import torch
 import torch.distributed
 from safetensors import safe_open
 
+from megatron_sr1.config import HfConfig, read_hf_config
 from megatron_sr1.platform.torch_private import all_gather_within
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation
@@ -86,6 +86,8 @@ class Engine:
         prepare_environment()
         from vllm.platforms import current_platform
 
+        model = read_hf_config(hf_dir)
+        self._class_name = model.class_name
         self._in_job = torch.distributed.is_initialized()
         ranks = torch.distributed.get_world_size() if self._in_job else 1
         if ranks % tensor_parallel:
@@ -95,7 +97,7 @@ class Engine:
         self._arguments = {
             **_fixed_arguments(on_cpu),
             "model": hf_dir,
-            "hf_overrides": _missing_keys(hf_dir),
+            "hf_overrides": _missing_keys(model),
             "seed": seed,
             "tensor_parallel_size": tensor_parallel,
             "max_model_len": max_model_tokens,
@@ -119,7 +121,7 @@ class Engine:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        _register_architectures(self._arguments["model"])
+        _register_architecture(self._class_name)
         if self._in_job and self._arguments["tensor_parallel_size"] > 1:
             _name_shared_memory()
         silence_reload_warnings()  # _complete() watches what matters
@@ -341,21 +343,17 @@ def _checkpoint_names(hf_dir: str) -> set[str]:
     return names
 
 
-def _missing_keys(hf_dir: str) -> dict[str, Any]:
+def _missing_keys(model: HfConfig) -> dict[str, Any]:
     """What vLLM needs in config.json and transformers 5 no longer writes: it always normalises the experts' weights."""
-    text = json.loads((Path(hf_dir) / "config.json").read_text(encoding="utf-8")).get("text_config", {})
-    mixture = "num_experts" in text or "num_local_experts" in text  # old and new name
-    return {"text_config": {"norm_topk_prob": True}} if mixture and "norm_topk_prob" not in text else {}
+    return {"text_config": {"norm_topk_prob": True}} if model.num_experts and model.norm_topk_prob is None else {}
 
 
-def _register_architectures(hf_dir: str) -> None:
+def _register_architecture(name: str) -> None:
     """Imports the model's class here, where its dependencies are known to load.
 
     vLLM otherwise imports it in a fresh process, to learn its properties without touching an accelerator.
     """
     from vllm import ModelRegistry
 
-    config = json.loads((Path(hf_dir) / "config.json").read_text(encoding="utf-8"))
-    for name in config["architectures"]:
-        if name in ModelRegistry.models:
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+    if name in ModelRegistry.models:
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())

@@ -1,0 +1,143 @@
+"""The one reader of a model's config.json, without torch and without transformers.
+
+Accepted as transformers accepts it: the language model's keys in text_config or, in older checkpoints of a family that
+was published so, at the top; both names of the experts' number; rotary keys in rope_parameters, or in rope_scaling with
+rope_theta beside it. An absent key means what transformers takes it for; those that decide the layout must be there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sr1.config.families import FAMILIES, Family
+from megatron_sr1.config.json_section import JsonSection, read_json
+from megatron_sr1.config.rules import ConfigError, require
+
+
+@dataclass(frozen=True)
+class HfConfig:
+    """A model as its config.json describes it."""
+
+    class_name: str  # of transformers and vLLM, a key of FAMILIES
+    family: Family
+    repository: str | None  # of Hugging Face, where the file says whose model it is
+    num_layers: int
+    hidden_size: int
+    ffn_size: int  # width of a dense layer's feed-forward part
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int  # channels; heads together need not be as wide as the hidden state (Qwen3-VL-4B, 32B, 30B-A3B)
+    vocab_size: int
+    tied: bool  # the head is the transposed embedding
+    num_experts: int  # 0 for a dense model
+    experts_per_token: int  # 0 for a dense model
+    expert_ffn_size: int  # width of one expert; 0 for a dense model
+    moe_layers: tuple[bool, ...]  # [num_layers]: is the feed-forward part a mixture of experts
+    norm_topk_prob: bool | None  # the weights of a token's experts add up to 1; None: not written
+    rope_theta: float
+    mrope_section: tuple[int, int, int]  # frequencies of time, height, width; together half a head
+    mrope_interleaved: bool | None  # None: not written; transformers goes by the family
+    deepstack_layers: tuple[int, ...]  # of the vision tower: the n-th one's features are added after language layer n
+
+
+def read_hf_config(hf_dir: str) -> HfConfig:
+    """Reads `hf_dir`/config.json.
+
+    Raises:
+        ConfigError: no such file, no JSON object, an unsupported class, or a key that is missing or has a wrong value.
+    """
+    path = Path(hf_dir) / "config.json"
+    require(
+        path.is_file(),
+        "model.hf_dir",
+        hf_dir,
+        "a model directory in Hugging Face format, which holds a config.json",
+        "Give the path of one; `make quickstart` makes a tiny one.",
+    )
+    tree = read_json(path)
+    class_name = _class_name(tree)
+    family = FAMILIES[class_name]
+    is_old = family.keys_at_top and tree.is_null("text_config")
+    tree.check(is_old or not tree.is_null("text_config"), "text_config", "a JSON object")
+    text = tree if is_old else tree.section("text_config")
+    tied = tree.flag("tie_word_embeddings") or (family.tied_in_text and text.flag("tie_word_embeddings"))
+    name = tree.values.get("_name_or_path")
+    return HfConfig(
+        class_name=class_name,
+        family=family,
+        repository=name if _is_repository(name) else None,
+        vocab_size=text.count("vocab_size", family.defaults["vocab_size"]),
+        tied=bool(tied),
+        deepstack_layers=tree.section("vision_config").numbers("deepstack_visual_indexes", family.deepstack_layers),
+        **_layer_sizes(text, family),
+        **_experts(text, family),
+        **_rotary(text, family),
+    )
+
+
+def _class_name(tree: JsonSection) -> str:
+    names = tree.values.get("architectures") or ["unnamed"]
+    tree.check(isinstance(names, list) and isinstance(names[0], str), "architectures", "a list that names a class")
+    if names[0] not in FAMILIES:
+        raise ConfigError(
+            f"{tree.path}: architecture {names[0]} is not supported. Supported: {', '.join(FAMILIES)}. "
+            "Choose a model of one of these classes."
+        )
+    return names[0]
+
+
+def _is_repository(name: Any) -> bool:
+    """OWNER/MODEL; transformers also writes the folder that a model was loaded from."""
+    return isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/"))
+
+
+def _layer_sizes(text: JsonSection, family: Family) -> dict[str, int]:
+    heads, hidden = text.count("num_attention_heads"), text.count("hidden_size", family.defaults["hidden_size"])
+    has_null = "num_key_value_heads" in text and text.is_null("num_key_value_heads")
+    if "head_dim" in family.defaults or (family.own_head_dim and not text.is_null("head_dim")):
+        head_dim = text.count("head_dim", family.defaults.get("head_dim"))
+    elif text.prefix and not text.is_null("head_dim"):  # transformers ignores it among keys at the top
+        head_dim = text.count("head_dim")
+    else:
+        head_dim = hidden // heads
+    return {
+        "num_layers": text.count("num_hidden_layers"),
+        "hidden_size": hidden,
+        "ffn_size": text.count("intermediate_size"),
+        "num_heads": heads,
+        "num_kv_heads": heads if has_null else text.count("num_key_value_heads"),
+        "head_dim": head_dim,
+    }
+
+
+def _experts(text: JsonSection, family: Family) -> dict[str, Any]:
+    layers = text.count("num_hidden_layers")
+    if not family.has_experts:
+        none = dict.fromkeys(("num_experts", "experts_per_token", "expert_ffn_size"), 0)
+        return {**none, "moe_layers": (False,) * layers, "norm_topk_prob": None}
+    # transformers lets the name that it writes win over the published one
+    name = "num_local_experts" if "num_local_experts" in text else "num_experts"
+    step = text.count("decoder_sparse_step", family.defaults["decoder_sparse_step"])
+    dense = () if text.is_null("mlp_only_layers") else text.numbers("mlp_only_layers", ())
+    return {
+        "num_experts": text.count(name, family.defaults["num_experts"]),
+        "experts_per_token": text.count("num_experts_per_tok", family.defaults["num_experts_per_tok"]),
+        "expert_ffn_size": text.count("moe_intermediate_size", family.defaults["moe_intermediate_size"]),
+        # as transformers' Qwen3VLMoeTextDecoderLayer decides it
+        "moe_layers": tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers)),
+        "norm_topk_prob": text.flag("norm_topk_prob", None),
+    }
+
+
+def _rotary(text: JsonSection, family: Family) -> dict[str, Any]:
+    rope = text.section("rope_scaling" if text.values.get("rope_scaling") else "rope_parameters")
+    theta = text.number("rope_theta", family.defaults["rope_theta"])
+    section = rope.numbers("mrope_section", ())
+    rope.check(len(section) == 3, "mrope_section", "three numbers that add up to head_dim / 2")
+    return {
+        "rope_theta": rope.number("rope_theta", theta),
+        "mrope_section": section,
+        "mrope_interleaved": rope.flag("mrope_interleaved", None),
+    }

@@ -1,0 +1,87 @@
+"""From a Hugging Face config.json to what the policy needs to know about a model.
+
+Whatever a config.json asks for that the policy does not compute the same way is refused here, by name, and never
+ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
+
+from megatron_sr1.config import read_hf_config
+from megatron_sr1.policy.architecture import Architecture
+from megatron_sr1.policy.supported import unsupported_settings
+
+_CLASSES: dict[str, type[PreTrainedConfig]] = {  # by the name of a family
+    "qwen2_5_vl": Qwen2_5_VLConfig,
+    "qwen3_vl": Qwen3VLConfig,
+    "qwen3_vl_moe": Qwen3VLMoeConfig,
+}
+
+
+def read_architecture(hf_dir: str) -> Architecture:
+    """Reads `hf_dir`/config.json.
+
+    Raises:
+        ConfigError: what `read_hf_config` refuses.
+        ValueError: a setting that is not supported, or that transformers refuses or reads as another number.
+    """
+    config = read_hf_config(hf_dir)
+    path = Path(hf_dir) / "config.json"
+    try:
+        hf = _CLASSES[config.family.name].from_pretrained(hf_dir)
+    except StrictDataclassError as error:
+        raise ValueError(f"{path}: {error}") from error
+    architecture = Architecture(**vars(config), hf=hf)
+    for key, (ours, theirs) in _two_readings(architecture).items():
+        if ours != theirs:
+            raise ValueError(
+                f"{path}: {key} is read as {ours!r} here and as {theirs!r} by transformers, whose model would be "
+                "another one. Correct the file, or use the version of transformers that this project asks for."
+            )
+    complaints = unsupported_settings(architecture)
+    if complaints:
+        raise ValueError(f"{path}: the policy would not compute what this model computes: {'; '.join(complaints)}.")
+    return architecture
+
+
+def _two_readings(model: Architecture) -> dict[str, tuple[Any, Any]]:
+    """By key of config.json: what `read_hf_config` found, and what transformers found."""
+    text, rope, vision = model.hf.text_config, model.hf.text_config.rope_parameters, model.hf.vision_config
+    # the classes differ in their fields
+    head_dim = text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
+    found = {
+        "num_hidden_layers": (model.num_layers, text.num_hidden_layers),
+        "hidden_size": (model.hidden_size, text.hidden_size),
+        "intermediate_size": (model.ffn_size, text.intermediate_size),
+        "num_attention_heads": (model.num_heads, text.num_attention_heads),
+        "num_key_value_heads": (model.num_kv_heads, text.num_key_value_heads),
+        "head_dim": (model.head_dim, head_dim),
+        "vocab_size": (model.vocab_size, text.vocab_size),
+        "tie_word_embeddings": (model.tied, model.hf.tie_word_embeddings),
+        "rope_theta": (model.rope_theta, rope["rope_theta"]),
+        "mrope_section": (model.mrope_section, tuple(rope.get("mrope_section") or ())),
+        "deepstack_visual_indexes": (
+            model.deepstack_layers,
+            tuple(vision.to_dict().get("deepstack_visual_indexes", ())),
+        ),
+    }
+    if model.family.has_experts:
+        found |= {
+            "num_experts": (model.num_experts, text.num_experts),
+            "num_experts_per_tok": (model.experts_per_token, text.num_experts_per_tok),
+            "moe_intermediate_size": (model.expert_ffn_size, text.moe_intermediate_size),
+            "mlp_only_layers, decoder_sparse_step": (model.moe_layers, tuple(_moe_layers(text))),
+        }
+    return found
+
+
+def _moe_layers(text: Any) -> Iterator[bool]:
+    """As transformers' Qwen3VLMoeTextDecoderLayer decides it."""
+    for layer in range(text.num_hidden_layers):
+        yield layer not in text.mlp_only_layers and (layer + 1) % text.decoder_sparse_step == 0

@@ -1,0 +1,53 @@
+"""The smallest config.json of a supported model, and HfConfig made of numbers alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_sr1.config import FAMILIES, HfConfig
+
+DENSE, QWEN3, MIXTURE = FAMILIES
+SMALL: dict[str, Any] = {  # in the old layout; the layout of ranks is checked against these numbers
+    "architectures": [DENSE],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+}
+
+
+def write_config(folder: Path, tree: Any) -> Path:
+    """Writes it as `folder`/config.json and returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(tree))
+    return folder
+
+
+def hf_config(class_name: str = DENSE, **sizes: Any) -> HfConfig:
+    """A dense model of two layers; `sizes` override."""
+    numbers: dict[str, Any] = {
+        "class_name": class_name,
+        "family": FAMILIES[class_name],
+        "repository": None,
+        "num_layers": 2,
+        "hidden_size": 4,
+        "ffn_size": 8,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 2,
+        "vocab_size": 10,
+        "tied": True,
+        "num_experts": 0,
+        "experts_per_token": 0,
+        "expert_ffn_size": 0,
+        "moe_layers": (False, False),
+        "norm_topk_prob": None,
+        "rope_theta": 10000.0,
+        "mrope_section": (1, 0, 0),
+        "mrope_interleaved": None,
+        "deepstack_layers": (),
+    }
+    return HfConfig(**numbers | sizes)
