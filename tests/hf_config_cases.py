@@ -11,11 +11,13 @@ from megatron_sr1.config import FAMILIES, HfConfig
 DENSE, QWEN3, MIXTURE = FAMILIES
 SMALL: dict[str, Any] = {  # in the old layout; the layout of ranks is checked against these numbers
     "architectures": [DENSE],
+    "hidden_size": 64,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 8,
     "num_hidden_layers": 2,
     "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    "vision_config": {"out_hidden_size": 64, "deepstack_visual_indexes": []},
 }
 
 
@@ -29,6 +31,7 @@ def write_config(folder: Path, tree: Any) -> Path:
 def hf_config(class_name: str = DENSE, **sizes: Any) -> HfConfig:
     """A dense model of two layers; `sizes` override."""
     numbers: dict[str, Any] = {
+        "path": Path("config.json"),
         "class_name": class_name,
         "family": FAMILIES[class_name],
         "repository": None,

@@ -14,10 +14,10 @@ from megatron_sr1.config import (
     LayoutConfig,
     RolloutConfig,
     check_model,
-    check_train_batch,
     dump_config,
     load_config,
 )
+from megatron_sr1.config.checks import check_train_batch
 from tests.hf_config_cases import DENSE, MIXTURE, SMALL, write_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -174,7 +174,9 @@ def test_example_loads_and_fits_together(path) -> None:
         assert config.data.cold_start
 
 
+_VISION = {"out_hidden_size": 192, "deepstack_visual_indexes": []}
 _MODEL = SMALL | {
+    "hidden_size": 192,  # 12 heads of 16 channels
     "num_attention_heads": 12,
     "num_key_value_heads": 4,
     "num_hidden_layers": 6,
@@ -195,20 +197,20 @@ _MODEL = SMALL | {
     ],
 )
 def test_a_layout_that_the_model_does_not_divide_is_refused(overrides: list[str], key: str, tmp_path: Path) -> None:
-    write_config(tmp_path, {"architectures": [MIXTURE], "text_config": _MODEL})
+    write_config(tmp_path, {"architectures": [MIXTURE], "text_config": _MODEL, "vision_config": _VISION})
     with pytest.raises(ConfigError, match=re.escape(key)):
         check_model(load_config(None, [f"model.hf_dir={tmp_path}", *overrides]))
 
 
 def test_layouts_that_the_model_divides_pass(tmp_path: Path) -> None:
-    write_config(tmp_path, {"architectures": [MIXTURE], "text_config": _MODEL})
+    write_config(tmp_path, {"architectures": [MIXTURE], "text_config": _MODEL, "vision_config": _VISION})
     for overrides in (
         ["nproc=2", "layout.pipeline=2", "layout.stage_layers=[1,5]"],
         ["nproc=8", "layout.expert=4", "layout.tensor=2", "layout.sequence_parallel=true"],
         ["nproc=12", "layout.tensor=12", "layout.sequence_parallel=true"],  # three ranks share a key/value head
     ):
         check_model(load_config(None, [f"model.hf_dir={tmp_path}", *overrides]))
-    write_config(tmp_path, _MODEL | {"architectures": [DENSE]})
+    write_config(tmp_path, _MODEL | {"architectures": [DENSE], "vision_config": _VISION})
     with pytest.raises(ConfigError, match="the model has no experts"):
         check_model(load_config(None, [f"model.hf_dir={tmp_path}", "nproc=2", "layout.expert=2"]))
     check_model(load_config(None, [f"model.hf_dir={tmp_path}", "nproc=2", "layout.tensor=2"]))

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sr1.config import Config, ConfigError, LayoutConfig, ModelConfig, PrecisionConfig
+from megatron_sr1.config import Config, ConfigError, LayoutConfig, ModelConfig, PrecisionConfig, check_bf16_layers
 from megatron_sr1.packing import gather_rows, pack
 from megatron_sr1.platform.accelerator import Accelerator
-from megatron_sr1.platform.precision import check_bf16_layers, check_precision, compute_dtype, megatron_precision
+from megatron_sr1.platform.precision import check_precision, compute_dtype, megatron_precision
 from megatron_sr1.platform.runtime import Platform
 from megatron_sr1.processor import Processor
 from megatron_sr1.types import MicroBatch, Scoring

@@ -184,6 +184,30 @@ def test_recipe_names_its_model_and_the_papers_numbers(file: str, monkeypatch: p
     assert config.model.train_vision and rollout.max_model_tokens == 8192
 
 
+OF_THE_DRY_RUN = ("phase", "--gpu", "Most of it")  # how much fits, and on what machine
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "words"),
+    [case for case in REFUSED if not any(word in " ".join(case[1] + case[2]) for word in OF_THE_DRY_RUN)],
+)
+def test_what_a_dry_run_refuses_the_command_refuses(
+    file: str, options: list[str], words: list[str], found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same words, before any process starts."""
+    started: list[object] = []
+    monkeypatch.setattr("megatron_sr1.platform.run_on_ranks", lambda *arguments: started.append(arguments))
+    monkeypatch.chdir(REPOSITORY)
+    dry = found["refused"][REFUSED.index((file, options, words))]
+    assert _run(file, options) == dry | {"out": ""} and dry["status"] == 2 and not started
+
+
+def test_an_engine_that_cannot_hold_a_sequence_is_refused_without_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    result = _run("qwen2_5_vl_32b/grpo.yaml", ["rollout.kv_cache_gib=0.5", "rollout.engine_tensor=1"])
+    assert result["status"] == 2 and "rollout.kv_cache_gib=0.5" in result["err"] and "Raise it" in result["err"]
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_recipe_passes_a_dry_run_without_a_warning(file: str, found: dict[str, Any], tmp_path: Path) -> None:
     result = found["recipes"][list(FILES).index(file)]

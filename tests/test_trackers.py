@@ -17,7 +17,8 @@ from mlflow.tracking import MlflowClient
 from rich.console import Console
 from wandb.proto import wandb_internal_pb2
 
-from megatron_sr1.config import Config, ConfigError, check_trackers, load_config
+from megatron_sr1.config import Config, ConfigError, load_config
+from megatron_sr1.config.tracking import check_trackers
 from megatron_sr1.metrics import MetricsWriter, Trackers, read_jsonl, send_evaluations
 from megatron_sr1.metrics.tracking import evaluation_metrics, parameters
 

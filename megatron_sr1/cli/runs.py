@@ -8,18 +8,21 @@ from functools import partial
 from typing import Any
 
 from megatron_sr1.config import (
+    Command,
     Config,
-    check_model,
-    check_trackers,
-    check_train_batch,
+    check_command,
     check_weights,
     dump_config,
 )
 
-TRAINING_DATA = {"sft": ("cold_start",), "grpo": ("train", "heldout"), "evaluate": ("heldout",)}
+TRAINING_DATA: dict[Command, tuple[str, ...]] = {
+    "sft": ("cold_start",),
+    "grpo": ("train", "heldout"),
+    "evaluate": ("heldout",),
+}
 
 
-def check_run(command: str, config: Config) -> list[str]:
+def check_run(command: Command, config: Config) -> list[str]:
     """What can be checked of a run without torch. Returns what keeps it from its data: a line for each key of
     TRAINING_DATA whose shards are missing.
 
@@ -37,14 +40,11 @@ def check_run(command: str, config: Config) -> list[str]:
             if not patterns:
                 raise
             missing.append(str(error))
-    check_model(config)
-    check_trackers(config.track)
-    if command == "grpo":
-        check_train_batch(config)
+    check_command(command, config)
     return missing
 
 
-def start(command: str, config: Config, args: argparse.Namespace) -> None:
+def start(command: Command, config: Config, args: argparse.Namespace) -> None:
     """Checks the run, then starts its ranks; with --dry-run it prints what they would hold instead.
 
     Raises:
@@ -84,7 +84,7 @@ def _check_parts(args: argparse.Namespace) -> None:
         raise ValueError(f"--from-rollouts {args.from_rollouts}: not a folder. Give the `rollouts` folder of a run.")
 
 
-def _dry_run(command: str, config: Config, args: argparse.Namespace, missing_data: Sequence[str]) -> None:
+def _dry_run(command: Command, config: Config, args: argparse.Namespace, missing_data: Sequence[str]) -> None:
     """Prints the configuration, and as comments below it what each rank would hold. What is printed loads again."""
     from megatron_sr1.platform import start_platform
 

@@ -3,7 +3,14 @@
 No torch here, so that `--dry-run`, the launcher and the tests of bad input start in a moment.
 """
 
-from megatron_sr1.config.checks import check_model, check_train_batch, row_tokens
+from megatron_sr1.config.checks import (
+    Command,
+    check_bf16_layers,
+    check_command,
+    check_model,
+    kv_token_bytes,
+    row_tokens,
+)
 from megatron_sr1.config.data import DataConfig
 from megatron_sr1.config.evaluation import EvaluateConfig
 from megatron_sr1.config.families import FAMILIES, Family
@@ -13,13 +20,14 @@ from megatron_sr1.config.model import LayoutConfig, ModelConfig, PrecisionConfig
 from megatron_sr1.config.model_files import check_weights, how_to_get, missing_files
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.rules import ConfigError
-from megatron_sr1.config.tracking import MlflowConfig, TrackConfig, WandbConfig, check_trackers
+from megatron_sr1.config.tracking import MlflowConfig, TrackConfig, WandbConfig
 from megatron_sr1.config.training import PRESET_NAMES, ObjectiveConfig, OptimizerConfig, TrainConfig
 from megatron_sr1.config.whole import Config
 
 __all__ = [
     "FAMILIES",
     "PRESET_NAMES",
+    "Command",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -37,12 +45,13 @@ __all__ = [
     "TrackConfig",
     "TrainConfig",
     "WandbConfig",
+    "check_bf16_layers",
+    "check_command",
     "check_model",
-    "check_trackers",
-    "check_train_batch",
     "check_weights",
     "dump_config",
     "how_to_get",
+    "kv_token_bytes",
     "load_config",
     "missing_files",
     "read_hf_config",

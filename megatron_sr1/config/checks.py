@@ -1,19 +1,45 @@
-"""What a configuration must agree on with the model's own, and what must hold before a GRPO run starts."""
+"""What a command refuses of its configuration and of its model's, before any process starts.
+
+`check_command` is all of it, for the command and for its dry run alike: the verdict on memory is the dry run's alone.
+"""
 
 from __future__ import annotations
 
+from typing import Literal
+
+from megatron_sr1.config.families import HfConfig
 from megatron_sr1.config.hf_config import read_hf_config
-from megatron_sr1.config.rules import require
+from megatron_sr1.config.model import PrecisionConfig
+from megatron_sr1.config.rules import ConfigError, require
+from megatron_sr1.config.tracking import check_trackers
 from megatron_sr1.config.whole import Config
+
+Command = Literal["sft", "grpo", "evaluate"]
+
+
+def check_command(command: Command, config: Config) -> None:
+    """
+    Raises:
+        ConfigError: see the functions below.
+    """
+    check_model(config)
+    row_tokens(config)
+    check_trackers(config.track)
+    if command == "grpo":
+        check_train_batch(config)
+    if command != "sft":
+        check_engine(config)
 
 
 def check_model(config: Config) -> None:
     """What the model's own config.json says about the layout; no weights are read.
 
     Raises:
-        ConfigError: what `read_hf_config` refuses, or heads, layers or experts that the layout does not divide.
+        ConfigError: what `read_hf_config` refuses, settings that are not supported, or heads, layers or experts that
+            the layout does not divide; bf16 layers that it does not have.
     """
     model, layout = read_hf_config(config.model.hf_dir), config.layout
+    model.check_supported()
     heads, layers = ("num_attention_heads", model.num_heads), ("num_hidden_layers", model.num_layers)
     _check_division("layout.tensor", layout.tensor, *heads)
     _check_division("layout.tensor", layout.tensor, "intermediate_size", model.ffn_size)
@@ -46,10 +72,68 @@ def check_model(config: Config) -> None:
         )
     else:
         require(layout.expert == 1, "layout.expert", layout.expert, "1: the model has no experts", "Leave it out.")
+    check_bf16_layers(config.precision, model.num_layers, layout.pipeline)
 
 
 def _check_division(key: str, ranks: int, name: str, size: int, otherwise: str = "") -> None:
     require(size % ranks == 0, key, ranks, f"a divisor of the model's {name}={size}", f"Change {key}{otherwise}.")
+
+
+def check_bf16_layers(precision: PrecisionConfig, num_layers: int, pipeline: int) -> None:
+    """Whether the layers that FP8 leaves in bf16 exist.
+
+    Megatron-Core wants each end's within what one of `pipeline` equal stages would hold.
+
+    Raises:
+        ConfigError: there are more of them than layers.
+    """
+    if precision.dtype != "fp8":
+        return
+    first, last = precision.bf16_first_layers, precision.bf16_last_layers
+    allowed = num_layers // pipeline
+    for name, number in (("bf16_first_layers", first), ("bf16_last_layers", last)):
+        if number > allowed:
+            raise ConfigError(
+                f"precision.{name}={number} is not allowed: {num_layers} layers on {pipeline} pipeline stages leave "
+                f"at most {allowed}. Lower it."
+            )
+    if first + last >= num_layers:
+        raise ConfigError(
+            f"precision.bf16_first_layers + precision.bf16_last_layers = {first + last} is not allowed: of the model's "
+            f"{num_layers} layers none would be FP8. Lower them, or set precision.dtype to bf16."
+        )
+
+
+def check_engine(config: Config) -> None:
+    """Whether an engine's ranks can share the model, and its KV cache hold the longest sequence.
+
+    Raises:
+        ConfigError: key/value heads that do not divide; a cache that is too small.
+    """
+    rollout, model = config.rollout, read_hf_config(config.model.hf_dir)
+    heads = model.num_kv_heads
+    require(
+        heads % rollout.engine_tensor == 0 or rollout.engine_tensor % heads == 0,
+        "rollout.engine_tensor",
+        rollout.engine_tensor,
+        f"a divisor or a multiple of the model's num_key_value_heads={heads}",
+        "The engine's ranks share key/value heads evenly.",
+    )
+    num_tokens = int(rollout.kv_cache_gib * 2**30) // kv_token_bytes(model, rollout.engine_tensor)
+    if num_tokens < rollout.max_model_tokens:
+        raise ConfigError(
+            f"rollout.kv_cache_gib={rollout.kv_cache_gib} is not allowed: it holds {num_tokens} tokens, and must "
+            f"hold a sequence of rollout.max_model_tokens={rollout.max_model_tokens}. Raise it, or lower the other."
+        )
+
+
+def kv_token_bytes(model: HfConfig, ranks: int, *, element: int = 2) -> int:
+    """Keys and values of one token on one of the `ranks` of an engine, which share the heads or repeat them.
+
+    Args:
+        element: bytes of a value: bf16's, by default.
+    """
+    return 2 * model.num_layers * max(1, model.num_kv_heads // ranks) * model.head_dim * element
 
 
 def check_train_batch(config: Config) -> None:

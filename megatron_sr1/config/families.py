@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from megatron_sr1.config.rules import ConfigError
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,49 @@ class Family:
     own_head_dim: bool  # config.json may set head_dim; else it is hidden_size / num_attention_heads
     interleaved_rotary: bool  # mRoPE: time, height, width by turns along the frequencies; else in three sections
     keys_at_top: bool  # older checkpoints have no text_config and keep the language model's keys at the top
+    window_has_switch: bool  # sliding_window counts only where use_sliding_window is true
     tied_in_text: bool  # tie_word_embeddings may stand in text_config only
     # numbers that transformers takes for absent keys, from the family's configuration classes
     defaults: Mapping[str, float] = field(hash=False)
     deepstack_layers: tuple[int, ...] = ()  # likewise, of the vision tower
     has_experts: bool = False  # feed-forward parts may be mixtures of experts
+
+
+@dataclass(frozen=True)
+class HfConfig:
+    """A model as its config.json describes it."""
+
+    path: Path  # of the file
+    class_name: str  # of transformers and vLLM, a key of FAMILIES
+    family: Family
+    repository: str | None  # of Hugging Face, where the file says whose model it is
+    num_layers: int
+    hidden_size: int
+    ffn_size: int  # width of a dense layer's feed-forward part
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int  # channels; heads together need not be as wide as the hidden state (Qwen3-VL-4B, 32B, 30B-A3B)
+    vocab_size: int
+    tied: bool  # the head is the transposed embedding
+    num_experts: int  # 0 for a dense model
+    experts_per_token: int  # 0 for a dense model
+    expert_ffn_size: int  # width of one expert; 0 for a dense model
+    moe_layers: tuple[bool, ...]  # [num_layers]: is the feed-forward part a mixture of experts
+    norm_topk_prob: bool | None  # the weights of a token's experts add up to 1; None: not written
+    rope_theta: float
+    mrope_section: tuple[int, int, int]  # frequencies of time, height, width; together half a head
+    mrope_interleaved: bool | None  # None: not written; transformers goes by the family
+    deepstack_layers: tuple[int, ...]  # of the vision tower: the n-th one's features are added after language layer n
+    unsupported: tuple[str, ...] = field(default=(), compare=False)  # settings the policy computes otherwise
+
+    def check_supported(self) -> None:
+        """
+        Raises:
+            ConfigError: a setting is not supported; the message names each, with what would be.
+        """
+        if self.unsupported:
+            complaints = "; ".join(self.unsupported)
+            raise ConfigError(f"{self.path}: the policy would not compute what this model computes: {complaints}.")
 
 
 _QWEN2_5_VL = Family(
@@ -37,8 +78,9 @@ _QWEN2_5_VL = Family(
     own_head_dim=False,
     interleaved_rotary=False,
     keys_at_top=True,
+    window_has_switch=True,
     tied_in_text=True,
-    defaults={"hidden_size": 8192, "vocab_size": 152064, "rope_theta": 1_000_000.0},
+    defaults={"hidden_size": 8192, "vocab_size": 152064, "rope_theta": 1_000_000.0, "out_hidden_size": 3584},
 )
 _QWEN3_VL = Family(
     name="qwen3_vl",
@@ -49,8 +91,15 @@ _QWEN3_VL = Family(
     own_head_dim=True,
     interleaved_rotary=True,
     keys_at_top=False,
+    window_has_switch=False,
     tied_in_text=False,
-    defaults={"hidden_size": 4096, "vocab_size": 151936, "rope_theta": 500_000.0, "head_dim": 128},
+    defaults={
+        "hidden_size": 4096,
+        "vocab_size": 151936,
+        "rope_theta": 500_000.0,
+        "head_dim": 128,
+        "out_hidden_size": 3584,
+    },
     deepstack_layers=(8, 16, 24),
 )
 _QWEN3_VL_MOE = replace(
@@ -60,6 +109,7 @@ _QWEN3_VL_MOE = replace(
         "hidden_size": 2048,
         "vocab_size": 151936,
         "rope_theta": 500_000.0,
+        "out_hidden_size": 3584,
         "num_experts": 60,
         "num_experts_per_tok": 4,
         "moe_intermediate_size": 1408,

@@ -7,39 +7,14 @@ rope_theta beside it. An absent key means what transformers takes it for; those 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.config.families import FAMILIES, Family
+from megatron_sr1.config.families import FAMILIES, Family, HfConfig
 from megatron_sr1.config.json_section import JsonSection, read_json
 from megatron_sr1.config.rules import ConfigError, require
-
-
-@dataclass(frozen=True)
-class HfConfig:
-    """A model as its config.json describes it."""
-
-    class_name: str  # of transformers and vLLM, a key of FAMILIES
-    family: Family
-    repository: str | None  # of Hugging Face, where the file says whose model it is
-    num_layers: int
-    hidden_size: int
-    ffn_size: int  # width of a dense layer's feed-forward part
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int  # channels; heads together need not be as wide as the hidden state (Qwen3-VL-4B, 32B, 30B-A3B)
-    vocab_size: int
-    tied: bool  # the head is the transposed embedding
-    num_experts: int  # 0 for a dense model
-    experts_per_token: int  # 0 for a dense model
-    expert_ffn_size: int  # width of one expert; 0 for a dense model
-    moe_layers: tuple[bool, ...]  # [num_layers]: is the feed-forward part a mixture of experts
-    norm_topk_prob: bool | None  # the weights of a token's experts add up to 1; None: not written
-    rope_theta: float
-    mrope_section: tuple[int, int, int]  # frequencies of time, height, width; together half a head
-    mrope_interleaved: bool | None  # None: not written; transformers goes by the family
-    deepstack_layers: tuple[int, ...]  # of the vision tower: the n-th one's features are added after language layer n
+from megatron_sr1.config.supported import rope_section, unsupported_settings
 
 
 def read_hf_config(hf_dir: str) -> HfConfig:
@@ -64,7 +39,8 @@ def read_hf_config(hf_dir: str) -> HfConfig:
     text = tree if is_old else tree.section("text_config")
     tied = tree.flag("tie_word_embeddings") or (family.tied_in_text and text.flag("tie_word_embeddings"))
     name = tree.values.get("_name_or_path")
-    return HfConfig(
+    model = HfConfig(
+        path=path,
         class_name=class_name,
         family=family,
         repository=name if _is_repository(name) else None,
@@ -75,6 +51,7 @@ def read_hf_config(hf_dir: str) -> HfConfig:
         **_experts(text, family),
         **_rotary(text, family),
     )
+    return replace(model, unsupported=tuple(unsupported_settings(model, tree, text)))
 
 
 def _class_name(tree: JsonSection) -> str:
@@ -132,7 +109,7 @@ def _experts(text: JsonSection, family: Family) -> dict[str, Any]:
 
 
 def _rotary(text: JsonSection, family: Family) -> dict[str, Any]:
-    rope = text.section("rope_scaling" if text.values.get("rope_scaling") else "rope_parameters")
+    rope = rope_section(text)
     theta = text.number("rope_theta", family.defaults["rope_theta"])
     section = rope.numbers("mrope_section", ())
     rope.check(len(section) == 3, "mrope_section", "three numbers that add up to head_dim / 2")

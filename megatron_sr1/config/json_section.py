@@ -53,7 +53,7 @@ class JsonSection:
         """true or false; the default where the key is absent."""
         if key not in self.values:
             return default
-        self.check(True, key, "true or false")
+        self.check(isinstance(self.values[key], bool), key, "true or false")
         return self.values[key]
 
     def numbers(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:

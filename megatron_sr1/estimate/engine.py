@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sr1.config import Config, LayoutConfig
+from megatron_sr1.config import Config, LayoutConfig, kv_token_bytes
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.parameter_counts import count_stages
 
@@ -58,11 +58,6 @@ def _encoder_bytes(model: Architecture, values: int) -> int:
     """Of the vision tower over as many visual tokens as a forward pass may take: states and the feed-forward part."""
     tower = model.hf.vision_config.to_dict()
     return tower["spatial_merge_size"] ** 2 * values * (6 * tower["hidden_size"] + 3 * tower["intermediate_size"])
-
-
-def kv_token_bytes(model: Architecture, ranks: int, *, element: int) -> int:
-    """Of one token on one of the `ranks` of an engine."""
-    return 2 * model.num_layers * max(1, model.num_kv_heads // ranks) * model.head_dim * element
 
 
 def engine_parameters(hf_dir: str, model: Architecture, ranks: int) -> int:

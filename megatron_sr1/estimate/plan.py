@@ -14,20 +14,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_sr1.config import Config, ConfigError, row_tokens
+from megatron_sr1.config import Command, Config, ConfigError, row_tokens
 from megatron_sr1.estimate.activations import StageActivations, stage_activations
 from megatron_sr1.estimate.engine import EngineBytes, engine_bytes
 from megatron_sr1.estimate.machine import GIB, Machine
 from megatron_sr1.estimate.state import TrainerState, trainer_state
 from megatron_sr1.objective import preset_from_config
-from megatron_sr1.platform.precision import check_bf16_layers
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.parameter_counts import StageCount, count_stages
 from megatron_sr1.policy.read import read_architecture
 
 RUNTIME_GIB = 4.0  # device context, communication buffers, library workspaces, fragments: taken as given, not derived
 TYPICAL = 0.5  # of the longest sequence: what a sequence is taken to be long
-COMMANDS = ("sft", "grpo", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -83,24 +81,20 @@ class RunPlan:
         return max(self.phases, key=lambda phase: phase.peak)
 
 
-def make_plan(command: str, config: Config, machine: Machine) -> RunPlan:
-    """The plan of a command, one of COMMANDS, whose configuration `config.check_model` has passed.
+def make_plan(command: Command, config: Config, machine: Machine) -> RunPlan:
+    """The plan of a command whose configuration `config.check_command` has passed.
 
     Raises:
-        ConfigError: what a run with this configuration would refuse about layout, precision or rows; nodes that would
-            be filled in part; a KV cache that does not hold the longest sequence.
-        ValueError: a model class that is not supported.
+        ConfigError: nodes that would be filled in part.
     """
-    assert command in COMMANDS, command
     model, rows = read_architecture(config.model.hf_dir), row_tokens(config)
-    check_bf16_layers(config.precision, model.num_layers, config.layout.pipeline)
     length, sequences = _sequences(command, config)
     num_rows = max(1, math.ceil(length * sequences / config.data_ranks / rows))
     stages: tuple[StagePlan, ...] = ()
     if command != "evaluate":
         counts = count_stages(config.model.hf_dir, config.layout, config.nproc)
         stages = tuple(_stage(model, config, count, command, rows, num_rows) for count in counts)
-    engine = None if command == "sft" else _checked_engine(model, config)
+    engine = None if command == "sft" else engine_bytes(model, config)
     phases = tuple(_phases(config, stages, engine))
     nodes = machine.nodes(config.nproc)
     return RunPlan(command, config, machine, model, nodes, rows, length, num_rows, stages, engine, phases)
@@ -160,22 +154,6 @@ def _stage(model: Architecture, config: Config, count: StageCount, command: str,
     keep_reference = command == "grpo" and preset_from_config(config.objective).needs_reference
     state = trainer_state(count, config, keep_reference=keep_reference)
     return StagePlan(count, state, stage_activations(model, config, count, row_tokens=rows, num_rows=num_rows))
-
-
-def _checked_engine(model: Architecture, config: Config) -> EngineBytes:
-    rollout, heads = config.rollout, model.num_kv_heads
-    if heads % rollout.engine_tensor and rollout.engine_tensor % heads:
-        raise ConfigError(
-            f"rollout.engine_tensor={rollout.engine_tensor} is not allowed: it must be a divisor or a multiple of the "
-            f"model's num_key_value_heads={heads}. The engine's ranks share key/value heads evenly."
-        )
-    engine = engine_bytes(model, config)
-    if engine.kv_tokens < rollout.max_model_tokens:
-        raise ConfigError(
-            f"rollout.kv_cache_gib={rollout.kv_cache_gib} is not allowed: it holds {engine.kv_tokens} tokens, and must "
-            f"hold a sequence of rollout.max_model_tokens={rollout.max_model_tokens}. Raise it, or lower the other."
-        )
-    return engine
 
 
 def _phases(config: Config, stages: tuple[StagePlan, ...], engine: EngineBytes | None) -> list[Phase]:

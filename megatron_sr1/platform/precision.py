@@ -132,28 +132,3 @@ def _check_recipe(precision: PrecisionConfig, card: Accelerator) -> None:
 
 def _runs_on(recipe: _Recipe, card: Accelerator) -> bool:
     return recipe.min_capability <= card.capability < recipe.below_capability
-
-
-def check_bf16_layers(precision: PrecisionConfig, num_layers: int, pipeline: int) -> None:
-    """Whether the layers that FP8 leaves in bf16 exist.
-
-    Megatron-Core wants each end's within what one of `pipeline` equal stages would hold.
-
-    Raises:
-        ConfigError: there are more of them than layers.
-    """
-    if precision.dtype != "fp8":
-        return
-    first, last = precision.bf16_first_layers, precision.bf16_last_layers
-    allowed = num_layers // pipeline
-    for name, number in (("bf16_first_layers", first), ("bf16_last_layers", last)):
-        if number > allowed:
-            raise ConfigError(
-                f"precision.{name}={number} is not allowed: {num_layers} layers on {pipeline} pipeline stages leave "
-                f"at most {allowed}. Lower it."
-            )
-    if first + last >= num_layers:
-        raise ConfigError(
-            f"precision.bf16_first_layers + precision.bf16_last_layers = {first + last} is not allowed: of the model's "
-            f"{num_layers} layers none would be FP8. Lower them, or set precision.dtype to bf16."
-        )

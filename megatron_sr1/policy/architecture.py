@@ -8,7 +8,7 @@ from typing import Any
 from megatron_sr1.config import HfConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Architecture(HfConfig):
     """A model as its config.json describes it. `read_architecture` makes one."""
 

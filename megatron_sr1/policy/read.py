@@ -1,8 +1,5 @@
-"""From a Hugging Face config.json to what the policy needs to know about a model.
-
-Whatever a config.json asks for that the policy does not compute the same way is refused here, by name, and never
-ignored.
-"""
+"""From a Hugging Face config.json to what the policy needs to know about a model: our reading, held against
+transformers' own."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig, Qwen
 
 from megatron_sr1.config import read_hf_config
 from megatron_sr1.policy.architecture import Architecture
-from megatron_sr1.policy.supported import unsupported_settings
 
 _CLASSES: dict[str, type[PreTrainedConfig]] = {  # by the name of a family
     "qwen2_5_vl": Qwen2_5_VLConfig,
@@ -29,9 +25,10 @@ def read_architecture(hf_dir: str) -> Architecture:
 
     Raises:
         ConfigError: what `read_hf_config` refuses.
-        ValueError: a setting that is not supported, or that transformers refuses or reads as another number.
+        ValueError: a key that transformers refuses, or reads as something else.
     """
     config = read_hf_config(hf_dir)
+    config.check_supported()
     path = Path(hf_dir) / "config.json"
     try:
         hf = _CLASSES[config.family.name].from_pretrained(hf_dir)
@@ -44,9 +41,6 @@ def read_architecture(hf_dir: str) -> Architecture:
                 f"{path}: {key} is read as {ours!r} here and as {theirs!r} by transformers, whose model would be "
                 "another one. Correct the file, or use the version of transformers that this project asks for."
             )
-    complaints = unsupported_settings(architecture)
-    if complaints:
-        raise ValueError(f"{path}: the policy would not compute what this model computes: {'; '.join(complaints)}.")
     return architecture
 
 
@@ -66,6 +60,11 @@ def _two_readings(model: Architecture) -> dict[str, tuple[Any, Any]]:
         "tie_word_embeddings": (model.tied, model.hf.tie_word_embeddings),
         "rope_theta": (model.rope_theta, rope["rope_theta"]),
         "mrope_section": (model.mrope_section, tuple(rope.get("mrope_section") or ())),
+        "hidden_act": ("silu", text.hidden_act),
+        "rope_type": ("default", rope["rope_type"]),
+        "attention_dropout": (0.0, float(text.attention_dropout)),
+        "sliding_window": (None, text.to_dict().get("sliding_window")),
+        "vision_config.out_hidden_size": (model.hidden_size, vision.out_hidden_size),
         "deepstack_visual_indexes": (
             model.deepstack_layers,
             tuple(vision.to_dict().get("deepstack_visual_indexes", ())),

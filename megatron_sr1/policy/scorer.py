@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_sr1.config import Config, check_model
 from megatron_sr1.platform import GroupRanks, Platform
-from megatron_sr1.platform.precision import check_bf16_layers, check_precision
+from megatron_sr1.platform.precision import check_precision
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.build import build_chunks
 from megatron_sr1.policy.groups import ParallelGroups, build_groups
@@ -40,7 +40,6 @@ class Scorer:
         spec = layer_spec_name(config.model.layer_spec, platform, config.precision.dtype)
         check_precision(config.precision, spec, platform)
         self.architecture: Architecture = read_architecture(config.model.hf_dir)
-        check_bf16_layers(config.precision, self.architecture.num_layers, config.layout.pipeline)
         self.config = config
         self.platform = platform
         self.groups: ParallelGroups = build_groups(config.layout)

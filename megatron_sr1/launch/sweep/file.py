@@ -24,7 +24,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_sr1.config import Config, ConfigError, check_train_batch, load_config
+from megatron_sr1.config import Config, ConfigError, load_config
+from megatron_sr1.config.checks import check_train_batch
 
 COMMANDS = ("sft", "grpo")
 OWN_KEYS = ("run_dir", "seed", "objective.preset")  # the sweep sets them for each run

@@ -1,0 +1,73 @@
+"""Which settings of a supported model class the policy computes as transformers does; the rest is refused by name.
+
+Whatever a config.json asks for that the policy does not compute the same way must stop here, and is never ignored. An
+absent key means what transformers takes it for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_sr1.config.families import HfConfig
+from megatron_sr1.config.json_section import JsonSection
+
+Rule = tuple[str, Any, bool, str]  # key, value, is it supported, what would be
+
+
+def unsupported_settings(model: HfConfig, tree: JsonSection, text: JsonSection) -> list[str]:
+    """One phrase for each setting that is not supported: key, value, what is.
+
+    Args:
+        model: the numbers of the file.
+        tree: all of it.
+        text: the language model's part.
+    """
+    rules = [*_text_rules(model, tree, text), *_rotary_rules(model, text), *_expert_rules(model, text)]
+    return [f"{key}={value!r} is not supported, it must be {rule}" for key, value, good, rule in rules if not good]
+
+
+def rope_section(text: JsonSection) -> JsonSection:
+    """The rotary keys, under the name that older checkpoints give them or the present one."""
+    return text.section("rope_scaling" if text.values.get("rope_scaling") else "rope_parameters")
+
+
+def _text_rules(model: HfConfig, tree: JsonSection, text: JsonSection) -> list[Rule]:
+    act, dropout = text.values.get("hidden_act", "silu"), text.values.get("attention_dropout", 0.0)
+    has_window = text.values.get("use_sliding_window", not model.family.window_has_switch)
+    window, bias = text.values.get("sliding_window") if has_window else None, text.values.get("attention_bias")
+    whole, levels = model.head_dim * model.num_heads == model.hidden_size, len(model.deepstack_layers)
+    visual = tree.section("vision_config").values.get("out_hidden_size", model.family.defaults["out_hidden_size"])
+    return [
+        ("hidden_act", act, act == "silu", "silu"),
+        ("attention_dropout", dropout, not dropout, "0"),
+        ("sliding_window", window, window is None, "null, or use_sliding_window false"),
+        ("attention_bias", bias, model.family.qkv_bias or not bias, "false"),
+        ("head_dim", model.head_dim, model.family.own_head_dim or whole, "hidden_size / num_attention_heads"),
+        ("deepstack_visual_indexes", levels, levels <= model.num_layers, "at most one for each language layer"),
+        ("vision_config.out_hidden_size", visual, visual == model.hidden_size, f"hidden_size={model.hidden_size}"),
+    ]
+
+
+def _rotary_rules(model: HfConfig, text: JsonSection) -> list[Rule]:
+    rope, half, wanted = rope_section(text).values, model.head_dim // 2, model.family.interleaved_rotary
+    section, interleaved = list(model.mrope_section), model.mrope_interleaved  # transformers does not read the flag
+    kind, part = rope.get("rope_type", rope.get("type", "default")), rope.get("partial_rotary_factor", 1.0)
+    halves = f"three numbers that add up to head_dim / 2 = {half}"
+    return [
+        ("rope_parameters.rope_type", kind, kind in ("default", "mrope"), "default or mrope"),
+        ("rope_parameters.partial_rotary_factor", part, part == 1.0, "1"),
+        ("rope_parameters.mrope_section", section, sum(section) == half, halves),
+        ("rope_parameters.mrope_interleaved", interleaved, interleaved in (None, wanted), str(wanted).lower()),
+    ]
+
+
+def _expert_rules(model: HfConfig, text: JsonSection) -> list[Rule]:
+    if not model.family.has_experts:
+        return []
+    experts, chosen, dense = model.num_experts, model.experts_per_token, text.values.get("mlp_only_layers")
+    return [
+        ("num_experts", experts, experts > 1, "2 or more"),
+        ("num_experts_per_tok", chosen, 2 <= chosen <= experts, f"between 2 and num_experts={experts}"),
+        ("norm_topk_prob", model.norm_topk_prob, model.norm_topk_prob is not False, "true"),  # transformers always does
+        ("mlp_only_layers", dense, any(model.moe_layers), "such that some layer has experts"),
+    ]
