@@ -51,7 +51,7 @@ $(LAUNCH)/.installed: setup.py pyproject.toml
 	@touch $@
 
 test: setup launch-env lint ## lint, then every test, about 25 minutes on two cores; GPU tests are skipped without a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	@echo
 	@echo "Next: make quickstart; CONTRIBUTING.md says how to work here"
 

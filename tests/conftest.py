@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,36 @@ import pytest
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from tests.workspace import Workspace, build_workspace
 
+# Files of a minute or more of CPU time, the longest first. They start first, so that no worker ends with one of them
+# while the other has nothing left; the first needs `workspace`, which the next then finds made.
+LONG = (
+    *("end_to_end", "layouts", "convert", "sweep", "preemption", "launch", "vision", "evaluation_run", "checkpoint"),
+    *("engine_ranks", "weight_sync", "triton_logprob", "precision", "rollout", "families", "logprob_memory"),
+    *("cpu_capabilities", "linear_logprob", "policy", "fused_loss"),
+)
+
 define_missing_torchvision_ops()  # before any test module imports transformers' Qwen-VL classes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files before the others; the order within a file stays."""
+    places = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
+def made_once(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[], Path]
+) -> Path:
+    """The folder that `make` returns, made by the first worker that asks; the others wait for it."""
+    if not hasattr(request.config, "workerinput"):
+        return make()
+    shared = tmp_path_factory.getbasetemp().parent  # of all workers of this run
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = shared / f"{name}.made"
+        if not made.exists():
+            made.write_text(str(make()))
+        return Path(made.read_text())
 
 
 @pytest.fixture(scope="session")
@@ -26,14 +57,25 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Data, an untrained model and a short cold start, for whole commands."""
-    return build_workspace(tmp_path_factory.mktemp("workspace"))
+def workspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Data, an untrained model and a short cold start, for whole commands. All workers share it: each test gives its
+    runs names that no other uses."""
+
+    def make() -> Path:
+        return build_workspace(tmp_path_factory.mktemp("workspace")).folder
+
+    return Workspace(made_once(request, tmp_path_factory, "workspace", make))
 
 
 @pytest.fixture(scope="session")
-def finished(workspace: Workspace) -> Workspace:
+def finished(
+    workspace: Workspace, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Workspace:
     """With `whole`, an uninterrupted run of eight steps, TP=2, which other runs are compared with."""
-    printed = workspace.run("grpo", "whole", "train.steps=8", "train.save_every=3", "evaluate.verify_export=12")
-    assert "step 8/8" in printed
-    return workspace
+
+    def make() -> Path:
+        printed = workspace.run("grpo", "whole", "train.steps=8", "train.save_every=3", "evaluate.verify_export=12")
+        assert "step 8/8" in printed
+        return workspace.folder
+
+    return Workspace(made_once(request, tmp_path_factory, "finished", make))

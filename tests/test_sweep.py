@@ -36,7 +36,7 @@ def sweep_file(workspace: Workspace) -> Path:
     """Three steps of few and short rollouts, on one rank."""
     command = workspace.command("grpo", "unused")
     overrides = [word for word in command[5:] if not word.startswith("run_dir=")]
-    small = ["nproc=1", "layout.tensor=1", "evaluate.examples=1", f"train.steps={STEPS}"]
+    small = ["nproc=1", "layout.tensor=1", "evaluate.examples=1", "evaluate.max_prompts=4", f"train.steps={STEPS}"]
     tree = {
         "command": "grpo",
         "config": command[4],
