@@ -37,8 +37,9 @@ def use_cpu_generator() -> None:
 def keep_token_counts_on_host() -> None:
     """Drops the CUDA stream on which experts' token counts are copied to the host, where they are already. The
     dispatcher makes that stream without a question."""
-    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()  # one is made where there is none; here nobody uses it
-    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _counts_for_collectives
+    dispatcher: Any = MoEAlltoAllTokenDispatcher
+    dispatcher.cuda_dtoh_stream = object()  # one is made where there is none; here nobody uses it
+    dispatcher._maybe_dtoh_and_synchronize = _counts_for_collectives
 
 
 def _counts_for_collectives(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
@@ -60,7 +61,8 @@ def read_results_in_process() -> None:
 def name_missing_gemm() -> None:
     """Defines Transformer Engine's matrix product as None where that is not installed. The router asks whether it is
     None by a name that Megatron defines only where it is."""
-    vars(moe_utils).setdefault("te_general_gemm", None)
+    module: Any = moe_utils
+    module.__dict__.setdefault("te_general_gemm", None)
 
 
 class OrderedCommunicator(P2PCommunicator):
@@ -89,6 +91,7 @@ class OrderedCommunicator(P2PCommunicator):
             sent(tensor_send_prev),
             sent(tensor_send_next),
         )  # named: they must live until the requests end
+        assert self.prev_rank is not None and self.next_rank is not None, "a communicator of several stages"
         requests = _p2p_ops(
             tensor_send_prev=to_prev,
             tensor_recv_prev=shapes["prev"],
@@ -100,4 +103,5 @@ class OrderedCommunicator(P2PCommunicator):
         )
         for request in requests.values():
             request.wait()
-        return tuple([0, 0, 0] if shape is None else shape.tolist() for shape in shapes.values())
+        prev, following = (([0, 0, 0] if shape is None else shape.tolist()) for shape in shapes.values())
+        return prev, following

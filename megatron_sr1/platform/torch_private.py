@@ -12,11 +12,11 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, Store
+from torch._C._distributed_c10d import AllgatherOptions, Store
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.utils import _create_file_view
-from torch.distributed.distributed_c10d import AllgatherOptions
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from torch.serialization import _get_layout
 from torch.utils._device import _device_constructors
@@ -57,7 +57,8 @@ def file_view(stream: IO[bytes], offset: int, length: int) -> IO[bytes]:
 
     `torch.load` takes a whole file; copying each piece into memory first would hold it twice.
     """
-    return _create_file_view(stream, offset, length)
+    view: Any = _create_file_view  # which takes and gives what it calls IOBase
+    return view(stream, offset, length)
 
 
 def all_gather_within(group: ProcessGroup, outputs: list[Tensor], value: Tensor, seconds: float) -> None:

@@ -24,10 +24,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_sr1.config import Config, ConfigError, load_config
+from megatron_sr1.config import Command, Config, ConfigError, load_config
 from megatron_sr1.config.checks import check_train_batch
 
-COMMANDS = ("sft", "grpo")
+COMMANDS: tuple[Command, ...] = ("sft", "grpo")
 OWN_KEYS = ("run_dir", "seed", "objective.preset")  # the sweep sets them for each run
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")  # a part of a folder's name
 
@@ -48,7 +48,7 @@ class SweepRun:
 class Sweep:
     """Runs of one command with one configuration file, in the order presets, variants, seeds."""
 
-    command: str  # sft | grpo
+    command: Command  # sft | grpo
     config: str
     run_dir: str
     runs: tuple[SweepRun, ...]
@@ -62,7 +62,7 @@ class Sweep:
 class _SweepFile:
     """The keys of a sweep file."""
 
-    command: str = "grpo"
+    command: Command = "grpo"
     config: str = ""
     run_dir: str = ""
     presets: tuple[str, ...] = ()

@@ -21,6 +21,9 @@ class MultimodalRotary(FixedDtypeBuffers):
     The frequencies stay fp32 in a model that is cast to bf16: 8 bits do not hold a position.
     """
 
+    axes: Tensor
+    frequencies: Tensor
+
     def __init__(self, head_dim: int, theta: float, section: tuple[int, int, int], *, interleaved: bool) -> None:
         """Args: section: how many frequencies time, height and width have; together d / 2."""
         super().__init__()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from torch import Tensor
 
 _RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.layerwise"
@@ -53,7 +52,7 @@ def packed_experts(module: Any, piece: Tensor) -> Tensor:
     return piece if kernel._use_zentorch else cpu_prepack_moe_weight(piece, kernel.isa)
 
 
-def pack_experts(module: torch.nn.Module) -> None:
+def pack_experts(module: Any) -> None:
     """Gives the experts that `module` (RoutedExperts) has just loaded the order that its CPU kernel reads.
 
     vLLM does so when a model is first loaded. Its reload asks the method of quantisation alone, not the kernel.
