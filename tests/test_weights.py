@@ -16,9 +16,7 @@ from megatron_sr1.weights.name_table import (
     canonical_name,
     has_published_experts,
     hf_from_shards,
-    hf_part,
     language_rules,
-    rules_by_hf,
     shard_from_hf,
     vision_rule,
 )
@@ -26,6 +24,20 @@ from tests.hf_config_cases import DENSE, MIXTURE, QWEN3, hf_config
 from tests.model_zoo import ZOO, create_family, publish_experts
 
 EXPERTS = {"num_experts": 3, "expert_ffn_size": 3, "moe_layers": (False, True)}
+
+
+def hf_part(rule: WeightRule, tensor: torch.Tensor) -> torch.Tensor:
+    """What the rule takes of one of its tensors: the expert's slice, or everything."""
+    return tensor if rule.expert is None else tensor[rule.expert]
+
+
+def rules_by_hf(rules: list[WeightRule]) -> dict[str, list[WeightRule]]:
+    """For each Hugging Face tensor the rules that name it."""
+    found: dict[str, list[WeightRule]] = {}
+    for rule in rules:
+        for name in rule.hf:
+            found.setdefault(name, []).append(rule)
+    return found
 
 
 def _hf_tensors(sizes: HfConfig, rule: WeightRule) -> list[torch.Tensor]:

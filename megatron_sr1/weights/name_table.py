@@ -5,8 +5,8 @@ once. Megatron names count layers over the whole model and experts over all rank
 layers; `canonical_name` gives them for Transformer Engine's too.
 
 One Hugging Face tensor holds the weights of all experts of a layer, [E, ...]; each expert is a Megatron parameter and a
-rule of its own. The two functions that move numbers deal in parts: a whole tensor, or one expert's slice of it
-(`hf_part`). Whoever writes the tensor stacks the parts of the rules that name it (`rules_by_hf`).
+rule of its own. The two functions that move numbers work on parts: a whole tensor, or one expert's slice of it. Whoever
+writes the tensor stacks the parts of the rules that name it.
 
     E experts, H hidden size, I width of the (expert's) feed-forward part
 """
@@ -98,16 +98,6 @@ def vision_rule(megatron: str, sizes: HfConfig) -> WeightRule:
     return WeightRule(megatron, (sizes.family.vision_prefix + megatron.removeprefix("vision."),), "replicated")
 
 
-def rules_by_hf(rules: Iterable[WeightRule]) -> dict[str, list[WeightRule]]:
-    """For each Hugging Face tensor the rules that name it: one; or those of all experts in order, whose parts stacked
-    are the tensor; or embedding and head, which are the same where they are tied."""
-    found: dict[str, list[WeightRule]] = {}
-    for rule in rules:
-        for name in rule.hf:
-            found.setdefault(name, []).append(rule)
-    return found
-
-
 def canonical_name(megatron: str, *, first_expert: int = 0) -> str:
     """The table's name of a parameter under either layer spec.
 
@@ -124,13 +114,8 @@ def canonical_name(megatron: str, *, first_expert: int = 0) -> str:
 
 
 # ---------------------------------------------------------------- numbers
-def hf_part(rule: WeightRule, tensor: Tensor) -> Tensor:
-    """What the rule takes of one of its Hugging Face tensors: the expert's slice, or everything."""
-    return tensor if rule.expert is None else tensor[rule.expert]
-
-
 def shard_from_hf(rule: WeightRule, parts: list[Tensor], sizes: HfConfig, rank: int, ranks: int) -> Tensor:
-    """This tensor-parallel rank's parameter, from the parts (`hf_part`) of the rule's Hugging Face tensors.
+    """This tensor-parallel rank's parameter, from the parts of the rule's Hugging Face tensors.
 
     An expert is not split: pass rank 0 of 1. Its part may lie as in published checkpoints, gate_up [H, 2I] and
     down [I, H], or as transformers saves it from version 5 on, [2I, H] and [H, I]; the shape tells. Where both shapes
