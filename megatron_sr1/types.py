@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PassName = Literal["first", "second"]
 Template = Literal["see_think", "cot", "caption_reasoner"]
 TokenSegment = Literal["response", "description", "reasoning"]
-Item = TypeVar("Item")
+Element = TypeVar("Element")
 BANNED_LOGIT_BIAS = -100.0  # the strongest that samplers accept
 PresetName = Literal["vision_r1", "see_think", "summed", "gdpo", "vision_sr1", "perception_credit"]
 KlEstimator = Literal["k1", "k2", "k3"]
@@ -41,7 +41,7 @@ class Ranks(Protocol):
     @property
     def num_ranks(self) -> int: ...
 
-    def gather(self, items: list[Item]) -> list[Item]:
+    def gather(self, items: list[Element]) -> list[Element]:
         """All ranks' items on every rank, in the order of the ranks. Collective."""
         ...
 
@@ -53,7 +53,7 @@ class OneRank:
     rank: int = 0
     num_ranks: int = 1
 
-    def gather(self, items: list[Item]) -> list[Item]:
+    def gather(self, items: list[Element]) -> list[Element]:
         """The items."""
         return items
 

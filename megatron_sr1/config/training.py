@@ -9,7 +9,7 @@ from megatron_sr1.config.rules import one_of, positive, require
 from megatron_sr1.types import AdvantageScope, Aggregation, KlEstimator, MismatchKind, MismatchLevel, PresetName
 
 PRESET_NAMES: tuple[PresetName, ...] = get_args(PresetName)
-Schedule = Literal["constant", "cosine"]
+LrSchedule = Literal["constant", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class OptimizerConfig:
     lr: float = 1e-6
     vision_lr: float | None = None  # of the vision tower and its merger; null: lr
     min_lr: float = 0.0
-    schedule: Schedule = "constant"
+    schedule: LrSchedule = "constant"
     warmup_steps: int = 0
     weight_decay: float = 0.01
     clip_grad: float = 1.0
@@ -31,7 +31,7 @@ class OptimizerConfig:
         positive("optimizer", self, "lr", "eps", "clip_grad")
         if self.vision_lr is not None:
             positive("optimizer", self, "vision_lr")
-        one_of("optimizer.schedule", self.schedule, get_args(Schedule))
+        one_of("optimizer.schedule", self.schedule, get_args(LrSchedule))
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from types import TracebackType
 from megatron_sr1.data.quarantine import BadSample, Quarantine
 from megatron_sr1.data.state import StreamState
 from megatron_sr1.data.stream import SampleStream
-from megatron_sr1.types import ALONE, Item, Prompt, Ranks, SftSample
+from megatron_sr1.types import ALONE, Element, Prompt, Ranks, SftSample
 
 Check = Callable[[Prompt | SftSample], None]  # raises ValueError for a sample that cannot be used
 DEFAULT_PREFETCH = 256 << 20  # bytes
 _DECODED_PER_ENCODED = 12  # RGB bytes for a byte of PNG or JPEG: a guess, until a sample is decoded
 
 
-def part_of(items: list[Item], ranks: Ranks) -> list[Item]:
+def part_of(items: list[Element], ranks: Ranks) -> list[Element]:
     """This rank's run of the equal split of `items`; those of all ranks, one after the other, are all."""
     start, end = (len(items) * rank // ranks.num_ranks for rank in (ranks.rank, ranks.rank + 1))
     return items[start:end]

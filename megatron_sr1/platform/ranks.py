@@ -8,7 +8,7 @@ import torch
 import torch.distributed
 from torch.distributed import ProcessGroup
 
-from megatron_sr1.types import Item, Ranks
+from megatron_sr1.types import Element, Ranks
 
 _CPU = torch.device("cpu")
 
@@ -28,9 +28,9 @@ class GroupRanks:
     def num_ranks(self) -> int:
         return torch.distributed.get_world_size(self.group)
 
-    def gather(self, items: list[Item]) -> list[Item]:
+    def gather(self, items: list[Element]) -> list[Element]:
         """All ranks' items on every rank, in the order of the ranks. Collective."""
-        lists: list[list[Item]] = [[] for _ in range(self.num_ranks)]
+        lists: list[list[Element]] = [[] for _ in range(self.num_ranks)]
         torch.distributed.all_gather_object(lists, items, group=self.group)
         return [item for part in lists for item in part]
 
@@ -60,6 +60,6 @@ class TeamRanks:
     def num_ranks(self) -> int:
         return self.ranks.num_ranks // self.size
 
-    def gather(self, items: list[Item]) -> list[Item]:
+    def gather(self, items: list[Element]) -> list[Element]:
         """All ranks' items, so a team's once for each of its ranks. Collective."""
         return self.ranks.gather(items)

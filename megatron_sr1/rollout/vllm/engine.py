@@ -137,7 +137,7 @@ class Engine:
         return engine
 
     def restart(self) -> None:
-        """Drops all requests and everything held, and loads the model directory anew, as version 0. Collective: vLLM's
+        """Drops all requests and everything held, and reloads the model directory, as version 0. Collective: vLLM's
         engines of one job agree on their memory when they start. Refill it with `update_weights`."""
         if not self._in_job:
             self._engine.engine_core.shutdown()

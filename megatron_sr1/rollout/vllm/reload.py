@@ -39,7 +39,7 @@ def reload_weights(engine: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
 def _repack_output_head(model: torch.nn.Module) -> None:
     """Makes the output head compute with the embedding that was just loaded, where the two are tied.
 
-    On a CPU vLLM computes with a packed copy of each weight. A reload packs the layers named in the checkpoint anew; a
+    On a CPU vLLM computes with a packed copy of each weight. A reload packs the layers named in the checkpoint again; a
     tied head is not named there, and would keep the copy of the old weights.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
