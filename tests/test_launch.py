@@ -94,6 +94,7 @@ def test_settings_from_file_and_command_line(tmp_path: Path) -> None:
         (["executor=docker"], ["container.image"]),
         (["executor=docker", "container.image=a", "env=[A]"], ["env is not allowed with docker"]),
         (["nodes"], ["key=value"]),
+        (["python=${oc.env:HOME}"], ["resolvers are not allowed", "config.yaml"]),
     ],
 )
 def test_wrong_settings_are_named(overrides: list[str], words: list[str]) -> None:
@@ -206,6 +207,25 @@ def test_a_step_is_tried_again_but_not_when_it_was_asked_to_stop(
     assert subprocess.run(["bash", script], capture_output=True).returncode == status
     assert (tmp_path / "log").read_text().count("x") == attempts
     assert (marks / "b").exists() == (status == 0)
+
+
+@pytest.mark.parametrize("name", ["with space", "$(touch ran)", "`touch ran`", "a; touch ran", "it's", 'a"b'])
+def test_a_folder_s_name_is_only_a_name(name: str, tmp_path: Path) -> None:
+    """Nothing in it runs, and the script removes its own mark and nothing else."""
+    folder = tmp_path / name
+    folder.mkdir()
+    settings = LaunchSettings(workdir=str(folder), python="true")
+    marks = folder / "marks"
+    script = tmp_path / "script.sh"
+    script.write_text(local_script("b", Step("b", "grpo", ("c.yaml",)), settings, marks, []))
+    others = {
+        path: path.write_text("mine") for path in (tmp_path / name.split()[0], tmp_path / "b") if not path.exists()
+    }
+    done = subprocess.run(["bash", script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [path.name for path in marks.iterdir()] == ["b"]
+    assert all(path.read_text() == "mine" for path in others)
+    assert not (tmp_path / "ran").exists() and not (folder / "ran").exists()
 
 
 def launch(*words: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:

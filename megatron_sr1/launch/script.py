@@ -63,8 +63,9 @@ def local_script(name: str, step: Step, settings: LaunchSettings, marks: Path, b
         f"mkdir -p {shlex.quote(str(marks))}",
         f"[ -e {shlex.quote(str(marks / STOPPED_MARK))} ] && exit {STOPPED_STATUS}",
         "trap : TERM USR1  # they are for the step; this script sees how it ends",
-        f"trap 'rm -f {process}' EXIT",
-        f"echo $$ > {process}.new && mv {process}.new {process}",
+        f"process={process}",
+        "trap 'rm -f -- \"$process\"' EXIT",  # no path is pasted into it: the shell would read that twice
+        'echo $$ > "$process.new" && mv -- "$process.new" "$process"',
     ]
     for other in before:
         sign, text = shlex.quote(str(marks / other)), shlex.quote(f"{name} is not started: {other} did not succeed")
