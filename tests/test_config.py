@@ -75,6 +75,20 @@ def test_unknown_key_and_wrong_type_name_the_key(yaml, text, overrides, words) -
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["${oc.env:HOME}", "a/${ oc.env : HOME }/b", "${oc.decode:${oc.env:HOME}}"])
+def test_a_resolver_is_refused_wherever_it_stands(value: str, yaml, tmp_path) -> None:
+    """What it gives, a token of the environment for one, would be written to config.yaml."""
+    (tmp_path / "base.yaml").write_text(f"run_dir: '{value}'\n")
+    files = [yaml(f"data: {{train: ['{value}']}}\n"), yaml("base: [base.yaml]\n")]
+    for path, overrides in [(files[0], []), (files[1], []), (None, [f"run_dir='{value}'"])]:
+        with pytest.raises(ConfigError, match=r"resolvers are not allowed.*config\.yaml"):
+            load_config(path, overrides)
+
+
+def test_a_reference_to_another_key_is_no_resolver() -> None:
+    assert load_config(None, ["run_dir=${track.wandb.project}/a"]).run_dir == "megatron-sr1/a"
+
+
 def test_missing_file_is_named(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"no\.yaml.*is not a file"):
         load_config(tmp_path / "no.yaml", [])

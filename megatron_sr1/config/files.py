@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.whole import Config
 
+_RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")
 _OUTSIDE = re.compile(r"Invalid value '(?P<got>.*)', expected one of \[(?P<allowed>.*)\]")  # of a Literal
 
 
@@ -38,7 +39,9 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
                 raise ConfigError(
                     f"override {override!r} is not allowed: it must be key=value, for example train.steps=10."
                 )
-        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
+        words = OmegaConf.from_dotlist(overrides)
+        refuse_resolvers(words, "an override")
+        tree = OmegaConf.merge(tree, words)
         config = OmegaConf.to_object(tree)
         assert isinstance(config, Config), type(config)
         return config
@@ -57,6 +60,7 @@ def _with_bases(path: Path, readers: tuple[Path, ...]) -> Iterator[DictConfig | 
         circle = " -> ".join(str(file) for file in (*readers[readers.index(here) :], here))
         raise ConfigError(f"base: {circle} is a circle. Take one of these files out of another's base.")
     own = OmegaConf.load(path)
+    refuse_resolvers(own, str(path))
     bases = own.pop("base", None) if isinstance(own, DictConfig) else None
     if not isinstance(bases, ListConfig | None) or not all(isinstance(base, str) for base in bases or ()):
         raise ConfigError(f"base={bases!r} of {path} is not allowed: it must be a list of YAML files. Write [{bases}].")
@@ -66,6 +70,21 @@ def _with_bases(path: Path, readers: tuple[Path, ...]) -> Iterator[DictConfig | 
             raise ConfigError(f"base={base!r} of {path} is not a file: there is no {file}. Paths start at that folder.")
         yield from _with_bases(file, (*readers, here))
     yield own
+
+
+def refuse_resolvers(tree: DictConfig | ListConfig, where: str) -> None:
+    """A resolver such as `${oc.env:NAME}` would put a secret of the environment into config.yaml and the report; a
+    reference to another key, `${model.hf_dir}`, is only that.
+
+    Raises:
+        ConfigError: `where` has one.
+    """
+    found = _RESOLVER.search(OmegaConf.to_yaml(tree))
+    if found:
+        raise ConfigError(
+            f"{where} has {found[0]}...}}: resolvers are not allowed, as what they give would stand in config.yaml. "
+            "Write the value; keys and passwords are read from the environment by whoever needs them."
+        )
 
 
 def _reason(error: OmegaConfBaseException) -> str:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_sr1.config import ConfigError
+from megatron_sr1.config.files import refuse_resolvers
 
 EXECUTORS = ("local", "slurm", "docker")
 DEPENDENCIES = ("afterok", "afterany", "aftercorr")  # aftercorr: element by element of two arrays
@@ -105,11 +106,15 @@ def load_settings(path: Path | None, overrides: Sequence[str]) -> LaunchSettings
         if path is not None:
             if not path.is_file():
                 raise ConfigError(f"--settings {path} is not a file. Give a YAML file, such as one of examples/launch.")
-            tree = OmegaConf.merge(tree, OmegaConf.load(path))
+            own = OmegaConf.load(path)
+            refuse_resolvers(own, str(path))
+            tree = OmegaConf.merge(tree, own)
         wrong = [word for word in overrides if "=" not in word]
         if wrong:
             raise ConfigError(f"--set {wrong[0]!r} is not allowed: it must be key=value, such as slurm.nodes=2.")
-        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        words = OmegaConf.from_dotlist(list(overrides))
+        refuse_resolvers(words, "--set")
+        merged = OmegaConf.merge(tree, words)
         settings = OmegaConf.to_object(merged)
         assert isinstance(settings, LaunchSettings), type(settings)
         return settings
