@@ -196,7 +196,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [  # class, changed keys, ke
     (DENSE, {"rope_theta": "x"}, "rope_theta='x' ", "a number greater than 0"),
     (DENSE, {"rope_theta": 0}, "rope_theta=0 ", "a number greater than 0"),
     (DENSE, {"rope_scaling": [1]}, "rope_scaling=[1] ", "a JSON object"),
-    (DENSE, {"rope_scaling": None}, "rope_parameters.mrope_section is missing", "three numbers"),
+    (DENSE, {"rope_scaling": None}, "rope_parameters.mrope_section=[] ", "three numbers"),
     (DENSE, {"rope_scaling": {"mrope_section": [2, 3]}}, "rope_scaling.mrope_section=[2, 3] ", "three numbers"),
     (DENSE, {"rope_scaling": {"mrope_section": [2, 3, "3"]}}, "mrope_section=[2, 3, '3'] ", "a list of whole numbers"),
     (

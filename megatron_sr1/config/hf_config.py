@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sr1.config.families import FAMILIES, Family, HfConfig
-from megatron_sr1.config.json_section import JsonSection, read_json
+from megatron_sr1.config.json_section import REMEDY, JsonSection, read_json
 from megatron_sr1.config.rules import ConfigError, require
 from megatron_sr1.config.supported import rope_section, unsupported_settings
 
@@ -112,7 +112,8 @@ def _rotary(text: JsonSection, family: Family) -> dict[str, Any]:
     rope = rope_section(text)
     theta = text.number("rope_theta", family.defaults["rope_theta"])
     section = rope.numbers("mrope_section", ())
-    rope.check(len(section) == 3, "mrope_section", "three numbers that add up to head_dim / 2")
+    name, allowed = f"{rope.path}: {rope.prefix}mrope_section", "three numbers that add up to head_dim / 2"
+    require(len(section) == 3, name, list(section), allowed, REMEDY)
     return {
         "rope_theta": rope.number("rope_theta", theta),
         "mrope_section": section,

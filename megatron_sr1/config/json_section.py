@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_sr1.config.rules import ConfigError, require
 
-_REMEDY = "Is the file as its publisher wrote it? Get it again, or correct it."
+REMEDY = "Is the file as its publisher wrote it? Get it again, or correct it."
 _POSITIVE = "a whole number greater than 0"
 
 
@@ -33,8 +33,8 @@ class JsonSection:
         """Raises ConfigError for the value of `key`, which must be `allowed`, unless `condition`."""
         name = f"{self.path}: {self.prefix}{key}"
         if not condition and key not in self.values:
-            raise ConfigError(f"{name} is missing: it must be {allowed}. {_REMEDY}")
-        require(condition, name, self.values.get(key), allowed, _REMEDY)
+            raise ConfigError(f"{name} is missing: it must be {allowed}. {REMEDY}")
+        require(condition, name, self.values.get(key), allowed, REMEDY)
 
     def count(self, key: str, default: float | None = None) -> int:
         """A positive whole number; needed where there is no default."""
@@ -79,9 +79,9 @@ def read_json(path: Path) -> JsonSection:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: {error}. The file must be a JSON object. {_REMEDY}") from error
+        raise ConfigError(f"{path}: {error}. The file must be a JSON object. {REMEDY}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {str(tree)[:80]!r}, but it must be a JSON object. {_REMEDY}")
+        raise ConfigError(f"{path} holds {str(tree)[:80]!r}, but it must be a JSON object. {REMEDY}")
     return JsonSection(path, tree)
 
 
