@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,24 @@ def _check_moves(rank: int, num_ranks: int, folder: str) -> None:
                     assert found.learning_rate == expected.learning_rate
                 for key, tensor in policy.hf_weights():
                     assert (tensor - weights[key]).abs().max() < STEP_TOLERANCE * LEARNING_RATE, f"{name}: {key}"
+
+        torch.distributed.barrier()
+        if rank == 0:
+            (path / "step_000003" / ".metadata").write_bytes(pickle.dumps(Intruder(f"{folder}/ran")))
+        torch.distributed.barrier()
+        with built(model_dir, saving) as (policy, _), pytest.raises(ValueError, match=r"\.metadata asks for"):
+            checkpoints.restore(policy, "data", "model")
+        assert not Path(folder, "ran").exists(), "code of a checkpoint has run"
+
+
+class Intruder:
+    """Pickled, a call: it makes a file where it is loaded."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path(self.path),)
 
 
 def test_checkpoints_move_between_layouts(tmp_path: Path) -> None:

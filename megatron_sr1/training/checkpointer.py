@@ -19,6 +19,7 @@ from megatron.core import dist_checkpointing
 from megatron_sr1.platform import Platform
 from megatron_sr1.platform.megatron_private import read_results_in_process
 from megatron_sr1.policy import Policy
+from megatron_sr1.weights import check_megatron_dir
 
 read_results_in_process()
 
@@ -74,7 +75,8 @@ class Checkpointer:
         """Loads the newest checkpoint; None where there is none.
 
         Raises:
-            ValueError: the checkpoint belongs to other data, another starting model or another kind of optimizer.
+            ValueError: the checkpoint belongs to other data, another starting model or another kind of optimizer; it
+                asks for code that no checkpoint has, or is truncated.
         """
         steps = self.steps()
         if not steps:
@@ -88,6 +90,7 @@ class Checkpointer:
                     f"{path} was saved with {name} {then!r}, but this run has {now!r}. Continue with the same data and "
                     "model.hf_dir, or choose another run_dir."
                 )
+        check_megatron_dir(path)
         then = dist_checkpointing.load_common_state_dict(str(path))["distributed_optimizer"]
         now = policy.config.layout.distributed_optimizer
         if then != now:
