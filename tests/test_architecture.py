@@ -59,7 +59,7 @@ ALLOWED_SIDEWAYS = {  # within a level; a room that is not here imports no neigh
     "weights": {"platform"},
     "policy": {"platform", "kernels", "weights"},
     "convert": {"platform", "weights", "policy"},
-    "training": {"platform", "kernels", "policy"},
+    "training": {"platform", "kernels", "weights", "policy"},
     "rollout": {"platform", "weights"},
     "estimate": {"platform", "kernels", "policy"},
 }

@@ -12,11 +12,11 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions, Store
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.utils import _create_file_view
+from torch.distributed.distributed_c10d import AllgatherOptions  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from torch.serialization import _get_layout
 from torch.utils._device import _device_constructors
