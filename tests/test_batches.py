@@ -7,58 +7,17 @@ import torch
 from PIL import Image
 
 from megatron_sr1.config import Config, ConfigError, load_config
-from megatron_sr1.objective import PRESETS, preset_from_config
+from megatron_sr1.objective import PRESETS, Preset, preset_from_config
 from megatron_sr1.packing import gather_rows
 from megatron_sr1.processor import Processor
-from megatron_sr1.prompts import find_description, render_caption_reasoner, render_see_think
-from megatron_sr1.training.batches import Batcher, StreamBatch
-from megatron_sr1.types import ALONE, OneRank, Prompt, Ranks, Rollout, RolloutGroup, RolloutPair, SftSample
-
-GOOD = r"<description> The digits are 3 7 . </description> <think> 3 + 7 = 10 </think> \boxed{10}"
-BROKEN = r"<think> 3 + 7 </think> \boxed{10}"
-SECOND = r"<think> 3 + 7 = 10 </think> \boxed{10}"
+from megatron_sr1.training.batches import Batcher, StreamBatch, rollout_advantages
+from megatron_sr1.types import ALONE, OneRank, Prompt, Ranks, RolloutGroup, SftSample
+from tests.batch_cases import GOOD, SECOND, their_rewards, two_groups
 
 
 @pytest.fixture(scope="module")
 def processor(tiny_model_dir: str) -> Processor:
     return Processor.from_pretrained(tiny_model_dir)
-
-
-def _rollout(processor: Processor, prompt_ids: tuple[int, ...], text: str, name: str) -> Rollout:
-    ids = processor.response_ids(text)
-    logprobs = tuple(-0.01 * place for place in range(len(ids)))
-    return Rollout(name, prompt_ids, ids, text, logprobs, "stop", 0)
-
-
-def _groups(processor: Processor) -> list[RolloutGroup]:
-    """Two prompts x two samples; the last sample has no description, so no second pass."""
-    groups = []
-    for group in range(2):
-        image = Image.new("RGB", (56, 28), (200 * group, 10, 10))
-        prompt = Prompt(f"p{group}", "What is the sum of all digits?", "10", (image,))
-        grid = processor.grid(image.size)
-        first_ids = processor.expand(processor.prompt_ids(render_see_think(prompt.problem), 1), [grid])
-        pairs = []
-        for sample in range(2):
-            text = BROKEN if (group, sample) == (1, 1) else GOOD
-            description = find_description(text)
-            second = None
-            if description is not None:
-                ids = processor.prompt_ids(render_caption_reasoner(description, prompt.problem), 0)
-                second = _rollout(processor, ids, SECOND, f"{group}/{sample}/second")
-            first = _rollout(processor, first_ids, text, f"{group}/{sample}/first")
-            pairs.append(RolloutPair(sample, first, second, description))
-        groups.append(RolloutGroup(group, prompt, tuple(pairs)))
-    return groups
-
-
-def _rewards() -> dict[str, torch.Tensor]:
-    return {
-        "acc": torch.tensor([1.0, 0.0, 1.0, 0.0]),
-        "fmt": torch.tensor([1.0, 1.0, 1.0, 0.0]),
-        "acc_vis": torch.tensor([0.0, 1.0, 1.0, 0.0]),
-        "fmt_vis": torch.tensor([1.0, 1.0, 1.0, 0.0]),
-    }
 
 
 def _config(*overrides: str) -> Config:
@@ -67,7 +26,13 @@ def _config(*overrides: str) -> Config:
 
 def _streams(processor: Processor, config: Config, ranks: Ranks = ALONE) -> StreamBatch:
     preset = preset_from_config(config.objective)
-    return Batcher(config, processor, ranks).streams(_groups(processor), _rewards(), preset)
+    return _packed(Batcher(config, processor, ranks), config, two_groups(processor), their_rewards(), preset)
+
+
+def _packed(
+    batcher: Batcher, config: Config, groups: list[RolloutGroup], rewards: dict[str, torch.Tensor], preset: Preset
+) -> StreamBatch:
+    return batcher.streams(groups, rollout_advantages(groups, rewards, preset, config.objective), preset)
 
 
 def _weights(batch: StreamBatch) -> list[torch.Tensor]:
@@ -99,9 +64,9 @@ def test_each_pass_carries_its_own_advantage(processor: Processor) -> None:
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_token_mean_weights_add_to_one_per_stream(processor: Processor, preset: str) -> None:
     config = _config(f"objective.preset={preset}")
-    rewards = {**_rewards(), "fmt_cot": torch.zeros(4)}
+    rewards = {**their_rewards(), "fmt_cot": torch.zeros(4)}
     chosen = preset_from_config(config.objective)
-    batch = Batcher(config, processor, ALONE).streams(_groups(processor), rewards, chosen)
+    batch = _packed(Batcher(config, processor, ALONE), config, two_groups(processor), rewards, chosen)
     totals = sum(weights.sum(1) for weights in _weights(batch))
     assert totals.tolist() == pytest.approx([1.0] * len(chosen.streams), rel=1e-5)
 
@@ -109,7 +74,7 @@ def test_token_mean_weights_add_to_one_per_stream(processor: Processor, preset: 
 def test_perception_credit_splits_the_first_pass_at_the_description_block(processor: Processor) -> None:
     batch = _streams(processor, _config("objective.preset=perception_credit"))
     weights = _by_sequence(batch, _weights(batch))
-    groups = _groups(processor)
+    groups = two_groups(processor)
     names = [stream.tokens for stream in PRESETS["perception_credit"].streams]
     reasoning, description = names.index("reasoning"), names.index("description")
     first = groups[0].pairs[0].first
@@ -143,7 +108,7 @@ def test_siblings_share_one_image_and_generator_logprobs_stay_aligned(processor:
 
 
 def test_tokens_know_how_far_their_image_is(processor: Processor) -> None:
-    groups = _groups(processor)
+    groups = two_groups(processor)
     batch = _streams(processor, _config())
     distances = _by_sequence(batch, [row.image_distance for row in batch.tokens])
     first, second = groups[0].pairs[0].first, groups[0].pairs[0].second
@@ -158,7 +123,7 @@ def test_counts_of_kinds_are_those_of_the_whole_step(processor: Processor) -> No
     whole = _streams(processor, _config())
     parts = [_streams(processor, _config(), OneRank(index, 2)) for index in range(2)]
     assert all(part.num_of_kind == whole.num_of_kind for part in parts)
-    pairs = [pair for group in _groups(processor) for pair in group.pairs]
+    pairs = [pair for group in two_groups(processor) for pair in group.pairs]
     assert whole.num_of_kind["text"] == sum(len(pair.second.response_ids) for pair in pairs if pair.second is not None)
     assert sum(whole.num_of_kind.get(name, 0) for name in ("text", "near_image", "far_image")) == whole.num_tokens
     assert min(whole.num_of_kind.values()) > 0, "a kind that does not occur has no mean"
@@ -214,9 +179,10 @@ def test_no_pixel_is_read_and_images_stay_on_the_host(processor: Processor) -> N
 
 def test_the_head_needs_a_gradient_only_where_the_loss_depends_on_a_token(processor: Processor) -> None:
     """Group 1 has equal answers: without a KL term nothing of its first passes is trained on; with one, all is."""
-    rewards = _rewards() | {"acc": torch.tensor([1.0, 0.0, 1.0, 1.0]), "fmt": torch.ones(4)}
+    rewards = their_rewards() | {"acc": torch.tensor([1.0, 0.0, 1.0, 1.0]), "fmt": torch.ones(4)}
     config = _config("objective.kl_coef=0", "objective.preset=see_think")
-    batch = Batcher(config, processor, ALONE).streams(_groups(processor), rewards, preset_from_config(config.objective))
+    preset = preset_from_config(config.objective)
+    batch = _packed(Batcher(config, processor, ALONE), config, two_groups(processor), rewards, preset)
     dead = []
     for micro in batch.micro_batches:
         wanted = torch.ones_like(micro.targets, dtype=torch.bool)

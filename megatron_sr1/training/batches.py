@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_sr1.config import Config, row_tokens
+from megatron_sr1.config import Config, ObjectiveConfig, row_tokens
 from megatron_sr1.objective import Preset, stream_advantages, token_kinds, token_weights
 from megatron_sr1.packing import moved, pack, split_for_ranks
 from megatron_sr1.processor import Processor
@@ -46,6 +46,26 @@ class StreamBatch:
     num_of_kind: Mapping[str, int]  # the same by `token_kinds`, those alone that occur
 
 
+def rollout_advantages(
+    groups: Sequence[RolloutGroup], rewards: Mapping[str, Tensor], preset: Preset, objective: ObjectiveConfig
+) -> Tensor:
+    """Advantages of a whole rollout batch, before it is cut into mini-batches: scope "batch" means all of it
+    (Vision-SR1, arXiv 2508.19652, eq. 6).
+
+    Args:
+        rewards: per component [B], rollouts in the order of the groups and, within, of the samples.
+
+    Returns:
+        [S, B].
+
+    Raises:
+        ValueError: see `stream_advantages`.
+    """
+    group_ids = torch.tensor([group.group_id for group in groups for _ in group.pairs])  # [B]
+    scopes = (objective.advantage_eps, objective.advantage_scope)
+    return torch.stack([stream_advantages(stream, rewards, group_ids, *scopes) for stream in preset.streams])
+
+
 class Batcher:
     """Packs what a policy is trained on."""
 
@@ -70,20 +90,16 @@ class Batcher:
         weights = [torch.full((len(batch.targets),), weight, device=self._device) for batch in micro_batches]
         return SftBatch(micro_batches, weights)
 
-    def streams(self, groups: Sequence[RolloutGroup], rewards: Mapping[str, Tensor], preset: Preset) -> StreamBatch:
+    def streams(self, groups: Sequence[RolloutGroup], advantages: Tensor, preset: Preset) -> StreamBatch:
         """Advantages and weights of every response token in every stream.
 
         Args:
             groups: all groups of the optimizer step, the same on every rank.
-            rewards: per component [B], rollouts in the order of the groups and, within, of the samples.
+            advantages: [S, B], rollouts in the order of the groups and, within, of the samples.
         """
-        objective = self._config.objective
-        group_ids = torch.tensor([group.group_id for group in groups for _ in group.pairs])  # [B]
-        scopes = (objective.advantage_eps, objective.advantage_scope)
-        advantages = torch.stack([stream_advantages(s, rewards, group_ids, *scopes) for s in preset.streams])  # [S, B]
         masks = [stream_masks(self._processor, pair, preset.streams) for group in groups for pair in group.pairs]
         num_credited = torch.stack([first.sum(1) + second.sum(1) for first, second in masks], dim=1)  # [S, B]
-        weights = token_weights(num_credited.long(), objective.aggregation)  # [S, B]
+        weights = token_weights(num_credited.long(), self._config.objective.aggregation)  # [S, B]
 
         sequences: list[TokenSequence] = []
         responses: list[ResponseTokens] = []

@@ -62,15 +62,15 @@ class PolicyLoss:
                 clip=self._clip,
             )
         )
-        gap = (trainer.detach() - tokens.generator_logprobs).abs()
+        gap = (drawing.detach() - tokens.generator_logprobs).abs()  # before any update, so both of the same weights
         per_token = {"logprob_gap": gap, "entropy": logprobs.entropy}
         if self._mismatch.kind != "none":
             per_token |= {"mismatch/weight": weights, "mismatch/bounded": bounded}
         sums = {name: value.sum() / self._batch.num_tokens for name, value in per_token.items()}
-        return loss, {**metrics, **sums, **self._gaps(index, (drawing.detach() - tokens.generator_logprobs).abs())}
+        return loss, {**metrics, **sums, **self._gaps(index, gap)}
 
     def _gaps(self, index: int, gap: Tensor) -> dict[str, Tensor]:
-        """Mean |log-prob gap| to the generator, by kind of token; of the weights that drew them, before any update."""
+        """Mean |log-prob gap| to the generator, by kind of token."""
         batch = self._batch
         kinds = token_kinds(batch.tokens[index].image_distance, batch.micro_batches[index].row_offset)
         return {f"mismatch/{name}": (gap * kinds[name]).sum() / count for name, count in batch.num_of_kind.items()}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from torch import Tensor
+
 from megatron_sr1.config import Config
 from megatron_sr1.objective import Preset
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
-from megatron_sr1.training.batches import Batcher, StreamBatch
+from megatron_sr1.training.batches import Batcher, StreamBatch, rollout_advantages
 from megatron_sr1.training.losses import PolicyLoss
 from megatron_sr1.training.step_rewards import Rewards, without_leaks
 from megatron_sr1.types import LogProbs, RolloutGroup, Scoring
@@ -39,7 +41,8 @@ class Trainer:
     def update(self, groups: Sequence[RolloutGroup], rewards: Rewards) -> list[StepResult]:
         """One optimizer step per `train.batch_size` prompts. With several, old log-probs are taken before the first."""
         rewards = without_leaks(rewards) if self._config.objective.leak_filter else rewards
-        batches = list(self._mini_batches(groups, rewards))
+        advantages = rollout_advantages(groups, rewards, self._preset, self._config.objective)
+        batches = list(self._mini_batches(groups, advantages))
         old: list[list[LogProbs] | None] = [None] * len(batches)
         if len(batches) > 1:
             old = [self._policy.logprobs(batch.micro_batches, self._scoring) for batch in batches]
@@ -52,10 +55,9 @@ class Trainer:
             results.append(self._policy.train_step(batch.micro_batches, loss, self._scoring))
         return results
 
-    def _mini_batches(self, groups: Sequence[RolloutGroup], rewards: Rewards) -> Iterator[StreamBatch]:
+    def _mini_batches(self, groups: Sequence[RolloutGroup], advantages: Tensor) -> Iterator[StreamBatch]:
         size = self._config.train.batch_size
         samples = self._config.rollout.samples_per_prompt
         for start in range(0, len(groups), size):
             rollouts = slice(start * samples, (start + size) * samples)
-            share = {name: value[rollouts] for name, value in rewards.items()}
-            yield self._batcher.streams(groups[start : start + size], share, self._preset)
+            yield self._batcher.streams(groups[start : start + size], advantages[:, rollouts], self._preset)

@@ -1,0 +1,72 @@
+"""A rollout batch cut into several optimizer steps: what is of the whole batch, and of the weights that drew it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import pytest
+import torch
+
+from megatron_sr1.config import load_config
+from megatron_sr1.objective import preset_from_config
+from megatron_sr1.platform import Platform
+from megatron_sr1.policy import Policy, StepResult
+from megatron_sr1.processor import Processor
+from megatron_sr1.training.trainer import Trainer
+from megatron_sr1.types import ALONE, LogProbs, LossFn, MicroBatch, Scoring
+from tests.batch_cases import their_rewards, two_groups
+
+
+class Recorder:
+    """Log-probs as told, and every optimizer step's metrics; each step moves every log-prob by `moves` nats."""
+
+    replicas = ALONE
+    platform = Platform(torch.device("cpu"), rank=0, world_size=1)
+
+    def __init__(self, moves: float) -> None:
+        self.moves = moves
+        self.moved = 0.0
+
+    def logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
+        values = [-0.01 * batch.row_offset.float() + self.moved for batch in batches]
+        return [LogProbs(value, torch.zeros_like(value)) for value in values]
+
+    def train_step(self, batches: Sequence[MicroBatch], loss_fn: LossFn, scoring: Scoring) -> StepResult:
+        metrics: dict[str, float] = {}
+        for index, logprobs in enumerate(self.logprobs(batches, scoring)):
+            for name, value in loss_fn(index, logprobs)[1].items():
+                metrics[name] = metrics.get(name, 0.0) + float(value)
+        self.moved += self.moves
+        return StepResult(metrics, grad_norm=0.0, learning_rate=0.0)
+
+
+def _metrics(tiny_model_dir: str, moves: float, *overrides: str) -> list[dict[str, float]]:
+    """Of the two optimizer steps on a batch of two prompts."""
+    batch = ("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "train.batch_size=1")
+    config = load_config(None, [*batch, "train.micro_batch_tokens=256", *overrides])
+    processor = Processor.from_pretrained(tiny_model_dir)
+    preset = preset_from_config(config.objective)
+    trainer = Trainer(config, cast(Policy, Recorder(moves)), preset, processor)
+    return [result.metrics for result in trainer.update(two_groups(processor), their_rewards())]
+
+
+@pytest.mark.parametrize("scope", ["batch", "group"])
+def test_the_batch_of_an_advantage_is_the_rollout_batch(tiny_model_dir: str, scope: str) -> None:
+    """Eq. 6 over all four rollouts with torch's own statistics; each optimizer step sees its half of the scores."""
+    settings = (f"objective.advantage_scope={scope}", "objective.aggregation=sequence_mean", "objective.kl_coef=0")
+    steps = _metrics(tiny_model_dir, 0.0, *settings)
+    rewards = torch.tensor([[1.1, 0.1], [1.1, 0.0]])  # acc + 0.1 fmt of two groups of two
+    over = {"batch": (0, 1), "group": (1,)}[scope]
+    scores = (rewards - rewards.mean(over, keepdim=True)) / rewards.std(over, keepdim=True)
+    losses = [step["loss/answer/policy"] for step in steps]
+    assert losses == pytest.approx((-scores.mean(1)).tolist(), rel=1e-4, abs=1e-6)
+
+
+def test_the_gap_to_the_generator_leaves_the_updates_out(tiny_model_dir: str) -> None:
+    """The log-probs of the weights that drew the tokens are the generator's here, and an update moves them by a nat."""
+    first, second = _metrics(tiny_model_dir, 1.0, "objective.kl_coef=0")
+    assert second["loss/answer/ratio_mean"] == pytest.approx(torch.e, rel=1e-5), "the second step is off-policy"
+    for step in (first, second):
+        gaps = {name: value for name, value in step.items() if name == "logprob_gap" or name.startswith("mismatch/")}
+        assert len(gaps) >= 3 and max(gaps.values()) < 1e-7
