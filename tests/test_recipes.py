@@ -341,3 +341,15 @@ def test_a_wrong_base_is_named(files: dict[str, str], words: list[str], tmp_path
 def test_a_base_that_two_files_share_is_no_circle(tmp_path: Path) -> None:
     path = _write(tmp_path, top="base: [a.yaml, b.yaml]\n", a="base: [c.yaml]\n", b="base: [c.yaml]\n", c="seed: 4\n")
     assert load_config(path, []).seed == 4
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if Path(name).name.startswith("grpo")])
+def test_grpo_recipes_have_the_values_of_the_paper_and_of_its_public_code(name: str) -> None:
+    config = load_config(FILES[name], [])
+    optimizer, objective, rollout, train = config.optimizer, config.objective, config.rollout, config.train
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.clip_grad) == (1e-6, 1e-2, 1.0)
+    assert (optimizer.beta1, optimizer.beta2) == (0.9, 0.999)
+    assert (objective.clip_low, objective.clip_high, objective.dual_clip) == (0.2, 0.3, 3.0)
+    assert (objective.kl_estimator, objective.kl_coef) == ("k3", 0.01)
+    assert (rollout.samples_per_prompt, rollout.temperature, rollout.max_response_tokens) == (8, 1.0, 2048)
+    assert (rollout.prompts_per_step, train.batch_size, train.steps) == (512, 128, 200)
