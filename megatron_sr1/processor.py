@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_sr1.types import EncodedImage
+from megatron_sr1.types import MAX_ASPECT, EncodedImage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,7 +28,6 @@ END_OF_TURN = "<|im_end|>"
 IMAGE = "<|image_pad|>"
 REQUIRED_TOKENS = (END_OF_TURN, IMAGE, "<|vision_start|>", "<|vision_end|>")
 MEDIA_TOKENS = (IMAGE, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
-MAX_ASPECT = 200  # of an image: transformers' `smart_resize` takes no more
 
 _USER_TEXT = "@user-text@"  # stands for the user's text while the chat template is rendered
 _LENGTH_CODE = 0xD800  # code points that UTF-8 cannot decode to: 0xD800 + n marks n undecodable bytes

@@ -18,13 +18,11 @@ from typing import Any, get_args
 
 from PIL import Image
 
+from megatron_sr1.data.pictures import SHARD_FORMATS, as_seen, decode_picture, picture_size
 from megatron_sr1.types import Prompt, SftSample, Template
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")  # no other decoder of Pillow is ever tried
 JSON_EXTENSION = "json"
-# what Pillow's PNG, JPEG and WebP decoders raise on damaged or hostile files
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 _PROMPT_TEXTS = ("problem", "answer")
 _DEMONSTRATION_TEXTS = ("template", "response")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a character, which no tokenizer can read
@@ -75,7 +73,7 @@ def _check_key(key: str) -> None:
 
 def _encode_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="PNG")
+    as_seen(image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -121,28 +119,26 @@ def _parse_json(text: bytes, where: str) -> dict[str, Any]:
 
 def _decode_image(data: bytes, where: str) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            return image.convert("RGB")
-    except _DECODER_ERRORS as error:
+        return decode_picture(data, SHARD_FORMATS)
+    except ValueError as error:
         raise _undecodable(where, error) from error
 
 
 def image_size(data: bytes, where: str) -> tuple[int, int]:
-    """Width and height of an image in pixels; only its header is read.
+    """Width and height of an image, upright, in pixels; only its header is read.
 
     Raises:
         ValueError: it is none that `decode_sample` reads.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            return image.size
-    except _DECODER_ERRORS as error:
+        return picture_size(data, SHARD_FORMATS)
+    except ValueError as error:
         raise _undecodable(where, error) from error
 
 
-def _undecodable(where: str, error: BaseException) -> ValueError:
+def _undecodable(where: str, error: ValueError) -> ValueError:
     return ValueError(
-        f"{where}: cannot be decoded as {', '.join(IMAGE_FORMATS)} ({error}). Replace the image or drop the sample."
+        f"{where}: cannot be decoded as {', '.join(SHARD_FORMATS)} ({error}). Replace the image or drop the sample."
     )
 
 

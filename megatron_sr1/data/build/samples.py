@@ -14,18 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from PIL import Image, UnidentifiedImageError
-
 from megatron_sr1.data.index import content_checksum
+from megatron_sr1.data.pictures import SOURCE_FORMATS, decode_picture, picture_format
 from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample
 from megatron_sr1.data.sources.source import Problem, ProblemKind, RawSample
-from megatron_sr1.types import Template
+from megatron_sr1.types import MAX_ASPECT, Template
 
 PLACEHOLDER = "<image>"
 _LEADING = re.compile(r"(?:\s*<image>)+\s*")
 # Pillow's name of a format -> extension of the member, whose bytes stay as they are; every other one becomes PNG
 _KEPT_FORMATS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
-READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no other decoder of Pillow is ever tried
 Size = tuple[int, int]  # width and height in pixels
 
 
@@ -168,20 +166,20 @@ def _place_images(fields: dict[str, Any], num_images: int) -> None:
 
 
 def _check_image(data: bytes, number: int) -> tuple[str, bytes, Size]:
-    """Extension, bytes to store, size."""
+    """Extension, bytes to store, size. Every pixel is decoded, as the reader of shards will."""
     try:
-        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
-            image.load()
-            if image.format in _KEPT_FORMATS:
-                return _KEPT_FORMATS[image.format], data, image.size
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, format="PNG")
-            return "png", buffer.getvalue(), image.size
-    except UnidentifiedImageError as error:  # its text names an address in memory: no two builds would be the same
-        raise _Unfit("unreadable_image", f"image {number}: it is none of {', '.join(READ_FORMATS)}") from error
-    # what Pillow's decoders raise on damaged or hostile files
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        picture = decode_picture(data, SOURCE_FORMATS)
+        kept = _KEPT_FORMATS.get(picture_format(data, SOURCE_FORMATS))
+    except ValueError as error:
         raise _Unfit("unreadable_image", f"image {number}: {error}") from error
+    if max(picture.size) > MAX_ASPECT * min(picture.size):
+        size = f"{picture.width} x {picture.height}"
+        raise _Unfit("image_size", f"image {number}: one side of {size} pixels is over {MAX_ASPECT} times the other")
+    if kept is not None:
+        return kept, data, picture.size
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return "png", buffer.getvalue(), picture.size
 
 
 def _text_tokens(fields: Mapping[str, Any], sizes: tuple[Size, ...], rules: TextRules) -> int | None:

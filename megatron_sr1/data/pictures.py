@@ -1,0 +1,141 @@
+"""From the bytes of an image file to the picture the model sees: the one place for builder, stream and what follows.
+
+    orientation      the turn that EXIF or XMP asks for is made, and the mark goes
+    transparency     on white
+    16 bit, float    scaled to 8 bit by their range, see `_eight_bit`
+    other modes      palette, CMYK, grey and so on: as Pillow converts them; of an animation, the first frame
+
+The result is plain 8-bit RGB without metadata, so that nothing can turn or blend it a second time.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+
+SHARD_FORMATS = ("PNG", "JPEG", "WEBP")  # of a shard's images; no other decoder of Pillow is ever tried there
+SOURCE_FORMATS = (*SHARD_FORMATS, "GIF", "BMP", "TIFF", "PPM")  # what shards are built from
+# what Pillow's decoders raise on damaged or hostile files
+_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF 2.32, tag 0x0112: what brings the picture upright
+_SIDEWAYS = (5, 6, 7, 8)
+_PNG_MARKS = (b"eXIf", b"iTXt", b"Raw profile type")  # chunks of a PNG without which it has no orientation
+_DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners give, whatever holds them
+
+
+def decode_picture(data: bytes, formats: Sequence[str]) -> Image.Image:
+    """The picture in a file: RGB, 8 bit, upright.
+
+    Raises:
+        ValueError: it is damaged, of none of `formats`, or its values have no range that could be scaled.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            image.load()
+            return as_seen(image, _orientation(image, data))
+    except _DECODER_ERRORS as error:
+        raise _unreadable(error, formats) from error
+
+
+def picture_size(data: bytes, formats: Sequence[str]) -> tuple[int, int]:
+    """Width and height in pixels of what `decode_picture` returns; of the formats of shards, only headers are read.
+
+    Raises:
+        ValueError: see `decode_picture`.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            width, height = image.size
+            return (height, width) if _orientation(image, data) in _SIDEWAYS else (width, height)
+    except _DECODER_ERRORS as error:
+        raise _unreadable(error, formats) from error
+
+
+def picture_format(data: bytes, formats: Sequence[str]) -> str:
+    """Pillow's name of the file's format. Raises as `decode_picture`."""
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            return str(image.format)
+    except _DECODER_ERRORS as error:
+        raise _unreadable(error, formats) from error
+
+
+def as_seen(image: Image.Image, orientation: int = 1) -> Image.Image:
+    """Any picture of Pillow's as the model sees it: a new one, RGB, 8 bit, without metadata.
+
+    Args:
+        orientation: its EXIF orientation; 1 is upright.
+
+    Raises:
+        ValueError: its values have no range that could be scaled, or Pillow cannot convert its mode.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bit(image)
+    elif image.has_transparency_data:
+        colours = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours)
+    seen = image.convert("RGB")
+    if orientation in _UPRIGHT:
+        seen = seen.transpose(_UPRIGHT[orientation])
+    seen.info.clear()
+    return seen
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    if image.format == "PNG" and not any(mark in data for mark in _PNG_MARKS):
+        return 1  # Pillow would decode every pixel to look for a mark behind them
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (*_DECODER_ERRORS, KeyError, TypeError, struct.error):
+        return 1  # the EXIF data are damaged, not the picture
+    return int(orientation) if orientation in _UPRIGHT else 1
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Grey values of more than 8 bit, scaled:
+
+    integers 0 ... 65535    white is the highest value of the smallest depth of 8, 10, 12, 14, 16 bit that holds all
+    floats 0 ... 1          white is 1
+    anything else           from the lowest value (black) to the highest (white)
+    """
+    stored = np.asarray(image)
+    values = stored.astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        raise ValueError(f"its values are not all finite (mode {image.mode})")
+    if stored.dtype.kind != "f" and low >= 0 and high < 2 ** _DEPTHS[-1]:
+        black, white = 0.0, min(2.0**bits - 1 for bits in _DEPTHS if high < 2**bits)
+    elif stored.dtype.kind == "f" and low >= 0 and high <= 1:
+        black, white = 0.0, 1.0
+    elif low < high:
+        black, white = low, high
+    else:
+        raise ValueError(f"all its values are {low:g} (mode {image.mode}), which have no range to scale to 8 bit by")
+    grey = (values - black) / (white - black)
+    if (
+        isinstance(image, TiffImagePlugin.TiffImageFile)
+        and image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    ):
+        grey = 1.0 - grey  # white is 0, which Pillow minds at 8 bit alone
+    if "transparency" in image.info:
+        grey[stored == image.info["transparency"]] = 1.0
+    return Image.fromarray(np.rint(grey * 255.0).astype(np.uint8))
+
+
+def _unreadable(error: BaseException, formats: Sequence[str]) -> ValueError:
+    """Pillow's words, less the address in memory that it names where it knows no format: no two would be the same."""
+    return ValueError(
+        f"it is none of {', '.join(formats)}" if isinstance(error, UnidentifiedImageError) else str(error)
+    )
