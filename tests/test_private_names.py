@@ -31,6 +31,7 @@ DEFINED = [  # module:name
     "vllm._custom_ops:cpu_prepack_moe_weight",
     "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEKernel.fused_experts",
     "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEExperts.process_weights_after_loading",
+    "vllm.model_executor.layers.fusion.mm_input_norm:FusedMMInputNorm.forward",
     "vllm.model_executor.model_loader.reload.layerwise:logger",
 ]
 USED = [  # names that are replaced, or that instances alone have: module:function of the library, the name it uses
@@ -53,6 +54,10 @@ USED = [  # names that are replaced, or that instances alone have: module:functi
         "_results_queue",
     ),
     ("vllm.distributed.device_communicators.cpu_communicator:_CPUSHMDistributed.__init__", "make_group_name"),
+    ("vllm.model_executor.models.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration.__init__", "visual"),
+    ("vllm.model_executor.models.qwen2_5_vl:Qwen2_5_VisionTransformer.forward", "input_norm"),
+    ("vllm.model_executor.models.qwen3_vl:Qwen3VLForConditionalGeneration.__init__", "visual"),
+    ("vllm.model_executor.models.qwen3_vl:Qwen3_VisionTransformer.forward", "input_norm"),
     ("vllm.v1.engine.core_client:InprocClient.shutdown", "_finalizer"),
     ("vllm.v1.engine.llm_engine:LLMEngine.__init__", "engine_core"),
     ("vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.process_weights_after_loading", "isa"),

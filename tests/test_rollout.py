@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from megatron_sr1.data.pictures import SOURCE_FORMATS, decode_picture
 from megatron_sr1.types import Prompt, RolloutGroup, Sampling
+from tests.picture_cases import picture_files
 from tests.ranks import run_ranks
 from tests.rollout_cases import (
     MAX_MODEL_TOKENS,
@@ -77,6 +81,8 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
     facts["restored"] = ours.generate(batch, greedy, 0)
     stale_vision_canary(engine, processor, batch[0].images[0], weights.items)
     facts["after_canary"] = ours.generate(batch, greedy, 0)
+    facts["pictures"] = compared_pictures(engine, processor, rank)
+    facts["after_pictures"] = ours.generate(batch, greedy, 0)
     facts["unknown"] = refused_update(ours, [("extra", torch.ones(1)), *weights.items()])
     facts["incomplete"] = refused_update(ours, list(weights.items())[1:])
     total = torch.ones(1)
@@ -85,6 +91,35 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     facts["threads"] = torch.get_num_threads()
     torch.save(facts, f"{folder}/facts{rank}.pt")
+
+
+def compared_pictures(engine: Any, processor: Any, seed: int) -> dict[str, list[str]]:
+    """Differences of picture files of every kind as the stream decodes them, and of what a careless reader makes of
+    two of them."""
+    from megatron_sr1.rollout.pixels import pixel_differences
+    from megatron_sr1.rollout.plan import plan_first
+
+    files = picture_files(seed)
+    decoded = [Prompt(file.name, "?", "0", (decode_picture(file.data, SOURCE_FORMATS),)) for file in files]
+    sideways, clear = turned_jpeg(), next(file for file in files if file.name.startswith("rgba.png"))
+    careless = [
+        Prompt(name, "?", "0", (Image.open(io.BytesIO(data)),))
+        for name, data in (("turned", sideways), ("clear", clear.data))
+    ]
+    for prompt in careless:
+        prompt.images[0].load()
+    return {
+        name: pixel_differences(engine, processor, [plan_first(processor, prompt, "cot") for prompt in prompts])
+        for name, prompts in (("decoded", decoded), ("careless", careless))
+    }
+
+
+def turned_jpeg() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 32), "red").save(buffer, format="JPEG", exif=exif.tobytes())
+    return buffer.getvalue()
 
 
 def refused(generator: Any, batch: list[Prompt], how: Sampling) -> str:
@@ -159,6 +194,15 @@ def test_restored_weights_give_the_old_rollouts_exactly(facts: list[dict[str, An
 
     assert without_version(facts[0]["restored"]) == without_version(facts[0]["greedy"])
     assert without_version(facts[0]["after_canary"]) == without_version(facts[0]["greedy"])
+
+
+def test_trainer_and_engine_see_the_same_pixels_of_every_picture(facts: list[dict[str, Any]]) -> None:
+    for fact in facts:
+        assert fact["pictures"]["decoded"] == []
+        turned, clear = fact["pictures"]["careless"]
+        assert "sample 'turned', image 0: the engine's grid" in turned, "what EXIF turns, the engine turns"
+        assert "sample 'clear', image 0: " in clear, "the engine puts transparent pixels on white"
+        assert tracks(fact["after_pictures"]) == tracks(fact["greedy"]), "looking leaves nothing behind"
 
 
 def test_an_engine_that_fails_is_restarted_with_the_present_weights(facts: list[dict[str, Any]]) -> None:

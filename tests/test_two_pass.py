@@ -19,12 +19,13 @@ from megatron_sr1.rollout.balance import assign_prompts, expected_tokens
 from megatron_sr1.rollout.plan import Limits, PassPrompt, Planner, check_same_ids, cut_description, refusal
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation
 from megatron_sr1.rollout.seeds import request_seed
-from megatron_sr1.rollout.two_pass import TwoPassGenerator
+from megatron_sr1.rollout.two_pass import NUM_COMPARED, TwoPassGenerator
 from megatron_sr1.rollout.vision_canary import stale_vision_canary
-from megatron_sr1.types import OneRank, Prompt, RolloutGroup, Sampling
+from megatron_sr1.types import EncodedImage, OneRank, Prompt, RolloutGroup, Sampling
 from tests.thread_ranks import Meeting
 
 EOT, IMAGE = 1, 2
+PATCHES = torch.arange(24.0).reshape(12, 2)  # of every image
 SEEN = "<description> a {} </description> <think> </think> \\boxed{{1}}"
 
 
@@ -54,6 +55,9 @@ class Letters:
         assert size == Picture.size
         return 1, 2, 6
 
+    def encode_image(self, image: Any) -> EncodedImage:
+        return EncodedImage((1, 2, 6), lambda: PATCHES)
+
     def text_ids(self, text: str) -> tuple[int, ...]:
         return tuple(ord(letter) for letter in text)
 
@@ -65,6 +69,7 @@ class ScriptedEngine:
     """Finishes one request per step, the latest first; the second pass says OK."""
 
     weight_version = 9
+    sees = PATCHES
 
     def __init__(
         self, answer: Callable[[str], str] = lambda request_id: SEEN.format(request_id), limit: int = 1000
@@ -79,6 +84,10 @@ class ScriptedEngine:
     def prepare(self, prompt_ids: Sequence[int], images: Sequence[Any]) -> object:
         self.log.append("prepare")
         return Letters().expand(prompt_ids, images)
+
+    def pixels(self, prompt_ids: Sequence[int], images: Sequence[Any]) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+        self.log.append("pixels")
+        return [(Letters().encode_image(image).grid_thw, self.sees) for image in images]
 
     def add(self, request_id: str, prepared: Any, draw: Draw) -> None:
         self.log.append(f"add {request_id}")
@@ -137,6 +146,26 @@ def test_defect_4_no_barrier_and_no_weight_load_between_the_passes() -> None:
     generator(barrier, streamed=False).generate([prompt("a"), prompt("b")], sampling(), 0)
     assert barrier.log.index("add 1/1/second") > barrier.log.index("end 0/0/first")
     assert engine.draws == barrier.draws
+
+
+def test_other_pixels_in_the_engine_stop_the_run_before_the_first_answer() -> None:
+    """Compared once, of some prompts with images; each kind of difference has its words."""
+    engine = ScriptedEngine()
+    ours = generator(engine)
+    for step in range(2):
+        ours.generate([prompt(f"{key}", num_images=key % 3) for key in range(9)], sampling(), step)
+    assert engine.log.count("pixels") == NUM_COMPARED
+    wrong = [
+        (PATCHES.flip(0), "in another order"),
+        (PATCHES / 2, "another resizing, image_mean"),
+        (PATCHES.flatten(), "engine's patches are"),
+    ]
+    for patches, words in wrong:
+        engine = ScriptedEngine()
+        engine.sees = patches
+        with pytest.raises(ValueError, match=f"sample 'b', image 0: .*{words}"):
+            generator(engine).generate([prompt("a", num_images=0), prompt("b")], sampling(), 0)
+        assert not any(line.startswith("add") for line in engine.log)
 
 
 def test_the_second_pass_holds_the_description_and_no_image() -> None:

@@ -10,6 +10,7 @@ from megatron_sr1.types import WeightSink
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class EngineFault(RuntimeError):
 
 class TokenEngine(WeightSink, Protocol):
     """Continuous batching over one copy of the weights. What `prepare` returns is opaque, and may be added often.
+    `pixels` is what the vision tower would be given of each image: its grid (time, height, width), and its patches
+    [P, C] float32 on the CPU.
 
     `restart` drops all requests and everything held and reloads the model directory, as version 0; all ranks call it
     together. Before it the ranks of one engine meet in `meet_after_fault`. `sleep` gives memory back until the next
@@ -54,6 +57,8 @@ class TokenEngine(WeightSink, Protocol):
     def weight_version(self) -> int: ...
 
     def prepare(self, prompt_ids: Sequence[int], images: Sequence[Image]) -> object: ...
+
+    def pixels(self, prompt_ids: Sequence[int], images: Sequence[Image]) -> list[tuple[tuple[int, ...], Tensor]]: ...
 
     def add(self, request_id: str, prepared: object, draw: Draw) -> None: ...
 

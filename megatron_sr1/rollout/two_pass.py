@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 
 from megatron_sr1.rollout.balance import assign_prompts
 from megatron_sr1.rollout.passes import PassRequests
-from megatron_sr1.rollout.plan import Planner
+from megatron_sr1.rollout.pixels import pixel_differences
+from megatron_sr1.rollout.plan import PassPrompt, Planner
 from megatron_sr1.rollout.request import EngineFault, TokenEngine
 from megatron_sr1.types import ALONE, NamedTensors, Prompt, Ranks, RolloutGroup, Sampling
 
+NUM_COMPARED = 4  # prompts of each engine whose pixels are compared with the trainer's before the first answer
 MAX_RESTARTS = 2  # of one call: a fault that comes back is not an accident
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class TwoPassGenerator:
         self._engines = engines
         self._streamed = streamed
         self._weights = weights
+        self._compared = False
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
         self._engine.update_weights(weights, version)
@@ -67,6 +70,7 @@ class TwoPassGenerator:
 
         Raises:
             ValueError: before anything is submitted, and on every rank: a prompt does not fit the engine.
+            ValueError: on every rank, before the first answers: the engine sees other pixels than the trainer.
             ValueError: the engine expanded a prompt otherwise than the processor.
             EngineFault: on every rank: an engine failed again after MAX_RESTARTS restarts, or it had been updated and
                 cannot be refilled. On one rank: it failed alone among the ranks of its engine.
@@ -79,11 +83,21 @@ class TwoPassGenerator:
         )
         if refused:
             raise ValueError("\n".join(sorted(set(refused))))
+        if not self._compared:
+            with_images = [prompts[index] for index in mine if prompts[index].images][:NUM_COMPARED]
+            self._compare_pixels([self._planner.first(prompt, sampling.template) for prompt in with_images])
         requests = PassRequests(self._planner, prompts, mine, sampling, step, on_group, streamed=self._streamed)
         self._run(requests)
         # without the prompts: all ranks have their images
         pairs = dict(self._engines.gather(list(requests.pairs().items())))
         return [RolloutGroup(group, prompt, pairs[group]) for group, prompt in enumerate(prompts)]
+
+    def _compare_pixels(self, plans: Sequence[PassPrompt]) -> None:
+        """Raises ValueError on every rank where pixels differ, see `pixel_differences`. Collective."""
+        differences = self._engines.gather(pixel_differences(self._engine, self._planner.processor, plans))
+        if differences:
+            raise ValueError("\n".join(sorted(set(differences))))
+        self._compared = True
 
     def _run(self, requests: PassRequests) -> None:
         """Answers everything; where an engine fails all of them restart, as engines are made together. Collective."""

@@ -25,7 +25,12 @@ from megatron_sr1.platform.torch_private import all_gather_within
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation
 from megatron_sr1.rollout.vllm.checksums import WeightCheck
-from megatron_sr1.rollout.vllm.private import detach_finalizer, name_shared_memory, silence_reload_warnings
+from megatron_sr1.rollout.vllm.private import (
+    detach_finalizer,
+    name_shared_memory,
+    normalised_pixels,
+    silence_reload_warnings,
+)
 from megatron_sr1.rollout.vllm.reload import check_reloadable, reload_weights
 from megatron_sr1.types import BANNED_LOGIT_BIAS
 
@@ -207,6 +212,20 @@ class Engine:
             prompt["multi_modal_data"] = {"image": list(images)}
         (prepared,) = self._engine.renderer.render_cmpl([prompt])
         return prepared
+
+    def pixels(self, prompt_ids: Sequence[int], images: Sequence[Image]) -> list[tuple[tuple[int, ...], Tensor]]:
+        """What the vision tower would be given of each image: grid (time, height, width) and patches [P, C] float32."""
+        self._engine.reset_mm_cache()  # it gives an image out once
+        prepared: Any = self.prepare(prompt_ids, images)
+        self._engine.reset_mm_cache()  # it believes that the model has them now
+        items = prepared["mm_kwargs"]["image"]
+        return [
+            (
+                tuple(item["image_grid_thw"].data.tolist()),
+                normalised_pixels(self._model, item["pixel_values"].data),
+            )
+            for item in items
+        ]
 
     def add(self, request_id: str, prepared: Any, draw: Draw) -> None:
         """Queues a request; it starts with the next `step`.

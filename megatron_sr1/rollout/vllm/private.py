@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.layerwise"
@@ -41,6 +42,13 @@ def silence_reload_warnings() -> None:
     """At each reload vLLM warns of every layer that has no weights of its own, through a logger named after a module of
     its own."""
     logging.getLogger(_RELOAD_LOGGER).setLevel(logging.ERROR)
+
+
+def normalised_pixels(model: Any, pixels: Tensor) -> Tensor:
+    """Patches [P, C] as vLLM's image processor hands them to `model`, rescaled and normalised as its vision tower does
+    first of all: float32 on the CPU. vLLM leaves that to the device, and only its models know how."""
+    tower = model.visual
+    return tower.input_norm(pixels.to(tower.device), torch.float32).cpu()
 
 
 def packed_experts(module: Any, piece: Tensor) -> Tensor:
