@@ -13,20 +13,21 @@ from megatron_sr1.objective import preset_from_config
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
+from megatron_sr1.training.logprob_gap import check_logprob_gap, max_logprob_gap
 from megatron_sr1.training.trainer import Trainer
 from megatron_sr1.types import ALONE, LogProbs, LossFn, MicroBatch, Scoring
 from tests.batch_cases import their_rewards, two_groups
 
 
 class Recorder:
-    """Log-probs as told, and every optimizer step's metrics; each step moves every log-prob by `moves` nats."""
+    """Log-probs as told: the generator's and `start` nats, and with each optimizer step `moves` nats more."""
 
     replicas = ALONE
     platform = Platform(torch.device("cpu"), rank=0, world_size=1)
 
-    def __init__(self, moves: float) -> None:
+    def __init__(self, moves: float, start: float) -> None:
         self.moves = moves
-        self.moved = 0.0
+        self.moved = start
 
     def logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
         values = [-0.01 * batch.row_offset.float() + self.moved for batch in batches]
@@ -41,13 +42,13 @@ class Recorder:
         return StepResult(metrics, grad_norm=0.0, learning_rate=0.0)
 
 
-def _metrics(tiny_model_dir: str, moves: float, *overrides: str) -> list[dict[str, float]]:
+def _metrics(tiny_model_dir: str, moves: float, *overrides: str, start: float = 0.0) -> list[dict[str, float]]:
     """Of the two optimizer steps on a batch of two prompts."""
     batch = ("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "train.batch_size=1")
     config = load_config(None, [*batch, "train.micro_batch_tokens=256", *overrides])
     processor = Processor.from_pretrained(tiny_model_dir)
     preset = preset_from_config(config.objective)
-    trainer = Trainer(config, cast(Policy, Recorder(moves)), preset, processor)
+    trainer = Trainer(config, cast(Policy, Recorder(moves, start)), preset, processor)
     return [result.metrics for result in trainer.update(two_groups(processor), their_rewards())]
 
 
@@ -70,3 +71,32 @@ def test_the_gap_to_the_generator_leaves_the_updates_out(tiny_model_dir: str) ->
     for step in (first, second):
         gaps = {name: value for name, value in step.items() if name == "logprob_gap" or name.startswith("mismatch/")}
         assert len(gaps) >= 3 and max(gaps.values()) < 1e-7
+
+
+def test_a_step_whose_log_probs_are_too_far_apart_ends_the_run(tiny_model_dir: str) -> None:
+    """By 0.005 nats here, everywhere; the message says where it is largest."""
+    plain = "objective.kl_coef=0"
+    assert _metrics(tiny_model_dir, 0.0, plain, start=0.005)[0]["logprob_gap"] == pytest.approx(0.005, rel=1e-3)
+    bound = "objective.max_logprob_gap=0.004"
+    with pytest.raises(
+        ValueError, match=r"differ by 0.005 nats a token, and objective.max_logprob_gap is 0.004.* text 0.005"
+    ):
+        _metrics(tiny_model_dir, 0.0, plain, bound, start=0.005)
+    with pytest.raises(ValueError, match=r"objective\.max_logprob_gap is 0\.01:"):
+        _metrics(tiny_model_dir, 0.0, plain, start=0.02)
+
+
+def test_the_bound_is_that_of_the_coarser_arithmetic() -> None:
+    def bound(dtype: str, on_cpu: bool) -> float:
+        return max_logprob_gap(load_config(None, [f"precision.dtype={dtype}"]), on_cpu)
+
+    assert bound("fp32", True) < bound("fp32", False) == bound("bf16", True) == bound("bf16", False)
+
+
+def test_the_gap_by_kind_says_where_to_look() -> None:
+    metrics = {"logprob_gap": 0.3, "mismatch/text": 0.0, "mismatch/near_image": 0.5, "mismatch/position_0": 0.3}
+    with pytest.raises(ValueError, match="largest is near_image, so look first at the pictures"):
+        check_logprob_gap(metrics, 0.2)
+    with pytest.raises(ValueError, match="nan nats a token"):
+        check_logprob_gap(metrics | {"logprob_gap": float("nan")}, 0.2)
+    check_logprob_gap(metrics, 0.3)

@@ -53,6 +53,7 @@ class ObjectiveConfig:
     mismatch_level: MismatchLevel = "token"  # sequence: one weight for all tokens of a response
     mismatch_low: float = 0.5  # mask: smaller weights become 0
     mismatch_high: float = 2.0  # mask: larger weights become 0; truncate: they become this
+    max_logprob_gap: float | None = None  # nats a token, mean of a step, beyond which the run ends; null: by precision
 
     def __post_init__(self) -> None:
         one_of("objective.preset", self.preset, PRESET_NAMES)
@@ -62,6 +63,8 @@ class ObjectiveConfig:
         one_of("objective.mismatch", self.mismatch, get_args(MismatchKind))
         one_of("objective.mismatch_level", self.mismatch_level, get_args(MismatchLevel))
         positive("objective", self, "advantage_eps", "clip_low", "clip_high", "mismatch_high")
+        if self.max_logprob_gap is not None:
+            positive("objective", self, "max_logprob_gap")
         require(
             0 <= self.mismatch_low < self.mismatch_high,
             "objective.mismatch_low",

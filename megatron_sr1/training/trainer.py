@@ -11,6 +11,7 @@ from megatron_sr1.objective import Preset
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
 from megatron_sr1.training.batches import Batcher, StreamBatch, rollout_advantages
+from megatron_sr1.training.logprob_gap import check_logprob_gap, max_logprob_gap
 from megatron_sr1.training.losses import PolicyLoss
 from megatron_sr1.training.step_rewards import Rewards, without_leaks
 from megatron_sr1.types import LogProbs, RolloutGroup, Scoring
@@ -36,10 +37,15 @@ class Trainer:
         self._policy = policy
         self._preset = preset
         self._scoring = Scoring(config.rollout.temperature, processor.media_ids)
+        self._max_logprob_gap = max_logprob_gap(config, policy.platform.on_cpu)
         self._batcher = Batcher(config, processor, policy.replicas, policy.platform.device)
 
     def update(self, groups: Sequence[RolloutGroup], rewards: Rewards) -> list[StepResult]:
-        """One optimizer step per `train.batch_size` prompts. With several, old log-probs are taken before the first."""
+        """One optimizer step per `train.batch_size` prompts. With several, old log-probs are taken before the first.
+
+        Raises:
+            ValueError: trainer and generator are too far apart, see `check_logprob_gap`.
+        """
         rewards = without_leaks(rewards) if self._config.objective.leak_filter else rewards
         advantages = rollout_advantages(groups, rewards, self._preset, self._config.objective)
         batches = list(self._mini_batches(groups, advantages))
@@ -53,6 +59,7 @@ class Trainer:
                 reference = self._policy.reference_logprobs(batch.micro_batches, self._scoring)
             loss = PolicyLoss(batch, before, reference, self._preset, self._config.objective)
             results.append(self._policy.train_step(batch.micro_batches, loss, self._scoring))
+            check_logprob_gap(results[-1].metrics, self._max_logprob_gap)
         return results
 
     def _mini_batches(self, groups: Sequence[RolloutGroup], advantages: Tensor) -> Iterator[StreamBatch]:
