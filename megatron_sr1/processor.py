@@ -76,15 +76,15 @@ class Processor:
         not at the import of this module: the platform looks first whether they can be loaded.
 
         Raises:
-            ValueError: not a directory, no preprocessor_config.json, a special token or the chat template is missing.
+            ValueError: not a directory, no file of an image processor, a special token or the chat template is missing.
         """
         from transformers import AutoTokenizer
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         folder = Path(hf_dir)
-        if not (folder / "preprocessor_config.json").is_file():
+        if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
             raise ValueError(
-                f"{hf_dir!r} has no preprocessor_config.json. "
+                f"{hf_dir!r} has no preprocessor_config.json and no processor_config.json. "
                 "Give the directory of a Qwen-VL model in Hugging Face format."
             )
         tokenizer = AutoTokenizer.from_pretrained(hf_dir, trust_remote_code=False)

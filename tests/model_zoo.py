@@ -148,3 +148,16 @@ def publish_experts(folder: Path) -> None:
         if ".mlp.experts." in name:
             tensors[name] = tensor.transpose(1, 2).contiguous()
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def name_by_place(folder: Path) -> None:
+    """Rewrites a Qwen2.5-VL's tensor names as transformers from 4.52 on may write them: by their place in the model."""
+    from safetensors.torch import load_file, save_file
+
+    def place(name: str) -> str:
+        if name.startswith("visual."):
+            return f"model.{name}"
+        return f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
+
+    path = folder / "model.safetensors"
+    save_file({place(name): tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})

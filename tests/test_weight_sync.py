@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_sr1.packing import gather_rows, pack
 from megatron_sr1.processor import Processor
 from megatron_sr1.types import Scoring, TokenSequence
-from tests.model_zoo import TEXTS, ZOO, create_family, publish_experts
+from tests.model_zoo import TEXTS, ZOO, create_family, name_by_place, publish_experts
 from tests.policy_cases import MeanLoss, built, make_sequences, packed_rows
 from tests.ranks import run_ranks
 
@@ -222,6 +222,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model_dir = create_family(folder / name / role, family, seed=number, **overrides)
             if name == "experts" and role == "engine":
                 publish_experts(model_dir)
+            if name == "tied":
+                name_by_place(model_dir)
     return folder
 
 

@@ -31,6 +31,17 @@ class Family:
     deepstack_layers: tuple[int, ...] = ()  # likewise, of the vision tower
     has_experts: bool = False  # feed-forward parts may be mixtures of experts
 
+    def tensor_name(self, stored: str) -> str:
+        """A tensor's name as published. transformers 4.52 and later may have stored it under its place in the tree of
+        modules."""
+        for place, published in (
+            ("model.language_model.", self.language_prefix),
+            ("model.visual.", self.vision_prefix),
+        ):
+            if stored.startswith(place):
+                return published + stored.removeprefix(place)
+        return stored
+
 
 @dataclass(frozen=True)
 class HfConfig:
@@ -80,7 +91,13 @@ _QWEN2_5_VL = Family(
     keys_at_top=True,
     window_has_switch=True,
     tied_in_text=True,
-    defaults={"hidden_size": 8192, "vocab_size": 152064, "rope_theta": 1_000_000.0, "out_hidden_size": 3584},
+    defaults={
+        "hidden_size": 8192,
+        "vocab_size": 152064,
+        "rope_theta": 1_000_000.0,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+    },
 )
 _QWEN3_VL = Family(
     name="qwen3_vl",
@@ -99,6 +116,7 @@ _QWEN3_VL = Family(
         "rope_theta": 500_000.0,
         "head_dim": 128,
         "out_hidden_size": 3584,
+        "patch_size": 16,
     },
     deepstack_layers=(8, 16, 24),
 )
@@ -110,6 +128,7 @@ _QWEN3_VL_MOE = replace(
         "vocab_size": 151936,
         "rope_theta": 500_000.0,
         "out_hidden_size": 3584,
+        "patch_size": 16,
         "num_experts": 60,
         "num_experts_per_tok": 4,
         "moe_intermediate_size": 1408,

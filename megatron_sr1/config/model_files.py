@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 
 from megatron_sr1.config.hf_config import read_hf_config
+from megatron_sr1.config.json_section import read_json
 from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.whole import Config
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_PREPROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
+_ADAPTER = "adapter_config.json"
 _SIDE_FILES = (
     ("tokenizer.json", "vocab.json"),
     ("tokenizer_config.json",),
-    ("preprocessor_config.json", "processor_config.json"),
+    (_PREPROCESSOR, _PROCESSOR),
 )
 
 
@@ -46,8 +49,9 @@ def check_weights(config: Config, *, weights: bool) -> None:
         weights: whether the run reads them from there.
 
     Raises:
-        ConfigError: a file is missing. The message names the files, and the command that gets them where config.json
-            says whose model it is.
+        ConfigError: a file is missing: the message names the files, and the command that gets them where config.json
+            says whose model it is; an adapter lies there, which nobody would apply; the image processor is of another
+            model.
     """
     folder = config.model.hf_dir
     missing = missing_files(folder, weights=weights)
@@ -56,6 +60,38 @@ def check_weights(config: Config, *, weights: bool) -> None:
             f"model.hf_dir={folder!r} is not allowed: it lacks {', '.join(missing[:5])}"
             f"{f' and {len(missing) - 5} more files' if len(missing) > 5 else ''}. {how_to_get(folder)}"
         )
+
+    if weights and (Path(folder) / _ADAPTER).is_file():
+        raise ConfigError(
+            f"model.hf_dir={folder!r} is not allowed: it holds {_ADAPTER}, and adapters are not applied. Merge the "
+            "adapter into its model and give the merged one, or remove the adapter's files."
+        )
+    _check_preprocessor(Path(folder))
+
+
+def _check_preprocessor(folder: Path) -> None:
+    """Its patches must be those of config.json's vision tower; a sister model's have another size."""
+    file = folder / _PREPROCESSOR
+    if (folder / _PROCESSOR).is_file():  # where releases from 5 on keep it, and where they look first
+        processor = read_json(folder / _PROCESSOR)
+        if not processor.is_null("image_processor"):
+            file = folder / _PROCESSOR
+    found = read_json(file)
+    found = found.section("image_processor") if file.name == _PROCESSOR else found
+    model = read_hf_config(str(folder))
+    vision = read_json(model.path).section("vision_config")
+    # defaults: of transformers' classes
+    for ours, theirs, default in (
+        ("patch_size", "patch_size", model.family.defaults["patch_size"]),
+        ("merge_size", "spatial_merge_size", 2),
+        ("temporal_patch_size", "temporal_patch_size", 2),
+    ):
+        cut, wanted = found.count(ours, 14 if ours == "patch_size" else 2), vision.count(theirs, default)
+        if cut != wanted:
+            raise ConfigError(
+                f"{file}: {found.prefix}{ours}={cut} is not allowed: {model.path} has vision_config.{theirs}={wanted}. "
+                "It is the file of another model: take the one that belongs to this model."
+            )
 
 
 def how_to_get(hf_dir: str) -> str:

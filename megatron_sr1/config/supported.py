@@ -22,13 +22,30 @@ def unsupported_settings(model: HfConfig, tree: JsonSection, text: JsonSection) 
         tree: all of it.
         text: the language model's part.
     """
-    rules = [*_text_rules(model, tree, text), *_rotary_rules(model, text), *_expert_rules(model, text)]
+    rules = [
+        *_quantisation_rules(tree, text),
+        *_text_rules(model, tree, text),
+        *_rotary_rules(model, text),
+        *_expert_rules(model, text),
+    ]
     return [f"{key}={value!r} is not supported, it must be {rule}" for key, value, good, rule in rules if not good]
 
 
 def rope_section(text: JsonSection) -> JsonSection:
     """The rotary keys, under the name that older checkpoints give them or the present one."""
     return text.section("rope_scaling" if text.values.get("rope_scaling") else "rope_parameters")
+
+
+def _quantisation_rules(tree: JsonSection, text: JsonSection) -> list[Rule]:
+    found = {
+        key: section.section(key).values.get("quant_method", "unnamed")
+        for section in (tree, text)
+        for key in ("quantization_config", "compression_config")
+        if not section.is_null(key)
+    }
+    return [
+        (f"{key}.quant_method", method, False, "absent: take the model in bfloat16") for key, method in found.items()
+    ]
 
 
 def _text_rules(model: HfConfig, tree: JsonSection, text: JsonSection) -> list[Rule]:

@@ -25,7 +25,6 @@ from megatron_sr1.weights.name_table import WeightRule, hf_from_shards, language
 
 HF_FOLDER = "hf"  # in a checkpoint: configuration, tokenizer and processor files, so that it needs no other folder
 HF_LAYOUT = "hf_layout.json"
-HEAD = "lm_head.weight"
 T = TypeVar("T")
 
 

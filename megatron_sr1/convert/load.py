@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_sr1.convert.layout import HEAD, HfLayout, ModelSlots, ParameterSlot, model_slots
+from megatron_sr1.convert.layout import HfLayout, ModelSlots, ParameterSlot, model_slots
 from megatron_sr1.platform.torch_private import EXTRA_STATE, file_view
+from megatron_sr1.weights.check import HEAD
 from megatron_sr1.weights.name_table import hf_from_shards
 from megatron_sr1.weights.pickles import METADATA, check_megatron_dir
 from megatron_sr1.weights.safetensors import TensorInfo

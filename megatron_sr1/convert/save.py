@@ -29,10 +29,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_sr1.config import HfConfig
 from megatron_sr1.convert.check import (
-    check_tensors,
+    check_shapes,
     published_experts,
     stored_dtypes,
-    stores_tied_head,
 )
 from megatron_sr1.convert.layout import (
     HF_FOLDER,
@@ -43,6 +42,8 @@ from megatron_sr1.convert.layout import (
 )
 from megatron_sr1.platform import Platform
 from megatron_sr1.platform.torch_private import StorageInfo
+from megatron_sr1.policy.read import open_tensors
+from megatron_sr1.weights.check import stores_tied_head
 from megatron_sr1.weights.hf_dir import HfTensors, check_finite, copy_side_files, row_blocks
 from megatron_sr1.weights.name_table import shard_from_hf
 from megatron_sr1.weights.pickles import BACKEND, COMMON
@@ -72,8 +73,9 @@ def hf_to_megatron(hf_dir: str, out_dir: Path, platform: Platform, advance: Call
     Raises:
         ValueError: naming the file and the tensor: missing, extra, misshaped, truncated, not finite.
     """
-    slots, tensors = model_slots(hf_dir), HfTensors(hf_dir)
-    check_tensors(slots, tensors)
+    slots = model_slots(hf_dir)
+    tensors = open_tensors(slots.architecture)
+    check_shapes(slots, tensors)
     dtypes = stored_dtypes(slots, tensors)
     pieces = [piece for slot in slots.parameters for piece in _pieces(slot, dtypes[slot.key])]
     mine = assign(pieces, [piece.info.nbytes for piece in pieces], platform.world_size)[platform.rank]
@@ -83,7 +85,7 @@ def hf_to_megatron(hf_dir: str, out_dir: Path, platform: Platform, advance: Call
     if platform.is_main:
         assert sum(len(results) for results in gathered) == len(pieces)
         copy_side_files(hf_dir, out_dir / HF_FOLDER)
-        HfLayout(published_experts(slots, tensors), stores_tied_head(slots, tensors)).write(out_dir)
+        HfLayout(published_experts(slots, tensors), stores_tied_head(tensors, slots.architecture)).write(out_dir)
         torch.save({}, out_dir / COMMON)
         FileSystemWriter(out_dir).finish(_metadata(pieces), gathered)
         save_config(CheckpointingConfig(BACKEND), str(out_dir))

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_sr1.config import read_hf_config
 from megatron_sr1.convert.layout import config_dir
 from megatron_sr1.convert.load import MegatronSource
 from megatron_sr1.weights.hf_dir import HfTensors
@@ -74,7 +75,7 @@ def open_checkpoint(folder: str, hf_dir: str | None) -> TensorSource:
     if not path.is_dir():
         raise ValueError(f"{folder} is no folder. Give a Hugging Face folder or a Megatron checkpoint.")
     if not is_megatron_dir(path):
-        return HfTensors(path)
+        return HfTensors(path, read_hf_config(folder).family)
     return MegatronSource(path, config_dir(path, hf_dir))
 
 

@@ -11,8 +11,10 @@ from megatron_sr1.data import Check
 from megatron_sr1.loops.run import Run
 from megatron_sr1.objective import Preset
 from megatron_sr1.platform import TeamRanks
+from megatron_sr1.policy.read import open_tensors, read_architecture
 from megatron_sr1.rollout import Engine, Planner, TwoPassGenerator, stale_vision_canary
 from megatron_sr1.types import NamedTensors, Passes, Prompt, Sampling, SftSample
+from megatron_sr1.weights import check_values
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,9 +31,13 @@ def build_generator(run: Run, weights: Callable[[], NamedTensors] | None = None)
             restarted. None: the engines keep those of `model.hf_dir`.
 
     Raises:
+        ValueError: without `weights`: the tensors of `model.hf_dir` are not those of the model, see `open_tensors`, or
+            hold values that are not finite.
         RuntimeError: the engine does not hold, or does not look through, the weights it was sent.
     """
     rollout = run.config.rollout
+    if weights is None:  # else the policy has looked
+        check_values(open_tensors(read_architecture(run.config.model.hf_dir)), run.platform.ranks)
     engine = Engine(
         run.config.model.hf_dir,
         max_model_tokens=rollout.max_model_tokens,

@@ -1,5 +1,5 @@
 """From a Hugging Face config.json to what the policy needs to know about a model: our reading, held against
-transformers' own."""
+transformers' own; and the weights beside it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
+from transformers import AutoModel, PreTrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from megatron_sr1.config import read_hf_config
 from megatron_sr1.policy.architecture import Architecture
+from megatron_sr1.weights import HfTensors, check_tensors
 
 _CLASSES: dict[str, type[PreTrainedConfig]] = {  # by the name of a family
     "qwen2_5_vl": Qwen2_5_VLConfig,
@@ -42,6 +44,19 @@ def read_architecture(hf_dir: str) -> Architecture:
                 "another one. Correct the file, or use the version of transformers that this project asks for."
             )
     return architecture
+
+
+def open_tensors(architecture: Architecture) -> HfTensors:
+    """The tensors of the model's folder, which are exactly those of the model; headers are read.
+
+    Raises:
+        ValueError: see `HfTensors` and `check_tensors`.
+    """
+    with torch.device("meta"):
+        tower = AutoModel.from_config(architecture.hf.vision_config)
+    tensors = HfTensors(architecture.path.parent, architecture.family)
+    check_tensors(tensors, architecture, [name for name, _ in tower.named_parameters()])
+    return tensors
 
 
 def _two_readings(model: Architecture) -> dict[str, tuple[Any, Any]]:

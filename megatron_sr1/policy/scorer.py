@@ -16,7 +16,7 @@ from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.build import build_chunks
 from megatron_sr1.policy.groups import ParallelGroups, build_groups
 from megatron_sr1.policy.layers.specs import layer_spec_name
-from megatron_sr1.policy.read import read_architecture
+from megatron_sr1.policy.read import open_tensors, read_architecture
 from megatron_sr1.policy.schedule import Schedule
 from megatron_sr1.policy.sharded import load_model_weights
 from megatron_sr1.types import LogProbs, MicroBatch, Scoring
@@ -53,7 +53,7 @@ class Scorer:
         if self.config.model.megatron_dir:
             load_model_weights(self.chunks, self.config.model.megatron_dir)
         else:
-            load_hf_weights(self.chunks, self.config.model.hf_dir, self.architecture, self.groups)
+            load_hf_weights(self.chunks, open_tensors(self.architecture), self.architecture, self.groups)
         mark_shards(self.chunks, self.architecture, self.groups)
 
     @property

@@ -1,5 +1,6 @@
 """Hugging Face <-> Megatron-Core weights."""
 
+from megatron_sr1.weights.check import check_tensors, check_values
 from megatron_sr1.weights.export import export_hf_weights
 from megatron_sr1.weights.hf_dir import HfTensors, write_hf_dir
 from megatron_sr1.weights.load import load_hf_weights, mark_shards, table_parameters
@@ -10,6 +11,8 @@ __all__ = [
     "HfTensors",
     "WeightRule",
     "check_megatron_dir",
+    "check_tensors",
+    "check_values",
     "export_hf_weights",
     "hf_from_shards",
     "language_rules",

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_sr1.config import Family
 from megatron_sr1.weights.hf_shards import MAX_SHARD_BYTES, GrowingShards
 from megatron_sr1.weights.safetensors import TensorInfo, TensorSlot, read_header
 
@@ -22,10 +23,14 @@ _SIDE_FILES = (".json", ".txt", ".jinja", ".model")  # configuration, tokenizer,
 class HfTensors:
     """Reads tensors by name from the safetensors files of a Hugging Face folder. Opening it reads headers only."""
 
-    def __init__(self, hf_dir: str | Path) -> None:
-        """Raises:
-        ValueError: no safetensors weights; a file that is missing, truncated or corrupt, or that lacks a tensor which
-            the index puts there.
+    def __init__(self, hf_dir: str | Path, family: Family | None = None) -> None:
+        """
+        Args:
+            family: whose names the tensors get, however the files spell them; None: they are as in the files.
+
+        Raises:
+            ValueError: no safetensors weights; a file that is missing, truncated or corrupt, or that lacks a tensor
+                which the index puts there; two tensors of one name.
         """
         self.folder = Path(hf_dir)
         if (self.folder / INDEX).is_file():
@@ -34,6 +39,8 @@ class HfTensors:
             self.slots = read_header(self.folder / SINGLE)
         else:
             raise ValueError(f"{hf_dir} holds neither {INDEX} nor {SINGLE}. Give a model saved in safetensors format.")
+        if family is not None:
+            self.slots = self._renamed(family)
         self.tensors: Mapping[str, TensorInfo] = {name: slot.info for name, slot in self.slots.items()}
 
     def _indexed(self) -> dict[str, TensorSlot]:
@@ -49,6 +56,17 @@ class HfTensors:
                     f"{path} puts tensor {name!r} into {file}, which does not hold it. Copy both files again."
                 )
         return {name: headers[file][name] for name, file in files.items()}
+
+    def _renamed(self, family: Family) -> dict[str, TensorSlot]:
+        renamed: dict[str, TensorSlot] = {}
+        for name, slot in self.slots.items():
+            if family.tensor_name(name) in renamed:
+                raise ValueError(
+                    f"{self.folder} holds {family.tensor_name(name)} under two names, one is {name}. Remove the tensor "
+                    "that is wrong."
+                )
+            renamed[family.tensor_name(name)] = slot
+        return renamed
 
     def slot(self, name: str) -> TensorSlot:
         """Raises ValueError where the folder has no such tensor."""

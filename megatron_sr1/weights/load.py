@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch.distributed import ProcessGroup
 
 from megatron_sr1.config import HfConfig
-from megatron_sr1.weights.hf_dir import HfTensors
+from megatron_sr1.weights.hf_dir import HfTensors, check_finite
 from megatron_sr1.weights.name_table import (
     WeightRule,
     canonical_name,
@@ -56,23 +56,24 @@ def table_parameters(
 
 
 @torch.no_grad()
-def load_hf_weights(chunks: Sequence[torch.nn.Module], hf_dir: str, sizes: HfConfig, groups: Groups) -> None:
-    """Fills the parameters from `hf_dir`.
+def load_hf_weights(chunks: Sequence[torch.nn.Module], tensors: HfTensors, sizes: HfConfig, groups: Groups) -> None:
+    """Fills the parameters from the tensors of a folder.
 
     Raises:
-        ValueError: a tensor is missing or has another shape than the model.
+        ValueError: a tensor is missing, has another shape than the model or holds a value that is not finite.
     """
-    tensors = HfTensors(hf_dir)
     for name, (rule, parameter) in local_parameters(chunks, sizes, groups).items():
         is_expert = rule.kind in EXPERT_KINDS
         place = (0, 1) if is_expert else (groups.tensor.rank(), groups.tensor.size())
         parts = [
             tensors[x] if rule.expert is None else tensors.rows(x, rule.expert, rule.expert + 1)[0] for x in rule.hf
         ]
+        for part, name_there in zip(parts, rule.hf, strict=True):
+            check_finite(part, name_there, tensors.slot(name_there).file)
         shard = shard_from_hf(rule, parts, sizes, *place)
         if shard.shape != parameter.shape:
             raise ValueError(
-                f"{hf_dir}: {', '.join(rule.hf)} give {name} the shape {tuple(shard.shape)}, but the model has "
+                f"{tensors.folder}: {', '.join(rule.hf)} give {name} the shape {tuple(shard.shape)}, but the model has "
                 f"{tuple(parameter.shape)}. config.json and weights do not belong together."
             )
         parameter.copy_(shard)

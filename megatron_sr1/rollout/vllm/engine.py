@@ -13,12 +13,10 @@ import logging
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
-from safetensors import safe_open
 
 from megatron_sr1.config import HfConfig, read_hf_config
 from megatron_sr1.platform.torch_private import all_gather_within
@@ -33,6 +31,7 @@ from megatron_sr1.rollout.vllm.private import (
 )
 from megatron_sr1.rollout.vllm.reload import check_reloadable, reload_weights
 from megatron_sr1.types import BANNED_LOGIT_BIAS
+from megatron_sr1.weights import HfTensors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,7 +114,7 @@ class Engine:
         }
         # vLLM compiles a few small functions even when it runs eagerly. On a CPU that takes 20 s and a C++ compiler.
         self._stance = "force_eager" if on_cpu else "default"
-        self._weight_names = _checkpoint_names(hf_dir)
+        self._weight_names = set(HfTensors(hf_dir, model.family).tensors)
         self._max_model_tokens = max_model_tokens
         self._checksum_every = checksum_every
         self._num_updates = 0
@@ -352,14 +351,6 @@ def _fixed_arguments(on_cpu: bool) -> dict[str, Any]:
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-
-
-def _checkpoint_names(hf_dir: str) -> set[str]:
-    names: set[str] = set()
-    for path in Path(hf_dir).glob("*.safetensors"):
-        with safe_open(path, framework="pt") as tensors:
-            names.update(tensors.keys())
-    return names
 
 
 def _missing_keys(model: HfConfig) -> dict[str, Any]:
