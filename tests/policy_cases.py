@@ -61,7 +61,7 @@ def built(model_dir: str, overrides: Sequence[str], **options: Any) -> Iterator[
     from megatron_sr1.policy import Policy
 
     config = load_config(None, [f"model.hf_dir={model_dir}", f"nproc={platform.world_size}", *OPTIMIZER, *overrides])
-    policy = Policy(config, platform, num_optimizer_steps=10, **{"keep_reference": False, **options})
+    policy = Policy(config, platform, **{"num_optimizer_steps": 10, "keep_reference": False, **options})
     yield policy, config
     _forget_graphs(policy)
     del policy

@@ -41,7 +41,7 @@ def _check_moves(rank: int, num_ranks: int, folder: str) -> None:
         model_dir, path = f"{folder}/{family}", Path(folder) / f"{family}_checkpoints"
         with built(model_dir, saving) as (policy, config):
             checkpoints = Checkpointer(path, 2, policy.platform)
-            assert checkpoints.restore(policy, "data", "model") is None
+            assert checkpoints.newest() is None
             for step in range(1, 4):
                 _steps(policy, config, model_dir, 1)
                 checkpoints.save(policy, Progress(step, 8 * step, "data", "model"))
@@ -50,36 +50,102 @@ def _check_moves(rank: int, num_ranks: int, folder: str) -> None:
             weights = {name: tensor.clone() for name, tensor in policy.hf_weights()}
 
         with built(model_dir, saving) as (policy, config):
-            assert checkpoints.restore(policy, "data", "model") == Progress(3, 24, "data", "model")
+            newest = checkpoints.newest()
+            assert newest == Progress(3, 24, "data", "model")
+            checkpoints.restore(policy, newest)
             assert _steps(policy, config, model_dir, 2) == wanted
             assert all(torch.equal(tensor, weights[name]) for name, tensor in policy.hf_weights())
-            with pytest.raises(ValueError, match="dataset_fingerprint 'data', but this run has 'other'"):
-                checkpoints.restore(policy, "other", "model")
+
+        with built(model_dir, [*saving, *OTHER_SETTINGS], num_optimizer_steps=6) as (policy, config):
+            checkpoints.restore(policy, newest)
+            _check_settings(policy, config.optimizer)
+            (step,) = _steps(policy, config, model_dir, 1)
+            assert step.learning_rate == pytest.approx(HALFWAY * 0.25), "halfway through six steps of cosine"
 
         plain = [*saving, "layout.distributed_optimizer=false"]
         refused = pytest.raises(
             ValueError, match=r"saved with layout\.distributed_optimizer=True, but this run has False"
         )
         with built(model_dir, plain) as (policy, _), refused:
-            checkpoints.restore(policy, "data", "model")
+            checkpoints.restore(policy, newest)
 
         for overrides in loading:
             name = f"{family}: {' '.join(saving)} into {' '.join(overrides)}"
             with built(model_dir, overrides) as (policy, config):
-                checkpoints.restore(policy, "data", "model")
+                checkpoints.restore(policy, newest)
                 for found, expected in zip(_steps(policy, config, model_dir, 2), wanted, strict=True):
                     assert found.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=TOLERANCE), name
                     assert found.learning_rate == expected.learning_rate
                 for key, tensor in policy.hf_weights():
                     assert (tensor - weights[key]).abs().max() < STEP_TOLERANCE * LEARNING_RATE, f"{name}: {key}"
 
+        _check_damage(rank, checkpoints)
         torch.distributed.barrier()
         if rank == 0:
             (path / "step_000003" / ".metadata").write_bytes(pickle.dumps(Intruder(f"{folder}/ran")))
         torch.distributed.barrier()
+        with pytest.raises(ValueError, match=r"\.metadata asks for"):
+            checkpoints.newest()
         with built(model_dir, saving) as (policy, _), pytest.raises(ValueError, match=r"\.metadata asks for"):
-            checkpoints.restore(policy, "data", "model")
+            checkpoints.restore(policy, newest)
         assert not Path(folder, "ran").exists(), "code of a checkpoint has run"
+
+
+# learning rates, schedule and all else of the optimizer, other than what the checkpoint was saved with
+OTHER_SETTINGS = (
+    "optimizer.lr=0.25",
+    "optimizer.schedule=cosine",
+    "optimizer.weight_decay=0.3",
+    "optimizer.beta1=0.7",
+    "optimizer.beta2=0.8",
+    "optimizer.eps=0.01",
+    "train.steps=6",
+)
+HALFWAY = 0.5  # (1 + cos(pi / 2)) / 2
+
+
+def _check_settings(policy: Any, settings: Any) -> None:
+    """Of every group that steps, as torch's AdamW has them."""
+    groups = policy.optimizer.param_groups
+    assert len(groups) >= 2 and {group["max_lr"] for group in groups} == {settings.lr}
+    for group in groups:
+        assert group["betas"] == (settings.beta1, settings.beta2)
+        assert group["eps"] == settings.eps
+        assert group["lr"] == pytest.approx(HALFWAY * settings.lr)
+        assert group["weight_decay"] == settings.weight_decay * group["wd_mult"]
+
+
+def _check_damage(rank: int, checkpoints: Any) -> None:
+    """A newest checkpoint that is broken is left out, on every rank; where all are, the run is refused."""
+    newest = checkpoints.folder / "step_000003"
+    largest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size).name
+    for name, part in (
+        (largest, 0.5),
+        ("common.pt", 0.5),
+        (".metadata", 0.5),
+        ("progress.json", 0.0),
+        (".metadata", None),
+    ):
+        kept = (newest / name).read_bytes()
+        torch.distributed.barrier()
+        if rank == 0 and part is None:
+            (newest / name).unlink()
+        elif rank == 0:
+            (newest / name).write_bytes(kept[: int(len(kept) * part)])
+        assert checkpoints.newest().step == 2, name
+        torch.distributed.barrier()
+        if rank == 0:
+            (newest / name).write_bytes(kept)
+        assert checkpoints.newest().step == 3
+    if rank == 0:
+        (newest / "progress.json").rename(newest / "kept")
+        (newest.with_name("step_000002") / "progress.json").rename(newest / "older")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read: .*step_000003.*step_000002"):
+        checkpoints.newest()
+    torch.distributed.barrier()
+    if rank == 0:
+        (newest / "kept").rename(newest / "progress.json")
+        (newest / "older").rename(newest.with_name("step_000002") / "progress.json")
 
 
 class Intruder:

@@ -222,7 +222,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model_dir = create_family(folder / name / role, family, seed=number, **overrides)
             if name == "experts" and role == "engine":
                 publish_experts(model_dir)
-            if name == "tied":
+            if name == "tied" and role == "engine":
                 name_by_place(model_dir)
     return folder
 

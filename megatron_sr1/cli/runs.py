@@ -11,6 +11,7 @@ from megatron_sr1.config import (
     Command,
     Config,
     check_command,
+    check_resume,
     check_weights,
     dump_config,
 )
@@ -41,6 +42,8 @@ def check_run(command: Command, config: Config) -> list[str]:
                 raise
             missing.append(str(error))
     check_command(command, config)
+    if command != "evaluate":
+        check_resume(config)
     return missing
 
 

@@ -17,7 +17,8 @@ from megatron_sr1.config.families import FAMILIES, Family
 from megatron_sr1.config.files import dump_config, load_config
 from megatron_sr1.config.hf_config import HfConfig, read_hf_config
 from megatron_sr1.config.model import LayoutConfig, ModelConfig, PrecisionConfig, RecomputeConfig
-from megatron_sr1.config.model_files import check_weights, how_to_get, missing_files
+from megatron_sr1.config.model_files import check_weights, how_to_get, missing_files, model_fingerprint
+from megatron_sr1.config.resume import Change, changes_of, check_resume, saved_steps
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.tracking import MlflowConfig, TrackConfig, WandbConfig
@@ -27,6 +28,7 @@ from megatron_sr1.config.whole import Config
 __all__ = [
     "FAMILIES",
     "PRESET_NAMES",
+    "Change",
     "Command",
     "Config",
     "ConfigError",
@@ -45,15 +47,19 @@ __all__ = [
     "TrackConfig",
     "TrainConfig",
     "WandbConfig",
+    "changes_of",
     "check_bf16_layers",
     "check_command",
     "check_model",
+    "check_resume",
     "check_weights",
     "dump_config",
     "how_to_get",
     "kv_token_bytes",
     "load_config",
     "missing_files",
+    "model_fingerprint",
     "read_hf_config",
     "row_tokens",
+    "saved_steps",
 ]

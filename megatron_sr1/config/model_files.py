@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from megatron_sr1.config.json_section import read_json
 from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.whole import Config
 
+_PIECES, _PIECE_BYTES = 64, 1 << 16  # of a weight file, in its fingerprint
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PREPROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _ADAPTER = "adapter_config.json"
@@ -92,6 +94,26 @@ def _check_preprocessor(folder: Path) -> None:
                 f"{file}: {found.prefix}{ours}={cut} is not allowed: {model.path} has vision_config.{theirs}={wanted}. "
                 "It is the file of another model: take the one that belongs to this model."
             )
+
+
+def model_fingerprint(config: Config) -> str:
+    """Whether two folders hold the weights that a run starts from, wherever they lie: 32 hex digits.
+
+    It is over config.json, and of each weight file its name, its size, its first bytes, where safetensors has all names
+    and shapes, and pieces from all over it. So a copy is the same and another training stage is not, in less than a
+    second for any size.
+    """
+    digest = hashlib.sha256((Path(config.model.hf_dir) / "config.json").read_bytes())
+    folder = Path(config.model.megatron_dir or config.model.hf_dir)
+    pattern = "*.distcp" if config.model.megatron_dir else "*.safetensors"
+    for path in sorted(folder.glob(pattern)):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            for piece in range(_PIECES):
+                file.seek(piece * max(0, size - _PIECE_BYTES) // max(1, _PIECES - 1))
+                digest.update(file.read(_PIECE_BYTES))
+    return digest.hexdigest()[:32]
 
 
 def how_to_get(hf_dir: str) -> str:

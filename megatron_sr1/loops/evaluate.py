@@ -69,6 +69,7 @@ def run_evaluate(config: Config, platform: Platform, *, restart: bool = False) -
         model = model_digest(platform.ranks.gather(file_digests(Path(config.model.hf_dir), platform.ranks)))
         identity = _identity(config, heldout, model)
         answered = _on_main(run, lambda: _resume(files, identity, restart))
+        run.accept()
         engines = functools.cache(lambda: build_generator(run))  # not where all is answered
         _answer(run, engines, heldout, files, digest_of(identity), 0, answered)
         if platform.is_main:  # the others are done: no collective may wait for a judge

@@ -73,7 +73,7 @@ def _steps(
     evaluations: Evaluations | NoEvaluations,
 ) -> None:
     """All steps that are left. Collective."""
-    first = run.resume(policy, feed)
+    first = run.resume(policy)
     source.refresh(policy.hf_weights(), version=first)
     evaluations.before(first)
     with metrics_of(run, first) as writer, watch_for_stop(run.platform) as stop:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from megatron_sr1.config import Config, dump_config
+from megatron_sr1.config import Config, changes_of, check_resume, dump_config, model_fingerprint
 from megatron_sr1.convert.greedy import compare_greedy
 from megatron_sr1.data import Check, Quarantine, SampleFeed, StreamState, open_stream
 from megatron_sr1.loops.preemption import StopRequest
@@ -57,6 +57,10 @@ class Run:
         """Where the trained policy goes in Hugging Face format."""
         return self.folder / "hf"
 
+    @cached_property
+    def _fingerprint(self) -> str:
+        return model_fingerprint(self.config)
+
     def checkpointer(self) -> Checkpointer:
         return Checkpointer(self.folder / "checkpoints", self.config.train.keep_checkpoints, self.platform)
 
@@ -75,26 +79,49 @@ class Run:
         lengths = self.processor.num_visual_tokens if data.max_prompt_tokens else None
         stream = open_stream(data, name, self.config.seed, quarantine, lengths)
         ahead = {"workers": data.workers, "prefetch_bytes": data.prefetch_mib << 20}
-        return SampleFeed(stream, quarantine, **ahead, ranks=self.platform.ranks, check=check)
+        feed = SampleFeed(stream, quarantine, **ahead, ranks=self.platform.ranks, check=check)
+        if self.progress is not None:
+            feed.restore(StreamState.from_json(self.progress.stream))
+        return feed
 
-    def resume(self, policy: Policy, feed: SampleFeed) -> int:
-        """Loads the newest checkpoint into the policy and sets the feed to its place; where there is none, the start.
+    @cached_property
+    def progress(self) -> Progress | None:
+        """Where the run goes on; None: it begins. Collective.
+
+        Raises:
+            ConfigError: the folder holds another run, see `check_resume`.
+            ValueError: no checkpoint can be read.
+        """
+        check_resume(self.config)
+        return self.checkpointer().newest()
+
+    def resume(self, policy: Policy) -> int:
+        """Loads the newest checkpoint into the policy, and keeps the configuration: from here on the run is accepted.
 
         Returns:
             The step to go on with.
 
         Raises:
-            ValueError: the checkpoint belongs to other data, another starting model or another kind of optimizer.
+            ValueError: the checkpoint belongs to another kind of optimizer, or is broken.
         """
-        checkpoints = self.checkpointer()
-        newest = checkpoints.newest()
-        if newest is None:
-            return 0
-        feed.restore(StreamState.from_json(newest.stream))
-        progress = checkpoints.restore(policy, feed.fingerprint, self.config.model.hf_dir)
-        assert progress == newest
-        self.say(f"continuing after step {progress.step}")
-        return progress.step
+        if self.progress is not None:
+            self.checkpointer().restore(policy, self.progress)
+            self.say(f"continuing after step {self.progress.step}")
+        self.accept()
+        return 0 if self.progress is None else self.progress.step
+
+    def accept(self) -> None:
+        """Writes config.yaml. One that says otherwise is kept as config.0.yaml and so on, and the changes are said."""
+        if not self.platform.is_main:
+            return
+        path, text = self.folder / "config.yaml", dump_config(self.config)
+        changes = changes_of(self.config)
+        if path.is_file() and path.read_text(encoding="utf-8") != text:
+            number = sum(1 for _ in self.folder.glob("config.*.yaml"))
+            path.rename(self.folder / f"config.{number}.yaml")
+            for change in changes:
+                self.say(f"changed since the last start: {change} ({change.rule})")
+        path.write_text(text, encoding="utf-8")
 
     def end_step(self, step: int, feed: SampleFeed, stop: StopRequest, policy: Policy | None) -> None:
         """Saves the policy where that is due, and leaves where the run is asked to. Collective.
@@ -108,7 +135,8 @@ class Run:
         train, num_done = self.config.train, step + 1
         stopping = stop.agreed()
         if policy is not None and (stopping or num_done % train.save_every == 0 or num_done == train.steps):
-            place = (num_done, feed.position, feed.fingerprint, self.config.model.hf_dir, feed.state().to_json())
+            model = self.config.model.megatron_dir or self.config.model.hf_dir
+            place = (num_done, feed.position, feed.fingerprint, model, feed.state().to_json(), self._fingerprint)
             self.checkpointer().save(policy, Progress(*place))
         if stopping:
             stop.leave(num_done)
@@ -143,7 +171,7 @@ class Run:
 
 @contextmanager
 def open_run(config: Config, platform: Platform) -> Iterator[Run]:
-    """Makes the folder, writes the resolved configuration and keeps other processes out while the run lasts.
+    """Makes the folder and keeps other processes out while the run lasts.
     Collective: either every rank gets the run or none does.
 
     Raises:
@@ -156,8 +184,6 @@ def open_run(config: Config, platform: Platform) -> Iterator[Run]:
                 f"run_dir={config.run_dir!r} is in use by another process. Wait for it, stop it, or choose "
                 "another run_dir."
             )
-        if platform.is_main:
-            (run.folder / "config.yaml").write_text(dump_config(config))
         yield run
 
 

@@ -91,8 +91,12 @@ def prepare_adam_state(optimizer: MegatronOptimizer) -> None:
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Takes a loaded `sharded_state_dict`. Where torch's AdamW is inside, its counters are set aside while Megatron
-    copies the moments, because it would look for a saved tensor for each of them."""
+    """Takes the moments of a loaded `sharded_state_dict`, not its settings: those are the configuration's.
+
+    Where torch's AdamW is inside, its counters are set aside while Megatron copies the moments, because it would look
+    for a saved tensor for each of them.
+    """
+    settings = [_settings(group) for group in optimizer.param_groups]
     parts = _parts(optimizer)
     states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
     for part, part_state in zip(parts, states, strict=True):
@@ -105,7 +109,13 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
         part.load_parameter_state_from_fully_reshardable(moments)
         for parameter, counter in counters.items():
             part.optimizer.state[parameter]["step"] = counter
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
     prepare_adam_state(optimizer)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

@@ -40,6 +40,7 @@ class Policy(Scorer):
     def __init__(self, config: Config, platform: Platform, *, num_optimizer_steps: int, keep_reference: bool) -> None:
         """See `Scorer` for what it loads and raises."""
         super().__init__(config, platform)
+        self._num_optimizer_steps = num_optimizer_steps
         self.model = self._wrap()
         self.optimizer, self.scheduler = build_optimizer(
             config.optimizer, config.precision, self.model, num_optimizer_steps, config.layout.distributed_optimizer
@@ -106,7 +107,7 @@ class Policy(Scorer):
         return StepResult(metrics, float(grad_norm), rate)
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
-        """Model, optimizer and schedule as Megatron-Core's distributed checkpointing takes them: any layout can load
+        """Model and optimizer as Megatron-Core's distributed checkpointing takes them: any layout can load
         what any other saved."""
         precision = self.config.precision
         scales = precision.dtype == "fp8" and precision.fp8_recipe == "delayed"  # the others compute theirs each step
@@ -115,15 +116,19 @@ class Policy(Scorer):
         return {
             "model": model,
             "optimizer": optimizer,
-            "scheduler": self.scheduler.state_dict(),
             "distributed_optimizer": self.config.layout.distributed_optimizer,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Takes what was loaded into `sharded_state(loading=True)`."""
+    def load_state(self, state: dict[str, Any], step: int) -> None:
+        """Takes what was loaded into `sharded_state(loading=True)`: weights and moments. Learning rates, their schedule
+        and all other settings of the optimizer are those of the configuration, as if it had always been this one.
+
+        Args:
+            step: of `train.steps`, how many are done.
+        """
         load_sharded_weights(self.chunks, state["model"])
         load_optimizer_state(self.optimizer, state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.scheduler.step(increment=step * self._num_optimizer_steps // self.config.train.steps)
 
     def _add_metrics(self, reported: list[Mapping[str, Tensor]]) -> dict[str, float]:
         names = [sorted(reported[0]) if self.groups.is_last_stage else None]

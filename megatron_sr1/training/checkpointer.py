@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 import torch.distributed
 from megatron.core import dist_checkpointing
 
+from megatron_sr1.config import saved_steps
 from megatron_sr1.platform import Platform
 from megatron_sr1.platform.megatron_private import read_results_in_process
 from megatron_sr1.policy import Policy
-from megatron_sr1.weights import check_megatron_dir
+from megatron_sr1.weights import ForeignCode, check_megatron_dir
 
 read_results_in_process()
 
@@ -31,8 +33,9 @@ class Progress:
     step: int  # optimizer or rollout steps done
     position: int  # samples of the training stream consumed
     dataset_fingerprint: str
-    model_dir: str  # the weights the run, and its reference, started from
+    model_dir: str  # the weights the run, and its reference, started from, as they were spelled
     stream: Mapping[str, Any] = field(default_factory=dict)  # the state of the training stream, as JSON
+    model: str = ""  # those weights' `model_fingerprint`
 
 
 class Checkpointer:
@@ -45,8 +48,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
-        names = self.folder.glob("step_*") if self.folder.is_dir() else ()
-        return sorted(int(path.name.removeprefix("step_")) for path in names if path.suffix == "")
+        return saved_steps(self.folder)
 
     def save(self, policy: Policy, progress: Progress) -> Path:
         """Writes a checkpoint and removes the oldest beyond the number to keep."""
@@ -67,29 +69,45 @@ class Checkpointer:
         return final
 
     def newest(self) -> Progress | None:
-        """The progress of the newest checkpoint, without its weights; None where there is none."""
-        steps = self.steps()
-        return self._progress(steps[-1]) if steps else None
-
-    def restore(self, policy: Policy, dataset_fingerprint: str, model_dir: str) -> Progress | None:
-        """Loads the newest checkpoint; None where there is none.
+        """The progress of the newest checkpoint that is whole, without its weights; None where there is none. One that
+        is broken is named on standard error, and the one before is looked at. Collective.
 
         Raises:
-            ValueError: the checkpoint belongs to other data, another starting model or another kind of optimizer; it
-                asks for code that no checkpoint has, or is truncated.
+            ValueError: there are checkpoints, and all are broken; one asks for code that no checkpoint has.
         """
-        steps = self.steps()
-        if not steps:
-            return None
-        path = self._path(steps[-1])
-        progress = self._progress(steps[-1])
-        for name, now in (("dataset_fingerprint", dataset_fingerprint), ("model_dir", model_dir)):
-            then = asdict(progress)[name]
-            if then != now:
-                raise ValueError(
-                    f"{path} was saved with {name} {then!r}, but this run has {now!r}. Continue with the same data and "
-                    "model.hf_dir, or choose another run_dir."
-                )
+        ranks, found = self.platform.ranks, list[tuple[Progress | None, str]]()
+        if self.platform.is_main:  # the others must come to the same
+            found = [self._newest()]
+        ((progress, refusal),) = ranks.gather(found)
+        if refusal:
+            raise ValueError(refusal)
+        return progress
+
+    def _newest(self) -> tuple[Progress | None, str]:
+        """Or why there is none to go on with."""
+        broken = []
+        for step in reversed(self.steps()):
+            try:
+                progress = self._progress(step)
+                check_megatron_dir(self._path(step))
+            except ForeignCode as error:
+                return None, str(error)
+            except ValueError as error:
+                broken.append(str(error))
+                print(f"{self._path(step)} is broken and left out: {error}", file=sys.stderr)
+            else:
+                return progress, ""
+        if not broken:
+            return None, ""
+        return None, f"no checkpoint in {self.folder} can be read: {'; '.join(broken)}. Choose another run_dir."
+
+    def restore(self, policy: Policy, progress: Progress) -> None:
+        """Loads the weights and the optimizer's state of what `newest` has found.
+
+        Raises:
+            ValueError: it belongs to another kind of optimizer, asks for code that no checkpoint has, or is truncated.
+        """
+        path = self._path(progress.step)
         check_megatron_dir(path)
         then = dist_checkpointing.load_common_state_dict(str(path))["distributed_optimizer"]
         now = policy.config.layout.distributed_optimizer
@@ -98,11 +116,18 @@ class Checkpointer:
                 f"{path} was saved with layout.distributed_optimizer={then}, but this run has {now}: the one cannot "
                 "read the other's moments. Keep it as it was; every other key of the layout may change."
             )
-        policy.load_state(dist_checkpointing.load(policy.sharded_state(loading=True), str(path)))
-        return progress
+        state = dist_checkpointing.load(policy.sharded_state(loading=True), str(path))
+        policy.load_state(state, progress.step)
 
     def _progress(self, step: int) -> Progress:
-        return Progress(**json.loads((self._path(step) / "progress.json").read_text()))
+        path = self._path(step) / "progress.json"
+        try:
+            progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{path} is missing or corrupt ({error})") from error
+        if progress.step != step:
+            raise ValueError(f"{path} is of step {progress.step}")
+        return progress
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}"

@@ -5,9 +5,10 @@ from megatron_sr1.weights.export import export_hf_weights
 from megatron_sr1.weights.hf_dir import HfTensors, write_hf_dir
 from megatron_sr1.weights.load import load_hf_weights, mark_shards, table_parameters
 from megatron_sr1.weights.name_table import WeightRule, hf_from_shards, language_rules, shard_from_hf, vision_rule
-from megatron_sr1.weights.pickles import check_megatron_dir
+from megatron_sr1.weights.pickles import ForeignCode, check_megatron_dir
 
 __all__ = [
+    "ForeignCode",
     "HfTensors",
     "WeightRule",
     "check_megatron_dir",

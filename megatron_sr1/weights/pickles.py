@@ -48,6 +48,12 @@ _ALLOWED: dict[tuple[str, str], Any] = {(item.__module__, item.__qualname__): it
     ("pathlib", "PosixPath"): pathlib.PurePosixPath,
     ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,  # its name since Python 3.13
 }
+
+
+class ForeignCode(ValueError):
+    """A checkpoint asks for code that none needs."""
+
+
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
@@ -62,7 +68,7 @@ class _CheckpointUnpickler(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         if (module, name) not in _ALLOWED:
-            raise ValueError(_foreign(self.path, f"{module}.{name}"))
+            raise ForeignCode(_foreign(self.path, f"{module}.{name}"))
         return _ALLOWED[module, name]
 
 
@@ -99,7 +105,8 @@ def check_megatron_dir(folder: str | Path) -> Metadata:
     """Makes sure that Megatron-Core may open a checkpoint: no pickle in it asks for foreign code, no file is short.
 
     Raises:
-        ValueError: naming the file, and the class where there is one.
+        ForeignCode: a pickle asks for it; the message names the file and the class.
+        ValueError: anything else that is wrong; the message names the file.
     """
     folder = Path(folder)
     found = read_metadata(folder)
@@ -131,7 +138,7 @@ def _check_object(path: Path, content: bytes) -> None:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text says how to open the file regardless
         if refused:
-            raise ValueError(_foreign(path, refused[1])) from None
+            raise ForeignCode(_foreign(path, refused[1])) from None
         raise ValueError(f"{path} is corrupt ({error}). Copy the checkpoint again.") from error
 
 

@@ -1,0 +1,198 @@
+"""What may change between the starts of a run: every key takes effect, is refused, or is free.
+
+A run goes on in its folder with the configuration of the command that continues it. `RULES` says for each key what a
+change means, so that `config.yaml` never claims what is not so:
+
+    takes effect   from the next step on
+    refused        another run would be continued than was begun
+    content        may be spelled otherwise, and what it leads to is compared: the weights by their bytes
+                   (`model_fingerprint`), training data by their index (`data.SampleStream.fingerprint`)
+    free           changes no number of the run, beyond rounding where ranks share the work otherwise
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_sr1.config.model_files import model_fingerprint
+from megatron_sr1.config.rules import ConfigError
+from megatron_sr1.config.whole import Config
+
+Rule = Literal["takes effect", "refused", "content", "free"]
+# of a key, or of all keys of a section that have no line of their own
+RULES: Mapping[str, Rule] = {
+    "run_dir": "free",
+    "seed": "refused",
+    "nproc": "free",
+    "model.hf_dir": "content",
+    "model.megatron_dir": "content",
+    "model.train_vision": "refused",
+    "model.max_position": "free",
+    "model.layer_spec": "free",
+    "layout": "free",
+    "layout.distributed_optimizer": "refused",
+    "precision": "refused",
+    "precision.logits": "takes effect",
+    "recompute": "free",
+    "data.train": "content",
+    "data.train_weights": "content",
+    "data.cold_start": "content",
+    "data.cold_start_weights": "content",
+    "data.heldout": "refused",
+    "data.shuffle_window": "content",
+    "data.max_prompt_tokens": "content",
+    "data.max_bad_samples": "takes effect",
+    "data.workers": "free",
+    "data.prefetch_mib": "free",
+    "data.cache_dir": "free",
+    "data.cache_gib": "free",
+    "optimizer": "takes effect",
+    "rollout": "takes effect",
+    "rollout.max_running_requests": "free",
+    "rollout.kv_cache_gib": "free",
+    "rollout.engine_tensor": "free",
+    "rollout.sleep": "free",
+    "rollout.sync_bucket_mib": "free",
+    "rollout.checksum_every": "free",
+    "objective": "takes effect",
+    "objective.preset": "refused",
+    "train": "takes effect",
+    "train.micro_batch_tokens": "free",
+    "train.save_every": "free",
+    "train.keep_checkpoints": "free",
+    "evaluate": "free",  # the judge is not asked while a run trains
+    "evaluate.max_prompts": "refused",
+    "evaluate.samples": "refused",
+    "evaluate.temperature": "refused",
+    "evaluate.verify_export": "takes effect",
+    "track": "free",
+}
+_STEP = re.compile(r"step_(\d{6,})")
+_REMEDY = "Set it back, or choose another run_dir."
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key whose value is not that of the last start."""
+
+    key: str
+    then: Any
+    now: Any
+
+    @property
+    def rule(self) -> Rule:
+        return rule_of(self.key)
+
+    def __str__(self) -> str:
+        return f"{self.key} was {self.then!r} and is {self.now!r}"
+
+
+def rule_of(key: str) -> Rule:
+    """Of a key with all its sections: `optimizer.lr`."""
+    parts = key.split(".")
+    return next(RULES[name] for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in RULES)
+
+
+def saved_steps(checkpoints: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, in order; what is called otherwise is none (copies, parts, favourites)."""
+    found = (_STEP.fullmatch(path.name) for path in checkpoints.iterdir()) if checkpoints.is_dir() else ()
+    return sorted(int(name[1]) for name in found if name is not None)
+
+
+def changes_of(config: Config) -> list[Change]:
+    """Against the configuration that the run folder keeps; none where it keeps none.
+
+    Raises:
+        ConfigError: it is no YAML mapping.
+    """
+    path = Path(config.run_dir) / "config.yaml"
+    if not path.is_file():
+        return []
+    try:
+        then = _flat(OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), _known(path)), resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path} is no configuration of this release: {error}. Choose another run_dir.") from error
+    now = _flat(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+    return [Change(key, then[key], value) for key, value in now.items() if then[key] != value]
+
+
+def check_resume(config: Config) -> None:
+    """Whether the run folder may be continued with this configuration. Reads small files; writes nothing.
+
+    Raises:
+        ConfigError: a key that is refused has changed, weights are others, the run is finished and another was asked
+            for, or it is already past its new end. The message names every key with both values.
+    """
+    steps = saved_steps(Path(config.run_dir) / "checkpoints")
+    if not steps:
+        return  # it begins again
+    changes = changes_of(config)
+    refused = [str(change) for change in changes if change.rule == "refused" or _splits_groups(change)]
+    refused += _other_weights(config, Path(config.run_dir) / "checkpoints" / f"step_{steps[-1]:06d}")
+    if refused:
+        raise ConfigError(f"run_dir={config.run_dir!r} holds another run: {'; '.join(refused)}. {_REMEDY}")
+    if steps[-1] > config.train.steps:
+        raise ConfigError(
+            f"train.steps={config.train.steps} is not allowed: run_dir={config.run_dir!r} has done {steps[-1]} steps. "
+            "Give at least as many, or choose another run_dir."
+        )
+    effects = [str(change) for change in changes if change.rule == "takes effect"]
+    if steps[-1] == config.train.steps and effects:
+        raise ConfigError(
+            f"run_dir={config.run_dir!r} holds a run that is finished, and nothing is left that could take effect: "
+            f"{'; '.join(effects)}. Set it back, raise train.steps to go on, or choose another run_dir."
+        )
+
+
+def _splits_groups(change: Change) -> bool:
+    """A vision tower without a learning rate of its own is in the optimizer's groups of the language model."""
+    return change.key == "optimizer.vision_lr" and None in (change.then, change.now)
+
+
+def _other_weights(config: Config, checkpoint: Path) -> list[str]:
+    try:
+        progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+        then, kept = str(progress["model_dir"]), str(progress.get("model", ""))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # whoever opens the checkpoint says what is wrong with it
+    now = config.model.megatron_dir or config.model.hf_dir
+    same = kept == model_fingerprint(config) if kept else Path(then).resolve() == Path(now).resolve()
+    return [] if same else [f"it began with the weights of {then!r}, and those of {now!r} are others"]
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """The file's keys, less those that this release does not have."""
+    tree = OmegaConf.to_container(OmegaConf.load(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} is not a configuration: it holds no keys. Choose another run_dir.")
+    return _of_class(tree, Config)
+
+
+def _of_class(tree: Mapping[Any, Any], kind: type) -> dict[str, Any]:
+    known = {}
+    for field in fields(kind):
+        if field.name in tree:
+            value, default = tree[field.name], field.default_factory
+            nested = isinstance(value, dict) and isinstance(default, type) and is_dataclass(default)
+            known[field.name] = _of_class(value, default) if nested else value
+    return known
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by key with all its sections; a free-form mapping, such as evaluate.judge_parameters, is a value."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key != "evaluate.judge_parameters":
+            flat |= _flat(value, f"{key}.")
+        else:
+            flat[key] = value
+    return flat
