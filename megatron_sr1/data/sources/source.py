@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
+from megatron_sr1.data.tar_groups import TarGroup
+
 Format = Literal["parquet", "jsonl", "webdataset"]
 ProblemKind = Literal[
     "unreadable_sample",  # a line that is not JSON, a tar member that is not of the schema
@@ -62,12 +64,14 @@ class RawSample:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of one file that is read at once. `start` counts row groups, record batches or bytes, by the format."""
+    """A part of one file that is read at once. `start` counts row groups, record batches, bytes or samples, by the
+    format."""
 
     file: Path
     start: int
     first_row: int
     num_rows: int
+    groups: tuple[TarGroup, ...] = ()  # of a tar: the samples and where their members stand
 
 
 class Source(Protocol):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
@@ -14,17 +13,16 @@ from typing import BinaryIO
 from megatron_sr1.data.schema import JSON_EXTENSION
 from megatron_sr1.data.sources.files import find_files
 from megatron_sr1.data.sources.source import IMAGE_COLUMNS, KEY_COLUMN, Chunk, Columns, Problem, RawSample
+from megatron_sr1.data.tar_groups import TarGroup, read_groups
 
 BYTES_PER_CHUNK = 32 * 2**20
-_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # up to the first dot of the last part
+_HEADER_BYTES = 1024  # of a member: its header and, on average, its padding
 _IMAGE = re.compile(r"(?:(\d+)\.)?(?:png|jpe?g|webp|gif|bmp|tiff?|ppm)", re.IGNORECASE | re.ASCII)
-_END_OF_ARCHIVE = bytes(tarfile.BLOCKSIZE)
-Member = tuple[str, str, tarfile.TarInfo]  # key, extension, header
 
 
 @dataclass(frozen=True)
 class WebDatasetSource:
-    """A chunk is some neighbouring samples of one tar. Keys are kept."""
+    """A chunk is some samples of one tar, with the places of their members: headers are read once. Keys are kept."""
 
     path: str
     columns: Columns
@@ -36,83 +34,88 @@ class WebDatasetSource:
 
     def chunks(self) -> Iterator[Chunk]:
         """Reads headers only. Raises ValueError where a tar is compressed, truncated or damaged."""
-        for path in self.files:
-            start = first_row = row = 0
-            key: str | None = None
-            for found, _, member in _members(path, 0):
-                if found == key:
-                    continue
-                if member.offset - start >= BYTES_PER_CHUNK:
-                    yield Chunk(path, start, first_row, row - first_row)
-                    start, first_row = member.offset, row
-                key, row = found, row + 1
-            if row > first_row:
-                yield Chunk(path, start, first_row, row - first_row)
+        groups = {path: _whole(path) for path in self.files}
+        lonely = {group.key for found in groups.values() for group in found if not _has_json(group)}
+        for path, found in groups.items():
+            found = [_not_torn(path, group, lonely) for group in found]
+            first = num_bytes = 0
+            for row, group in enumerate(found):
+                if num_bytes >= BYTES_PER_CHUNK:
+                    yield Chunk(path, first, first, row - first, tuple(found[first:row]))
+                    first, num_bytes = row, 0
+                num_bytes += sum(member.size + _HEADER_BYTES for member in group.members)
+            if found:
+                yield Chunk(path, first, first, len(found) - first, tuple(found[first:]))
 
     def read(self, chunk: Chunk) -> Iterator[RawSample | Problem]:
-        """Raises ValueError as `chunks`."""
-        row = chunk.first_row
-        key, members = "", dict[str, tarfile.TarInfo]()
+        """Raises OSError where the tar is gone."""
         with open(chunk.file, "rb") as file:
-            for found, extension, member in _members(chunk.file, chunk.start):
-                if found != key and members:
-                    yield self._sample(chunk.file, key, members, file)
-                    row, members = row + 1, {}
-                    if row == chunk.first_row + chunk.num_rows:
-                        return
-                key = found
-                members[extension] = member
-            if members:
-                yield self._sample(chunk.file, key, members, file)
+            for group in chunk.groups:
+                yield self._sample(chunk.file, group, file)
 
-    def _sample(self, path: Path, key: str, members: dict[str, tarfile.TarInfo], file: BinaryIO) -> RawSample | Problem:
-        where = f"{path}, sample {key!r}"
-        wrong = next((name for name, member in members.items() if not _is_known(name, member)), None)
-        if wrong is not None:
-            return Problem(
-                where, key, "unreadable_sample", f"the member .{wrong} is neither its json nor an image file"
-            )
-        if JSON_EXTENSION not in members:
-            return Problem(where, key, "unreadable_sample", "it has no json member")
-        data = {name: _data(file, member) for name, member in members.items()}
+    def _sample(self, path: Path, group: TarGroup, file: BinaryIO) -> RawSample | Problem:
+        where = f"{path}, sample {group.key!r}"
+        problem = group.problem or _schema_problem(group)
+        if problem:
+            return Problem(where, group.key, "unreadable_sample", problem)
+        data = {member.extension: _data(file, member.offset, member.size) for member in group.members}
         try:
             values = json.loads(data.pop(JSON_EXTENSION))
-        except ValueError as error:  # also UnicodeDecodeError
-            return Problem(where, key, "unreadable_sample", f"its json member is not JSON: {error}")
+        except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
+            reason = f"its member {group.key}.json is not JSON in UTF-8: {error}"
+            return Problem(where, group.key, "unreadable_sample", reason)
         if not isinstance(values, dict):
-            return Problem(where, key, "unreadable_sample", f"its json holds a {type(values).__name__}, not an object")
+            reason = f"its json holds a {type(values).__name__}, not an object"
+            return Problem(where, group.key, "unreadable_sample", reason)
         images = [data[name] for name in sorted(data, key=_image_number)]
-        numbers = [_image_number(name) for name in sorted(data, key=_image_number)]
-        if numbers != list(range(len(numbers))):
-            return Problem(where, key, "unreadable_sample", f"its images have the numbers {numbers}, not 0, 1, 2 ...")
+        named = _num_named(values)
+        if named not in (0, len(images)):
+            reason = f"its json names {named} images, and the tar holds {len(images)} of this key"
+            return Problem(where, group.key, "unreadable_image", reason)
         row = {name: value for name, value in values.items() if name not in (*IMAGE_COLUMNS, KEY_COLUMN)}
-        return self.columns.sample({**row, IMAGE_COLUMNS[0]: images}, key, where, _as_bytes)
+        return self.columns.sample({**row, IMAGE_COLUMNS[0]: images}, group.key, where, _as_bytes)
 
 
-def _members(path: Path, start: int) -> Iterator[Member]:
-    """Members with a key from byte `start`, where a header begins; then checks that the archive has its end."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(start)
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                while (member := archive.next()) is not None:
-                    archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # or it would keep every header
-                    match = _KEY.fullmatch(member.name.removeprefix("./"))
-                    if match is not None and not member.isdir():  # WebDataset passes over the others too
-                        yield match[1], match[2], member
-                end = archive.offset
-            file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != _END_OF_ARCHIVE:  # tarfile takes a damaged header for the end
-                raise ValueError(f"{path}: it ends without its end mark after byte {end}: it is truncated or damaged.")
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as an uncompressed tar ({error}). It is compressed, truncated or damaged."
-        ) from error
+def _whole(path: Path) -> list[TarGroup]:
+    found = read_groups(path)
+    if found.damage:
+        raise ValueError(found.damage)
+    return found.groups
 
 
-def _is_known(extension: str, member: tarfile.TarInfo) -> bool:
-    return (
-        member.isreg() and not member.issparse() and (extension == JSON_EXTENSION or bool(_IMAGE.fullmatch(extension)))
+def _has_json(group: TarGroup) -> bool:
+    return any(member.extension == JSON_EXTENSION for member in group.members)
+
+
+def _not_torn(path: Path, group: TarGroup, lonely: set[str]) -> TarGroup:
+    """A json without images whose images stand, without a json, in another tar is no question without images."""
+    if group.key in lonely and len(group.members) == 1 and _has_json(group):
+        reason = (
+            f"{path}, sample {group.key!r}: its json stands here, its images in another tar. Put them into one tar."
+        )
+        return replace(group, problem=reason)
+    return group
+
+
+def _schema_problem(group: TarGroup) -> str:
+    extensions = [member.extension for member in group.members]
+    wrong = next((name for name in extensions if name != JSON_EXTENSION and not _IMAGE.fullmatch(name)), None)
+    if wrong is not None:
+        return (
+            f"of its {len(extensions)} members {group.key}.{wrong} is neither its json nor an image file. Put what it "
+            "says into the json, or leave it out of the tar; a key ends at the first dot."
+        )
+    if not _has_json(group):
+        return f"it has no json member, but {len(extensions)} images; a key ends at the first dot"
+    numbers = sorted(_image_number(name) for name in extensions if name != JSON_EXTENSION)
+    return "" if numbers == list(range(len(numbers))) else f"its images have the numbers {numbers}, not 0, 1, 2 ..."
+
+
+def _num_named(values: dict[str, object]) -> int:
+    """How many images a json itself speaks of."""
+    named = [values[name] for name in IMAGE_COLUMNS if values.get(name)]
+    return max(
+        (len(value) if isinstance(value, Sequence) and not isinstance(value, str) else 1 for value in named), default=0
     )
 
 
@@ -123,9 +126,9 @@ def _image_number(extension: str) -> int:
     return int(match[1] or 0)
 
 
-def _data(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
-    file.seek(member.offset_data)
-    return file.read(member.size)
+def _data(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
 
 
 def _as_bytes(image: object) -> bytes:
