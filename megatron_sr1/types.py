@@ -74,6 +74,14 @@ class Prompt:
     source: str = ""  # the kind of question; evaluation reports by source
     metadata: Mapping[str, Any] = field(default_factory=dict)  # e.g. {"facts": ["3", "7"]}
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The options of a multiple-choice question, in the order of their letters A, B ...; () where it has none.
+
+        The problem names them with their letters, and the answer is one of these letters.
+        """
+        return tuple(self.metadata.get("choices", ()))
+
 
 @dataclass(frozen=True)
 class SftSample:

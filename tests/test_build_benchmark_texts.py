@@ -14,13 +14,13 @@ from megatron_sr1.data.benchmarks.item import BadRow, answer_of, some, text
 from megatron_sr1.data.benchmarks.marks import drop_leading, mentioned, name_parts, place_images
 from megatron_sr1.data.benchmarks.options import (
     ANSWER_WITH_LETTER,
-    MAX_LIST_CHARACTERS,
     ask,
     gold_letter,
     parse_options,
     split_lettered_lines,
     split_parenthesised,
 )
+from megatron_sr1.data.choices import MAX_LIST_CHARACTERS
 from megatron_sr1.rewards import grade
 
 anything = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)

@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from megatron_sr1.data.build.samples import Question, build_sample
+from megatron_sr1.data.choices import ANSWER_WITH_LETTER
 from megatron_sr1.data.index import index_path, read_index
 from megatron_sr1.data.schema import decode_sample
 from megatron_sr1.data.sources.files import find_files, key_prefixes
@@ -79,7 +80,9 @@ def test_hugging_face_folders(tool: ModuleType, tmp_path: Path, suffix: str) -> 
             writer.write_table(table, max_chunksize=3)
     run(tool, "--input", folder, "--format", "parquet", "--out", tmp_path / "out")
     found = samples(tmp_path / "out")
-    assert [(sample.problem, sample.answer) for sample in found] == [(f"How many in {i}?", str(i)) for i in range(7)]
+    asked = [(f"How many in {i}?", str(i)) for i in range(1, 7)]
+    assert [(sample.problem, sample.answer) for sample in found[1:]] == asked
+    assert (found[0].problem, found[0].answer) == (f"How many in 0?\n(A) 1\n(B) 2\n{ANSWER_WITH_LETTER}", "A")
     assert found[0].metadata == {"choices": ("1", "2"), "level": {"grade": 0}}
     assert [sample.metadata["level"] for sample in found[1:]] == [{"grade": i} for i in range(1, 7)]
     shown = [Image.open(io.BytesIO(row["images"][0]["bytes"] or encoded(picture(99)))) for row in rows]
@@ -181,7 +184,7 @@ def test_existing_webdataset(tool: ModuleType, tmp_path: Path) -> None:
 
 def test_chunks_of_a_large_tar_are_read_from_their_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sr1.data.sources import webdataset
-    from megatron_sr1.data.sources.source import Columns
+    from megatron_sr1.data.sources.columns import Columns
 
     monkeypatch.setattr(webdataset, "BYTES_PER_CHUNK", 5000)
     keys = [f"{'long' * (40 * (i % 3))}{i:04d}" for i in range(40)]  # some need a pax header
@@ -260,7 +263,6 @@ VALID = {"problem": "How many?", "answer": "3", "images": ["a.png"]}
         ({"answer": " "}, "empty_answer"),
         ({"answer": None}, "empty_answer"),
         ({"problem": "<image> or <image>?"}, "placeholders"),
-        ({"images": [], "problem": "<image>?"}, "placeholders"),
         ({"problem": ""}, "field"),
         ({"problem": None}, "field"),
         ({"choices": "AB"}, "field"),
@@ -289,7 +291,13 @@ def test_what_is_left_out(tool: ModuleType, tmp_path: Path, change: dict[str, An
 def test_duplicates_can_be_kept(tool: ModuleType, tmp_path: Path) -> None:
     """What asks, shows or answers anything else is no duplicate; source and metadata make no difference."""
     images = {"a.png": encoded(picture(1)), "same.png": encoded(picture(1)), "b.png": encoded(picture(2))}
-    changes = [{}, {"source": "s", "images": ["same.png"]}, {"images": ["b.png"]}, {"answer": "4"}, {"choices": ["3"]}]
+    changes = [
+        {},
+        {"source": "s", "images": ["same.png"]},
+        {"images": ["b.png"]},
+        {"answer": "4"},
+        {"choices": ["3", "4"]},
+    ]
     rows = [{**VALID, **change, "n": number} for number, change in enumerate(changes)]
     out = run_jsonl(tool, tmp_path, rows, images)
     assert [sample.metadata["n"] for sample in samples(out)] == [0, 2, 3, 4]
@@ -344,7 +352,9 @@ class NoRules:
         ("<image>\nWhich?", 1, "Which?"),
         (" <image> <image>Which?", 2, "Which?"),
         ("Is <image> like <image>?", 2, "Is [image 1] like [image 2]?"),
-        ("<image>Is it like <image>?", 2, "Is it like [image 2]?"),
+        ("<image> vs. <image>?", 2, "[image 1] vs. [image 2]?"),
+        ("<image><image>\nIs <image> like these?", 3, "[image 1][image 2]\nIs [image 3] like these?"),
+        ("What does the tag <image> do?", 0, "What does the tag <image> do?"),
         ("Which?", 3, "Which?"),
     ],
 )

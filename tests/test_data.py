@@ -36,7 +36,9 @@ def test_prompts_come_back_from_several_shards(tmp_path: Path) -> None:
 def test_demonstrations_choices_and_many_images_come_back(tmp_path: Path) -> None:
     twelve = tuple(picture(i, width=i + 1) for i in range(12))  # 10.png sorts before 2.png as text
     written = [
-        SftSample(Prompt("a", "q", "1", twelve, metadata={"choices": ("A", "B"), "n": 2}), "see_think", "r"),
+        SftSample(
+            Prompt("a", "q\n(A) 1\n(B)", "A", twelve, metadata={"choices": ("1", "B"), "n": 2}), "see_think", "r"
+        ),
         SftSample(Prompt("sub/b", "q", "1"), "caption_reasoner", "r", "a description"),
     ]
     dataset = ShardDataset(write_shards(written, tmp_path, "demo", samples_per_shard=10))

@@ -1,6 +1,6 @@
-"""Builds WebDataset shards from Parquet, JSON Lines or other WebDataset shards; leaves out what cannot be trained on.
+"""Builds WebDataset shards from Parquet, JSON Lines, JSON or other shards; leaves out what cannot be trained on.
 
-    python tools/build_shards.py --input PATH --format parquet|jsonl|webdataset --out DIR [--model HF_DIR]
+    python tools/build_shards.py --input PATH --format parquet|jsonl|json|webdataset --out DIR [--model HF_DIR]
     python tools/build_shards.py --check --out DIR
 
 PATH is a file, a folder or a pattern in quotes. DIR gets NAME-00000.tar ... with an index beside each,
@@ -29,9 +29,11 @@ from megatron_sr1.config import RolloutConfig
 from megatron_sr1.data.build.builder import BuildOptions, BuildReport, build_shards, problems_path
 from megatron_sr1.data.build.check import check_shards
 from megatron_sr1.data.build.samples import Question
+from megatron_sr1.data.sources.columns import Columns
+from megatron_sr1.data.sources.json_files import JsonSource
 from megatron_sr1.data.sources.json_lines import JsonlSource
 from megatron_sr1.data.sources.parquet import ParquetSource
-from megatron_sr1.data.sources.source import Columns, Format, Source
+from megatron_sr1.data.sources.source import Format, Source
 from megatron_sr1.data.sources.webdataset import WebDatasetSource
 from megatron_sr1.prompts import parse_reasoner, parse_see_think, render_caption_reasoner, render_see_think
 from megatron_sr1.types import Template
@@ -104,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=get_args(Format), help="of the input")
     parser.add_argument("--name", default="train", help="shards are called NAME-00000.tar")
     add_build_arguments(parser)
-    parser.add_argument("--images", metavar="DIR", help="jsonl: where image paths begin; default: beside the file")
+    parser.add_argument(
+        "--images", metavar="DIR", help="jsonl, json: where image paths begin; default: beside the file"
+    )
     parser.add_argument(
         "--rename", nargs="+", default=[], metavar="COLUMN=FIELD", help="e.g. question=problem; COLUMN= leaves it out"
     )
@@ -185,11 +189,15 @@ def _check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) 
     if args.input is None or args.format is None:
         parser.error("--input and --format are needed to build (only --check does without)")
     check_build_arguments(args, parser)
-    if args.images is not None and args.format != "jsonl":
-        parser.error(f"--images belongs to --format jsonl, not to {args.format}")
+    if args.images is not None and args.format not in ("jsonl", "json"):
+        parser.error(f"--images belongs to --format jsonl and json, not to {args.format}")
     wrong = next((part for part in args.rename if not re.fullmatch(r"[^=]+=[^=]*", part)), None)
     if wrong is not None:
         parser.error(f"--rename {wrong!r}: write COLUMN=FIELD")
+    named = [part.split("=", 1)[0] for part in args.rename]
+    twice = next((name for name in named if named.count(name) > 1), None)
+    if twice is not None:
+        parser.error(f"--rename names the column {twice!r} twice: write one FIELD for it")
     if args.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         parser.error("--format parquet needs pyarrow, which is not installed: pip install pyarrow")
 
@@ -199,6 +207,8 @@ def _source(args: argparse.Namespace, columns: Columns) -> Source:
         return ParquetSource(args.input, columns)
     if args.format == "jsonl":
         return JsonlSource(args.input, columns, args.images)
+    if args.format == "json":
+        return JsonSource(args.input, columns, args.images)
     return WebDatasetSource(args.input, columns)
 
 

@@ -5,7 +5,8 @@ Members of the sample `key`:
                     {"template", "response"} and, exactly for the template caption_reasoner, {"description"}
     key.0.png       the images in order; png, jpg, jpeg or webp
 
-`choices` (a list of strings) becomes `metadata["choices"]`.
+`choices` (a list of strings) becomes `metadata["choices"]`, which is `Prompt.choices`. Where the problem does not name
+them, they are written into it, and the answer is their letter (see `data.choices`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any, get_args
 
 from PIL import Image
 
+from megatron_sr1.data.choices import ask_with_letter
+from megatron_sr1.data.json_values import as_json, load_json
 from megatron_sr1.data.pictures import SHARD_FORMATS, as_seen, decode_picture, picture_size
 from megatron_sr1.types import Prompt, SftSample, Template
 
@@ -41,10 +44,11 @@ def encode_sample(sample: Prompt | SftSample) -> tuple[str, dict[str, bytes]]:
 
     Raises:
         ValueError: the key cannot name a tar member, or a field breaks the schema.
+        TypeError: the metadata hold what JSON cannot.
     """
     prompt = sample.prompt if isinstance(sample, SftSample) else sample
     _check_key(prompt.key)
-    metadata = dict(prompt.metadata)
+    metadata = as_json(prompt.metadata)
     fields: dict[str, Any] = {"problem": prompt.problem, "answer": prompt.answer}
     if "choices" in metadata:
         fields["choices"] = metadata.pop("choices")
@@ -58,8 +62,13 @@ def encode_sample(sample: Prompt | SftSample) -> tuple[str, dict[str, bytes]]:
             fields["description"] = sample.description
     _check_fields(fields, len(prompt.images), where=f"sample {prompt.key!r}")
     members = {f"{number}.png": _encode_png(image) for number, image in enumerate(prompt.images)}
-    members[JSON_EXTENSION] = json.dumps(fields, ensure_ascii=False, sort_keys=True).encode("utf-8")
+    members[JSON_EXTENSION] = encode_fields(fields)
     return prompt.key, members
+
+
+def encode_fields(fields: Mapping[str, Any]) -> bytes:
+    """The bytes of a json member. Raises TypeError or ValueError where JSON cannot hold a value."""
+    return json.dumps(fields, ensure_ascii=False, sort_keys=True, allow_nan=False).encode("utf-8")
 
 
 def _check_key(key: str) -> None:
@@ -92,12 +101,18 @@ def decode_sample(key: str, text: bytes, images: Sequence[bytes], where: str) ->
     fields = _parse_json(text, where)
     _check_fields(fields, len(images), where)
     metadata = dict(fields.get("metadata", {}))
+    problem, answer = fields["problem"], fields["answer"]
     if "choices" in fields:
         metadata["choices"] = tuple(fields["choices"])
+    if fields.get("choices"):
+        try:
+            problem, answer = ask_with_letter(problem, fields["choices"], answer, instruct="response" not in fields)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}.") from error
     prompt = Prompt(
         key=key,
-        problem=fields["problem"],
-        answer=fields["answer"],
+        problem=problem,
+        answer=answer,
         images=tuple(_decode_image(data, f"{where}, image {number}") for number, data in enumerate(images)),
         source=fields.get("source", ""),
         metadata=metadata,
@@ -109,8 +124,8 @@ def decode_sample(key: str, text: bytes, images: Sequence[bytes], where: str) ->
 
 def _parse_json(text: bytes, where: str) -> dict[str, Any]:
     try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
+        fields = load_json(text)
+    except ValueError as error:
         raise ValueError(f"{where}: its json member is not valid JSON ({error}). Rewrite the shard.") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: its json member holds a {type(fields).__name__}; it must hold an object.")

@@ -173,7 +173,7 @@ def _told_apart(path: Path, group: TarGroup) -> list[TarGroup]:
             return [group]
         # the key itself has no dot in its last part
         own = found.setdefault(part, TarGroup(f"{group.key}_{part.replace('.', '_')}", dotted=True))
-        own.members.append(member._replace(extension=member.extension[len(part) + 1 :]))
+        own.members.append(Member(member.extension[len(part) + 1 :], member.offset, member.size))
     return list(found.values())
 
 

@@ -1,56 +1,38 @@
-"""Options of multiple-choice questions: four ways in which sets write them, one in which we ask.
+"""Options of multiple-choice questions: four ways in which sets write them, one in which we ask (see `data.choices`).
 
-The question is followed by a line `(A) text` for each option and by what to answer with. The gold answer is the capital
-letter: that is what the grader compares, and an answer that repeats an option's text instead is wrong.
+The gold answer is the capital letter: that is what the grader compares, and an answer that repeats an option's text
+instead is wrong.
 """
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 import string
 from collections.abc import Sequence
 
+from megatron_sr1.data import choices
 from megatron_sr1.data.benchmarks.item import BadRow
+from megatron_sr1.data.choices import ANSWER_WITH_LETTER
 
-ANSWER_WITH_LETTER = "Answer with the letter of the correct option."
-MAX_LIST_CHARACTERS = 100_000  # of a list that is written as text
+__all__ = [
+    "ANSWER_WITH_LETTER",
+    "ask",
+    "gold_letter",
+    "parse_options",
+    "split_lettered_lines",
+    "split_parenthesised",
+]
+
 _LETTERED_LINE = re.compile(r"\s*\(?([A-Z])\s?[.:)]\s*(.*)")
 _GOLD = re.compile(r"(?:\(\s?([A-Za-z])\s?\)|([A-Za-z])[.:)])(?:\s.*)?|([A-Za-z])", re.DOTALL)
 
 
 def parse_options(value: object) -> tuple[str, ...]:
-    """A list, or one that is written as text, in the way of Python or JSON: "['$6', '$7']". () for null and "".
-
-    Raises:
-        BadRow: it is something else, or an option is neither text nor a number.
-    """
-    if isinstance(value, str):
-        value = _read_list(value)
-    if value is None:
-        return ()
-    if not isinstance(value, list | tuple):
-        raise BadRow("field", f"its options {value!r} are no list")
-    for option in value:
-        if isinstance(option, bool) or not isinstance(option, str | int | float):
-            raise BadRow("field", f"its option {option!r} is a {type(option).__name__}, not text")
-    return tuple(str(option).strip() for option in value)
-
-
-def _read_list(written: str) -> object:
-    if not written.strip():
-        return None
-    if len(written) > MAX_LIST_CHARACTERS:
-        raise BadRow("field", f"its options have {len(written)} characters; {MAX_LIST_CHARACTERS} are allowed")
+    """As `choices.read_options`; raises BadRow."""
     try:
-        return json.loads(written)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(written.strip())  # literals only: nothing is run
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise BadRow("field", f"its options are no list: {written[:80]!r}") from error
+        return choices.read_options(value)
+    except ValueError as error:
+        raise BadRow("field", str(error)) from error
 
 
 def split_lettered_lines(question: str) -> tuple[str, tuple[str, ...]]:
@@ -106,15 +88,8 @@ def gold_letter(answer: str, num_options: int) -> str:
 
 
 def ask(question: str, options: Sequence[str]) -> str:
-    """The question with its options. An option that is only its own letter, drawn in the image, is written once.
-
-    Raises:
-        BadRow: there are fewer than two options, or more than letters.
-    """
-    if not 2 <= len(options) <= len(string.ascii_uppercase):
-        raise BadRow("field", f"it has {len(options)} options; a multiple-choice question has from 2 to 26")
-    lines = [
-        f"({letter})" if option in ("", letter) else f"({letter}) {option}"
-        for letter, option in zip(string.ascii_uppercase, options, strict=False)
-    ]
-    return "\n".join([question.strip(), *lines, ANSWER_WITH_LETTER]).strip()
+    """As `choices.ask`; raises BadRow."""
+    try:
+        return choices.ask(question, options)
+    except ValueError as error:
+        raise BadRow("field", str(error)) from error

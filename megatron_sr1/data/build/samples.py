@@ -1,26 +1,30 @@
 """From a sample as it was found to the members of a shard, or to the reason why it is left out.
 
 Published sets mark by `<image>` where an image stands in the text. Here all images stand in front of the text, so marks
-at its beginning are dropped; the n-th mark inside the text becomes `[image n]`, which keeps what the text refers to.
+that all stand at its beginning are dropped. Where one stands inside the text, the n-th one becomes `[image n]`, the
+first ones too, which keeps what the text refers to. Without images `<image>` is text like any other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megatron_sr1.data.choices import ask_with_letter
 from megatron_sr1.data.index import content_checksum
 from megatron_sr1.data.pictures import SOURCE_FORMATS, decode_picture, picture_format
-from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample
-from megatron_sr1.data.sources.source import Problem, ProblemKind, RawSample
+from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample, encode_fields
+from megatron_sr1.data.sources.source import ChangeKind, Problem, ProblemKind, RawSample
 from megatron_sr1.types import MAX_ASPECT, Template
 
 PLACEHOLDER = "<image>"
+_NO_ANSWERS = ("", "nan")  # the second is what tables write for the first
 _LEADING = re.compile(r"(?:\s*<image>)+\s*")
 # Pillow's name of a format -> extension of the member, whose bytes stay as they are; every other one becomes PNG
 _KEPT_FORMATS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
@@ -72,6 +76,7 @@ class BuiltSample:
     text_tokens: int | None  # of the prompt; an image counts 1
     checksum: str  # `content_checksum` of the members
     content: str  # hash of what is asked, shown and answered; not of key, source and metadata
+    changes: tuple[ChangeKind, ...] = ()  # what is not as it was found
 
 
 class _Unfit(Exception):
@@ -94,12 +99,14 @@ def _build(raw: RawSample, rules: TextRules) -> BuiltSample:
     _check_key(raw.key)
     fields = _complete(raw.fields, rules)
     answer = fields.get("answer")
-    if answer is None or (isinstance(answer, str) and not answer.strip()):
-        raise _Unfit("empty_answer", "it has no answer")
+    if answer is None or (isinstance(answer, str) and answer.strip().casefold() in _NO_ANSWERS):
+        raise _Unfit("empty_answer", "it has no answer" if not answer else f"its answer is {answer!r}")
+    changes = list(raw.changes)
     if raw.marked:
-        _place_images(fields, len(raw.images))
+        changes += _place_images(fields, len(raw.images))
+    changes += _ask_options(fields)
     try:
-        text = json.dumps(fields, ensure_ascii=False, sort_keys=True).encode("utf-8")
+        text = encode_fields(fields)
         decode_sample(raw.key, text, (), where=raw.where)
     except (TypeError, ValueError) as error:
         raise _Unfit("field", str(error)) from error
@@ -115,6 +122,7 @@ def _build(raw: RawSample, rules: TextRules) -> BuiltSample:
         members=tuple(members),
         image_sizes=sizes,
         text_tokens=_text_tokens(fields, sizes, rules),
+        changes=tuple(changes),
         checksum=content_checksum(dict(members)),
         content=_content_hash(fields, raw.images),
     )
@@ -149,20 +157,42 @@ def _complete(raw: Mapping[str, Any], rules: TextRules) -> dict[str, Any]:
     return fields
 
 
-def _place_images(fields: dict[str, Any], num_images: int) -> None:
-    """Compares placeholders with images and takes them out of the text (see the head of this file)."""
-    problem = fields.get("problem")
+def _place_images(fields: dict[str, Any], num_images: int) -> list[ChangeKind]:
+    """Compares placeholders with images, and takes them out of the text and its options (see the head of this file)."""
+    problem, options = fields.get("problem"), fields.get("choices", ())
     if not isinstance(problem, str):
-        return
-    num_placeholders = problem.count(PLACEHOLDER)
-    if num_placeholders not in (0, num_images):
-        raise _Unfit("placeholders", f"{num_placeholders} times {PLACEHOLDER} in the text, but {num_images} images")
+        return []
+    texts = [problem, *options]
+    num_placeholders = sum(text.count(PLACEHOLDER) for text in texts)
     if not num_placeholders:
-        return
+        return []
+    if not num_images:
+        return ["mark_as_text"]
+    if num_placeholders != num_images:
+        raise _Unfit("placeholders", f"{num_placeholders} times {PLACEHOLDER} in the text, but {num_images} images")
     leading = _LEADING.match(problem)
-    first = leading.group().count(PLACEHOLDER) if leading else 0
-    head, *tail = (problem[leading.end() :] if leading else problem).split(PLACEHOLDER)
-    fields["problem"] = head + "".join(f"[image {number}]{part}" for number, part in enumerate(tail, first + 1))
+    if leading is not None and leading.group().count(PLACEHOLDER) == num_placeholders:
+        fields["problem"] = problem[leading.end() :]
+        return []
+    numbers = itertools.count(1)
+    placed = [re.sub(PLACEHOLDER, lambda _: f"[image {next(numbers)}]", text) for text in texts]
+    fields["problem"] = placed[0]
+    if options:
+        fields["choices"] = placed[1:]
+    return ["image_marks"]
+
+
+def _ask_options(fields: dict[str, Any]) -> list[ChangeKind]:
+    """Writes the options into the problem, and makes the answer their letter."""
+    problem, answer, options = fields.get("problem"), fields["answer"], fields.get("choices")
+    if not options or not isinstance(problem, str) or not isinstance(answer, str):
+        return []
+    try:
+        asked = ask_with_letter(problem, options, answer, instruct="response" not in fields)
+    except ValueError as error:
+        raise _Unfit("field", str(error)) from error
+    fields["problem"], fields["answer"] = asked
+    return ["options"] if asked != (problem, answer) else []
 
 
 def _check_image(data: bytes, number: int) -> tuple[str, bytes, Size]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1.data.json_values import load_json
 from megatron_sr1.data.sources.files import find_files, key_prefixes
 from megatron_sr1.data.sources.json_lines import load_below
 from megatron_sr1.data.sources.source import Chunk, Problem, RawSample, RowReader
@@ -58,8 +58,8 @@ class JsonSource:
 def _rows(file: Path, mtime_ns: int) -> list[Any]:
     """All rows. Each process reads a file once, and not again for the next chunk; `mtime_ns` tells versions apart."""
     try:
-        tree = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
+        tree = load_json(file.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{file}: it is not JSON ({error}). It is truncated or damaged: fetch it again.") from error
     rows = tree.get(ROWS_KEY) if isinstance(tree, dict) else tree
     if not isinstance(rows, list):

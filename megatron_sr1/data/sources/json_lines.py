@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import codecs
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from megatron_sr1.data.json_values import load_json
 from megatron_sr1.data.sources.files import find_files, inside, key_prefixes
 from megatron_sr1.data.sources.source import Chunk, Problem, RawSample, RowReader
 
 LINES_PER_CHUNK = 64
+_LOOKED_AT = 64  # bytes at the beginning of a file
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,11 @@ class JsonlSource:
         return key_prefixes(self.files)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Line ends are all that is looked for."""
+        """Line ends are all that is looked for. Raises ValueError where a file is none of lines of UTF-8."""
         for path in self.files:
             with open(path, "rb") as file:
+                _check_beginning(path, file.read(_LOOKED_AT))
+                file.seek(0)
                 start = position = first_row = row = 0
                 for line in file:
                     position, row = position + len(line), row + 1
@@ -55,13 +59,20 @@ class JsonlSource:
     def _sample(self, file: Path, row: int, line: bytes) -> RawSample | Problem:
         where, key = f"{file}, line {row + 1}", f"{self._prefixes[file]}-{row:08d}"
         try:
-            values = json.loads(line)
-        except ValueError as error:  # also UnicodeDecodeError
+            values = load_json(line)
+        except ValueError as error:
             return Problem(where, key, "unreadable_sample", f"not JSON: {error}")
         if not isinstance(values, dict):
             return Problem(where, key, "unreadable_sample", f"a {type(values).__name__}, not an object")
         folder = Path(self.images) if self.images is not None else file.parent
         return self.columns.sample(values, key, where, lambda image: load_below(folder, image))
+
+
+def _check_beginning(path: Path, data: bytes) -> None:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        raise ValueError(f"{path}: it is no text in UTF-8, more likely UTF-16. Convert it: iconv -f UTF-16 -t UTF-8.")
+    if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        raise ValueError(f"{path}: it is an array of JSON, not one object a line. Give --format json.")
 
 
 def load_below(folder: Path, image: object) -> bytes:

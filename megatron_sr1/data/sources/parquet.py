@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from megatron_sr1.data.sources.files import find_files, inside, key_prefixes
 from megatron_sr1.data.sources.source import Chunk, Problem, RawSample, RowReader
@@ -58,7 +60,9 @@ class ParquetSource:
         """Raises ValueError where the file is damaged."""
         row = chunk.first_row
         for batch in _batches(chunk):
+            short = [column.name for column in batch.schema if _is_short(column.type)]
             for values in batch.to_pylist():
+                values |= {name: _shortest(values[name], batch.schema.field(name).type) for name in short}
                 key = f"{self._prefixes[chunk.file]}-{row:08d}"
                 yield self.columns.sample(values, key, f"{chunk.file}, row {row}", self._load_image)
                 row += 1
@@ -105,6 +109,30 @@ def _batches(chunk: Chunk) -> Iterator[pyarrow.RecordBatch]:
                 yield from table.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[chunk.start], use_threads=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(_damaged(chunk.file, error)) from error
+
+
+def _is_short(kind: pyarrow.DataType) -> bool:
+    """Whether it holds floats that Python's are longer than."""
+    import pyarrow
+
+    if pyarrow.types.is_float16(kind) or pyarrow.types.is_float32(kind):
+        return True
+    return any(_is_short(kind.field(number).type) for number in range(kind.num_fields))
+
+
+def _shortest(value: Any, kind: pyarrow.DataType) -> Any:
+    """The same value with the floats that have the fewest digits: 0.3, where a float32 of it is 0.30000001192092896."""
+    import pyarrow
+
+    if value is None:
+        return None
+    if pyarrow.types.is_float16(kind) or pyarrow.types.is_float32(kind):
+        return float(str((np.float16 if pyarrow.types.is_float16(kind) else np.float32)(value)))
+    if isinstance(value, dict):
+        return {name: _shortest(inner, kind.field(name).type) for name, inner in value.items()}
+    if isinstance(value, list) and kind.num_fields == 1:
+        return [_shortest(inner, kind.field(0).type) for inner in value]
+    return value
 
 
 def _damaged(file: Path, error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,9 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_sr1.data.json_values import load_json
 from megatron_sr1.data.schema import JSON_EXTENSION
+from megatron_sr1.data.sources.columns import Columns
 from megatron_sr1.data.sources.files import find_files
-from megatron_sr1.data.sources.source import IMAGE_COLUMNS, KEY_COLUMN, Chunk, Columns, Problem, RawSample
+from megatron_sr1.data.sources.source import IMAGE_COLUMNS, KEY_COLUMN, Chunk, Problem, RawSample
 from megatron_sr1.data.tar_groups import TarGroup, read_groups
 
 BYTES_PER_CHUNK = 32 * 2**20
@@ -60,9 +61,9 @@ class WebDatasetSource:
             return Problem(where, group.key, "unreadable_sample", problem)
         data = {member.extension: _data(file, member.offset, member.size) for member in group.members}
         try:
-            values = json.loads(data.pop(JSON_EXTENSION))
-        except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
-            reason = f"its member {group.key}.json is not JSON in UTF-8: {error}"
+            values = load_json(data.pop(JSON_EXTENSION))
+        except ValueError as error:
+            reason = f"its json member is not JSON: {error}"
             return Problem(where, group.key, "unreadable_sample", reason)
         if not isinstance(values, dict):
             reason = f"its json holds a {type(values).__name__}, not an object"
@@ -73,7 +74,10 @@ class WebDatasetSource:
             reason = f"its json names {named} images, and the tar holds {len(images)} of this key"
             return Problem(where, group.key, "unreadable_image", reason)
         row = {name: value for name, value in values.items() if name not in (*IMAGE_COLUMNS, KEY_COLUMN)}
-        return self.columns.sample({**row, IMAGE_COLUMNS[0]: images}, group.key, where, _as_bytes)
+        sample = self.columns.sample({**row, IMAGE_COLUMNS[0]: images}, group.key, where, _as_bytes)
+        if isinstance(sample, Problem) or not group.dotted:
+            return sample
+        return replace(sample, changes=("key", *sample.changes))
 
 
 def _whole(path: Path) -> list[TarGroup]:
