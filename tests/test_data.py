@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_sr1.data import SampleStream, ShardDataset, expand_shards, write_shards
+from megatron_sr1.data.sources.files import find_files
 from megatron_sr1.types import Prompt, SftSample
 from tests.data_cases import QUESTION, equal, picture, png, prompts, write_tar
 
@@ -312,3 +313,34 @@ def test_a_folder_stands_for_its_shards(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"data\.heldout: .*empty.* matches no file"):
         expand_shards([str(tmp_path / "empty")], "data.heldout")
+
+
+def test_paths_are_what_a_shell_user_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there as it is written is no pattern; `~` is home; of braces every alternative must be there."""
+    for name in (
+        "set[v2]/train-0.tar",
+        "set[v2]/train-1.tar",
+        "setv/train-0.tar",
+        "a[1].tar",
+        "a1.tar",
+        "home/x/t.tar",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for pattern, expected in (
+        ("set[v2]/train-0.tar", ["set[v2]/train-0.tar"]),
+        ("set[v2]/train-*.tar", ["set[v2]/train-0.tar", "set[v2]/train-1.tar"]),
+        ("set[v2]", ["set[v2]/train-0.tar", "set[v2]/train-1.tar"]),
+        ("set[v2]/train-{0..1}.tar", ["set[v2]/train-0.tar", "set[v2]/train-1.tar"]),
+        ("a[1].tar", ["a[1].tar"]),
+        ("a[12].tar", ["a1.tar"]),
+        ("~/x/*.tar", [str(tmp_path / "home/x/t.tar")]),
+        ("~/x", [str(tmp_path / "home/x/t.tar")]),
+    ):
+        assert expand_shards([pattern], "data.train") == expected, pattern
+        if "{" not in pattern:
+            assert [str(path) for path in find_files(pattern, (".tar",))] == expected, pattern
+    with pytest.raises(ValueError, match=r"data\.train: 'set\[v2\]/train-2\.tar' matches no file"):
+        expand_shards(["set[v2]/train-{0..2}.tar"], "data.train")

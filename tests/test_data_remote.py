@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import http.server
 import os
+import re
 import stat
 import threading
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from megatron_sr1.config import DataConfig
 from megatron_sr1.data import Quarantine, SampleFeed, ShardDataset, expand_shards, open_stream, write_shards
 from megatron_sr1.data.index import index_path
 from megatron_sr1.data.remote import ShardCache
+from megatron_sr1.data.urls import beside, same_file, shard_name, shown
 from megatron_sr1.types import Prompt
 from tests.data_cases import equal, noise, prompts
 from tests.test_data_index import indexed
@@ -32,6 +35,7 @@ class Server:
     url: str = ""
     asked: list[str] = field(default_factory=list)
     cut: set[str] = field(default_factory=set)
+    signature: str = ""  # that a URL must hold
 
 
 @pytest.fixture
@@ -41,10 +45,13 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            name = self.path.strip("/")
+            name = self.path.partition("?")[0].strip("/")
             made.asked.append(name)
             if not (made.folder / name).is_file():
                 self.send_error(404)
+                return
+            if made.signature and made.signature not in self.path:
+                self.send_error(403)
                 return
             data = (made.folder / name).read_bytes()
             self.send_response(200)
@@ -127,7 +134,8 @@ def test_ranks_that_want_a_shard_at_once_download_it_once(server: Server, tmp_pa
 def test_a_missing_shard_is_an_error_at_the_start(server: Server, tmp_path: Path) -> None:
     shards = indexed(write_shards(prompts(2), server.folder, "t", 1))
     shards[1].unlink()
-    with pytest.raises(ValueError, match=r"t-00001\.tar: the shard cannot be opened"):
+    url = re.escape(f"{server.url}/t-00001.tar")
+    with pytest.raises(ValueError, match=rf"^{url}: the shard cannot be opened \(HTTP 404 for {url}\)\. Correct"):
         ShardDataset([f"{server.url}/{s.name}" for s in shards], cache=ShardCache(tmp_path / "cache", BIG))
     shards[1].write_bytes(b"")
     with pytest.raises(ValueError, match=r"t-00001\.tar: the shard is empty"):
@@ -189,3 +197,77 @@ def test_s3_goes_through_the_aws_command(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(ShardDataset(["s3://bucket/t-00000.tar"], cache=ShardCache(tmp_path / "cache2", BIG))) == 2
     with pytest.raises(ValueError, match=r"s3://bucket/absent\.tar: the shard cannot be opened"):
         ShardDataset(["s3://bucket/absent.tar"], cache=ShardCache(tmp_path / "cache", BIG))
+
+
+# ---------------------------------------------------------------- signatures
+def signed(url: str, signature: str) -> str:
+    return f"{url}?X-Amz-Algorithm=AWS4&X-Amz-Expires=60&X-Amz-Signature={signature}"
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_renewed_signature_changes_nothing(server: Server, tmp_path: Path, with_index: bool) -> None:
+    """Neither the fingerprint nor a name; nothing is downloaded again; and the index is found beside the path."""
+    shards = write_shards(prompts(4), server.folder, "t", 2)
+    if with_index:
+        indexed(shards)
+    cache = ShardCache(tmp_path / "cache", BIG)
+    fingerprints, places = set(), set()
+    for server.signature in ("secret-1", "secret-2"):
+        server.asked.clear()
+        urls = [signed(f"{server.url}/{shard.name}", server.signature) for shard in shards]
+        made = ShardDataset(urls, cache=cache)
+        assert all(equal(made.read(i), prompts(4)[i]) for i in range(4))
+        fingerprints.add(made.fingerprint)
+        places |= {made.place(i) for i in range(4)} | set(made.shard_fingerprints)
+        assert f"{shards[0].name}.index.json" in server.asked and "secret" not in made.where(0)
+    assert server.asked.count(shards[0].name) == 1, "looked at, not downloaded"
+    assert fingerprints == {ShardDataset(shards).fingerprint} and "secret" not in repr(places)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
+
+
+def test_no_message_has_a_signature(server: Server, tmp_path: Path) -> None:
+    shard = indexed(write_shards(big_prompts(2), server.folder, "t", 2))[0]
+    server.signature, cache = "right", ShardCache(tmp_path / "cache", BIG)
+    url = server.url.replace("//", "//user:secret@") + f"/{shard.name}"
+    with pytest.raises(ValueError, match=r"HTTP 403 for .*: renew its signature") as refused:
+        ShardDataset([signed(url, "secret")], cache=cache)
+    dataset = ShardDataset([signed(url, "right-secret")], cache=cache)
+    server.signature = "another"
+    with pytest.raises(OSError, match="HTTP 403 for") as expired:
+        dataset.read(0)
+    server.signature = ""
+    server.cut.add(shard.name)
+    with pytest.raises(OSError, match="ended with exit 18") as torn:
+        dataset.read(0)
+    with pytest.raises(ValueError, match="nothing here opens such a URL") as unknown:
+        ShardDataset(["zzz://host/t.tar?token=secret"], cache=cache)
+    with pytest.raises(ValueError, match="there is no cache") as without:
+        ShardDataset([signed(url, "secret")])
+    for error in (refused, expired, torn, unknown, without):
+        shown_to_users = "".join(traceback.format_exception(error.value, limit=0))
+        assert "secret" not in shown_to_users, shown_to_users
+
+
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ("https://h/a/t.tar?sig=1&se=2&sv=3", "https://h/a/t.tar?sig=4&se=5&sv=3", True),
+        ("https://u:p@h/a/t.tar?Expires=1&Signature=2&Key-Pair-Id=3", "https://h/a/t.tar", True),
+        ("https://h/get?file=t-0.tar&token=1", "https://h/get?token=2&file=t-0.tar", True),
+        ("https://h/get?file=t-0.tar", "https://h/get?file=t-1.tar", False),
+        ("https://h/get?id=1", "https://h/get?id=2", False),
+        ("s3://b/a/t-0.tar", "s3://b/a/t-1.tar", False),
+        ("pipe:curl -s 'https://h/t.tar?sig=1'", "pipe:curl -s 'https://h/t.tar?sig=2'", True),
+    ],
+)
+def test_what_identifies_a_file(one: str, other: str, same: bool) -> None:
+    assert (same_file(one) == same_file(other)) is same
+    assert (shard_name(one) == shard_name(other)) is same
+    assert not any(mark in shown(one) for mark in ("?", "@", "token"))
+
+
+def test_of_a_path_that_names_a_tar_the_query_is_no_name() -> None:
+    """But a version is another file to the cache."""
+    one, other = (f"https://h/t.tar?versionId={version}" for version in "ab")
+    assert shard_name(one) == shard_name(other) == "t.tar" and same_file(one) != same_file(other)
+    assert beside(one, ".index.json") == "https://h/t.tar.index.json?versionId=a"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from megatron_sr1.data.index import INDEX_SUFFIX, IndexedSample, ShardIndex, index_path, parse_index, read_index
 from megatron_sr1.data.quarantine import BadSample
-from megatron_sr1.data.remote import ShardCache, is_url
+from megatron_sr1.data.remote import ShardCache
 from megatron_sr1.data.scan import scan_shard
+from megatron_sr1.data.urls import beside, is_url, shard_name, shown
 
 
 def load_index(shard: str, cache: ShardCache | None) -> tuple[ShardIndex, list[BadSample]]:
@@ -19,7 +19,7 @@ def load_index(shard: str, cache: ShardCache | None) -> tuple[ShardIndex, list[B
     """
     if is_url(shard):
         if cache is None:
-            raise ValueError(f"{shard} is a URL, and there is no cache for it. Set data.cache_dir.")
+            raise ValueError(f"{shown(shard)} is a URL, and there is no cache for it. Set data.cache_dir.")
         return _of_url(shard, cache)
     path = Path(shard)
     if not index_path(path).is_file():
@@ -47,13 +47,14 @@ def _cut(path: Path, key: str, num_bytes: int) -> BadSample:
 
 
 def _of_url(url: str, cache: ShardCache) -> tuple[ShardIndex, list[BadSample]]:
+    index_url = beside(url, INDEX_SUFFIX)
     try:
-        data = cache.read_whole(url + INDEX_SUFFIX)
+        data = cache.read_whole(index_url)
     except OSError:  # no index there: openers do not say why they fail, and a missing shard is named below
         data = b""
     cache.check(url)
     if data:
-        return parse_index(data, url + INDEX_SUFFIX), []
+        return parse_index(data, shown(index_url)), []
     index, bad = scan_shard(cache.fetch(url))
     # messages of the scan name the copy
-    return index, [BadSample(os.path.basename(url), item.key, f"{url}: {item.reason}") for item in bad]
+    return index, [BadSample(shard_name(url), item.key, f"{shown(url)}: {item.reason}") for item in bad]

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sr1.config import DataConfig
+from megatron_sr1.data.patterns import expand_shards
 from megatron_sr1.data.quarantine import Quarantine
 from megatron_sr1.data.remote import ShardCache
-from megatron_sr1.data.shards import ShardDataset, expand_shards
+from megatron_sr1.data.shards import ShardDataset
 from megatron_sr1.data.stream import SampleStream, VisualTokens
 
 

@@ -8,36 +8,62 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_sr1.data.urls import same_file, shown
+
 _CHUNK = 1 << 20  # bytes
+_EXIT = re.compile(r"exit (-?\d+) \(read\)")  # at the end of what webdataset says of a command that failed
+_CURL_HTTP_ERROR = 22  # curl's exit status where the server answers 400 or more
+_ANSWER_SECONDS = 30
 
 
-def is_url(pattern: str) -> bool:
-    """Whether a shard is read through an opener, not as a local file."""
-    return "://" in pattern
+class OpenerError(OSError):
+    """The program that reads a URL failed. Its command line, with whatever signs the URL, is not repeated."""
 
-
-def expand_url(pattern: str) -> list[str]:
-    """`https://host/train-{00000..00007}.tar` -> eight URLs; others stay as they are."""
-    from braceexpand import braceexpand
-
-    return list(braceexpand(pattern))
+    def __init__(self, status: int, url: str) -> None:
+        super().__init__(f"{shown(url)}: the program that reads it ended with exit {status}")
+        self.status = status
 
 
 @contextmanager
 def _opened(url: str) -> Iterator[IO[bytes]]:
-    """Raises OSError where the opener fails, also at the end."""
+    """Raises OpenerError where the opener fails, also at the end; ValueError where there is none."""
     from webdataset.gopen import gopen  # here, because it imports torch, which local shards do not need
 
     command = f"pipe:aws s3 cp --no-progress {shlex.quote(url)} -"
     opener: Any = gopen  # its pipes are files in all that is asked of them here
-    with opener(command if url.startswith("s3://") else url) as stream:
-        yield stream
+    try:
+        opened = opener(command if url.startswith("s3://") else url)
+    except ValueError:
+        raise ValueError(f"{shown(url)}: nothing here opens such a URL. Give https:// or s3://.") from None
+    try:
+        with opened as stream:
+            yield stream
+    except OSError as error:
+        status = _EXIT.search(str(error))
+        if status is None:
+            raise
+        raise OpenerError(int(status[1]), url) from None
+
+
+def _why(url: str, error: OSError) -> str:
+    """What is wrong with a URL whose opener failed: curl is asked once more, for the status that it did not tell."""
+    if not isinstance(error, OpenerError) or error.status != _CURL_HTTP_ERROR:
+        return str(error)
+    quoted = url.replace("\\", "\\\\").replace('"', '\\"')
+    asked = ("curl", "--silent", "--location", "--range", "0-0", "--max-time", str(_ANSWER_SECONDS))
+    printed = ("--output", os.devnull, "--write-out", "%{http_code}", "--config", "-")
+    config = f'url = "{quoted}"\n'  # not an argument, which every user of the machine can see
+    found = subprocess.run((*asked, *printed), input=config, capture_output=True, text=True, check=False)
+    renew = ": renew its signature, or its token" if found.stdout in ("401", "403") else ""
+    return f"HTTP {found.stdout} for {shown(url)}{renew}"
 
 
 class ShardCache:
@@ -64,10 +90,10 @@ class ShardCache:
                 found = stream.read(512)
         except OSError as error:
             raise ValueError(
-                f"{url}: the shard cannot be opened ({error}). Correct the URL, or upload the shard."
+                f"{shown(url)}: the shard cannot be opened ({_why(url, error)}). Correct the URL, or upload the shard."
             ) from error
         if not found:
-            raise ValueError(f"{url}: the shard is empty. Upload it again.")
+            raise ValueError(f"{shown(url)}: the shard is empty. Upload it again.")
 
     def fetch(self, url: str, version: str = "") -> Path:
         """The local copy of a shard, downloaded where it is missing. Safe to call from many threads and processes.
@@ -92,13 +118,16 @@ class ShardCache:
         return path
 
     def _path(self, url: str, version: str) -> Path:
-        return self._folder / f"{hashlib.sha256(f'{version} {url}'.encode()).hexdigest()[:32]}.tar"
+        return self._folder / f"{hashlib.sha256(f'{version} {same_file(url)}'.encode()).hexdigest()[:32]}.tar"
 
     def _download(self, url: str, path: Path) -> None:
         partial = path.with_suffix(".partial")  # one at a time: the lock is ours
-        with _opened(url) as stream, partial.open("wb") as file:
-            while data := stream.read(_CHUNK):
-                file.write(data)
+        try:
+            with _opened(url) as stream, partial.open("wb") as file:
+                while data := stream.read(_CHUNK):
+                    file.write(data)
+        except OpenerError as error:
+            raise OSError(_why(url, error)) from error
         os.replace(partial, path)
 
     def _make_room(self, newest: Path) -> None:

@@ -1,8 +1,7 @@
-"""Finds shards, and reads any of their samples by its number. No torch and no pickle here."""
+"""Reads any sample of some shards by its number. No torch and no pickle here."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
 import os
@@ -16,40 +15,14 @@ import numpy as np
 from megatron_sr1.data.index import IndexedSample, ShardIndex, content_checksum
 from megatron_sr1.data.loading import load_index
 from megatron_sr1.data.quarantine import BadSample, Quarantine
-from megatron_sr1.data.remote import ShardCache, expand_url, is_url
+from megatron_sr1.data.remote import ShardCache
 from megatron_sr1.data.sample_table import SampleTable, TableBuilder
 from megatron_sr1.data.scan import repeated_key
 from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample, image_number, image_size
+from megatron_sr1.data.urls import is_url, shard_name, shown
 from megatron_sr1.types import Prompt, SftSample
 
 _URLS_AT_ONCE = 16
-
-
-def expand_shards(patterns: Sequence[str], key: str) -> list[str]:
-    """Expands paths, glob patterns, folders (all shards in and below them) and URLs with braces, in the given order,
-    each glob's matches sorted, each once.
-
-    Args:
-        key: the configuration key the patterns come from, for messages ("data.train").
-
-    Raises:
-        ValueError: no pattern, or one that matches no file.
-    """
-    if not patterns:
-        raise ValueError(f"{key} is empty. Set {key} to a list of shards, for example [data/train-*.tar].")
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        if is_url(pattern):
-            found.update(dict.fromkeys(expand_url(pattern)))
-            continue
-        wanted = os.path.join(glob.escape(pattern), "**", "*.tar") if os.path.isdir(pattern) else pattern
-        matches = [match for match in sorted(glob.glob(wanted, recursive=True)) if os.path.isfile(match)]
-        if not matches:
-            raise ValueError(
-                f"{key}: {pattern!r} matches no file (looked from {os.getcwd()}). Correct the path or write the shards."
-            )
-        found.update(dict.fromkeys(matches))
-    return list(found)
 
 
 class ShardDataset:
@@ -85,13 +58,15 @@ class ShardDataset:
                 self._quarantine.add(sample)
             samples = [sample for sample in index.samples if self._is_new(sample.key, shard, shard_of_key)]
             builder.add(number, samples)
-            fingerprints.append((os.path.basename(shard), index.fingerprint))
+            fingerprints.append((shard_name(shard), index.fingerprint))
             self.tokenizers.add(index.tokenizer)
             has_file = any(sample.checksum for sample in index.samples)
             self._versions.append(index.fingerprint if has_file else "")
         self._table: SampleTable = builder.build()
         if not len(self):
-            raise ValueError(f"no samples in the shards {list(self._shards)}. Give shards that hold some.")
+            raise ValueError(
+                f"no samples in the shards {[shown(shard) for shard in self._shards]}. Give shards that hold some."
+            )
         self.shard_fingerprints: tuple[tuple[str, str], ...] = tuple(fingerprints)
 
     def __len__(self) -> int:
@@ -141,7 +116,7 @@ class ShardDataset:
 
     def where(self, i: int) -> str:
         """Shard and key of sample `i`, for messages."""
-        return f"{self._shards[self._table.shard_of[i]]}, sample {self._table.keys[i]!r}"
+        return f"{shown(self._shards[self._table.shard_of[i]])}, sample {self._table.keys[i]!r}"
 
     def bad(self, i: int, error: ValueError) -> BadSample:
         """The quarantine's entry for sample `i`."""
@@ -149,7 +124,7 @@ class ShardDataset:
 
     def place(self, i: int) -> tuple[str, str]:
         """The name of the shard of sample `i`, and its key."""
-        return os.path.basename(self._shards[self._table.shard_of[i]]), self._table.keys[i]
+        return shard_name(self._shards[self._table.shard_of[i]]), self._table.keys[i]
 
     @property
     def shard_of(self) -> np.ndarray:
@@ -177,7 +152,8 @@ class ShardDataset:
         if key not in shard_of_key:
             shard_of_key[key] = shard
             return True
-        self._quarantine.add(BadSample(os.path.basename(shard), key, repeated_key(shard, key, shard_of_key[key])))
+        reason = repeated_key(shown(shard), key, shown(shard_of_key[key]))
+        self._quarantine.add(BadSample(shard_name(shard), key, reason))
         return False
 
     def _members(self, i: int, sample: IndexedSample) -> dict[str, bytes]:

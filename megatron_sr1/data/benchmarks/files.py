@@ -6,6 +6,7 @@ import glob
 from pathlib import Path
 
 from megatron_sr1.data.benchmarks.benchmark import Benchmark
+from megatron_sr1.data.patterns import matching
 from megatron_sr1.data.sources.json_files import JsonSource
 from megatron_sr1.data.sources.json_lines import JsonlSource
 from megatron_sr1.data.sources.parquet import ParquetSource
@@ -37,9 +38,10 @@ def open_benchmark(benchmark: Benchmark, path: str, split: str | None, images: s
 
 def _find(benchmark: Benchmark, path: str, split: str | None) -> tuple[str, str]:
     """A path or pattern of files of one layout, and their suffix."""
-    root = Path(path)
+    there = matching(path)
+    root = Path(there[0] if len(there) == 1 else path)
     if not root.is_dir():
-        found = (str(root),) if root.is_file() else tuple(sorted(glob.glob(path, recursive=True)))
+        found = tuple(there)
         suffixes = {Path(name).suffix for name in found}
         if len(suffixes) != 1 or not suffixes <= set(LAYOUTS):
             raise ValueError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from megatron_sr1.data.patterns import matching
 
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "heldout")
 
@@ -16,7 +17,8 @@ def find_files(path: str, suffixes: Sequence[str]) -> tuple[Path, ...]:
     Raises:
         ValueError: nothing is there, or a folder mixes splits: a test set must not slip into training.
     """
-    root = Path(path)
+    there = matching(path)
+    root = Path(there[0] if len(there) == 1 else path)
     if root.is_file():
         return (root,)
     if root.is_dir():
@@ -32,7 +34,7 @@ def find_files(path: str, suffixes: Sequence[str]) -> tuple[Path, ...]:
                 f"for example '{root / '**' / (splits[-1] + '*')}'."
             )
     else:
-        found = [Path(file) for file in sorted(glob.glob(path, recursive=True)) if Path(file).suffix in suffixes]
+        found = [Path(file) for file in there if Path(file).suffix in suffixes]
     if not found:
         raise ValueError(f"{path} holds no file that ends with {' or '.join(suffixes)}. Correct --input or --format.")
     return tuple(found)

@@ -43,7 +43,7 @@ class ParquetSource:
     @cached_property
     def _folder(self) -> Path:
         """Where the relative paths of images begin."""
-        path = Path(self.path)
+        path = Path(self.path).expanduser()
         return path if path.is_dir() else self.files[0].parent
 
     def chunks(self) -> Iterator[Chunk]:

@@ -1,0 +1,74 @@
+"""Names of shards: which file a path or URL means, without the signature that lets one read it.
+
+A presigned URL is another text every time it is renewed, and its query is a secret. What a run compares, keeps and
+prints of a URL is its path. Where the path names no tar (`/get?file=train-0.tar`) a hash of the query, without what is
+known to be a credential, stands in the name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
+
+# X-Amz-*, X-Goog-*, q-sign-*, Signature, AWSAccessKeyId, Expires, Policy, access_token; sv, se, sr, srt of Azure
+_CREDENTIAL = re.compile(
+    r"x-\w+-.*|q-.*|.*(?:token|sig|secret|password|credential|key|access|auth|expir|policy|hmac).*|s[a-z]{1,2}|sk.id",
+    re.IGNORECASE,
+)
+_IN_COMMAND = re.compile(r"\w+://[^\s'\"]+")  # of a `pipe:` to a command
+
+
+def is_url(pattern: str) -> bool:
+    """Whether a shard is read through an opener, not as a local file."""
+    return "://" in pattern
+
+
+def expand_url(pattern: str) -> list[str]:
+    """`https://host/train-{00000..00007}.tar` -> eight URLs; others stay as they are."""
+    from braceexpand import braceexpand
+
+    return list(braceexpand(pattern))
+
+
+def beside(url: str, suffix: str) -> str:
+    """The URL of the file whose name is longer by `suffix`: of the path, not of the query."""
+    path, mark, query = url.partition("?")
+    return path + suffix + mark + query
+
+
+def shown(shard: str) -> str:
+    """A path as it is; of a URL what messages and files may say: no user, no password, no query."""
+    if not is_url(shard):
+        return shard
+    parts = _split(shard)
+    folder = os.path.dirname(parts.path).rstrip("/")
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{folder}/{shard_name(shard)}"
+
+
+def same_file(url: str) -> str:
+    """A text that is equal for URLs of the same file: what only lets one read it is left out."""
+    parts = _split(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}?{urlencode(_telling(parts.query))}"
+
+
+def shard_name(shard: str) -> str:
+    """The name of a shard without its folder, in fingerprints, indices and messages; no secret is in it."""
+    if not is_url(shard):
+        return os.path.basename(shard)
+    parts = _split(shard)
+    name, telling = os.path.basename(parts.path), _telling(parts.query)
+    if name.endswith(".tar") or not telling:
+        return name
+    return f"{name}-{hashlib.sha256(urlencode(telling).encode()).hexdigest()[:8]}"
+
+
+def _split(url: str) -> SplitResult:
+    command = _IN_COMMAND.search(url) if url.startswith("pipe:") else None
+    return urlsplit(url if command is None else command.group())
+
+
+def _telling(query: str) -> list[tuple[str, str]]:
+    """The parts of a query that may tell files apart."""
+    return sorted((name, value) for name, value in parse_qsl(query, True) if not _CREDENTIAL.fullmatch(name))
