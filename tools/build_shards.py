@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megatron_sr1.config import RolloutConfig
+from megatron_sr1.data import ShardDataset
 from megatron_sr1.data.build.builder import BuildOptions, BuildReport, build_shards, problems_path
 from megatron_sr1.data.build.check import check_shards
 from megatron_sr1.data.build.samples import Question
@@ -35,8 +37,14 @@ from megatron_sr1.data.sources.json_lines import JsonlSource
 from megatron_sr1.data.sources.parquet import ParquetSource
 from megatron_sr1.data.sources.source import Format, Source
 from megatron_sr1.data.sources.webdataset import WebDatasetSource
-from megatron_sr1.prompts import parse_reasoner, parse_see_think, render_caption_reasoner, render_see_think
-from megatron_sr1.types import Template
+from megatron_sr1.prompts import (
+    parse_reasoner,
+    parse_see_think,
+    render_caption_reasoner,
+    render_cot,
+    render_see_think,
+)
+from megatron_sr1.types import SftSample, Template
 
 if TYPE_CHECKING:
     from megatron_sr1.processor import Processor
@@ -70,18 +78,32 @@ class ModelRules:
         """Of the prompt as training renders it; of the first-pass templates See-Think's is the longest."""
         if self.hf_dir is None:
             return None
-        if question.template == "caption_reasoner":
-            text = render_caption_reasoner(question.description or "", question.problem)
-        else:
-            text = render_see_think(question.problem)
-        ids = self._processor.prompt_ids(text, len(question.image_sizes))
+        template = "caption_reasoner" if question.template == "caption_reasoner" else "see_think"
+        ids = self._processor.prompt_ids(_user_text(template, question), len(question.image_sizes))
         grids = [self._processor.grid(size) for size in question.image_sizes]
         return len(ids), len(self._processor.expand(ids, grids))
+
+    def shown_prompt(self, question: Question) -> str:
+        """The prompt as the model's chat template makes it, an image as one `<|image_pad|>`; without a model, what
+        the user's turn holds. Prompts are asked by See-Think, those without images plainly."""
+        num_images = len(question.image_sizes)
+        text = _user_text(question.template or ("see_think" if num_images else "cot"), question)
+        if self.hf_dir is None:
+            return "".join(f"<image {number}>" for number in range(1, num_images + 1)) + text
+        return self._processor.decode(self._processor.prompt_ids(text, num_images))
 
     def boxed_answer(self, template: Template, response: str) -> str | None:
         """The answer in the response, or None where its layout is broken."""
         parsed = parse_see_think(response) if template == "see_think" else parse_reasoner(response)
         return None if parsed is None else parsed.answer
+
+
+def _user_text(template: Template, question: Question) -> str:
+    if template == "caption_reasoner":
+        return render_caption_reasoner(question.description or "", question.problem)
+    if template == "cot":
+        return render_cot(question.problem, len(question.image_sizes))
+    return render_see_think(question.problem)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -130,6 +152,9 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
         default=_default_limit(),
         help="with --model; visual tokens count (%(default)s)",
     )
+    parser.add_argument(
+        "--show", type=int, default=3, metavar="N", help="print the first N samples as a model sees them (%(default)s)"
+    )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; 0: this one")
 
 
@@ -137,8 +162,8 @@ def check_build_arguments(args: argparse.Namespace, parser: argparse.ArgumentPar
     """Exits with status 2 where one of them is wrong."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):
         parser.error(f"--name {args.name!r}: letters, digits, _ and - only")
-    if args.max_shard_mb <= 0 or args.max_prompt_tokens < 1 or args.workers < 0:
-        parser.error("--max-shard-mb and --max-prompt-tokens must be above 0, --workers 0 or more")
+    if args.max_shard_mb <= 0 or args.max_prompt_tokens < 1 or args.workers < 0 or args.show < 0:
+        parser.error("--max-shard-mb and --max-prompt-tokens must be above 0, --show and --workers 0 or more")
 
 
 def _default_limit() -> int:
@@ -171,18 +196,20 @@ def run_build(
     limit = args.max_prompt_tokens if args.model else None
     settings = {"input": args.input, **settings, "model": args.model, "max_prompt_tokens": limit}
     max_bytes = int(args.max_shard_mb * BYTES_PER_MB)
+    rules = ModelRules(args.model, limit)
     options = BuildOptions(args.out, args.name, max_bytes, args.workers, settings, keep_duplicates)
     with _progress(console) as progress:
         task = progress.add_task("samples", total=None)
         report, worked = build_shards(
             source,
-            ModelRules(args.model, limit),
+            rules,
             options,
             lambda done, total: progress.update(task, completed=done, total=total),
         )
     if not worked:
         console.print(f"{args.out} is complete already; nothing to do.", soft_wrap=True)
     _print_report(report, options, console)
+    _show_samples(report, options, rules, args.show, console)
 
 
 def _check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -222,9 +249,48 @@ def _print_report(report: BuildReport, options: BuildOptions, console: Console) 
     console.print(
         f"{report.num_samples} samples in {len(report.shards)} shards, fingerprint {report.fingerprint}", soft_wrap=True
     )
+    images = ", ".join(f"{number}: {count}" for number, count in report.images_per_sample.items())
+    _print_lines(console, f"images per sample: {images}")
+    if report.changed:
+        _print_lines(console, f"changed: {_counts(report.changed)}")
     if report.left_out:
-        counts = ", ".join(f"{count} {kind}" for kind, count in report.left_out.items())
-        console.print(f"left out: {counts} (see {problems_path(options.out_dir, options.name)})", soft_wrap=True)
+        problems = problems_path(options.out_dir, options.name)
+        first = (f"  {kind}: {report.reasons[kind]}" for kind in report.left_out)
+        _print_lines(console, f"left out: {_counts(report.left_out)} (see {problems}); the first of each:", *first)
+
+
+def _counts(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+
+
+def _print_lines(console: Console, *lines: str) -> None:
+    """As they are: what data say is neither markup nor emphasis."""
+    console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+
+def _show_samples(
+    report: BuildReport, options: BuildOptions, rules: ModelRules, num_samples: int, console: Console
+) -> None:
+    """Reads the first samples back from the shards, as training does, and prints what a model is given."""
+    shards = itertools.takewhile(lambda _: num_samples > 0, (shard["name"] for shard in report.shards))
+    for name in shards:
+        found = ShardDataset([options.out_dir / name])
+        for i in range(min(num_samples, len(found))):
+            sample = found.read(i)
+            prompt = sample.prompt if isinstance(sample, SftSample) else sample
+            description = sample.description if isinstance(sample, SftSample) else None
+            template = sample.template if isinstance(sample, SftSample) else None
+            sizes = tuple(image.size for image in prompt.images)
+            lines = [
+                f"\n--- sample {prompt.key!r}",
+                rules.shown_prompt(Question(prompt.problem, template, description, sizes)),
+                *(f"image {n}: {width} x {height} pixels" for n, (width, height) in enumerate(sizes, 1)),
+                f"answer: {prompt.answer}",
+            ]
+            lines += [f"choices: {list(prompt.choices)}"] if prompt.choices else []
+            lines += [f"response: {sample.response}"] if isinstance(sample, SftSample) else []
+            _print_lines(console, *lines)
+        num_samples -= len(found)
 
 
 # ---------------------------------------------------------------- check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from megatron_sr1.data.build.journal import Journal, JournalEntry
@@ -29,6 +30,8 @@ class Assembler:
         self._shard: ShardFile | None = None
         self._keys: list[str] = []  # of the open shard
         self._contents: list[str] = []
+        self._images: Counter[str] = Counter()
+        self._changes: Counter[str] = Counter()
         self.problems: list[Problem] = []  # since the last finished shard
         self._key_of_content = {
             content: key for record in records for content, key in zip(record.contents, record.keys, strict=True)
@@ -56,6 +59,8 @@ class Assembler:
         self._shard.add(item, blocks)
         self._keys.append(item.key)
         self._contents.append(item.content)
+        self._images[str(len(item.image_sizes))] += 1
+        self._changes.update(item.changes)
         self._seen_keys.add(item.key)
         self._key_of_content[item.content] = item.key
 
@@ -66,10 +71,14 @@ class Assembler:
         index, sha256 = self._shard.close(self._cut.tokenizer)
         keys, contents, problems = tuple(self._keys), tuple(self._contents), tuple(self.problems)
         shard = self._shard.path.name
-        record = JournalEntry(shard, index.num_bytes, sha256, index.fingerprint, keys, contents, problems, *position)
+        counts = dict(self._images), dict(self._changes)
+        record = JournalEntry(
+            shard, index.num_bytes, sha256, index.fingerprint, keys, contents, *counts, problems, *position
+        )
         self._journal.add(len(self._records), record)
         self._records.append(record)
         self._shard, self._keys, self._contents, self.problems = None, [], [], []
+        self._images, self._changes = Counter(), Counter()
 
     def _repetition(self, sample: BuiltSample) -> Problem | None:
         if not self._cut.keep_duplicates and sample.content in self._key_of_content:

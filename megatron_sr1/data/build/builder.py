@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from megatron_sr1.data.build.journal import Journal, JournalEntry, replace_text
 from megatron_sr1.data.build.samples import TextRules
 from megatron_sr1.data.build.workers import built_chunks
 from megatron_sr1.data.sources.source import Chunk, Problem, Source
+
+RULES = 2  # counts how often other samples have been made of the same input; a build is finished by the same rules
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class BuildReport:
     left_out: Mapping[str, int]  # samples by the kind of their problem
     fingerprint: str  # of the data set, as `ShardDataset.fingerprint`
     shards: tuple[Mapping[str, Any], ...]  # {name, num_samples, num_bytes, sha256, fingerprint}
+    images_per_sample: Mapping[str, int] = field(default_factory=dict)  # samples by their number of images
+    changed: Mapping[str, int] = field(default_factory=dict)  # samples by what of them is not as it was found
+    reasons: Mapping[str, str] = field(default_factory=dict)  # the first one of each kind in `left_out`
 
     @classmethod
     def read(cls, path: Path) -> BuildReport:
@@ -99,6 +104,7 @@ def build_shards(
             raise ValueError(
                 f"no sample is left of {sum(chunk.num_rows for chunk in chunks)}: "
                 f"{problems_path(options.out_dir, options.name)} says why."
+                + (f" The first one: {problems[0].where}: {problems[0].reason}." if problems else "")
             )
         journal.publish(records)
         report = _report(plan, records, problems)
@@ -112,6 +118,7 @@ def _plan(source: Source, options: BuildOptions) -> dict[str, Any]:
     files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in source.files]
     return {
         **options.settings,
+        "rules": RULES,
         "name": options.name,
         "max_shard_bytes": options.max_shard_bytes,
         "keep_duplicates": options.keep_duplicates,
@@ -174,5 +181,17 @@ def _report(plan: Mapping[str, Any], records: Sequence[JournalEntry], problems: 
     ]
     digest = hashlib.sha256("".join(f"{r.shard}\0{r.fingerprint}\n" for r in records).encode())
     left_out = dict(sorted(Counter(problem.kind for problem in problems).items()))
-    num_samples = sum(len(record.keys) for record in records)
-    return BuildReport(plan, num_samples, left_out, digest.hexdigest(), tuple(shards))
+    images, changed = Counter[str](), Counter[str]()
+    for record in records:
+        images.update(record.images)
+        changed.update(record.changes)
+    return BuildReport(
+        plan=plan,
+        num_samples=sum(len(record.keys) for record in records),
+        left_out=left_out,
+        fingerprint=digest.hexdigest(),
+        shards=tuple(shards),
+        images_per_sample=dict(sorted(images.items(), key=lambda count: int(count[0]))),
+        changed=dict(sorted(changed.items())),
+        reasons={problem.kind: f"{problem.where}: {problem.reason}" for problem in reversed(problems)},
+    )

@@ -32,6 +32,8 @@ class JournalEntry:
     fingerprint: str
     keys: tuple[str, ...]
     contents: tuple[str, ...]  # content hash of each sample
+    images: Mapping[str, int]  # samples by their number of images
+    changes: Mapping[str, int]  # samples by what of them is not as it was found
     problems: tuple[Problem, ...]
     next_chunk: int  # where the next shard begins: number of the chunk, number of the item in it
     next_item: int
