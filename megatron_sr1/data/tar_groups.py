@@ -13,6 +13,7 @@ What cannot be told apart, and a member that occurs twice, is named and never gu
 from __future__ import annotations
 
 import re
+import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ class Member(NamedTuple):
     size: int  # bytes
 
 
-@dataclass
+@dataclass(slots=True)
 class TarGroup:
     """All members of one key."""
 
@@ -116,7 +117,7 @@ def _members_of(path: Path, archive: tarfile.TarFile) -> Iterator[tuple[str, Mem
         name, problem = member.name.removeprefix("./"), _member_problem(path, member)
         match = _MEMBER_NAME.fullmatch(name)
         if match is not None:
-            yield match[1], Member(match[2], member.offset_data, member.size), problem
+            yield match[1], Member(sys.intern(match[2]), member.offset_data, member.size), problem
         elif problem:  # without a key, but not to be passed over
             yield name, Member("", member.offset_data, member.size), problem
         # WebDataset passes over names without a key too: ".hidden", "README"
