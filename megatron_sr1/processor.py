@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import re
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,6 +30,7 @@ IMAGE = "<|image_pad|>"
 REQUIRED_TOKENS = (END_OF_TURN, IMAGE, "<|vision_start|>", "<|vision_end|>")
 MEDIA_TOKENS = (IMAGE, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
 
+_ROLE = re.compile(r"(<\|\w+\|>)?\s*\w*")
 _USER_TEXT = "@user-text@"  # stands for the user's text while the chat template is rendered
 _LENGTH_CODE = 0xD800  # code points that UTF-8 cannot decode to: 0xD800 + n marks n undecodable bytes
 
@@ -46,7 +48,7 @@ class Processor:
     """The tokenizer, chat template and image processor of a Qwen-VL model."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, image_processor: Qwen2VLImageProcessorPil) -> None:
-        """Raises ValueError where the tokenizer lacks a special token or a chat template."""
+        """Raises ValueError where the tokenizer lacks a special token or a chat template, or that is no Qwen-VL's."""
         vocabulary = tokenizer.get_vocab()
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         missing = [token for token in REQUIRED_TOKENS if token not in special]
@@ -67,6 +69,7 @@ class Processor:
         self.media_ids: tuple[int, ...] = tuple(vocabulary[token] for token in MEDIA_TOKENS if token in vocabulary)
         self.vocab_len: int = len(tokenizer)  # ids the tokenizer knows; the model's matrices may have more rows
         self.merge_size: int = image_processor.merge_size
+        self._frame(0)  # the chat template is refused here or never
 
     @classmethod
     def from_pretrained(cls, hf_dir: str) -> Processor:
@@ -237,6 +240,13 @@ class Processor:
                     "times; it must be once. Use the chat template of a Qwen-VL model."
                 )
             special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+            opening = parts[1].rpartition(END_OF_TURN)[2].strip()  # of the answer's turn: a special token and the role
+            if not _ROLE.fullmatch(opening):
+                raise ValueError(
+                    f"the chat template of {self._tokenizer.name_or_path!r} begins the answer itself, {opening!r}: "
+                    "responses would not have the layout that the rewards look for. Use the chat template of the "
+                    "instruct model, without a prefilled <think>."
+                )
             cut = max((parts[0].rfind(token) + len(token) for token in special if token in parts[0]), default=0)
             resume = min((parts[1].find(token) for token in special if token in parts[1]), default=len(parts[1]))
             self._frames[num_images] = (

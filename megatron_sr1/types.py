@@ -114,6 +114,9 @@ class Passes(NamedTuple):
     second_pass: bool
 
 
+TEXT_ONLY = Passes("cot", second_pass=False)  # what a prompt without images is asked
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a generator draws responses. temperature 0 is greedy."""
@@ -124,6 +127,10 @@ class Sampling:
     seed: int
     template: Template = "see_think"
     second_pass: bool = True
+
+    def passes_of(self, prompt: Prompt) -> Passes:
+        """What a prompt is asked: without an image there is nothing to describe."""
+        return Passes(self.template, self.second_pass) if prompt.images else TEXT_ONLY
 
 
 @dataclass(frozen=True)

@@ -112,8 +112,9 @@ def reference_differences(
     worst = 0.0
     for group in groups:
         pair = group.pairs[0]
-        assert pair.second is not None
-        for rollout, images in ((pair.first, group.prompt.images), (pair.second, ())):
+        assert (pair.second is None) == (not group.prompt.images), "without an image there is nothing to describe"
+        seconds = [] if pair.second is None else [(pair.second, ())]
+        for rollout, images in ((pair.first, group.prompt.images), *seconds):
             ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
             encoded = [processor.encode_image(image) for image in images]
             vision: dict[str, Any] = {"mm_token_type_ids": (ids == processor.image_token_id).int()}

@@ -10,8 +10,9 @@ from megatron_sr1.config import Config, ConfigError, load_config
 from megatron_sr1.objective import PRESETS, Preset, preset_from_config
 from megatron_sr1.packing import gather_rows
 from megatron_sr1.processor import Processor
+from megatron_sr1.prompts import render_cot, render_see_think
 from megatron_sr1.training.batches import Batcher, StreamBatch, rollout_advantages
-from megatron_sr1.types import ALONE, OneRank, Prompt, Ranks, RolloutGroup, SftSample
+from megatron_sr1.types import ALONE, OneRank, Prompt, Ranks, RolloutGroup, SftSample, Template
 from tests.batch_cases import GOOD, SECOND, their_rewards, two_groups
 
 
@@ -140,6 +141,20 @@ def test_sft_takes_both_layouts(processor: Processor) -> None:
     assert sum(len(micro.targets) for micro in batch.micro_batches) == num_tokens
     assert sum(weights.sum().item() for weights in batch.token_weights) == pytest.approx(1.0)
     assert sum(len(micro.images) for micro in batch.micro_batches) == 1
+
+
+@pytest.mark.parametrize("template", ["see_think", "cot"])
+@pytest.mark.parametrize("num_images", [0, 1])
+def test_a_demonstration_is_trained_with_the_prompt_of_its_template(
+    processor: Processor, template: Template, num_images: int
+) -> None:
+    images = (Image.new("RGB", (56, 28)),) * num_images
+    prompt = Prompt("p", "What is the sum of all digits?", "10", images)
+    (micro,) = Batcher(_config(), processor, ALONE).sft([SftSample(prompt, template, SECOND)]).micro_batches
+    asked = {"see_think": render_see_think(prompt.problem), "cot": render_cot(prompt.problem, num_images)}
+    grids = [processor.grid(image.size) for image in images]
+    ids = processor.expand(processor.prompt_ids(asked[template], num_images), grids)
+    assert tuple(micro.input_ids[: len(ids)].tolist()) == ids
 
 
 # ---------------------------------------------------------------- rows of a layout

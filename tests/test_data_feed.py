@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_sr1.data import (
+    BadSample,
+    LeftOut,
     Quarantine,
     SampleFeed,
     SampleStream,
@@ -340,11 +342,39 @@ def test_a_sample_that_fails_the_check_is_a_bad_one(tmp_path: Path) -> None:
         feed.next(8)
 
 
+def test_samples_that_are_left_out_are_counted_and_stop_nothing(tmp_path: Path) -> None:
+    """Also after a state was saved and taken up: they stay out, and a bad sample still stops the run."""
+    shards = write_shards(prompts(8), tmp_path, "t", 4)
+
+    def check(sample: Prompt | SftSample) -> None:
+        assert isinstance(sample, Prompt)
+        if int(sample.answer) % 3 == 0:
+            raise LeftOut(f"{sample.key} is too long")
+
+    file = tmp_path / "quarantine.jsonl"
+    with SampleFeed(SampleStream(ShardDataset(shards), 0), Quarantine(0, file), check=check) as feed:
+        batches = [feed.next(2) for _ in range(3)]
+        state = feed.state()
+        metrics = feed.metrics
+    answers = [int(sample.answer) for batch in batches for sample in batch.samples]
+    assert sorted(answers[:5]) == [1, 2, 4, 5, 7] and metrics == {"data/left_out": 3.0}
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {line["counts"] for line in lines} == {False} and len(lines) == 3
+    with SampleFeed(SampleStream(ShardDataset(shards), 0), Quarantine(0), check=check) as feed:
+        feed.restore(through_json(state))
+        assert all(int(sample.answer) % 3 for sample in feed.next(4).samples)
+        assert feed.metrics == {"data/left_out": 3.0}
+    quarantine = Quarantine(0)
+    quarantine.add(BadSample("a", "b", "too long", counts=False))
+    with pytest.raises(ValueError, match="damaged"):
+        quarantine.add(BadSample("a", "c", "damaged"))
+
+
 def test_nothing_but_bad_samples_is_an_error(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", {"a.json": b"{", "b.json": b"["})
     with (
         SampleFeed(SampleStream(ShardDataset([shard]), 0), Quarantine(9)) as feed,
-        pytest.raises(ValueError, match="every sample of the training data is bad"),
+        pytest.raises(ValueError, match=r"no sample of the training data can be used.*Rewrite the shard"),
     ):
         feed.next(1)
 

@@ -193,8 +193,11 @@ def test_the_length_filter_reads_only_indices(tmp_path: Path) -> None:
         stream = SampleStream(dataset, 0, max_prompt_tokens=limit, visual_tokens=visual)
         keys = {size.key for size in stream.sizes(0, stream.num_samples)}
         assert keys == {key for key, length in want.items() if length <= limit}
+        assert stream.num_left_out == 9 - len(keys)
+        same = SampleStream(dataset, 0, max_prompt_tokens=limit, needs_lengths=False, visual_tokens=visual)
+        assert same.fingerprint == stream.fingerprint, "an index with lengths is asked in either case"
     assert SampleStream(dataset, 0).fingerprint != stream.fingerprint or len(keys) == 9
-    with pytest.raises(ValueError, match=r"longer than data\.max_prompt_tokens=9"):
+    with pytest.raises(ValueError, match=r"longer than 9 tokens"):
         SampleStream(dataset, 0, max_prompt_tokens=9, visual_tokens=visual)
 
 
@@ -202,6 +205,8 @@ def test_the_length_filter_says_what_it_needs(tmp_path: Path) -> None:
     dataset = ShardDataset(indexed(write_shards(prompts(2), tmp_path, "t", 4)))
     with pytest.raises(ValueError, match=r"sample 'p000': data\.max_prompt_tokens=9 needs prompt lengths.*--model"):
         SampleStream(dataset, 0, max_prompt_tokens=9, visual_tokens=lambda size: 1)
+    whole = SampleStream(dataset, 0, max_prompt_tokens=9, needs_lengths=False, visual_tokens=lambda size: 1)
+    assert (whole.num_samples, whole.num_left_out) == (len(dataset), 0)
 
 
 def test_lengths_are_those_of_the_processor(tmp_path: Path, tiny_model_dir: str) -> None:

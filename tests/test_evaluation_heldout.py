@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sr1.cli import command, main
 from megatron_sr1.config import Config, DataConfig
-from megatron_sr1.data import Quarantine, ShardDataset, write_shards
+from megatron_sr1.data import Quarantine, SampleStream, ShardDataset, write_shards
 from megatron_sr1.evaluation.heldout import Heldout
 from megatron_sr1.types import Prompt, SftSample
 
@@ -90,8 +90,12 @@ def test_more_images_than_the_engine_takes_are_told_before_it_starts(tmp_path: P
     shard = str(write_tar(tmp_path / "test-0.tar", members))
     _heldout(shard)[0].check_images(3)
     _heldout(shard, max_prompts=2)[0].check_images(2)
-    with pytest.raises(ValueError, match=r"2 of 4 prompts .*max_images=1 .*'c' has 3\. Set rollout\.max_images=3"):
+    with pytest.raises(ValueError, match=r"2 of 4 samples .*max_images=1 .*'c' has 3\. Set rollout\.max_images=3"):
         _heldout(shard)[0].check_images(1)
+    stream = SampleStream(ShardDataset([shard]), 0)
+    stream.check_images(3, "data.train")
+    with pytest.raises(ValueError, match=r"data\.train: 1 of 4 samples .*max_images=2 .*'c' has 3"):
+        stream.check_images(2, "data.train")
 
 
 def test_a_demonstration_is_refused(tmp_path: Path) -> None:

@@ -261,6 +261,18 @@ def test_directory_without_preprocessor(tmp_path: Path):
         Processor.from_pretrained(str(tmp_path))
 
 
+@pytest.mark.parametrize("opening", ["<think>\n", "<think>", "Sure, "])
+def test_a_chat_template_that_begins_the_answer_is_refused(opening: str, tiny_model_dir: str, tmp_path: Path):
+    folder = tmp_path / "thinking"
+    shutil.copytree(tiny_model_dir, folder)
+    path = folder / "chat_template.jinja"
+    template = path.read_text()
+    assert template.count("assistant\n") == 1
+    path.write_text(template.replace("assistant\n", f"assistant\n{opening}"))
+    with pytest.raises(ValueError, match=rf"begins the answer itself, .*{opening[:5]}.*without a prefilled"):
+        Processor.from_pretrained(str(folder))
+
+
 def test_chat_template_of_older_releases(tiny_model_dir: str, tmp_path: Path, processor: Processor):
     shutil.copytree(tiny_model_dir, tmp_path / "old")
     template = tmp_path / "old" / "chat_template.jinja"

@@ -49,6 +49,7 @@ REFUSED: list[tuple[str, list[str], list[str]]] = [
     ("qwen2_5_vl_3b/grpo.yaml", ["rollout.kv_cache_gib=0.2"], ["rollout.kv_cache_gib=0.2", "max_model_tokens=8192"]),
     ("qwen2_5_vl_3b/grpo.yaml", ["--gpus-per-node", "3"], ["nproc=8", "a multiple of the 3 GPUs"]),
     ("qwen2_5_vl_3b/grpo.yaml", ["--gpu-gib", "0"], ["--gpu-gib=0.0"]),
+    ("qwen2_5_vl_3b/grpo.yaml", ["rollout.samples_per_prompt=1"], ["samples_per_prompt=1", "advantage_scope is group"]),
     ("qwen2_5_vl_3b/grpo.yaml", ["train.batch_size=100"], ["train.batch_size=100", "prompts_per_step=512"]),
     ("qwen2_5_vl_72b/grpo_fp8.yaml", ["train.micro_batch_tokens=512"], ["train.micro_batch_tokens=512", "1024"]),
     ("qwen2_5_vl_72b/grpo_fp8.yaml", ["precision.bf16_first_layers=21"], ["precision.bf16_first_layers=21", "20"]),
@@ -115,7 +116,7 @@ WARNED: list[tuple[str, list[str], list[str]]] = [
     ),
     (
         "qwen2_5_vl_3b/grpo.yaml",
-        ["rollout.prompts_per_step=4", "train.batch_size=4", "nproc=4", "rollout.samples_per_prompt=1"],
+        ["rollout.prompts_per_step=4", "train.batch_size=4", "nproc=4", "rollout.samples_per_prompt=2"],
         [],
     ),
 ]

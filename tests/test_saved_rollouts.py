@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.objective import PRESETS
@@ -29,6 +30,7 @@ from tests.step_cases import scored
 
 PRESET = PRESETS["vision_sr1"]
 COMPONENTS = scored_components(PRESET)
+IMAGE = Image.new("RGB", (28, 28))
 SECOND = r"<think> 3 + 7 = 10 </think> \boxed{10}"
 
 
@@ -45,7 +47,7 @@ def pair(sample: int, answer: str, described: bool = True, logprob: float = -0.1
 
 
 def groups(num: int = 3, logprob: float = -0.1) -> list[RolloutGroup]:
-    prompts = [Prompt(f"p{index}", "What is the sum of all digits?", "10") for index in range(num)]
+    prompts = [Prompt(f"p{index}", "What is the sum of all digits?", "10", (IMAGE,)) for index in range(num)]
     pairs = [
         (pair(0, "10", logprob=logprob), pair(1, "9" if i else r"\frac{20}{2}", described=i > 0)) for i in range(num)
     ]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from megatron_sr1.objective import PRESETS
+from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.training.rollout_files import write_rollouts
 from megatron_sr1.training.step_metrics import summarise
-from megatron_sr1.training.step_rewards import join_rewards, without_leaks
+from megatron_sr1.training.step_rewards import join_rewards, scored_components, without_leaks
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
 from tests.step_cases import graded, scored
 
+IMAGE = Image.new("RGB", (28, 28))
 RIGHT_SECOND = r"<think> 3 + 7 = 10 </think> \boxed{10}"
 
 
@@ -30,7 +34,7 @@ def _pair(sample: int, description: str | None, answer: str, second: str | None)
 @pytest.fixture
 def groups() -> list[RolloutGroup]:
     """Four samples: right and faithful; a shortcut (right, but the description misleads); wrong; no description."""
-    prompt = Prompt("p", "What is the sum of all digits?", "10", metadata={"facts": ["3", "7"]})
+    prompt = Prompt("p", "What is the sum of all digits?", "10", (IMAGE,), metadata={"facts": ["3", "7"]})
     pairs = (
         _pair(0, "The digits are 3 7 .", "10", RIGHT_SECOND),
         _pair(1, "The digits are 3 8 .", "10", r"<think> 3 + 8 = 11 </think> \boxed{11}"),
@@ -55,7 +59,7 @@ def test_summary_follows_the_definitions(groups: list[RolloutGroup]) -> None:
 
 
 def test_without_known_facts_faithfulness_is_not_measured(groups: list[RolloutGroup]) -> None:
-    unknown = [RolloutGroup(0, Prompt("p", "q", "10"), groups[0].pairs)]
+    unknown = [RolloutGroup(0, Prompt("p", "q", "10", (IMAGE,)), groups[0].pairs)]
     rewards = scored(unknown, PRESETS["see_think"])
     assert summarise(unknown, rewards)["faithful"] is None
 
@@ -69,6 +73,26 @@ def test_what_ranks_graded_joins_in_any_order_and_counts_once(groups: list[Rollo
     both = join_rewards([*parts[1], *parts[0], *parts[1]], preset)
     assert len(alone["acc"]) == 8 + 6 + 4
     assert all(torch.equal(both[name], alone[name]) for name in alone)
+
+
+def test_prompts_without_images_have_the_plain_layout_and_no_part_in_what_is_said_of_descriptions(
+    groups: list[RolloutGroup],
+) -> None:
+    preset = PRESETS["vision_sr1"]
+    plain = (_pair(0, None, "10", None), _pair(1, "The digits are 3 7 .", "10", None))
+    both = [*groups, RolloutGroup(1, Prompt("t", "What is 3 + 7?", "10"), plain)]
+    with closing(Graders(scored_components(preset))) as graders:
+        for group in both:
+            graders.submit(group)
+        rewards = join_rewards(graders.collect(), preset)
+    assert rewards["fmt"].tolist() == [1, 1, 1, 0, 1, 0], "the plain layout, and a description where none is asked for"
+    assert rewards["acc"].tolist() == [1, 1, 0, 1, 1, 1] and rewards["acc_vis"].tolist()[4:] == [0, 0]
+    images_alone, summary = summarise(groups, scored(groups, preset)), summarise(both, rewards)
+    for name in ("second_pass_accuracy", "language_shortcut_rate", "leak"):
+        assert summary[name] == images_alone[name]
+    assert summary["accuracy"] == pytest.approx(5 / 6)
+    text = summarise(both[1:], {name: value[4:] for name, value in rewards.items()})
+    assert text["language_shortcut_rate"] is None and text["accuracy"] == 1.0
 
 
 def test_the_leak_filter_takes_only_visual_rewards(groups: list[RolloutGroup]) -> None:

@@ -190,6 +190,15 @@ def test_without_a_description_there_is_no_second_pass() -> None:
     assert all(pair.second is None and pair.description is None for pair in group.pairs)
 
 
+def test_without_an_image_there_is_one_pass_with_the_plain_prompt() -> None:
+    engine = ScriptedEngine()
+    text, picture = generator(engine).generate([prompt("t", num_images=0), prompt("p")], sampling(), 0)
+    assert all(pair.second is None and pair.description is None for pair in text.pairs)
+    assert all(pair.second is not None for pair in picture.pairs)
+    assert "description" not in engine.prompts["0/0/first"] and "description" in engine.prompts["1/0/first"]
+    assert not [line for line in engine.log if line.startswith("add 0/") and line.endswith("second")]
+
+
 def test_a_first_pass_that_was_cut_short_has_no_second_pass() -> None:
     """Also where it had described everything by then: it is no complete first pass."""
 
@@ -377,7 +386,7 @@ def on_ranks(
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
 def test_every_rank_gets_all_groups_in_order(num_ranks: int) -> None:
-    prompts = [prompt(f"p{i}", num_images=i % 3) for i in range(7)]
+    prompts = [prompt(f"p{i}", num_images=1 + i % 2) for i in range(7)]
     results, meeting = on_ranks(num_ranks, prompts, sampling())
     assert all(groups == results[0] for groups in results)
     assert [(group.group_id, group.prompt.key) for group in results[0]] == [(i, f"p{i}") for i in range(7)]
@@ -426,8 +435,10 @@ def test_engines_get_all_prompts_in_even_shares(shapes: list[tuple[int, int]], n
 def test_expected_tokens_count_what_every_sample_costs() -> None:
     letters: Any = Letters()
     with_image, without = (expected_tokens(letters, prompt("a", num_images=n), sampling()) for n in (1, 0))
-    assert with_image - without == 3, "the siblings share the image"
-    assert without == 3 + 2 * 3 + 2 * 2 * 45, "a question of 9 characters, twice again in second passes, 4 responses"
+    assert with_image == 3 + 3 + 2 * 3 + 2 * 2 * 45, (
+        "image, question of 9 letters, twice again in second passes, answers"
+    )
+    assert without == 3 + 2 * 45, "no second pass, as there is nothing to describe"
 
 
 def test_defect_5_a_refusal_reaches_every_rank_before_anything_is_submitted() -> None:

@@ -140,8 +140,15 @@ def check_train_batch(config: Config) -> None:
     """What must divide before a GRPO run starts.
 
     Raises:
-        ConfigError: prompts do not split into mini-batches.
+        ConfigError: prompts do not split into mini-batches; a group of one, whose advantage is always 0.
     """
+    require(
+        config.rollout.samples_per_prompt > 1 or config.objective.advantage_scope == "batch",
+        "rollout.samples_per_prompt",
+        config.rollout.samples_per_prompt,
+        "2 or more where objective.advantage_scope is group: one response alone is always at the mean of its group",
+        "8 is common.",
+    )
     require(
         config.rollout.prompts_per_step % config.train.batch_size == 0,
         "train.batch_size",

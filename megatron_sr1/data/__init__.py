@@ -4,7 +4,7 @@ from megatron_sr1.data.feed import Batch, Check, SampleFeed, part_of
 from megatron_sr1.data.kinds import only_demonstrations, only_prompts
 from megatron_sr1.data.opening import open_dataset, open_stream
 from megatron_sr1.data.patterns import expand_shards
-from megatron_sr1.data.quarantine import BadSample, Quarantine
+from megatron_sr1.data.quarantine import BadSample, LeftOut, Quarantine
 from megatron_sr1.data.shards import ShardDataset
 from megatron_sr1.data.state import StreamState
 from megatron_sr1.data.stream import SampleSize, SampleStream, VisualTokens
@@ -14,6 +14,7 @@ __all__ = [
     "BadSample",
     "Batch",
     "Check",
+    "LeftOut",
     "Quarantine",
     "SampleFeed",
     "SampleSize",

@@ -89,8 +89,11 @@ class SampleFeed:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Bad samples of the run so far, where any are let pass."""
-        return {"data/bad_samples": float(len(self._quarantine.bad))} if self._quarantine.budget else {}
+        """Of the run so far: bad samples, where any are let pass, and samples that were left out, where any were."""
+        num_bad = self._quarantine.num_bad
+        counts = {"data/bad_samples": float(num_bad)} if self._quarantine.budget else {}
+        num_left_out = len(self._quarantine.bad) - num_bad
+        return {**counts, "data/left_out": float(num_left_out)} if num_left_out else counts
 
     def next(self, count: int) -> Batch:
         """The next `count` good samples. They are in flight until `finish`. Collective.
@@ -154,7 +157,7 @@ class SampleFeed:
     def _upcoming(self, count: int) -> list[int]:
         """The next `count` positions that are not known to be bad."""
         if len(self._quarantine.bad) >= self._stream.num_samples:
-            raise ValueError("every sample of the training data is bad. Mend the shards.")
+            raise ValueError(f"no sample of the training data can be used. {self._quarantine.bad[0].reason}")
         found: list[int] = []
         for position in self._candidates():
             if len(found) == count:

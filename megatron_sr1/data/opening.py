@@ -29,9 +29,14 @@ def open_stream(
     name: Literal["train", "cold_start"],
     seed: int,
     quarantine: Quarantine,
-    visual_tokens: VisualTokens | None,
+    visual_tokens: VisualTokens,
+    engine_tokens: int = 0,
 ) -> SampleStream:
     """The stream over `data.<name>`: one dataset, or, with `data.<name>_weights`, a mixture of its entries.
+
+    Args:
+        engine_tokens: the longest prompt that an engine takes. Without data.max_prompt_tokens it is the limit, wherever
+            an index has lengths; 0: there is no engine.
 
     Raises:
         ValueError: as `open_dataset` and `SampleStream`.
@@ -46,6 +51,7 @@ def open_stream(
         seed,
         weights=weights,
         window=config.shuffle_window,
-        max_prompt_tokens=config.max_prompt_tokens,
+        max_prompt_tokens=config.max_prompt_tokens or engine_tokens,
+        needs_lengths=config.max_prompt_tokens > 0,
         visual_tokens=visual_tokens,
     )

@@ -1,4 +1,5 @@
-"""Bad samples: skipped within a budget, each named in a file; past the budget the run stops with the list."""
+"""Bad samples: skipped within a budget, each named in a file; past the budget the run stops with the list. So are
+samples that are left out, which no budget bounds."""
 
 from __future__ import annotations
 
@@ -11,13 +12,18 @@ from pathlib import Path
 MAX_LISTED = 20  # in the error; the file has all
 
 
+class LeftOut(ValueError):
+    """A sample that is whole, and not for this run: too long, say. It does not count as bad."""
+
+
 @dataclass(frozen=True, order=True)
 class BadSample:
-    """What cannot be read: a sample, a member, or (key "") the rest of a shard."""
+    """What cannot be used: a sample, a member, or (key "") the rest of a shard."""
 
     shard: str
     key: str
     reason: str  # names shard and key too, and says what to do
+    counts: bool = True  # as bad; False: it is left out
 
 
 class Quarantine:
@@ -40,7 +46,7 @@ class Quarantine:
         if (bad.shard, bad.key) in self._bad:
             return
         self.remember([bad])
-        if len(self._bad) > self._budget:
+        if self.num_bad > self._budget:
             raise ValueError(self._message())
 
     def remember(self, samples: Iterable[BadSample]) -> None:
@@ -58,6 +64,11 @@ class Quarantine:
         return place in self._bad
 
     @property
+    def num_bad(self) -> int:
+        """Those that count."""
+        return sum(bad.counts for bad in self._bad.values())
+
+    @property
     def budget(self) -> int:
         """How many bad samples are let pass."""
         return self._budget
@@ -68,7 +79,7 @@ class Quarantine:
         return tuple(self._bad.values())
 
     def _message(self) -> str:
-        reasons = [bad.reason for bad in self._bad.values()]
+        reasons = [bad.reason for bad in self._bad.values() if bad.counts]
         if self._budget == 0:
             return reasons[0]
         listed = "\n".join(f"  {reason}" for reason in reasons[:MAX_LISTED])

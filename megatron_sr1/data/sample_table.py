@@ -28,6 +28,11 @@ class SampleTable:
     text_tokens: np.ndarray  # [n] int32
     checksums: tuple[str, ...]
 
+    @property
+    def num_images(self) -> np.ndarray:
+        """[n] int64: the last member of each sample is its json."""
+        return np.diff(self.first) - 1
+
     def sample(self, i: int) -> IndexedSample:
         """Sample `i` as the index of its shard has it."""
         span = slice(self.first[i], self.first[i + 1])

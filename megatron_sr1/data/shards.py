@@ -14,9 +14,9 @@ import numpy as np
 
 from megatron_sr1.data.index import IndexedSample, ShardIndex, content_checksum
 from megatron_sr1.data.loading import load_index
-from megatron_sr1.data.quarantine import BadSample, Quarantine
+from megatron_sr1.data.quarantine import BadSample, LeftOut, Quarantine
 from megatron_sr1.data.remote import ShardCache
-from megatron_sr1.data.sample_table import SampleTable, TableBuilder
+from megatron_sr1.data.sample_table import UNKNOWN, SampleTable, TableBuilder
 from megatron_sr1.data.scan import repeated_key
 from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample, image_number, image_size
 from megatron_sr1.data.urls import is_url, shard_name, shown
@@ -120,11 +120,35 @@ class ShardDataset:
 
     def bad(self, i: int, error: ValueError) -> BadSample:
         """The quarantine's entry for sample `i`."""
-        return BadSample(*self.place(i), str(error))
+        return BadSample(*self.place(i), str(error), counts=not isinstance(error, LeftOut))
 
     def place(self, i: int) -> tuple[str, str]:
         """The name of the shard of sample `i`, and its key."""
         return shard_name(self._shards[self._table.shard_of[i]]), self._table.keys[i]
+
+    def check_images(self, max_images: int, key: str, numbers: Sequence[int] | np.ndarray) -> None:
+        """Asks the index, before an engine starts.
+
+        Args:
+            key: of the configuration, for the message.
+            numbers: the samples that will be used.
+
+        Raises:
+            ValueError: one has more than `max_images` images; the message names the one with the most.
+        """
+        counts = self._table.num_images[numbers]
+        if len(counts) and counts.max() > max_images:
+            most = int(counts.max())
+            raise ValueError(
+                f"{key}: {int((counts > max_images).sum())} of {len(counts)} samples have more than "
+                f"rollout.max_images={max_images} images, {self.where(int(numbers[int(counts.argmax())]))} has {most}. "
+                f"Set rollout.max_images={most}."
+            )
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether the index has the length of every prompt."""
+        return bool((self._table.text_tokens != UNKNOWN).all())
 
     @property
     def shard_of(self) -> np.ndarray:

@@ -52,6 +52,7 @@ class SampleStream:
         weights: Sequence[float] = (),
         window: int = DEFAULT_WINDOW,
         max_prompt_tokens: int = 0,
+        needs_lengths: bool = True,
         visual_tokens: VisualTokens | None = None,
     ) -> None:
         """
@@ -59,6 +60,7 @@ class SampleStream:
             weights: how often each dataset comes, in any unit; needed where there are several.
             window: samples that are shuffled together.
             max_prompt_tokens: longer prompts are left out, by the index alone; 0: none.
+            needs_lengths: False: a dataset whose index lacks lengths is taken whole.
             visual_tokens: the model's, for that.
 
         Raises:
@@ -74,7 +76,10 @@ class SampleStream:
         if len(weights) != len(self._datasets):
             raise ValueError(f"there are {len(weights)} weights for {len(self._datasets)} datasets; give one for each.")
         self._starts = [0, *itertools.accumulate(len(dataset) for dataset in self._datasets)]
-        self._kept = [_short_enough(dataset, max_prompt_tokens, visual_tokens) for dataset in self._datasets]
+        limits = [max_prompt_tokens if needs_lengths or dataset.has_lengths else 0 for dataset in self._datasets]
+        self._kept = [
+            _short_enough(dataset, limit, visual_tokens) for dataset, limit in zip(self._datasets, limits, strict=True)
+        ]
         self._mixture = Mixture(weights, seed)
         self._orders = [
             EpochOrder(np.bincount(dataset.shard_of[kept]).tolist(), window, seed, number)
@@ -94,6 +99,16 @@ class SampleStream:
     def shard_fingerprints(self) -> tuple[tuple[str, str], ...]:
         """Name and fingerprint of each shard, of all datasets."""
         return tuple(pair for dataset in self._datasets for pair in dataset.shard_fingerprints)
+
+    @property
+    def num_left_out(self) -> int:
+        """Samples whose prompts are too long."""
+        return self._starts[-1] - self.num_samples
+
+    def check_images(self, max_images: int, key: str) -> None:
+        """See `ShardDataset.check_images`, of all that the stream hands out."""
+        for dataset, kept in zip(self._datasets, self._kept, strict=True):
+            dataset.check_images(max_images, key, kept)
 
     @property
     def num_samples(self) -> int:
@@ -181,5 +196,8 @@ def _short_enough(dataset: ShardDataset, limit: int, visual_tokens: VisualTokens
         if tokens <= limit:
             kept.append(i)
     if not kept:
-        raise ValueError(f"{dataset.where(0)} and all others have prompts longer than data.max_prompt_tokens={limit}.")
+        raise ValueError(
+            f"{dataset.where(0)} and all others have prompts longer than {limit} tokens. Raise "
+            "data.max_prompt_tokens, or rollout.max_model_tokens where that is not set."
+        )
     return np.array(kept)

@@ -40,14 +40,7 @@ class Heldout:
         Raises:
             ValueError: a prompt has more than `max_images` images; the message names the one with the most.
         """
-        counts = [len(self._dataset.describe(index).extensions) - 1 for index in range(len(self))]
-        most = max(counts)
-        if most > max_images:
-            too_many = sum(count > max_images for count in counts)
-            raise ValueError(
-                f"data.heldout: {too_many} of {len(counts)} prompts have more than rollout.max_images={max_images} "
-                f"images, {self._dataset.where(counts.index(most))} has {most}. Set rollout.max_images={most}."
-            )
+        self._dataset.check_images(max_images, "data.heldout", range(len(self)))
 
     def chunks(self, size: int, answered: Sequence[str] = ()) -> Iterator[list[Prompt]]:
         """The prompts in lists of `size`, the last one shorter.

@@ -34,11 +34,11 @@ from megatron_sr1.evaluation.files import EvaluationFiles, write_summary
 from megatron_sr1.evaluation.heldout import Heldout
 from megatron_sr1.loops.generation import build_generator, prompt_check
 from megatron_sr1.loops.run import Run, open_run
-from megatron_sr1.objective import Preset, preset_from_config
+from megatron_sr1.objective import preset_from_config
 from megatron_sr1.platform import Platform
 from megatron_sr1.report import print_table, summary_rows
 from megatron_sr1.rewards.workers import Vectors, grade_pairs
-from megatron_sr1.types import Generator, Passes, Prompt, RolloutGroup, Sampling, Template
+from megatron_sr1.types import Generator, Prompt, RolloutGroup, Sampling, Template
 
 Value = TypeVar("Value")
 # whatever the preset trains on
@@ -219,31 +219,20 @@ def _answer_chunk(
 ) -> list[tuple[RolloutGroup, Template, Vectors]]:
     """Each prompt's answers, its template and its rewards, in order. Collective."""
     config, preset = run.config, preset_from_config(run.config.objective)
-    answers: dict[int, tuple[RolloutGroup, Template]] = {}
-    for (template, second_pass), indices in _by_passes(chunk, preset).items():
-        sampling = Sampling(
-            config.evaluate.samples,
-            config.evaluate.temperature,
-            config.rollout.max_response_tokens,
-            config.seed,
-            template,
-            second_pass,
-        )
-        groups = generator.generate([chunk[index] for index in indices], sampling, step)
-        for index, group in zip(indices, groups, strict=True):
-            answers[index] = (replace(group, group_id=index), template)
+    sampling = Sampling(
+        config.evaluate.samples,
+        config.evaluate.temperature,
+        config.rollout.max_response_tokens,
+        config.seed,
+        *preset.passes,
+    )
+    answers = [
+        (group, sampling.passes_of(group.prompt).template) for group in generator.generate(chunk, sampling, step)
+    ]
     ranks = run.platform.ranks
-    mine = sorted(answers)[ranks.rank :: ranks.num_ranks]
+    mine = range(ranks.rank, len(answers), ranks.num_ranks)
     graded = dict(ranks.gather([(index, _grade(*answers[index])) for index in mine]))
-    return [(*answers[index], graded[index]) for index in range(len(chunk))]
-
-
-def _by_passes(chunk: Sequence[Prompt], preset: Preset) -> dict[Passes, list[int]]:
-    """Indices into the chunk."""
-    parts: dict[Passes, list[int]] = {}
-    for index, prompt in enumerate(chunk):
-        parts.setdefault(preset.passes_of(prompt), []).append(index)
-    return parts
+    return [(group, template, graded[index]) for index, (group, template) in enumerate(answers)]
 
 
 def _grade(group: RolloutGroup, template: Template) -> Vectors:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megatron_sr1.config import Config
-from megatron_sr1.data import Check
+from megatron_sr1.data import Check, LeftOut
 from megatron_sr1.loops.run import Run
 from megatron_sr1.objective import Preset
 from megatron_sr1.platform import TeamRanks
@@ -69,17 +69,20 @@ def training_sampling(config: Config, preset: Preset) -> Sampling:
     )
 
 
-def prompt_check(planner: Planner, passes: Callable[[Prompt], Passes]) -> Check:
+def prompt_check(planner: Planner, passes: Callable[[Prompt], Passes], *, leaves_out: bool = False) -> Check:
     """What a prompt must be beyond readable: short enough for the engines, in each of its passes.
 
     The function raises ValueError with the sample's key, its length and the limits.
+
+    Args:
+        leaves_out: a prompt that is too long is no fault of the data: it is passed over, and counted.
     """
 
     def check(sample: Prompt | SftSample) -> None:
         prompt = sample.prompt if isinstance(sample, SftSample) else sample
         refused = planner.refusals(prompt, *passes(prompt))
         if refused:
-            raise ValueError("\n".join(refused))
+            raise (LeftOut if leaves_out else ValueError)("\n".join(refused))
 
     return check
 

@@ -73,11 +73,18 @@ class Run:
         """The samples of `data.<name>`, all of every batch on every rank; those that `check` raises for are bad ones.
 
         Raises:
-            ValueError: shards are missing or damaged, or have no index where one is needed.
+            ValueError: shards are missing or damaged, or have no index where one is needed; more images in a training
+                prompt than rollout.max_images.
         """
-        data, quarantine = self.config.data, self.quarantine(name)
-        lengths = self.processor.num_visual_tokens if data.max_prompt_tokens else None
-        stream = open_stream(data, name, self.config.seed, quarantine, lengths)
+        data, quarantine, rollout = self.config.data, self.quarantine(name), self.config.rollout
+        engine_tokens = rollout.max_model_tokens - rollout.max_response_tokens if name == "train" else 0
+        visual_tokens = self.processor.num_visual_tokens
+        stream = open_stream(data, name, self.config.seed, quarantine, visual_tokens, engine_tokens)
+        if name == "train":
+            stream.check_images(rollout.max_images, "data.train")
+        if stream.num_left_out:
+            limit = data.max_prompt_tokens or engine_tokens
+            self.say(f"data.{name}: {stream.num_left_out} samples are left out, whose prompts are over {limit} tokens")
         ahead = {"workers": data.workers, "prefetch_bytes": data.prefetch_mib << 20}
         feed = SampleFeed(stream, quarantine, **ahead, ranks=self.platform.ranks, check=check)
         if self.progress is not None:

@@ -18,7 +18,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_sr1.config import ObjectiveConfig
-from megatron_sr1.types import KlEstimator, Passes, PassName, PresetName, Prompt, RewardStream, Template, TokenSegment
+from megatron_sr1.types import (
+    TEXT_ONLY,
+    KlEstimator,
+    Passes,
+    PassName,
+    PresetName,
+    Prompt,
+    RewardStream,
+    Template,
+    TokenSegment,
+)
 
 SECOND_PASS_SUFFIX = "_vis"  # components that are measured on the second pass
 
@@ -64,13 +74,12 @@ class Preset:
 
     @property
     def passes(self) -> Passes:
-        """Those of training. The second pass is measured even where it earns nothing."""
+        """Those of a prompt with images. The second pass is measured even where it earns nothing."""
         return Passes(self.template, self.second_pass or self.template == "see_think")
 
     def passes_of(self, prompt: Prompt) -> Passes:
-        """Those of an evaluation: without an image there is nothing to describe."""
-        template: Template = self.template if prompt.images else "cot"
-        return Passes(template, template == "see_think")
+        """Those of a prompt: without an image there is nothing to describe."""
+        return self.passes if prompt.images else TEXT_ONLY
 
     @property
     def components(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from multiprocessing import get_context, parent_process
 from megatron_sr1.rewards import score_pair
 from megatron_sr1.types import Prompt, RolloutGroup, RolloutPair
 
+PLAIN = {"fmt": "fmt_cot"}  # the layout that a prompt without images asks for, in place of the See-Think one
 Vectors = list[dict[str, float]]  # one reward vector per sample
 
 
@@ -39,8 +40,10 @@ class Graders:
 
     def submit(self, group: RolloutGroup) -> None:
         """Queues a complete group and returns at once. Images stay here: no reward reads them."""
-        prompt = replace(group.prompt, images=())
-        self._futures[group.group_id] = self._pool.submit(grade_pairs, group.pairs, prompt, self._components)
+        prompt, components = replace(group.prompt, images=()), self._components
+        if not group.prompt.images:
+            components = tuple(PLAIN.get(name, name) for name in components)
+        self._futures[group.group_id] = self._pool.submit(grade_pairs, group.pairs, prompt, components)
 
     def collect(self) -> list[tuple[int, Vectors]]:
         """(group_id, reward vectors) of everything submitted since the last call; waits for what is missing.

@@ -32,6 +32,6 @@ def expected_tokens(processor: Processor, prompt: Prompt, sampling: Sampling) ->
     """
     visual = sum(processor.num_visual_tokens(image.size) for image in prompt.images)
     text = len(prompt.problem) // _CHARACTERS_PER_TOKEN
-    passes = 2 if sampling.second_pass else 1
+    passes = 2 if sampling.passes_of(prompt).second_pass else 1
     responses = sampling.num_samples * passes * sampling.max_response_tokens // 2
     return visual + text + sampling.num_samples * (passes - 1) * text + responses

@@ -59,7 +59,7 @@ class PassRequests:
         self._on_group = on_group
         self._start = time.perf_counter()
         samples = range(sampling.num_samples)
-        plans = {group: planner.first(prompts[group], sampling.template) for group in groups}
+        plans = {group: planner.first(prompts[group], sampling.passes_of(prompts[group]).template) for group in groups}
         requests = [_Request(group, sample, plan) for group, plan in plans.items() for sample in samples]
         self._open = {request.request_id: request for request in requests}  # asked for, not answered
         self._left = dict.fromkeys(plans, sampling.num_samples)  # samples of each group that are not complete
@@ -130,7 +130,8 @@ class PassRequests:
             self._complete(replace(self._pairs[place], second=rollout), place)
             return None
         # a response that was cut short is no complete first pass, whatever it has described by then
-        whole = rollout.finish_reason == "stop" and self._sampling.second_pass
+        asked = self._sampling.passes_of(self._prompts[request.group])
+        whole = rollout.finish_reason == "stop" and asked.second_pass
         written = find_description(rollout.response_text) if whole else None
         if written is None:
             self._complete(RolloutPair(request.sample, rollout, None, None), place)

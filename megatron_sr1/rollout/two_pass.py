@@ -77,14 +77,14 @@ class TwoPassGenerator:
         """
         assert sampling.max_response_tokens <= self._planner.limits.max_response, "more than the plans leave room for"
         mine = assign_prompts(self._planner.processor, prompts, sampling, self._engines.num_ranks)[self._engines.rank]
-        passes = (sampling.template, sampling.second_pass)
+        own = [prompts[index] for index in mine]
         refused = self._engines.gather(
-            [text for index in mine for text in self._planner.refusals(prompts[index], *passes)]
+            [text for prompt in own for text in self._planner.refusals(prompt, *sampling.passes_of(prompt))]
         )
         if refused:
             raise ValueError("\n".join(sorted(set(refused))))
         if not self._compared:
-            with_images = [prompts[index] for index in mine if prompts[index].images][:NUM_COMPARED]
+            with_images = [prompt for prompt in own if prompt.images][:NUM_COMPARED]
             self._compare_pixels([self._planner.first(prompt, sampling.template) for prompt in with_images])
         requests = PassRequests(self._planner, prompts, mine, sampling, step, on_group, streamed=self._streamed)
         self._run(requests)

@@ -12,7 +12,7 @@ from megatron_sr1.config import Config, ObjectiveConfig, row_tokens
 from megatron_sr1.objective import Preset, stream_advantages, token_kinds, token_weights
 from megatron_sr1.packing import moved, pack, split_for_ranks
 from megatron_sr1.processor import Processor
-from megatron_sr1.prompts import render_caption_reasoner, render_see_think
+from megatron_sr1.prompts import render_caption_reasoner, render_cot, render_see_think
 from megatron_sr1.training.segments import stream_masks
 from megatron_sr1.training.tokens import ResponseTokens, into_rows
 from megatron_sr1.types import (
@@ -156,7 +156,8 @@ class Batcher:
         if sample.template == "caption_reasoner":
             text, images = render_caption_reasoner(sample.description or "", sample.prompt.problem), ()
         else:
-            text = render_see_think(sample.prompt.problem)
+            problem, num_images = sample.prompt.problem, len(sample.prompt.images)
+            text = render_cot(problem, num_images) if sample.template == "cot" else render_see_think(problem)
             images = tuple(self._processor.encode_image(image) for image in sample.prompt.images)
         return TokenSequence(self._prompt_ids(text, images), self._processor.response_ids(sample.response), images)
 

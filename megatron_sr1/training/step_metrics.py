@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from megatron_sr1.metrics import MetricLog
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.objective import Preset
@@ -32,22 +35,27 @@ def step_metrics(
 
 
 def summarise(groups: Sequence[RolloutGroup], rewards: Rewards) -> dict[str, float | None]:
-    """Shares over all rollouts.
+    """Shares over all rollouts; those about descriptions over the rollouts of prompts with images, None without any.
 
     language_shortcut_rate is the share whose answer is right although the description alone does not give it
     (Vision-SR1, section 5). `faithful` is None where no prompt says what its image shows.
     """
     right, seen = rewards["acc"], rewards["acc_vis"]
+    shown = torch.tensor([bool(group.prompt.images) for group in groups for _ in group.pairs])
     truths = [faithful(pair.description, group.prompt) for group in groups for pair in group.pairs]
     known = [float(truth) for truth in truths if truth is not None]
     return {
         "accuracy": right.mean().item(),
-        "second_pass_accuracy": seen.mean().item(),
-        "language_shortcut_rate": (right * (1.0 - seen)).mean().item(),
+        "second_pass_accuracy": _mean(seen[shown]),
+        "language_shortcut_rate": _mean((right * (1.0 - seen))[shown]),
         "faithful": sum(known) / len(known) if known else None,
         "format": rewards["format"].mean().item(),
-        "leak": rewards["leak"].mean().item(),
+        "leak": _mean(rewards["leak"][shown]),
     }
+
+
+def _mean(values: Tensor) -> float | None:
+    return values.mean().item() if len(values) else None
 
 
 def _log_rewards(log: MetricLog, groups: Sequence[RolloutGroup], rewards: Rewards, preset: Preset) -> None:
@@ -74,7 +82,7 @@ def _log_responses(log: MetricLog, groups: Sequence[RolloutGroup]) -> int:
             log.add(f"{name}/longest_response_tokens", len(rollout.response_ids), "max")
             log.add(f"{name}/truncated", rollout.finish_reason == "length")
             log.add(f"seconds/{name}_pass", rollout.finished_at - rollout.queued_at)
-    for pair in pairs:
+    for pair in (pair for group in groups if group.prompt.images for pair in group.pairs):
         log.add("second/missing", pair.second is None)
         if pair.description is not None:
             log.add("second/description_cut", pair.description_cut)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_sr1.objective import Preset
-from megatron_sr1.rewards.workers import Vectors
+from megatron_sr1.rewards.workers import PLAIN, Vectors
 
 ALWAYS = ("acc", "acc_vis", "leak")  # scored for the metrics whatever the preset trains on
 VISUAL = ("acc_vis", "fmt_vis")
@@ -24,10 +24,14 @@ def scored_components(preset: Preset) -> list[str]:
 def join_rewards(graded: Sequence[tuple[int, Vectors]], preset: Preset) -> Rewards:
     """One tensor per component of what the ranks graded: (group, vectors of its samples), in any order.
 
-    The ranks of one engine grade the same groups; each group counts once.
+    The ranks of one engine grade the same groups; each group counts once. Groups without images have the layout of
+    the plain prompt, which they were asked with.
     """
     vectors = [vector for _, share in sorted(dict(graded).items()) for vector in share]
-    rewards = {name: torch.tensor([vector[name] for vector in vectors]) for name in scored_components(preset)}
+    rewards = {
+        name: torch.tensor([vector[name] if name in vector else vector[PLAIN[name]] for vector in vectors])
+        for name in scored_components(preset)
+    }
     return {**rewards, "format": rewards[_layout(preset)]}
 
 
