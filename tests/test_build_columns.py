@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import importlib.util
 import json
@@ -18,7 +19,7 @@ from megatron_sr1.data.json_values import as_json, number_text
 from megatron_sr1.data.schema import decode_sample
 from megatron_sr1.types import Prompt, SftSample
 from tests.build_cases import SEE_THINK, load_tool, problems, run, run_jsonl, samples
-from tests.data_cases import png
+from tests.data_cases import encoded, noise, png
 
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
 IMAGES = {"r.png": png(1), "g.png": png(2)}
@@ -370,3 +371,23 @@ def test_json_arrays_and_utf_16(tool: ModuleType, tmp_path: Path, capsys: pytest
         assert message.replace("u?", "") in capsys.readouterr().err
     run(tool, "--input", tmp_path / "in", "--format", "json", "--out", tmp_path / "out")
     assert [levels(sample) for sample in samples(tmp_path / "out")] == [[1], [2]]
+
+
+def test_images_written_out_in_base64_are_decoded(tool: ModuleType, tmp_path: Path) -> None:
+    """Alone, as a data URL, in a struct, over several lines; one that is damaged is named in a few words."""
+    image = noise(3, (90, 70))
+    formats = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")
+    kinds = {name: base64.b64encode(encoded(image, name)).decode() for name in formats}
+    texts = [*kinds.values(), f"data:image/png;base64,{kinds['PNG']}", {"bytes": kinds["PNG"]}]
+    texts.append("\n".join(kinds["PNG"][start : start + 76] for start in range(0, len(kinds["PNG"]), 76)))
+    rows: list[dict[str, Any]] = [
+        {"problem": f"Question {number}?", "answer": "1", "images": [text]} for number, text in enumerate(texts)
+    ]
+    rows += [{"problem": "Damaged?", "answer": "1", "images": [kinds["PNG"] + "*"]}]
+    rows += [{"problem": "A long path?", "answer": "1", "images": ["x" * 5000]}]
+    out = run_jsonl(tool, tmp_path, rows, {})
+    found = samples(out)
+    assert len(found) == len(texts) and {sample.images[0].size for sample in found} == {(90, 70)}
+    damaged, long = (problem["reason"] for problem in problems(out))
+    assert "begins as an image in base64, 'iVBORw0KGgoAAAANSUhE'" in damaged
+    assert "File name too long" in long and len(long) < 400

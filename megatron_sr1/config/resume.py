@@ -180,9 +180,9 @@ def _of_class(tree: Mapping[Any, Any], kind: type) -> dict[str, Any]:
     known = {}
     for field in fields(kind):
         if field.name in tree:
-            value, default = tree[field.name], field.default_factory
-            nested = isinstance(value, dict) and isinstance(default, type) and is_dataclass(default)
-            known[field.name] = _of_class(value, default) if nested else value
+            value, section = tree[field.name], field.default_factory
+            is_section = isinstance(section, type) and is_dataclass(section)
+            known[field.name] = _of_class(value, section) if is_section and isinstance(value, dict) else value
     return known
 
 

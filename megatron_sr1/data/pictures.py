@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
@@ -35,7 +34,7 @@ _PNG_MARKS = (b"eXIf", b"iTXt", b"Raw profile type")  # chunks of a PNG without 
 _DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners give, whatever holds them
 
 
-def decode_picture(data: bytes, formats: Sequence[str]) -> Image.Image:
+def decode_picture(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     """The picture in a file: RGB, 8 bit, upright.
 
     Raises:
@@ -49,7 +48,7 @@ def decode_picture(data: bytes, formats: Sequence[str]) -> Image.Image:
         raise _unreadable(error, formats) from error
 
 
-def picture_size(data: bytes, formats: Sequence[str]) -> tuple[int, int]:
+def picture_size(data: bytes, formats: tuple[str, ...]) -> tuple[int, int]:
     """Width and height in pixels of what `decode_picture` returns; of the formats of shards, only headers are read.
 
     Raises:
@@ -63,7 +62,7 @@ def picture_size(data: bytes, formats: Sequence[str]) -> tuple[int, int]:
         raise _unreadable(error, formats) from error
 
 
-def picture_format(data: bytes, formats: Sequence[str]) -> str:
+def picture_format(data: bytes, formats: tuple[str, ...]) -> str:
     """Pillow's name of the file's format. Raises as `decode_picture`."""
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
@@ -134,7 +133,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(grey * 255.0).astype(np.uint8))
 
 
-def _unreadable(error: BaseException, formats: Sequence[str]) -> ValueError:
+def _unreadable(error: BaseException, formats: tuple[str, ...]) -> ValueError:
     """Pillow's words, less the address in memory that it names where it knows no format: no two would be the same."""
     return ValueError(
         f"it is none of {', '.join(formats)}" if isinstance(error, UnidentifiedImageError) else str(error)

@@ -226,7 +226,7 @@ def _answer_chunk(
         config.seed,
         *preset.passes,
     )
-    answers = [
+    answers: list[tuple[RolloutGroup, Template]] = [
         (group, sampling.passes_of(group.prompt).template) for group in generator.generate(chunk, sampling, step)
     ]
     ranks = run.platform.ranks

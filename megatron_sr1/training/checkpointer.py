@@ -116,7 +116,7 @@ class Checkpointer:
                 f"{path} was saved with layout.distributed_optimizer={then}, but this run has {now}: the one cannot "
                 "read the other's moments. Keep it as it was; every other key of the layout may change."
             )
-        state = dist_checkpointing.load(policy.sharded_state(loading=True), str(path))
+        state: Any = dist_checkpointing.load(policy.sharded_state(loading=True), str(path))
         policy.load_state(state, progress.step)
 
     def _progress(self, step: int) -> Progress:

@@ -5,6 +5,8 @@ A source lists chunks; any process can read any chunk by itself, and the chunks 
 
 from __future__ import annotations
 
+import base64
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,10 @@ from typing import Any, Literal, Protocol, get_args
 
 from megatron_sr1.data.tar_groups import TarGroup
 
+_MAX_REASON = 300  # characters
+_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
+# PNG, JPEG, GIF, WebP, TIFF of either order, BMP
+_BASE64_HEADS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkqA", "TU0AK", "Qk0", "Qk1", "Qk2", "Qk3")
 Format = Literal["parquet", "jsonl", "json", "webdataset"]
 ProblemKind = Literal[
     "unreadable_sample",  # a line that is not JSON, a tar member that is not of the schema
@@ -112,7 +118,28 @@ def load_images(images: Sequence[object], load_image: Callable[[object], bytes])
     loaded: list[bytes] = []
     for number, image in enumerate(images):
         try:
-            loaded.append(load_image(image))
+            written_out = base64_image(image)
+            loaded.append(load_image(image) if written_out is None else written_out)
         except (OSError, ValueError) as error:
-            return f"image {number}: {error}"
+            text = str(error)
+            return f"image {number}: {text[:_MAX_REASON]}{' ...' * (len(text) > _MAX_REASON)}"
     return tuple(loaded)
+
+
+def base64_image(image: object) -> bytes | None:
+    """The bytes of an image that is written out as text, alone or as a data URL; None where it is something else.
+
+    Raises:
+        ValueError: it begins as an image in base64 and is none.
+    """
+    text = image.get("bytes") if isinstance(image, dict) else image
+    if not isinstance(text, str):
+        return None
+    found = _DATA_URL.match(text)
+    text = text[found.end() :] if found else text
+    if not found and not text.startswith(_BASE64_HEADS):
+        return None
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:
+        raise ValueError(f"it begins as an image in base64, {text[:20]!r}, and is none: {error}") from error

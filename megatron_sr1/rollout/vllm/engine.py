@@ -214,9 +214,10 @@ class Engine:
 
     def pixels(self, prompt_ids: Sequence[int], images: Sequence[Image]) -> list[tuple[tuple[int, ...], Tensor]]:
         """What the vision tower would be given of each image: grid (time, height, width) and patches [P, C] float32."""
-        self._engine.reset_mm_cache()  # it gives an image out once
+        engine: Any = self._engine
+        engine.reset_mm_cache()  # it gives an image out once
         prepared: Any = self.prepare(prompt_ids, images)
-        self._engine.reset_mm_cache()  # it believes that the model has them now
+        engine.reset_mm_cache()  # it believes that the model has them now
         items = prepared["mm_kwargs"]["image"]
         return [
             (
