@@ -180,7 +180,7 @@ def test_vllm_is_told_that_the_experts_weights_are_normalised_where_the_file_is_
 
 # ---------------------------------------------------------------- what is refused
 NEEDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "num_hidden_layers")
-POSITIVE = "a whole number greater than 0"
+POSITIVE = "a whole number from 1 to "
 OPTIONAL = ("hidden_size", "vocab_size")
 OF_EXPERTS = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step")
 WRONG: list[tuple[str, dict[str, Any], str, str]] = [  # class, changed keys, key=got, allowed
@@ -221,7 +221,7 @@ WRONG_TREES: list[tuple[Any, list[str]]] = [
     (SMALL | {"vision_config": []}, ["vision_config=[]", "a JSON object"]),
     (
         SMALL | {"vision_config": {"deepstack_visual_indexes": ["a"]}},
-        ["vision_config.deepstack_visual_indexes=['a']", "a list of whole numbers from 0 on"],
+        ["vision_config.deepstack_visual_indexes=['a']", "a list of whole numbers from 0 to "],
     ),
 ]
 

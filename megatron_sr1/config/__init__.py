@@ -18,12 +18,14 @@ from megatron_sr1.config.files import dump_config, load_config
 from megatron_sr1.config.hf_config import HfConfig, read_hf_config
 from megatron_sr1.config.model import LayoutConfig, ModelConfig, PrecisionConfig, RecomputeConfig
 from megatron_sr1.config.model_files import check_weights, how_to_get, missing_files, model_fingerprint
+from megatron_sr1.config.paths import home_path
 from megatron_sr1.config.resume import Change, changes_of, check_resume, saved_steps
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.tracking import MlflowConfig, TrackConfig, WandbConfig
 from megatron_sr1.config.training import PRESET_NAMES, ObjectiveConfig, OptimizerConfig, TrainConfig
 from megatron_sr1.config.whole import Config
+from megatron_sr1.config.yaml_files import read_mapping, read_overrides
 
 __all__ = [
     "FAMILIES",
@@ -54,12 +56,15 @@ __all__ = [
     "check_resume",
     "check_weights",
     "dump_config",
+    "home_path",
     "how_to_get",
     "kv_token_bytes",
     "load_config",
     "missing_files",
     "model_fingerprint",
     "read_hf_config",
+    "read_mapping",
+    "read_overrides",
     "row_tokens",
     "saved_steps",
 ]

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sr1.config.rules import positive, require
+from megatron_sr1.config.rules import COUNT, COUNT_OR_NONE, Range, check_numbers, require
+
+_WEIGHT = Range(0, 1e9, above=True)
+_NUMBERS = {
+    "train_weights": _WEIGHT,
+    "cold_start_weights": _WEIGHT,
+    "shuffle_window": COUNT,
+    "max_prompt_tokens": COUNT_OR_NONE,
+    "max_bad_samples": COUNT_OR_NONE,
+    "workers": Range(1, 1024),
+    "prefetch_mib": Range(1, 10**7),
+    "cache_gib": Range(0, 1e7, above=True),
+}
 
 
 @dataclass(frozen=True)
@@ -30,15 +42,13 @@ class DataConfig:
     cache_gib: float = 100.0  # the least recently used make room
 
     def __post_init__(self) -> None:
-        positive("data", self, "shuffle_window", "workers", "prefetch_mib", "cache_gib")
-        for name in ("max_prompt_tokens", "max_bad_samples"):
-            require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "0 or more", "0 is the default.")
+        check_numbers("data", self, _NUMBERS)
         for name in ("train", "cold_start"):
             weights, entries = getattr(self, f"{name}_weights"), getattr(self, name)
             require(
-                not weights or (len(weights) == len(entries) and min(weights) > 0),
+                not weights or len(weights) == len(entries),
                 f"data.{name}_weights",
                 weights,
-                f"a positive number for each of the {len(entries)} entries of data.{name}, or empty",
+                f"a number for each of the {len(entries)} entries of data.{name}, or empty",
                 "Give one weight for each entry.",
             )

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_sr1.config.rules import positive, require
+from megatron_sr1.config.rules import COUNT, COUNT_OR_NONE, ConfigError, Range, check_numbers, require
+
+_DAY = 86_400  # seconds
+_NUMBERS = {
+    "max_prompts": COUNT_OR_NONE,
+    "examples": COUNT_OR_NONE,
+    "verify_export": COUNT_OR_NONE,
+    "samples": COUNT,
+    "temperature": Range(0, 100),
+    "chunk_prompts": COUNT,
+    "judge_concurrency": Range(1, 10**5),
+    "judge_timeout": Range(0, _DAY, above=True),
+    "judge_retries": Range(0, 10**4),
+    "judge_backoff": Range(0, _DAY, above=True),
+    "judge_max_wait": Range(0, _DAY),
+}
 
 
 @dataclass(frozen=True)
@@ -35,10 +51,7 @@ class EvaluateConfig:
     judge_max_wait: float = 120.0  # seconds before a retry, at most, also where the endpoint asks for more
 
     def __post_init__(self) -> None:
-        positive("evaluate", self, "samples", "chunk_prompts", "judge_concurrency", "judge_timeout", "judge_backoff")
-        for name in ("max_prompts", "examples", "verify_export", "temperature", "judge_retries", "judge_max_wait"):
-            value = getattr(self, name)
-            require(value >= 0, f"evaluate.{name}", value, "0 or more", f"Set evaluate.{name} to such a number.")
+        check_numbers("evaluate", self, _NUMBERS)
         require(
             self.samples == 1 or self.temperature > 0,
             "evaluate.temperature",
@@ -57,6 +70,13 @@ class EvaluateConfig:
             self._check_judge()
 
     def _check_judge(self) -> None:
+        try:
+            json.dumps(self.judge_parameters, allow_nan=False)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"evaluate.judge_parameters={self.judge_parameters!r} is not allowed: it must be what JSON can say "
+                f"({error}). Leave what is infinite or no number out."
+            ) from error
         parts = urlsplit(self.judge_url)
         require(
             parts.scheme in ("http", "https") and bool(parts.hostname) and not (parts.username or parts.query),

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_sr1.config.declared import as_declared
+from megatron_sr1.config.paths import home_path
 from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.whole import Config
+from megatron_sr1.config.yaml_files import read_mapping, read_overrides
 
 _RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")
 _OUTSIDE = re.compile(r"Invalid value '(?P<got>.*)', expected one of \[(?P<allowed>.*)\]")  # of a Literal
@@ -23,34 +26,43 @@ _OUTSIDE = re.compile(r"Invalid value '(?P<got>.*)', expected one of \[(?P<allow
 def load_config(path: str | Path | None, overrides: list[str]) -> Config:
     """Reads YAML with its bases, applies `key=value` overrides, validates.
 
+    A text or a number stands for a list of one where a list belongs; a `~` that begins a path is the user's folder.
+
     Raises:
-        ConfigError: unknown key, wrong type, a value out of range, or values that do not fit together; a base that is
-            missing or leads back to its own file.
+        ConfigError: no YAML, unknown key, wrong type, a value out of range, or values that do not fit together; a base
+            that is missing or leads back to its own file.
     """
+    tree = OmegaConf.structured(Config)
+    if path is not None:
+        if not Path(path).is_file():
+            raise ConfigError(f"CONFIG={str(path)!r} is not a file. Give the path of a YAML configuration.")
+        for file, part in _with_bases(Path(path), ()):
+            tree = _merged(tree, part, f"{file}: ")
+    words = read_overrides(overrides)
+    refuse_resolvers(words, "an override")
     try:
-        tree = OmegaConf.structured(Config)
-        if path is not None:
-            if not Path(path).is_file():
-                raise ConfigError(f"CONFIG={str(path)!r} is not a file. Give the path of a YAML configuration.")
-            for part in _with_bases(Path(path), ()):
-                tree = OmegaConf.merge(tree, part)
-        for override in overrides:
-            if "=" not in override:
-                raise ConfigError(
-                    f"override {override!r} is not allowed: it must be key=value, for example train.steps=10."
-                )
-        words = OmegaConf.from_dotlist(overrides)
-        refuse_resolvers(words, "an override")
-        tree = OmegaConf.merge(tree, words)
-        config = OmegaConf.to_object(tree)
-        assert isinstance(config, Config), type(config)
-        return config
+        config = OmegaConf.to_object(_merged(tree, words, ""))
     except OmegaConfBaseException as error:
         raise ConfigError(_reason(error)) from error
+    assert isinstance(config, Config), type(config)
+    folders = {name: home_path(f"model.{name}", getattr(config.model, name)) for name in ("hf_dir", "megatron_dir")}
+    return replace(config, run_dir=home_path("run_dir", config.run_dir), model=replace(config.model, **folders))
 
 
-def _with_bases(path: Path, readers: tuple[Path, ...]) -> Iterator[DictConfig | ListConfig]:
-    """The contents of the file's bases, of theirs first, and then its own.
+def _merged(tree: DictConfig, part: DictConfig, where: str) -> DictConfig:
+    """`part` over `tree`; `where` begins a complaint about it."""
+    try:
+        merged = OmegaConf.merge(tree, as_declared(Config, OmegaConf.to_container(part), ""))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}{_reason(error)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from error
+    assert isinstance(merged, DictConfig), type(merged)
+    return merged
+
+
+def _with_bases(path: Path, readers: tuple[Path, ...]) -> Iterator[tuple[Path, DictConfig]]:
+    """The contents of the file's bases, of theirs first, and then its own, each with its file.
 
     Args:
         readers: the files that led to this one, outermost first.
@@ -59,17 +71,17 @@ def _with_bases(path: Path, readers: tuple[Path, ...]) -> Iterator[DictConfig | 
     if here in readers:
         circle = " -> ".join(str(file) for file in (*readers[readers.index(here) :], here))
         raise ConfigError(f"base: {circle} is a circle. Take one of these files out of another's base.")
-    own = OmegaConf.load(path)
+    own = read_mapping(path)
     refuse_resolvers(own, str(path))
-    bases = own.pop("base", None) if isinstance(own, DictConfig) else None
+    bases = own.pop("base", None)
     if not isinstance(bases, ListConfig | None) or not all(isinstance(base, str) for base in bases or ()):
         raise ConfigError(f"base={bases!r} of {path} is not allowed: it must be a list of YAML files. Write [{bases}].")
     for base in bases or ():
-        file = path.parent / base
+        file = path.parent / home_path("base", base)
         if not file.is_file():
             raise ConfigError(f"base={base!r} of {path} is not a file: there is no {file}. Paths start at that folder.")
         yield from _with_bases(file, (*readers, here))
-    yield own
+    yield path, own
 
 
 def refuse_resolvers(tree: DictConfig | ListConfig, where: str) -> None:

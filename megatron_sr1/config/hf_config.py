@@ -16,6 +16,14 @@ from megatron_sr1.config.json_section import REMEDY, JsonSection, read_json
 from megatron_sr1.config.rules import ConfigError, require
 from megatron_sr1.config.supported import rope_section, unsupported_settings
 
+_MAX_LAYERS = 10**4  # lists and modules are made of them
+_VISION_COUNTS = (
+    *("hidden_size", "intermediate_size", "num_heads", "in_channels", "in_chans", "patch_size", "spatial_merge_size"),
+    *("temporal_patch_size", "window_size", "num_position_embeddings"),
+)
+_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu")  # of vision towers
+_DTYPES = ("auto", "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+
 
 def read_hf_config(hf_dir: str) -> HfConfig:
     """Reads `hf_dir`/config.json.
@@ -25,7 +33,7 @@ def read_hf_config(hf_dir: str) -> HfConfig:
     """
     path = Path(hf_dir) / "config.json"
     require(
-        path.is_file(),
+        bool(hf_dir) and path.is_file(),
         "model.hf_dir",
         hf_dir,
         "a model directory in Hugging Face format, which holds a config.json",
@@ -37,6 +45,9 @@ def read_hf_config(hf_dir: str) -> HfConfig:
     is_old = family.keys_at_top and tree.is_null("text_config")
     tree.check(is_old or not tree.is_null("text_config"), "text_config", "a JSON object")
     text = tree if is_old else tree.section("text_config")
+    _check_vision(tree.section("vision_config"))
+    for part in (tree, text):
+        _check_dtype(part)
     tied = tree.flag("tie_word_embeddings") or (family.tied_in_text and text.flag("tie_word_embeddings"))
     name = tree.values.get("_name_or_path")
     model = HfConfig(
@@ -80,7 +91,7 @@ def _layer_sizes(text: JsonSection, family: Family) -> dict[str, int]:
     else:
         head_dim = hidden // heads
     return {
-        "num_layers": text.count("num_hidden_layers"),
+        "num_layers": _num_layers(text),
         "hidden_size": hidden,
         "ffn_size": text.count("intermediate_size"),
         "num_heads": heads,
@@ -89,8 +100,31 @@ def _layer_sizes(text: JsonSection, family: Family) -> dict[str, int]:
     }
 
 
+def _num_layers(text: JsonSection) -> int:
+    return text.count("num_hidden_layers", largest=_MAX_LAYERS)
+
+
+def _check_vision(vision: JsonSection) -> None:
+    """The numbers that transformers takes as they are; absent ones are its defaults."""
+    for key in _VISION_COUNTS:
+        if key in vision:
+            vision.count(key)
+    if "depth" in vision:
+        vision.count("depth", largest=_MAX_LAYERS)
+    vision.section("rope_parameters").number("rope_theta", 1e4)
+    activation = vision.values.get("hidden_act", _ACTIVATIONS[0])
+    vision.check(activation in _ACTIVATIONS, "hidden_act", f"one of {', '.join(_ACTIVATIONS)}")
+
+
+def _check_dtype(part: JsonSection) -> None:
+    """transformers looks the name up in torch, whatever it is."""
+    for key in ("dtype", "torch_dtype"):
+        value = part.values.get(key)
+        part.check(value is None or value in _DTYPES, key, f"null or one of {', '.join(_DTYPES)}")
+
+
 def _experts(text: JsonSection, family: Family) -> dict[str, Any]:
-    layers = text.count("num_hidden_layers")
+    layers = _num_layers(text)
     if not family.has_experts:
         none = dict.fromkeys(("num_experts", "experts_per_token", "expert_ffn_size"), 0)
         return {**none, "moe_layers": (False,) * layers, "norm_topk_prob": None}

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_sr1.config.rules import ConfigError, require
 
 REMEDY = "Is the file as its publisher wrote it? Get it again, or correct it."
-_POSITIVE = "a whole number greater than 0"
+LARGEST = 10**8  # of what a model has of anything; more is a slip, or made to exhaust whoever reads it
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ class JsonSection:
             raise ConfigError(f"{name} is missing: it must be {allowed}. {REMEDY}")
         require(condition, name, self.values.get(key), allowed, REMEDY)
 
-    def count(self, key: str, default: float | None = None) -> int:
+    def count(self, key: str, default: float | None = None, largest: int = LARGEST) -> int:
         """A positive whole number; needed where there is no default."""
         value = self.values.get(key, default)
-        self.check(_is_whole(value) and value > 0, key, _POSITIVE)
+        self.check(_is_whole(value) and 0 < value <= largest, key, f"a whole number from 1 to {largest}")
         return value
 
     def number(self, key: str, default: float) -> float:
-        """A positive number, as it is written."""
+        """A positive number, as it is written; JSON files hold Infinity, too, which is none."""
         value = self.values.get(key, default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        self.check(is_number and value > 0, key, "a number greater than 0")
+        self.check(is_number and 0 < value <= 1e30, key, "a number greater than 0 and at most 1e30")
         return value
 
     def flag(self, key: str, default: bool | None = False) -> bool | None:
@@ -60,7 +60,8 @@ class JsonSection:
         """Whole numbers from 0 on."""
         value = self.values.get(key, default)
         is_list = isinstance(value, list | tuple)
-        self.check(is_list and all(_is_whole(x) and x >= 0 for x in value), key, "a list of whole numbers from 0 on")
+        is_good = is_list and all(_is_whole(x) and 0 <= x <= LARGEST for x in value)
+        self.check(is_good, key, f"a list of whole numbers from 0 to {LARGEST}")
         return tuple(value)
 
     def section(self, key: str) -> JsonSection:
@@ -74,11 +75,11 @@ def read_json(path: Path) -> JsonSection:
     """The object that a file is.
 
     Raises:
-        ConfigError: it is no JSON object.
+        ConfigError: it is no JSON object, or cannot be read.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number of 5000 digits
         raise ConfigError(f"{path}: {error}. The file must be a JSON object. {REMEDY}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {str(tree)[:80]!r}, but it must be a JSON object. {REMEDY}")

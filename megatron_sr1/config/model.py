@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from megatron_sr1.config.rules import one_of, positive, require
+from megatron_sr1.config.rules import COUNT, Range, check_numbers, one_of, require
 
 LayerSpec = Literal["auto", "te", "torch"]
 Dtype = Literal["fp32", "bf16", "fp8"]
@@ -13,6 +13,8 @@ LogitsDtype = Literal["fp32", "bf16"]
 Fp8Recipe = Literal["delayed", "current", "blockwise", "mxfp8"]
 RecomputeMode = Literal["none", "selective", "full", "block"]
 RecomputeModule = Literal["core_attn", "mlp", "moe", "moe_act", "layernorm"]
+_RANKS = Range(1, 10**5)
+_LAYERS = Range(0, 10**5)
 _FP8_ALIGNMENT: dict[Fp8Recipe, int] = {"delayed": 16, "current": 16, "blockwise": 128, "mxfp8": 32}
 
 
@@ -28,6 +30,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         one_of("model.layer_spec", self.layer_spec, get_args(LayerSpec))
+        check_numbers("model", self, {"max_position": COUNT})
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class LayoutConfig:
         return self.pipeline * self.virtual
 
     def __post_init__(self) -> None:
-        positive("layout", self, "tensor", "pipeline", "virtual", "context", "expert")
+        ranks = dict.fromkeys(("tensor", "pipeline", "virtual", "context", "expert"), _RANKS)
+        check_numbers("layout", self, {**ranks, "stage_layers": _LAYERS})
         require(
             self.virtual == 1 or self.pipeline > 1,
             "layout.virtual",
@@ -62,7 +66,7 @@ class LayoutConfig:
             "Set layout.pipeline to 2 or more, or layout.virtual to 1.",
         )
         require(
-            not self.stage_layers or (len(self.stage_layers) == self.num_chunks and min(self.stage_layers) >= 0),
+            not self.stage_layers or len(self.stage_layers) == self.num_chunks,
             "layout.stage_layers",
             self.stage_layers,
             f"layout.pipeline * layout.virtual = {self.num_chunks} numbers of layers",
@@ -100,8 +104,7 @@ class PrecisionConfig:
         one_of("precision.dtype", self.dtype, get_args(Dtype))
         one_of("precision.logits", self.logits, get_args(LogitsDtype))
         one_of("precision.fp8_recipe", self.fp8_recipe, get_args(Fp8Recipe))
-        for name in ("bf16_first_layers", "bf16_last_layers"):
-            require(getattr(self, name) >= 0, f"precision.{name}", getattr(self, name), "0 or more", "1 is common.")
+        check_numbers("precision", self, dict.fromkeys(("bf16_first_layers", "bf16_last_layers"), _LAYERS))
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,6 @@ class RecomputeConfig:
 
     def __post_init__(self) -> None:
         one_of("recompute.mode", self.mode, get_args(RecomputeMode))
-        positive("recompute", self, "layers")
+        check_numbers("recompute", self, {"layers": _RANKS})
         for module in self.modules:
             one_of("recompute.modules", module, get_args(RecomputeModule))

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from megatron_sr1.config.rules import positive, require
+from megatron_sr1.config.rules import COUNT, COUNT_OR_NONE, Range, check_numbers, require
+
+_NUMBERS = {
+    "prompts_per_step": COUNT,
+    "samples_per_prompt": COUNT,
+    "temperature": Range(0, 100, above=True),
+    "top_p": Range(0, 1, above=True),
+    "top_k": COUNT_OR_NONE,
+    "max_response_tokens": COUNT,
+    "max_description_tokens": COUNT,
+    "max_model_tokens": COUNT,
+    "max_running_requests": COUNT,
+    "max_images": Range(1, 10**5),
+    "kv_cache_gib": Range(0, 1e6, above=True),
+    "engine_tensor": Range(1, 10**5),
+    "sync_bucket_mib": Range(1, 10**6),
+    "checksum_every": COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +45,7 @@ class RolloutConfig:
     checksum_every: int = 50  # weight syncs between two that are checked tensor by tensor; the first always is
 
     def __post_init__(self) -> None:
-        positive("rollout", self, *(f.name for f in fields(self) if f.name not in ("top_p", "top_k", "sleep")))
+        check_numbers("rollout", self, _NUMBERS)
         for key, got, whole in (("top_p", self.top_p, 1.0), ("top_k", self.top_k, 0)):
             reason = "A draw from a cut distribution has another log-prob than the trainer gives it"
             require(got == whole, f"rollout.{key}", got, f"{whole}", f"{reason}; lower rollout.temperature instead.")

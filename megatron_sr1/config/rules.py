@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -16,11 +17,42 @@ def require(condition: bool, key: str, got: Any, allowed: str, remedy: str) -> N
         raise ConfigError(f"{key}={got!r} is not allowed: it must be {allowed}. {remedy}")
 
 
-def positive(section: str, config: Any, *names: str) -> None:
-    """Raises ConfigError for a value of `config`, the section of that name, that is not greater than 0."""
-    for name in names:
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, both allowed unless `above` or `below` leaves them out. Neither may be infinite:
+    every number of a configuration is finite, and of a size that something can be made of."""
+
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        """Never of a NaN."""
+        is_above = self.low < number if self.above else self.low <= number
+        return is_above and (number < self.high if self.below else number <= self.high)
+
+    def __str__(self) -> str:
+        low = f"greater than {self.low:.10g}" if self.above else f"at least {self.low:.10g}"
+        return f"{low} and {'less than' if self.below else 'at most'} {self.high:.10g}"
+
+
+COUNT = Range(1, 10**9)
+COUNT_OR_NONE = Range(0, 10**9)
+
+
+def check_numbers(section: str, config: Any, ranges: Mapping[str, Range]) -> None:
+    """Raises ConfigError for a number outside its range, of `config`, the section of that name; null is none.
+
+    Args:
+        ranges: by key, for every key that takes numbers.
+    """
+    for name in (f.name for f in fields(config)):
         value = getattr(config, name)
-        require(value > 0, f"{section}.{name}", value, "greater than 0", f"Set {section}.{name} to a positive number.")
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                key = f"{section}.{name}" if section else name
+                require(number in ranges[name], key, number, str(ranges[name]), f"Set {key} to such a number.")
 
 
 def one_of(key: str, value: str, allowed: Sequence[str]) -> None:

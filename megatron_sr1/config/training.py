@@ -5,11 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from megatron_sr1.config.rules import one_of, positive, require
+from megatron_sr1.config.rules import COUNT, COUNT_OR_NONE, Range, check_numbers, one_of, require
 from megatron_sr1.types import AdvantageScope, Aggregation, KlEstimator, MismatchKind, MismatchLevel, PresetName
 
 PRESET_NAMES: tuple[PresetName, ...] = get_args(PresetName)
 LrSchedule = Literal["constant", "cosine"]
+_RATE = Range(0, 1, above=True)
+_OPTIMIZER_NUMBERS = {
+    "lr": _RATE,
+    "vision_lr": _RATE,
+    "min_lr": Range(0, 1),
+    "warmup_steps": COUNT_OR_NONE,
+    "weight_decay": Range(0, 10),
+    "clip_grad": Range(0, 1e9, above=True),
+    "beta1": Range(0, 1, below=True),
+    "beta2": Range(0, 1, below=True),
+    "eps": Range(0, 1, above=True),
+}
+_RATIO = Range(0, 1000, above=True)
+_OBJECTIVE_NUMBERS = {
+    "format_weight": Range(0, 1),
+    "kl_coef": Range(0, 1000),  # 0 switches the reference model off
+    "advantage_eps": Range(0, 1, above=True),
+    "clip_low": _RATIO,
+    "clip_high": _RATIO,
+    "dual_clip": Range(1, 1000, above=True),
+    "mismatch_low": Range(0, 1000),
+    "mismatch_high": _RATIO,
+    "max_logprob_gap": _RATIO,
+}
 
 
 @dataclass(frozen=True)
@@ -28,10 +52,11 @@ class OptimizerConfig:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        positive("optimizer", self, "lr", "eps", "clip_grad")
-        if self.vision_lr is not None:
-            positive("optimizer", self, "vision_lr")
+        check_numbers("optimizer", self, _OPTIMIZER_NUMBERS)
         one_of("optimizer.schedule", self.schedule, get_args(LrSchedule))
+        lowest = self.lr if self.vision_lr is None else min(self.lr, self.vision_lr)
+        allowed = f"at most {lowest}, the lower of optimizer.lr and optimizer.vision_lr"
+        require(self.min_lr <= lowest, "optimizer.min_lr", self.min_lr, allowed, "The schedule ends at it. Lower it.")
 
 
 @dataclass(frozen=True)
@@ -62,32 +87,13 @@ class ObjectiveConfig:
         one_of("objective.aggregation", self.aggregation, get_args(Aggregation))
         one_of("objective.mismatch", self.mismatch, get_args(MismatchKind))
         one_of("objective.mismatch_level", self.mismatch_level, get_args(MismatchLevel))
-        positive("objective", self, "advantage_eps", "clip_low", "clip_high", "mismatch_high")
-        if self.max_logprob_gap is not None:
-            positive("objective", self, "max_logprob_gap")
+        check_numbers("objective", self, _OBJECTIVE_NUMBERS)
         require(
-            0 <= self.mismatch_low < self.mismatch_high,
+            self.mismatch_low < self.mismatch_high,
             "objective.mismatch_low",
             self.mismatch_low,
-            f"in [0, objective.mismatch_high={self.mismatch_high})",
+            f"less than objective.mismatch_high={self.mismatch_high}",
             "0.5 with mismatch_high=2.0 to 5.0 is common.",
-        )
-        require(
-            0 <= self.format_weight <= 1,
-            "objective.format_weight",
-            self.format_weight,
-            "in [0, 1]",
-            "The paper uses 0.1.",
-        )
-        require(
-            self.kl_coef >= 0, "objective.kl_coef", self.kl_coef, "0 or more", "0 switches the reference model off."
-        )
-        require(
-            self.dual_clip is None or self.dual_clip > 1,
-            "objective.dual_clip",
-            self.dual_clip,
-            "greater than 1, or null",
-            "3.0 is common.",
         )
 
 
@@ -103,4 +109,5 @@ class TrainConfig:
     evaluate_every: int = 0  # grpo: steps between evaluations; 0: only before the first and after the last
 
     def __post_init__(self) -> None:
-        positive("train", self, "steps", "batch_size", "micro_batch_tokens", "save_every", "keep_checkpoints")
+        counts = dict.fromkeys(("steps", "batch_size", "micro_batch_tokens", "save_every", "keep_checkpoints"), COUNT)
+        check_numbers("train", self, {**counts, "evaluate_every": COUNT_OR_NONE})

@@ -9,9 +9,11 @@ from megatron_sr1.config.data import DataConfig
 from megatron_sr1.config.evaluation import EvaluateConfig
 from megatron_sr1.config.model import LayoutConfig, ModelConfig, PrecisionConfig, RecomputeConfig
 from megatron_sr1.config.rollout import RolloutConfig
-from megatron_sr1.config.rules import require
+from megatron_sr1.config.rules import Range, check_numbers, require
 from megatron_sr1.config.tracking import TrackConfig
 from megatron_sr1.config.training import ObjectiveConfig, OptimizerConfig, TrainConfig
+
+_NUMBERS = {"seed": Range(0, 10**18), "nproc": Range(1, 10**6)}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,10 @@ class Config:
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
-        require(self.nproc > 0, "nproc", self.nproc, "greater than 0", "Set nproc to the number of ranks.")
+        check_numbers("", self, _NUMBERS)
+        require(
+            bool(self.run_dir), "run_dir", self.run_dir, "the path of a folder", "Give the run a folder of its own."
+        )
         require(
             self.nproc % self.layout.model_ranks == 0,
             "nproc",

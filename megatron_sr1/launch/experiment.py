@@ -19,9 +19,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
-from megatron_sr1.config import ConfigError, load_config
+from megatron_sr1.config import ConfigError, home_path, load_config, read_mapping
 
 RANK_COMMANDS = ("sft", "grpo", "evaluate")  # they run on many ranks, by their configuration
 COMMANDS = (*RANK_COMMANDS, "convert", "report")
@@ -73,11 +73,8 @@ def read_experiment(path: Path, command: str | None, overrides: Sequence[str], n
     """
     if not path.is_file():
         raise ConfigError(f"CONFIG={str(path)!r} is not a file. Give an experiment, a sweep or a configuration.")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    keys = set(tree) if isinstance(tree, dict) else set()
+    tree: Any = OmegaConf.to_container(read_mapping(path))
+    keys = set(tree)
     if not keys & {"tasks", "config"}:
         if command not in RANK_COMMANDS:
             raise ConfigError(f"{path} is a configuration: say what for by --command {'|'.join(RANK_COMMANDS)}.")
@@ -141,6 +138,7 @@ def _task(entry: dict[str, Any], path: Path) -> Task:
             kind = "a list of texts" if isinstance(default, tuple) else "a text"
             raise ConfigError(f"{where}: {key}={value!r} is not allowed: it must be {kind}.")
     words: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    words |= {key: home_path(f"{where}: {key}", words[key]) for key in ("config", "sweep") if key in words}
     task = _TaskEntry(**words)
     if not _NAME.fullmatch(task.name):
         raise ConfigError(f"{path}: the task's name {task.name!r} must be of small letters, digits and '-'.")

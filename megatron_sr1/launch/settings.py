@@ -8,18 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_sr1.config import ConfigError
+from megatron_sr1.config import ConfigError, home_path, read_mapping, read_overrides
+from megatron_sr1.config.declared import as_declared
 from megatron_sr1.config.files import refuse_resolvers
 
 EXECUTORS = ("local", "slurm", "docker")
 DEPENDENCIES = ("afterok", "afterany", "aftercorr")  # aftercorr: element by element of two arrays
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _MOUNT = re.compile(r"/[^:]*:/[^:]*(:r[ow])?")
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
+_SECRET = re.compile(
+    r"KEY|TOKEN|SECRET|PASS(?!_?THROUGH)|PWD|AUTH(?!ORS?(_|$))|CREDENTIAL|CREDS?(_|$)|COOKIE|BEARER|(^|_)PAT$"
+)
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,17 @@ class LaunchSettings:
     @property
     def folder(self) -> Path:
         """The working directory, absolute."""
-        return Path(self.workdir).resolve()
+        return Path(home_path("workdir", self.workdir)).resolve()
 
     @property
     def log_folder(self) -> Path:
-        return (self.folder / self.logs).resolve()
+        return (self.folder / home_path("logs", self.logs)).resolve()
 
     @property
     def program(self) -> str:
         """The Python that runs a task."""
         if self.python:
-            return self.python
+            return self.python if self.container.image else home_path("python", self.python)
         return "python" if self.container.image else str(self.folder / ".venv/bin/python")
 
     @property
@@ -100,26 +102,20 @@ def load_settings(path: Path | None, overrides: Sequence[str]) -> LaunchSettings
     Raises:
         ConfigError: no such file, an unknown key, a wrong type or a value that is not allowed.
     """
-    source = "settings" if path is None else str(path)
-    try:
-        tree = OmegaConf.structured(LaunchSettings)
-        if path is not None:
-            if not path.is_file():
-                raise ConfigError(f"--settings {path} is not a file. Give a YAML file, such as one of examples/launch.")
-            own = OmegaConf.load(path)
-            refuse_resolvers(own, str(path))
-            tree = OmegaConf.merge(tree, own)
-        wrong = [word for word in overrides if "=" not in word]
-        if wrong:
-            raise ConfigError(f"--set {wrong[0]!r} is not allowed: it must be key=value, such as slurm.nodes=2.")
-        words = OmegaConf.from_dotlist(list(overrides))
-        refuse_resolvers(words, "--set")
-        merged = OmegaConf.merge(tree, words)
-        settings = OmegaConf.to_object(merged)
-        assert isinstance(settings, LaunchSettings), type(settings)
-        return settings
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{source}: {' '.join(str(error).split())}") from error
+    if path is not None and not path.is_file():
+        raise ConfigError(f"--settings {path} is not a file. Give a YAML file, such as one of examples/launch.")
+    parts = {} if path is None else {f"{path}: ": read_mapping(path)}
+    parts["--set "] = read_overrides(overrides, "--set")
+    tree = OmegaConf.structured(LaunchSettings)
+    for where, part in parts.items():
+        refuse_resolvers(part, where.strip(": "))
+        try:
+            tree = OmegaConf.merge(tree, as_declared(LaunchSettings, OmegaConf.to_container(part), ""))
+        except (ConfigError, OmegaConfBaseException) as error:
+            raise ConfigError(f"{where}{' '.join(str(error).split())}") from error
+    settings = OmegaConf.to_object(tree)
+    assert isinstance(settings, LaunchSettings), type(settings)
+    return settings
 
 
 def _problems(settings: LaunchSettings) -> list[str]:

@@ -20,11 +20,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from megatron_sr1.config import Command, Config, ConfigError, load_config
+from megatron_sr1.config import Command, Config, ConfigError, home_path, load_config, read_mapping
 from megatron_sr1.config.checks import check_train_batch
 
 COMMANDS: tuple[Command, ...] = ("sft", "grpo")
@@ -111,13 +109,9 @@ def _run(file: _SweepFile, preset: str, variant: str, seed: int, further: list[s
 def _read_file(path: Path) -> _SweepFile:
     if not path.is_file():
         raise ConfigError(f"SWEEP={str(path)!r} is not a file. Give the path of a sweep's YAML file.")
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    tree = OmegaConf.to_container(read_mapping(path))
+    assert isinstance(tree, dict), type(tree)
     known = {key.name: key.default for key in fields(_SweepFile)}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a list is not allowed. Keys of a sweep: {', '.join(known)}.")
     entries = {str(key): value for key, value in tree.items()}
     unknown = [key for key in entries if key not in known]
     if unknown:
@@ -125,6 +119,7 @@ def _read_file(path: Path) -> _SweepFile:
     for problem in _type_problems(entries):
         raise ConfigError(f"{path}: {problem}")
     words: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entries.items()}
+    words |= {key: home_path(key, words[key]) for key in ("config", "run_dir") if key in words}
     file = _SweepFile(**words)
     for problem in _problems(file):
         raise ConfigError(f"{path}: {problem}")

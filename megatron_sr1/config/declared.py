@@ -1,0 +1,46 @@
+"""What was written, in the shape that the sections declare."""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass
+from typing import Any, get_origin, get_type_hints
+
+from megatron_sr1.config.rules import ConfigError, require
+
+_REFERENCE = "${"  # to another key, whose own value has been looked at
+
+
+def as_declared(kind: Any, value: Any, key: str) -> Any:
+    """`value`, which was written under `key`, as its type asks: a text or a number becomes a list of one where a list
+    belongs. Unknown keys and wrong types of single values are left to omegaconf.
+
+    Args:
+        kind: a section's dataclass, or the type of one of its fields.
+
+    Raises:
+        ConfigError: a list or keys where something else belongs, or the mark `???` of a value that is yet to be given.
+    """
+    require(value != "???", key, value, "a value", "Write it, or leave the key out for the default.")
+    is_reference = isinstance(value, str) and value.startswith(_REFERENCE)
+    if value is None or is_reference:
+        return value
+    if isinstance(kind, type) and is_dataclass(kind):
+        require(
+            isinstance(value, dict), key, value, "keys with values", f"Write {key}: {{KEY: VALUE}}, or {key}.KEY=VALUE."
+        )
+        kinds = get_type_hints(kind)
+        return {name: _inner(kinds, name, inner, key) for name, inner in value.items()}
+    if get_origin(kind) is tuple:
+        entries = value if isinstance(value, list) else [value]
+        for entry in entries:
+            is_one = not isinstance(entry, dict | list | bool | None) and entry != ""
+            require(is_one, key, value, "a list of texts or numbers", f"Write {key}: [A, B], or {key}=[A,B].")
+        return entries
+    if isinstance(value, list):
+        raise ConfigError(f"{key}={value!r} is not allowed: it must not be a list. Write the value without brackets.")
+    return value
+
+
+def _inner(kinds: dict[str, Any], name: Any, value: Any, key: str) -> Any:
+    whole = f"{key}.{name}" if key else str(name)
+    return as_declared(kinds[name], value, whole) if name in kinds else value
