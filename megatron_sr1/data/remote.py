@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_sr1.data.urls import same_file, shown
+from megatron_sr1.file_lock import lock_file
 
 _CHUNK = 1 << 20  # bytes
 _EXIT = re.compile(r"exit (-?\d+) \(read\)")  # at the end of what webdataset says of a command that failed
@@ -110,8 +110,7 @@ class ShardCache:
             return path
         except FileNotFoundError:
             self._folder.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with lock_file(path.with_suffix(".lock"), wait=True):
             if not path.exists():  # nobody else was faster
                 self._download(url, path)
                 self._make_room(path)

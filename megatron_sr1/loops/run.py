@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from typing import Literal
 from megatron_sr1.config import Config, changes_of, check_resume, dump_config, model_fingerprint
 from megatron_sr1.convert.greedy import compare_greedy
 from megatron_sr1.data import Check, Quarantine, SampleFeed, StreamState, open_stream
+from megatron_sr1.file_lock import lock_file
 from megatron_sr1.loops.preemption import StopRequest
 from megatron_sr1.metrics import MetricsWriter, Trackers
 from megatron_sr1.platform import Platform
@@ -197,12 +197,7 @@ def open_run(config: Config, platform: Platform) -> Iterator[Run]:
 def _lock(folder: Path, stack: ExitStack) -> bool:
     """Whether the folder is this process's until `stack` closes."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = stack.enter_context((folder / ".lock").open("w"))
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    return stack.enter_context(lock_file(folder / ".lock"))
 
 
 @contextmanager

@@ -6,7 +6,6 @@ record per finished shard. A record is written, by renaming, after its shard: wh
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 from megatron_sr1.data.index import index_path
 from megatron_sr1.data.sources.source import Problem
+from megatron_sr1.file_lock import lock_file
 
 _PLAN = "plan.json"
 
@@ -60,11 +60,9 @@ class Journal:
             ValueError: another process works there, or the unfinished build is of another input or other options.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(f"{self.folder}: another process is building there. Wait for it.") from error
+        with lock_file(self.folder / "lock") as held:
+            if not held:
+                raise ValueError(f"{self.folder}: another process is building there. Wait for it.")
             path, text = self.folder / _PLAN, json.dumps(plan, indent=1, sort_keys=True)
             if not self._record_path(0).is_file():
                 replace_text(path, text)
