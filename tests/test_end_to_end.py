@@ -105,9 +105,8 @@ def test_transformers_answers_like_the_run(finished: Workspace) -> None:
 
 def test_evaluating_the_export_gives_the_same_numbers(finished: Workspace) -> None:
     """Under torchrun, one rank without model parallelism."""
-    command = finished.command(
-        "evaluate", "again", f"model.hf_dir={finished.folder / 'whole' / 'hf'}", "layout.tensor=1"
-    )
+    overrides = (f"model.hf_dir={finished.folder / 'whole' / 'hf'}", "layout.tensor=1", "nproc=1")
+    command = finished.command("evaluate", "again", *overrides)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--standalone"]
     words = [*torchrun, *command[1:]]
     done = subprocess.run(words, cwd=REPOSITORY, check=True, timeout=RUN_TIMEOUT, capture_output=True, text=True)

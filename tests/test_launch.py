@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_sr1.config import ConfigError
-from megatron_sr1.launch import slurm_ranks
+from megatron_sr1.config import Config, ConfigError
 from megatron_sr1.launch.experiment import Step, read_experiment
-from megatron_sr1.launch.ranks import first_node
+from megatron_sr1.launch.ranks import first_node, slurm_ranks, started_rank
 from megatron_sr1.launch.script import STOPPED_STATUS, local_script
 from megatron_sr1.launch.settings import LaunchSettings, load_settings
 from tests.workspace import REPOSITORY, Workspace
@@ -50,6 +49,44 @@ def test_srun_s_tasks_are_ranks() -> None:
     assert {slurm_ranks(same)[name] for name in ("MASTER_ADDR", "MASTER_PORT")} == {"node07", "24243"}
     own = slurm_ranks({**STEP, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "999"})
     assert (own["MASTER_ADDR"], own["MASTER_PORT"]) == ("10.0.0.1", "999")
+
+
+RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(("variables", "ranks"), [(RANK, 1), (STEP, 16), ({**STEP, **RANK}, 1)])
+def test_a_started_rank_has_the_number_of_ranks_of_its_environment(variables: dict[str, str], ranks: int) -> None:
+    started = started_rank(variables)
+    assert started is not None and started.num_ranks == ranks
+    started.check(Config(nproc=ranks))
+    name = "WORLD_SIZE" if "RANK" in variables else "SLURM_STEP_NUM_TASKS"
+    with pytest.raises(ConfigError, match=f"{name}={ranks} in the environment contradicts nproc=2:.*env -u RANK"):
+        started.check(Config(nproc=2))
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        *(({n: v for n, v in RANK.items() if n != name}, [f"{name} is not set, but"]) for name in RANK),
+        *(
+            ({n: v for n, v in STEP.items() if n != name}, [f"{name} is not set, but SLURM_STEP_NUM_TASKS=16 is"])
+            for name in STEP
+            if name != "SLURM_STEP_NUM_TASKS"
+        ),
+        ({"RANK": "0"}, ["WORLD_SIZE is not set, but RANK=0 is"]),
+        ({**RANK, "RANK": "1"}, ["RANK='1'", "from 0 to 0"]),
+        ({**RANK, "RANK": "-1"}, ["RANK='-1'"]),
+        ({**RANK, "WORLD_SIZE": "two"}, ["WORLD_SIZE='two'"]),
+        ({**RANK, "MASTER_PORT": "99999"}, ["MASTER_PORT='99999'", "65535"]),
+        ({**STEP, "SLURM_PROCID": "16"}, ["RANK='16'", "from 0 to 15"]),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": ""}, ["SLURM_STEP_NUM_TASKS=''"]),
+    ],
+)
+def test_half_an_environment_names_the_variable(variables: dict[str, str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        started_rank(variables)
+    assert "\n" not in str(caught.value) and "env -u RANK" in str(caught.value)
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 @pytest.mark.parametrize("environment", [{}, {**STEP, "SLURM_STEP_NUM_TASKS": "1"}, {**STEP, "RANK": "3"}])

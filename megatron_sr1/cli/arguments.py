@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sr1.cli.convert import add_convert_options
-from megatron_sr1.launch import add_launch_options, slurm_ranks
+from megatron_sr1.config import Config, load_config
+from megatron_sr1.launch import add_launch_options, started_rank
 
 HELP = {
     "sft": "cold start: supervised fine-tuning on both response layouts",
@@ -46,14 +47,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.parse_args(arguments)  # ends here where words are left that no option takes
         return args
     args.overrides += rest  # argparse takes overrides that follow an option for unknown words
-    if args.command == "launch":
-        return args
-    os.environ.update(slurm_ranks(os.environ))
-    if args.nproc is not None:
+    if args.command != "launch" and args.nproc is not None:
         args.overrides.append(f"nproc={args.nproc}")
-    if "RANK" in os.environ:  # torchrun or srun started this rank, and knows how many there are
-        args.overrides.append(f"nproc={os.environ['WORLD_SIZE']}")
     return args
+
+
+def started_config(args: argparse.Namespace) -> Config:
+    """The configuration of `sft`, `grpo` or `evaluate`. Where torchrun or srun has started this rank, the environment
+    gets torchrun's variables, and nproc is their number unless it says another.
+
+    Raises:
+        ValueError: what is wrong with it, or with the environment.
+    """
+    rank = started_rank(os.environ)
+    if rank is None:
+        return load_config(*sources(args))
+    config = load_config(*sources(args), defaults=[f"nproc={rank.num_ranks}"])
+    rank.check(config)
+    os.environ.update(rank.variables)
+    return config
 
 
 def sources(args: argparse.Namespace) -> tuple[Path, list[str]]:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from megatron_sr1.cli.arguments import parse, sources
+from megatron_sr1.cli.arguments import parse, started_config
 from megatron_sr1.cli.convert import run_convert
 from megatron_sr1.cli.reports import run_report, run_sweep
 from megatron_sr1.cli.runs import start
-from megatron_sr1.config import load_config
+from megatron_sr1.config.mistakes import EXPECTED_ERRORS, MISTAKE_STATUS, one_line
 from megatron_sr1.launch import run_launch
+
+INTERRUPTED_STATUS = os.EX_TEMPFAIL  # platform.STOPPED_STATUS, which torch would have to be imported for
 
 
 class Mistake(SystemExit):
-    """Ends the command with a message on stderr and exit status 2."""
+    """Ends the command with a message on stderr."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(2)
+    def __init__(self, message: str, status: int = MISTAKE_STATUS) -> None:
+        super().__init__(status)
         self.message = message
         print(message, file=sys.stderr)
 
@@ -25,10 +29,26 @@ class Mistake(SystemExit):
         return self.message
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. A mistake in the configuration or the data ends with one line and exit status 2."""
-    args = parse(arguments)
+@contextmanager
+def one_line_for_mistakes(name: str) -> Iterator[None]:
+    """The one place where a command's expected errors become a line and a status.
+
+    Raises:
+        Mistake: such an error, or Ctrl-C where no loop that saves has taken it.
+    """
     try:
+        yield
+    except EXPECTED_ERRORS as error:
+        raise Mistake(f"megatron-sr1 {name}: {one_line(error)}") from error
+    except KeyboardInterrupt:
+        message = "interrupted; the same command goes on from what is saved, if anything"
+        raise Mistake(f"megatron-sr1 {name}: {message}", INTERRUPTED_STATUS) from None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. A mistake in the configuration, the data or the environment ends with one line and exit status 2."""
+    args = parse(arguments)
+    with one_line_for_mistakes(args.command):
         if args.command == "report":
             run_report(args.runs, args.out)
         elif args.command == "convert":
@@ -38,6 +58,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif args.command == "launch":
             sys.exit(0 if run_launch(args) else 1)
         else:
-            start(args.command, load_config(*sources(args)), args)
-    except ValueError as error:
-        raise Mistake(f"megatron-sr1 {args.command}: {error}") from error
+            start(args.command, started_config(args), args)

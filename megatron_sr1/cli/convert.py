@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sr1.config import Config, LayoutConfig, ModelConfig, TrainConfig
+from megatron_sr1.config.mistakes import EXPECTED_ERRORS, one_line
 
 if TYPE_CHECKING:
     from megatron_sr1.convert.parity import Agreement
@@ -43,15 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_convert(args: argparse.Namespace) -> int:
     """Returns the exit status; an error is one line on stderr."""
-    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+    from torch.multiprocessing.spawn import ProcessException
 
     try:
         return args.run(args)
-    except (ValueError, OSError) as error:
+    except EXPECTED_ERRORS as error:
+        text = one_line(error)
+    except ProcessException as error:  # a rank's; the message holds its traceback
         text = str(error)
-    except (ProcessRaisedException, ProcessExitedException) as error:  # a rank's; the message holds its traceback
-        last = str(error).strip().splitlines()[-1]
-        text = last.removeprefix("ValueError: ") if last.startswith("ValueError: ") else str(error)
     print(f"convert {args.conversion}: {text}", file=sys.stderr)
     return ERROR
 

@@ -6,7 +6,7 @@ A file may name others under `base`, relative to itself: they are read first, in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -23,16 +23,20 @@ _RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")
 _OUTSIDE = re.compile(r"Invalid value '(?P<got>.*)', expected one of \[(?P<allowed>.*)\]")  # of a Literal
 
 
-def load_config(path: str | Path | None, overrides: list[str]) -> Config:
+def load_config(path: str | Path | None, overrides: list[str], defaults: Sequence[str] = ()) -> Config:
     """Reads YAML with its bases, applies `key=value` overrides, validates.
 
     A text or a number stands for a list of one where a list belongs; a `~` that begins a path is the user's folder.
+
+    Args:
+        defaults: `key=value` that count where neither file nor overrides name the key.
 
     Raises:
         ConfigError: no YAML, unknown key, wrong type, a value out of range, or values that do not fit together; a base
             that is missing or leads back to its own file.
     """
-    tree = OmegaConf.structured(Config)
+    tree = OmegaConf.merge(OmegaConf.structured(Config), read_overrides(defaults))
+    assert isinstance(tree, DictConfig), type(tree)
     if path is not None:
         if not Path(path).is_file():
             raise ConfigError(f"CONFIG={str(path)!r} is not a file. Give the path of a YAML configuration.")

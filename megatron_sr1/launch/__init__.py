@@ -4,6 +4,6 @@ Nothing heavy is imported here, not even by the command: it works where only NeM
 """
 
 from megatron_sr1.launch.command import add_launch_options, run_launch
-from megatron_sr1.launch.ranks import slurm_ranks
+from megatron_sr1.launch.ranks import started_rank
 
-__all__ = ["add_launch_options", "run_launch", "slurm_ranks"]
+__all__ = ["add_launch_options", "run_launch", "started_rank"]

@@ -1,8 +1,9 @@
 """Stopping on request: a cluster takes the machine back, or the time limit is near.
 
-SIGTERM (Slurm's preemption, `docker stop`) or SIGUSR1 (Slurm's `--signal` before the time limit) to any rank asks the
-run to stop. Nothing happens at once: the ranks agree at the end of the step, save, and leave with STOPPED_STATUS; the
-same command goes on from there to the same bits. A second SIGTERM to a rank ends it where it stands.
+SIGTERM (Slurm's preemption, `docker stop`), SIGUSR1 (Slurm's `--signal` before the time limit) or SIGINT (Ctrl-C) to
+any rank asks the run to stop. Nothing happens at once: the ranks agree at the end of the step, save, and leave with
+STOPPED_STATUS; the same command goes on from there to the same bits. A second SIGTERM or SIGINT to a rank ends it where
+it stands.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from megatron_sr1.platform import STOPPED_STATUS, Platform
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from megatron_sr1.platform import STOP_SIGNALS, STOPPED_STATUS, Platform
 
 
 class StopRequest:
@@ -24,12 +23,11 @@ class StopRequest:
 
     def __init__(self, platform: Platform) -> None:
         self._platform = platform
-        self._received: signal.Signals | None = None
-        self._terminated = False
+        self._received: set[int] = set()
 
     def agreed(self) -> bool:
         """Whether any rank was asked. Collective: one number per step, so that all ranks leave after the same one."""
-        return self._platform.ranks.any(self._received is not None)
+        return self._platform.ranks.any(bool(self._received))
 
     def leave(self, step: int) -> NoReturn:
         """Ends this rank, when all have come here. What is due must be written before. Collective.
@@ -43,13 +41,12 @@ class StopRequest:
         raise SystemExit(STOPPED_STATUS)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler. Slurm signals every process of a step and a launcher forwards SIGUSR1, so only SIGTERM
-        counts twice."""
-        if number == signal.SIGTERM and self._terminated:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-        self._terminated = self._terminated or number == signal.SIGTERM
-        self._received = signal.Signals(number)
+        """The signal handler. Slurm signals every process of a step and a launcher forwards SIGUSR1, so that alone does
+        not count twice."""
+        if number != signal.SIGUSR1 and number in self._received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._received.add(number)
 
 
 @contextmanager

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import datetime
 import os
 import signal
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,15 +19,19 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.multiprocessing
+from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
+from megatron_sr1.config.mistakes import EXPECTED_ERRORS, MISTAKE_STATUS, one_line
 from megatron_sr1.platform.accelerator import Accelerator, find_accelerator
 from megatron_sr1.platform.cpu_shim import install_cpu_shim, patch_megatron
+from megatron_sr1.platform.joining import COLLECTIVE_TIMEOUT, join, open_store
 from megatron_sr1.platform.ranks import GroupRanks
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a rank that waits longer than this for a dead peer fails
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOPPED_STATUS = os.EX_TEMPFAIL  # 75, sysexits.h: "the user is invited to retry"; of a run that was asked to stop
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_MISTAKES = "mistake{}.txt"  # by rank: the message that it ended with
 _GRACE_SECONDS = 5.0  # for the ranks beside one that ended, to end too
 
 
@@ -60,9 +63,10 @@ def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any)
 
     Under torchrun or srun, which have started the ranks already, it calls `function` here. Ranks that are started here
     meet over a file and talk over loopback only; when one fails, or this process dies, the others are stopped. A first
-    SIGTERM or SIGUSR1 to this process is passed on to them as SIGUSR1, a second SIGTERM kills them.
+    SIGTERM, SIGUSR1 or Ctrl-C to this process is passed on to them as SIGUSR1, a second SIGTERM or Ctrl-C kills them.
 
     Raises:
+        ValueError: a rank ended with an error that a person can put right; its message.
         torch.multiprocessing.ProcessException: a rank failed; the message holds its traceback.
         SystemExit: the ranks were asked to stop and did, with STOPPED_STATUS.
     """
@@ -72,18 +76,42 @@ def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any)
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_rank(num_ranks)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        arguments = (num_ranks, store, function, arguments)
-        ranks = torch.multiprocessing.spawn(_run_rank, args=arguments, nprocs=num_ranks, join=False)
-        with _passing_on_signals(ranks) as received:
+        arguments = (num_ranks, folder, function, arguments)
+        with ExitStack() as stack:
+            with _held_back(
+                signal.SIGINT
+            ):  # the ranks inherit that: Ctrl-C in the terminal reaches them by this process
+                ranks = torch.multiprocessing.spawn(_run_rank, args=arguments, nprocs=num_ranks, join=False)
+                received = stack.enter_context(_passing_on_signals(ranks))
             try:
                 while not ranks.join(grace_period=_GRACE_SECONDS):
                     pass
-            except torch.multiprocessing.ProcessExitedException as error:
-                # a rank that is asked before it can save just ends
-                if error.exit_code == STOPPED_STATUS or (received and error.signal_name in ("SIGTERM", "SIGUSR1")):
-                    sys.exit(STOPPED_STATUS)
+            except ProcessException as error:
+                _explain(error, Path(folder), bool(received))
                 raise
+
+
+def _explain(error: ProcessException, folder: Path, asked: bool) -> None:
+    """Ends the command in plainer words than the error of the ranks, where there are any."""
+    for message in sorted(folder.glob(_MISTAKES.format("*"))):
+        raise ValueError(message.read_text(encoding="utf-8")) from error
+    if not isinstance(error, ProcessExitedException):
+        return
+    if error.exit_code == STOPPED_STATUS:
+        sys.exit(STOPPED_STATUS)
+    if asked and error.signal_name in ("SIGTERM", "SIGUSR1"):  # a rank that is asked outside its steps just ends
+        print("asked to stop outside of the steps; the same command goes on from what is saved", flush=True)
+        sys.exit(STOPPED_STATUS)
+
+
+@contextmanager
+def _held_back(number: int) -> Iterator[None]:
+    """The signal waits until the end."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
 
 
 @contextmanager
@@ -92,16 +120,16 @@ def _passing_on_signals(ranks: torch.multiprocessing.ProcessContext) -> Iterator
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGTERM and signal.SIGTERM in received:
+        if number != signal.SIGUSR1 and number in received:
             for process in ranks.processes:
                 process.kill()
-            sys.exit(128 + signal.SIGTERM)
+            sys.exit(128 + number)
         received.append(number)
         for process in ranks.processes:
             if process.is_alive():
                 os.kill(process.pid, signal.SIGUSR1)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, receive) for number in STOP_SIGNALS}
     try:
         yield received
     finally:
@@ -109,22 +137,24 @@ def _passing_on_signals(ranks: torch.multiprocessing.ProcessContext) -> Iterator
             signal.signal(number, handler)
 
 
-def _run_rank(rank: int, num_ranks: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _run_rank(
+    rank: int, num_ranks: int, folder: str, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
-    torch.distributed.init_process_group(
-        _backend(),
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=num_ranks,
-        timeout=COLLECTIVE_TIMEOUT,
-    )
+    join(torch.distributed.FileStore(str(Path(folder) / "store"), num_ranks), rank, num_ranks, _backend())
     status = 0
     try:
         function(*arguments)
     except SystemExit as stopped:
         status = stopped.code
+    except EXPECTED_ERRORS as error:
+        (Path(folder) / _MISTAKES.format(rank)).write_text(one_line(error), encoding="utf-8")
+        sys.stdout.flush()
+        os._exit(
+            MISTAKE_STATUS
+        )  # the interpreter's own end would wait for the group, whose other ranks wait for this one
     torch.distributed.destroy_process_group()
     sys.exit(status)
 
@@ -151,8 +181,12 @@ def start_platform() -> Platform:
     if not on_cpu:
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        if "RANK" in os.environ:
+        if torch.distributed.is_torchelastic_launched():  # torchrun has waited for all ranks, and keeps their store
             torch.distributed.init_process_group(_backend(), timeout=COLLECTIVE_TIMEOUT)
+        elif "RANK" in os.environ:
+            rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            store = open_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank)
+            join(store, rank, num_ranks, _backend())
         else:
             join_alone()
     if on_cpu:

@@ -59,8 +59,9 @@ class Graders:
 
 def _live_with_parent() -> None:
     """A worker waits for work on a pipe that it holds open itself: without this it would outlive a killed rank. And a
-    cluster that asks a run to stop signals all its processes: without this the rank could not end its step."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    cluster that asks a run to stop signals all its processes, and so does Ctrl-C: without this the rank could not end
+    its step."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None

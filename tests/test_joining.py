@@ -1,0 +1,112 @@
+"""Ranks that wait for each other say so; one that ends by a mistake, or is asked to stop, ends all in one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.workspace import REPOSITORY
+
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": REPOSITORY}
+PROGRAM = """
+import os, sys, time
+from pathlib import Path
+from torch import distributed
+from megatron_sr1.cli.command import one_line_for_mistakes
+from megatron_sr1.platform import joining, run_on_ranks
+
+joining.SAY_EVERY = 0.5
+
+def mistaken(folder):
+    if distributed.get_rank() == 1:
+        raise {error}
+    distributed.barrier()
+
+def busy(folder):
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    (Path(folder) / f"ready{{rank}}").touch()
+    time.sleep(100)
+
+def joined(folder):  # as start_platform does it, which would import Megatron-Core first
+    rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
+    joining.join(joining.open_store("127.0.0.1", port, rank), rank, 3, "gloo")
+    busy(folder)
+
+def main():
+    with one_line_for_mistakes("test"):
+        run_on_ranks({function}, int(sys.argv[2]), sys.argv[1])
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def start(folder: Path, function: str, num_ranks: int, *, error: str = "", **variables: str) -> subprocess.Popen[str]:
+    script = folder / f"{function}.py"
+    script.write_text(PROGRAM.format(function=function, error=error))
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo", **variables}
+    words = [sys.executable, str(script), str(folder), str(num_ranks)]
+    return subprocess.Popen(words, env=environment, start_new_session=True, **PIPES)
+
+
+def test_a_mistake_on_one_rank_is_one_line(tmp_path: Path) -> None:
+    process = start(tmp_path, "mistaken", 2, error='OSError(28, "No space left on device", "/full/file")')
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, printed
+    (line,) = (line for line in printed.splitlines() if "megatron-sr1 test" in line)
+    assert line.startswith("megatron-sr1 test: /full/file: No space left on device. Make room")
+    assert "Traceback" not in printed
+
+
+def test_ctrl_c_before_the_first_step_ends_all_ranks_in_a_line(tmp_path: Path) -> None:
+    """It reaches the whole process group, as a terminal sends it."""
+    process = start(tmp_path, "busy", 2)
+    while process.poll() is None and not all((tmp_path / f"ready{rank}").exists() for rank in range(2)):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, printed
+    assert "asked to stop outside of the steps" in printed
+    assert "Traceback" not in printed and len(printed.splitlines()) < 5, printed
+
+
+def test_ctrl_c_of_one_rank_is_a_line_too(tmp_path: Path) -> None:
+    process = start(tmp_path, "busy", 1)
+    while process.poll() is None and not (tmp_path / "ready0").exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, printed
+    assert "interrupted; the same command goes on" in printed and "Traceback" not in printed
+
+
+def test_ranks_say_how_many_are_missing(tmp_path: Path) -> None:
+    """First the second rank alone, which looks for the first; then both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "3", "MASTER_PORT": port}
+    ranks = [start(tmp_path, "joined", 3, **common, RANK="1")]
+    said = ""
+    try:
+        while "rank 1 has waited" not in said:
+            said = ranks[0].stdout.readline()
+            assert said, "it ended"
+        assert f"for rank 0 at MASTER_ADDR=127.0.0.1, MASTER_PORT={port}" in said
+        ranks.append(start(tmp_path, "joined", 3, **common, RANK="0"))
+        while "waiting for 1 of 3 ranks" not in said:
+            said = ranks[1].stdout.readline()
+            assert said, "it ended"
+        ranks.append(start(tmp_path, "joined", 3, **common, RANK="2"))
+        while not all((tmp_path / f"ready{rank}").exists() for rank in range(3)):
+            assert all(rank.poll() is None for rank in ranks)
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
