@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_sr1.chat_template import TEMPLATE_ERRORS, check_it_ends
 from megatron_sr1.types import MAX_ASPECT, EncodedImage
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class Processor:
     """The tokenizer, chat template and image processor of a Qwen-VL model."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, image_processor: Qwen2VLImageProcessorPil) -> None:
-        """Raises ValueError where the tokenizer lacks a special token or a chat template, or that is no Qwen-VL's."""
+        """Raises ValueError where the tokenizer lacks a special token or a chat template, or the template does not end,
+        does not hold the user's text once, or begins the answer."""
         vocabulary = tokenizer.get_vocab()
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         missing = [token for token in REQUIRED_TOKENS if token not in special]
@@ -69,7 +71,7 @@ class Processor:
         self.media_ids: tuple[int, ...] = tuple(vocabulary[token] for token in MEDIA_TOKENS if token in vocabulary)
         self.vocab_len: int = len(tokenizer)  # ids the tokenizer knows; the model's matrices may have more rows
         self.merge_size: int = image_processor.merge_size
-        self._frame(0)  # the chat template is refused here or never
+        self._frame(1)  # what is wrong with the template is told before anything else is made
 
     @classmethod
     def from_pretrained(cls, hf_dir: str) -> Processor:
@@ -231,7 +233,14 @@ class Processor:
         if num_images not in self._frames:
             content = [{"type": "image"}] * num_images + [{"type": "text", "text": _USER_TEXT}]
             conversation: list[Any] = [{"role": "user", "content": content}]
-            rendered = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            self._check_template(conversation)
+            try:
+                rendered = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            except TEMPLATE_ERRORS as error:
+                raise ValueError(
+                    f"the chat template of {self._tokenizer.name_or_path!r} fails for {num_images} images: {error}. "
+                    "Use the chat template of a Qwen-VL model."
+                ) from error
             assert isinstance(rendered, str), "text was asked for"
             parts = rendered.split(_USER_TEXT)
             if len(parts) != 2:
@@ -256,6 +265,13 @@ class Processor:
                 self._tokenise(parts[1][resume:], split_special_tokens=False),
             )
         return self._frames[num_images]
+
+    def _check_template(self, conversation: list[Any]) -> None:
+        """Every rendering comes here first: there is one for each number of images, and none has a sample's text."""
+        variables = {"messages": conversation, "tools": None, "documents": None, "add_generation_prompt": True}
+        template = self._tokenizer.get_chat_template()
+        variables |= self._tokenizer.special_tokens_map
+        check_it_ends(template, variables, repr(self._tokenizer.name_or_path))
 
     def _bytes_of(self, token: int) -> bytes:
         """The UTF-8 bytes of one id; none for an id past the tokenizer's last, which the model may have rows for."""

@@ -37,6 +37,7 @@ LEVELS = {
         "objective",
         "packing",
         "processor",
+        "chat_template",
         "metrics",
         "report",
         "digits",
@@ -53,6 +54,7 @@ ALLOWED_SIDEWAYS = {  # within a level; a room that is not here imports no neigh
         "prompts",
         "rewards",
     },  # what a description leads to is asked and graded as in the second pass
+    "processor": {"chat_template"},
     "rewards": {"prompts"},  # one parser for the layouts, used by whoever looks into a response
     "platform": set(),
     "kernels": {"platform"},

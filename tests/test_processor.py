@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -282,3 +283,52 @@ def test_chat_template_of_older_releases(tiny_model_dir: str, tmp_path: Path, pr
     (tmp_path / "old" / "chat_template.json").unlink()
     with pytest.raises(ValueError, match="no chat template"):
         Processor.from_pretrained(str(tmp_path / "old"))
+
+
+# ---------------------------------------------------------------- templates that a folder brings
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+PLAIN = "<|im_start|>{% for part in messages[0].content %}{{ part.text or '<|image_pad|>' }}{% endfor %}<|im_end|>"
+
+
+@pytest.fixture
+def with_template(tiny_model_dir: str, tmp_path: Path) -> Callable[[str], Processor]:
+    def make(template: str) -> Processor:
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_model_dir, folder, dirs_exist_ok=True)
+        (folder / "chat_template.jinja").write_text(template)
+        return Processor.from_pretrained(str(folder))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "template",
+    [LOOP + PLAIN, "{% generation %}" + LOOP + "{% endgeneration %}" + PLAIN, PLAIN + "{{ 'a' * 10**11 }}"],
+    ids=["loop", "tracked loop", "memory"],
+)
+def test_a_template_that_does_not_end_is_refused(with_template: Callable[[str], Processor], template: str) -> None:
+    with pytest.raises(ValueError, match=r"chat template of '.*model' did not end within 2 s and 1024 MiB"):
+        with_template(template)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no') }}", "{% for i in range(10**9) %}{% endfor %}", "{{ nope.x }}", "{% bad"]
+)
+def test_a_template_that_fails_is_named(with_template: Callable[[str], Processor], template: str) -> None:
+    with pytest.raises(ValueError, match=r"chat template of '.*model' fails for 1 images: "):
+        with_template(template)
+
+
+def test_every_number_of_images_is_checked_before_it_is_rendered(with_template: Callable[[str], Processor]) -> None:
+    processor = with_template(PLAIN + "{% if messages[0].content | length > 2 %}" + LOOP + "{% endif %}")
+    assert processor.prompt_ids("x", num_images=1)
+    with pytest.raises(ValueError, match="did not end"):
+        processor.prompt_ids("x", num_images=2)
+
+
+def test_a_template_with_tools_of_transformers_passes(with_template: Callable[[str], Processor]) -> None:
+    """Its filter, its functions, its tag, loop controls and special tokens."""
+    tools = "{{ messages | tojson(indent=2) | length }}{{ strftime_now('%Y') }}{{ eos_token }}"
+    loop = "{% for i in range(3) %}{% if i == 1 %}{% break %}{% endif %}{% endfor %}"
+    processor = with_template(f"{PLAIN}{loop}{{% generation %}}{tools}{{% endgeneration %}}")
+    assert processor.prompt_ids("x", num_images=1)
