@@ -18,7 +18,7 @@ from megatron_sr1.config import dump_config, load_config
 from megatron_sr1.report import find_runs, print_table, summary_rows, write_report
 from megatron_sr1.report.plots import CHARTS, chart_names, running_mean, series
 from megatron_sr1.report.runs import read_run
-from megatron_sr1.report.summary_table import comparison_rows
+from megatron_sr1.report.summary_table import COLUMNS, SummaryRow, comparison_rows
 
 VOID = {"meta", "img", "source", "br", "link"}
 EVIL = '<script>alert(1)</script> & "quoted" <description>a 3</description>'
@@ -258,3 +258,12 @@ def test_one_chart_as_a_file(run_dir, tmp_path) -> None:
         [sys.executable, str(tool), str(run_dir), "--chart", "Gradient norm", "--out", str(out)], capture_output=True
     )
     assert missing.returncode == 2 and b"none of the runs" in missing.stderr
+
+
+def test_names_are_no_markup() -> None:
+    """Of folders, sources and tensors: the names are other people's."""
+    out = io.StringIO()
+    values: dict[str, float | None] = {column.key: 0.5 for column in COLUMNS}
+    row = SummaryRow("a[/x] [bold]", 1, {**values, "num_prompts": 3}, {})
+    print_table(Console(file=out, width=120), [row])
+    assert "a[/x] [bold]" in out.getvalue()

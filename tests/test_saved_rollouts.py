@@ -139,6 +139,17 @@ class TwoOfOneEngine:
         return items + items
 
 
+@pytest.mark.parametrize("end", ['{"key": "tor', "[" * 100_000, "3"])
+def test_a_torn_file_is_named_with_its_line(end: str, tmp_path: Path) -> None:
+    made = groups()
+    save(tmp_path, made, step=0)
+    path = rollouts_file(tmp_path, 0)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-1], end]))
+    with pytest.raises(ValueError, match=rf"step_000000\.jsonl, line {len(lines)}: .*damaged: copy it again"):
+        read_rollouts(path, [group.prompt for group in made], 2, ())
+
+
 def test_rewards_from_workers_are_those_of_this_process(tmp_path: Path) -> None:
     """In the order of groups and samples, whatever the order of completion; across two steps; LaTeX included."""
     sampling, ranks = Sampling(2, 1.0, 10, 0), TwoOfOneEngine()

@@ -20,6 +20,7 @@ from megatron_sr1.weights.name_table import (
     shard_from_hf,
     vision_rule,
 )
+from megatron_sr1.weights.safetensors import read_header
 from tests.hf_config_cases import DENSE, MIXTURE, QWEN3, hf_config
 from tests.model_zoo import ZOO, create_family, publish_experts
 
@@ -190,3 +191,10 @@ def test_a_folder_without_weights_says_what_is_missing(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         HfTensors(str(tmp_path))
+
+
+def test_a_header_nested_without_end_is_corrupt(tmp_path: Path) -> None:
+    header = b"[" * 100_000
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=r"model\.safetensors is corrupt: its header cannot be read"):
+        read_header(tmp_path / "model.safetensors")

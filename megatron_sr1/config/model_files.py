@@ -39,7 +39,7 @@ def _missing_weights(folder: Path) -> list[str]:
         return [] if (folder / _SINGLE).is_file() else [f"{_SINGLE} (or {_INDEX} and its files)"]
     try:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []  # it is there, and corrupt: what reads the weights says so
     return sorted(name for name in files if not (folder / name).is_file())
 

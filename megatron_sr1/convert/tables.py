@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_sr1.convert.parity import Agreement
 from megatron_sr1.convert.verify import Comparison
@@ -20,14 +21,14 @@ def print_tensors(console: Console, found: Sequence[Comparison], only_difference
         if item.equal and only_differences:
             continue
         table.add_row(
-            item.name,
+            Text(item.name),
             str(item.first or "missing"),
             str(item.second or "missing"),
             *((digest or "-")[:HASH_LETTERS] for digest in (item.first_hash, item.second_hash)),
-            _what_differs(item),
+            Text(_what_differs(item)),
             style=None if item.equal else "red",
         )
-    console.print(table, markup=False)
+    console.print(table)
     console.print(f"{len(found)} tensors, {sum(not item.equal for item in found)} different")
 
 
@@ -47,5 +48,5 @@ def print_agreements(console: Console, agreements: Sequence[Agreement]) -> None:
     table = Table("sample", "tokens", "log-prob, abs", "relative", "entropy, abs", "relative")
     for item in agreements:
         apart = (item.logprob_abs, item.logprob_rel, item.entropy_abs, item.entropy_rel)
-        table.add_row(item.sample, str(item.num_tokens), *(f"{value:.3g}" for value in apart))
+        table.add_row(Text(item.sample), str(item.num_tokens), *(f"{value:.3g}" for value in apart))
     console.print(table)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_sr1.evaluation.summary import Numbers
 
@@ -36,7 +37,7 @@ def print_sources(console: Console, summary: Numbers, by_source: Mapping[str, Nu
         ]
         tokens = "–" if numbers["first_tokens"] is None else f"{numbers['first_tokens']:.0f}"
         passing = [_percent(numbers.get(share)) for share in passes]
-        table.add_row(name, *cells, *passing, tokens, f"{numbers['num_prompts']:.0f}")
+        table.add_row(Text(name), *cells, *passing, tokens, f"{numbers['num_prompts']:.0f}")
     if summary["macro_accuracy"] is not None and sum("/" not in source for source in by_source) > 1:
         table.caption = f"mean accuracy of the benchmarks, each counted the same: {_percent(summary['macro_accuracy'])}"
         table.caption_justify = "left"

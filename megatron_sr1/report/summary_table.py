@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_sr1.report.runs import ReportedRun, read_run
 
@@ -108,5 +109,5 @@ def print_table(console: Console, rows: Sequence[SummaryRow]) -> None:
     table.add_column("prompts", justify="right")
     for row in rows:
         cells = [percent(row.values[column.key]) for column in COLUMNS]
-        table.add_row(row.label, *cells, str(row.num_prompts))
+        table.add_row(Text(row.label), *cells, str(row.num_prompts))
     console.print(table)

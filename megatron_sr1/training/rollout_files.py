@@ -16,6 +16,9 @@ import torch
 from megatron_sr1.training.step_rewards import Rewards, rewards_of
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
 
+_KEYS = {"key", "sample", "rewards", "first", "second", "description", "description_cut"}
+_TORN = "The file is damaged: copy it again, or have the engine answer the step's prompts again, without --train-only."
+
 
 def rollouts_file(folder: Path, step: int) -> Path:
     """Where a step's rollouts are, in a `rollouts` folder."""
@@ -59,12 +62,12 @@ def read_rollouts(
         components: rewards that must be there.
 
     Raises:
-        ValueError: no such file, another number of samples, another prompt than the data gives at this place, a reward
-            that was not measured, or another number of response ids than log-probs.
+        ValueError: no such file, a damaged one, another number of samples, another prompt than the data gives at this
+            place, a reward that was not measured, or another number of response ids than log-probs.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist. Give the folder of a run that saved this step, or lower train.steps.")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = _lines(path)
     if len(lines) != len(prompts) * num_samples:
         raise ValueError(
             f"{path} holds {len(lines)} samples, the configuration asks for {len(prompts)} prompts x {num_samples} "
@@ -85,6 +88,19 @@ def read_rollouts(
         groups.append(RolloutGroup(index, prompt, tuple(_pair(path, line) for line in share)))
     rewards = {name: torch.tensor([line["rewards"][name] for line in lines]) for name in lines[0]["rewards"]}
     return groups, rewards
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: {error}. {_TORN}") from error
+        if not isinstance(line, dict) or not line.keys() >= _KEYS:
+            raise ValueError(f"{path}, line {number}: it is no sample. {_TORN}")
+        lines.append(line)
+    return lines
 
 
 def _pair(path: Path, line: dict[str, Any]) -> RolloutPair:

@@ -47,7 +47,7 @@ class HfTensors:
         path = self.folder / INDEX
         try:
             files = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is corrupt: it has no readable weight_map ({error!r}). Copy it again.") from error
         headers = {name: read_header(self.folder / name) for name in sorted(set(files.values()))}
         for name, file in files.items():

@@ -112,7 +112,7 @@ def read_header(path: Path) -> dict[str, TensorSlot]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         slots = {name: _slot(path, _LENGTH_BYTES + length, entry) for name, entry in header.items()}
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is corrupt: its header cannot be read ({error!r}). Copy it again.") from error
     expected = max((slot.offset + slot.info.nbytes for slot in slots.values()), default=_LENGTH_BYTES + length)
     if size != expected:

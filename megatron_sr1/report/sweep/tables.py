@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_sr1.report.sweep.groups import LAST_STEPS, SHARES, GroupRow, Measure, common_start, training_measures
 from megatron_sr1.report.sweep.statistics import Estimate, PairedDifference
@@ -103,7 +104,7 @@ def notes(rows: Sequence[GroupRow]) -> list[str]:
 def print_tables(console: Console, rows: Sequence[GroupRow]) -> None:
     """Prints the tables, and what is not in them."""
     for table in text_tables(rows):
-        console.print(f"[italic]{table.title}[/italic]", highlight=False, soft_wrap=True)
+        console.print(table.title, style="italic", markup=False, highlight=False, soft_wrap=True)
         drawn = Table(box=SIMPLE_HEAD)
         for number, title in enumerate(table.head):
             longest_word = max(
@@ -111,7 +112,7 @@ def print_tables(console: Console, rows: Sequence[GroupRow]) -> None:
             )
             drawn.add_column(title, justify="right" if number else "left", no_wrap=not number, min_width=longest_word)
         for line in table.lines:
-            drawn.add_row(*line)
+            drawn.add_row(*map(Text, line))
         console.print(drawn)
     for note in notes(rows):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
