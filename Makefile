@@ -25,26 +25,41 @@ help: ## list the commands
 
 setup: $(INSTALLED) ## make .venv with everything for CPU (again only if the dependencies change)
 
-# torch goes first and is then held by a constraint: no later requirement can replace the CPU build.
-$(INSTALLED): setup.py pyproject.toml
-	@echo "== making $(VENV) with $(PYTHON); the first time this takes some minutes"
-	$(PYTHON) -m venv $(VENV)
+# What a Python must be. One that is missing, broken or too old is told by its version before anything is made; an
+# environment of such a one is made anew, and one whose first installation fails does not stay.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+is_fine = $(shell $(1)/bin/python -c "import pip; $(NEW_ENOUGH)" 2>/dev/null && echo yes)
+new_venv = $(PYTHON) -c "$(NEW_ENOUGH)" 2>/dev/null \
+	  || { echo "== PYTHON=$(PYTHON) is $$($(PYTHON) -V 2>&1 | head -n 1): Python 3.11 or newer is needed." \
+	            "Run make $(2) PYTHON=<the command of one>"; exit 1; }; \
+	  rm -rf $(1); $(PYTHON) -m venv $(1) || { rm -rf $(1); exit 1; }
+STALE := $(if $(call is_fine,$(VENV)),,stale)
+STALE_LAUNCH := $(if $(call is_fine,$(LAUNCH)),,stale)
+.PHONY: stale
+
+# torch goes first and is then held by a constraint: no later requirement can replace the CPU build. The index of CPU
+# builds has torchvision's, too; the common one has it for an accelerator.
+$(INSTALLED): setup.py pyproject.toml tools/mend_torchvision.py $(STALE)
+	@$(if $(STALE),$(call new_venv,$(VENV),setup))
+	@echo "== filling $(VENV); the first time this takes some minutes"
 	@echo "== installing $(TORCH)"
-	$(BIN)/pip install "$(TORCH)" $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) \
-	  || { echo "== $(TORCH) is not in pip's index: run make setup TORCH_INDEX_URL=<index with the CPU builds of torch>"; exit 1; }
+	$(BIN)/pip install "$(TORCH)" $(if $(TORCH_INDEX_URL),torchvision --index-url $(TORCH_INDEX_URL)) \
+	  || { echo "== $(TORCH) is not in pip's index: run make setup TORCH_INDEX_URL=<index with the CPU builds of torch>"; \
+	       $(if $(STALE),rm -rf $(VENV);) exit 1; }
 	@echo "== installing the project with its cpu and test extras"
 	@echo "$(TORCH)" > $(VENV)/constraints.txt
-	$(BIN)/pip install --constraint $(VENV)/constraints.txt --editable '.[cpu,test]'
+	$(BIN)/pip install --constraint $(VENV)/constraints.txt --editable '.[cpu,test]' \
+	  && $(BIN)/python tools/mend_torchvision.py || { $(if $(STALE),rm -rf $(VENV);) exit 1; }
 	@touch $@
 	@echo "== ready: make quickstart"
 
 launch-env: $(LAUNCH)/.installed ## make .venv-launch with NeMo-Run, for megatron-sr1 launch
 
 # The two of the launch extra and what they need, not what the project itself depends on.
-$(LAUNCH)/.installed: setup.py pyproject.toml
-	@echo "== making $(LAUNCH): NeMo-Run, and megatron_sr1 without what trains"
-	$(PYTHON) -m venv $(LAUNCH)
-	$(PYTHON) -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+$(LAUNCH)/.installed: setup.py pyproject.toml $(STALE_LAUNCH)
+	@$(if $(STALE_LAUNCH),$(call new_venv,$(LAUNCH),launch-env))
+	@echo "== filling $(LAUNCH): NeMo-Run, and megatron_sr1 without what trains"
+	$(LAUNCH)/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	  print(*project['optional-dependencies']['launch'], sep='\n')" > $(LAUNCH)/requirements.txt
 	$(LAUNCH)/bin/pip install --quiet --requirement $(LAUNCH)/requirements.txt
 	$(LAUNCH)/bin/pip install --quiet --no-deps --editable .

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -71,3 +74,76 @@ def test_one_python_is_the_oldest_everywhere(pyproject: dict[str, Any]) -> None:
     tools = pyproject["tool"]
     assert tools["ruff"]["target-version"] == f"py{oldest.major}{oldest.minor}"
     assert f"PYTHON ?= python{oldest}" in MAKEFILE
+
+
+# ---------------------------------------------------------------- make setup
+PIP = '#!/bin/sh\necho "pip $*"\n'
+GOOD_PYTHON = """#!/bin/sh
+case "$1 $2" in
+  "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; printf '%s' '{pip}' > "$3/bin/pip"; chmod +x "$3/bin/pip" ;;
+esac
+exit 0
+"""
+OLD_PYTHON = '#!/bin/sh\n[ "$1" = -V ] && echo "Python 3.9.18" && exit 0\nexit 1\n'
+
+
+def make_setup(folder: Path, python: str) -> subprocess.CompletedProcess[str]:
+    """`make setup` in a copy of the Makefile, with a program in place of Python."""
+    for name in ("Makefile", "setup.py", "pyproject.toml"):
+        shutil.copy2(REPOSITORY / name, folder)
+    (folder / "tools").mkdir(exist_ok=True)
+    shutil.copy2(REPOSITORY / "tools/mend_torchvision.py", folder / "tools")
+    program = folder / "a-python"
+    program.write_text(python)
+    program.chmod(0o755)
+    return subprocess.run(
+        ["make", "setup", f"PYTHON={program}"], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def test_make_names_a_python_that_is_too_old(tmp_path: Path) -> None:
+    done = make_setup(tmp_path, OLD_PYTHON)
+    first = done.stdout.splitlines()[0]
+    assert done.returncode and first.endswith(
+        "is Python 3.9.18: Python 3.11 or newer is needed. Run make setup PYTHON=<the command of one>"
+    ), done.stdout
+    assert not (tmp_path / ".venv").exists() and "pip" not in done.stdout
+
+
+def test_make_keeps_what_it_has_installed(tmp_path: Path) -> None:
+    python = GOOD_PYTHON.format(pip=PIP)
+    done = make_setup(tmp_path, python)
+    assert done.returncode == 0 and "pip install torch==" in done.stdout, done.stdout
+    assert (tmp_path / ".venv/.installed").is_file()
+    assert "pip" not in make_setup(tmp_path, OLD_PYTHON).stdout, "nothing is due, whatever PYTHON is"
+
+
+@pytest.mark.parametrize("python", [OLD_PYTHON, "#!/bin/sh\nexit 127\n", None], ids=["old", "broken", "absent"])
+def test_make_replaces_an_environment_that_is_none(python: str | None, tmp_path: Path) -> None:
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/.installed").touch()
+    (tmp_path / ".venv/stale").touch()
+    if python is not None:
+        (tmp_path / ".venv/bin/python").write_text(python)
+        (tmp_path / ".venv/bin/python").chmod(0o755)
+    done = make_setup(tmp_path, GOOD_PYTHON.format(pip=PIP))
+    assert done.returncode == 0 and "pip install torch==" in done.stdout, done.stdout
+    assert not (tmp_path / ".venv/stale").exists()
+
+
+def test_an_environment_that_cannot_be_filled_does_not_stay(tmp_path: Path) -> None:
+    done = make_setup(tmp_path, GOOD_PYTHON.format(pip="#!/bin/sh\nexit 1\n"))
+    assert done.returncode and "TORCH_INDEX_URL=" in done.stdout
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_any_program_can_import_transformers_processors(tmp_path: Path) -> None:
+    """With the hook that `make setup` writes where torchvision is not compiled for the torch that is there."""
+    sys.path.insert(0, str(REPOSITORY / "tools"))
+    from mend_torchvision import write_hook
+
+    sys.path.pop(0)
+    write_hook(tmp_path)
+    code = f"import site; site.addsitedir({str(tmp_path)!r}); from transformers import AutoProcessor"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

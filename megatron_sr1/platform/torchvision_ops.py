@@ -29,7 +29,7 @@ def define_missing_torchvision_ops() -> None:
     their schemas without a kernel: calling one still fails loudly, importing the package works. A torchaudio or
     torchcodec whose library does not load is marked as not importable, which its users treat as not installed.
     """
-    if not _libraries and not _torchvision_library_loads():
+    if not _operators_exist() and not _torchvision_library_loads():
         library = torch.library.Library("torchvision", "DEF")
         for schema in _SCHEMAS:
             library.define(schema)
@@ -37,6 +37,14 @@ def define_missing_torchvision_ops() -> None:
     for package in ("torchaudio", "torchcodec"):
         if package not in sys.modules and importlib.util.find_spec(package) is not None:
             _block_unless_importable(package)
+
+
+def _operators_exist() -> bool:
+    """True where torchvision is imported, or somebody has called this before: tools/mend_torchvision.py may have."""
+    try:
+        return bool(torch.ops.torchvision.nms)
+    except AttributeError:
+        return False
 
 
 def _torchvision_library_loads() -> bool:
