@@ -64,7 +64,7 @@ def test_last_override_wins_and_null_is_a_value() -> None:
         ("", ["rollout.samples=3"], ["rollout.samples", "samples_per_prompt"]),
         ("train: {steps: many}", [], ["train.steps", "many"]),
         ("model: {train_vision: 7.5}", [], ["model.train_vision", "7.5"]),
-        ("train: 3", [], ["TrainConfig", "3"]),
+        ("train: 3", [], ["train=3", "keys with values"]),
         ("", ["train.steps"], ["train.steps", "key=value"]),
     ],
 )

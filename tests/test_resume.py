@@ -41,6 +41,7 @@ OTHER: dict[str, Any] = {
     "data.train_weights": ((2.0,), {}),
     "data.cold_start_weights": ((2.0,), {"data.cold_start": ("train.tar",)}),
     "optimizer.vision_lr": 2e-6,
+    "optimizer.min_lr": 1e-9,
     "optimizer.schedule": "constant",
     "objective.dual_clip": 3.0,
     "objective.mismatch_low": 0.4,
