@@ -13,7 +13,7 @@ WORKDIR /opt/megatron-sr1
 RUN python -c "import sys; assert sys.version_info >= (3, 12), 'the base image needs Python 3.12 or newer'" \
  && python -c "import setuptools as s; assert int(s.__version__.split('.')[0]) >= 77, 'it needs setuptools 77 or newer'" \
  && python -m pip list --format=freeze | grep -E '^(torch|transformer.engine.*|apex)==' > constraints.txt \
- && printf '%s\n' megatron-core==0.19.2 vllm==0.33.0 math-verify==0.9.0 webdataset==1.0.2 >> constraints.txt
+ && printf '%s\n' megatron-core==0.19.2 vllm==0.33.0 pint==0.25.3 webdataset==1.0.2 >> constraints.txt
 
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY megatron_sr1 megatron_sr1

@@ -6,12 +6,10 @@ import threading
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sr1.rewards import REWARDS, components, faithful, grade, leaks, score_pair, symbolic
-from megatron_sr1.rewards.normalize import clean
-from megatron_sr1.rewards.quantity import parse_quantity, split_unit
+from megatron_sr1.rewards import REWARDS, components, faithful, grade, leaks, score_pair
 from megatron_sr1.types import Prompt, Rollout, RolloutPair
 
 PROMPT = Prompt(key="sum/0", problem="What is the sum of the digits?", answer="10", metadata={"facts": ["3", "7"]})
@@ -62,8 +60,6 @@ seven | 7
 -\frac{1}{2} | \frac{-1}{2}
 1 1/2 | 1.5
 1\frac{1}{2} | 3/2
-0.333333 | 1/3
-1/3 | 0.333333
 50\% | 50 %
 50% | \frac{1}{2}
 \frac{1}{2} | 50%
@@ -96,6 +92,9 @@ x^2+2x+1 | (x+1)^2
 \left( 1, 2 \right) | (1,2)
 14 and 15 | 15, 14
 \sqrt{16} | 4
+the number is 7 | 7
+100 cm | 1 m
+50% | 50
 """
 
 DIFFERENT = r"""
@@ -117,17 +116,16 @@ A | A dog
 -7 | 7
 1/3 | 0.3
 0.333 | 1/3
+0.333333 | 1/3
 1 1/2 | 11/2
 11/2 | 1 1/2
 12345 | 1,234
 1/0 | 0
-50% | 50
 0.05 | 50%
 50 | 0.5
 5% | 50%
 5 cm | 5 m
 5 m | 5 cm
-100 cm | 1 m
 5 cm^2 | 5 cm
 5 apples | 5 oranges
 $5 | €5
@@ -138,7 +136,6 @@ $5 | €5
 5m | 5
 7 pm | 7
 3 or more | 3
-the number is 7 | 7
 yes | no
 no | yes
 yes | true
@@ -186,6 +183,7 @@ def test_grade_refuses_long_answers() -> None:
     assert grade(" " * 512 + "7", "7") is False
 
 
+@settings(deadline=None)  # the first unit reads the table of units
 @given(st.integers(-(10**12), 10**12), st.integers(1, 999), st.sampled_from(["", " cm", "%", " apples"]))
 def test_grade_numbers_by_value(number: int, step: int, unit: str) -> None:
     spellings = (str(number), f"{number:,}", f"{number}.00", f"${number}$", f"\\frac{{{number * step}}}{{{step}}}")
@@ -194,25 +192,11 @@ def test_grade_numbers_by_value(number: int, step: int, unit: str) -> None:
         assert not grade(spelling + unit, str(number + step) + unit)
 
 
-@given(st.text(max_size=60) | st.text("0123456789.,/%$\\{}frac text-+ecm", max_size=60))
-def test_cleaning_and_reading_any_text_never_raises(text: str) -> None:
-    parse_quantity(clean(text))
-    split_unit(clean(text))
+@settings(deadline=None)
+@given(st.text(max_size=60) | st.text("0123456789.,/%$\\{}()frac text-+=<ecm", max_size=60))
+def test_any_text_is_graded_and_equals_itself(text: str) -> None:
     assert not text.strip() or grade(text, text)
-
-
-def test_plain_answers_never_start_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(answer: str, gold: str) -> bool:
-        raise AssertionError(f"{answer!r} against {gold!r} went to math-verify")
-
-    monkeypatch.setattr(symbolic, "same_expression", refuse)
-    golds = ("7", "1,234", "50%", "5 cm", "B", "yes", "red bus", r"\frac{1}{2}")
-    answers = (*golds, "12", "7 7", "3,7", "3 + 4", "x", "", "the sum", "<think>", "7.5")
-    for gold in ("7", "12", "B", "yes", "red bus"):
-        for answer in answers:
-            assert grade(answer, gold) == (answer == gold)
-    with pytest.raises(AssertionError, match="went to math-verify"):
-        grade(r"\sqrt{49}", "7")
+    assert grade(text, "7") in (True, False)
 
 
 NASTY = [
@@ -258,38 +242,6 @@ def test_grade_works_outside_the_main_thread_and_in_many_threads() -> None:
     assert len(verdicts) == 8 and sum(verdicts) == 4
 
 
-def test_the_gold_side_decides_the_form() -> None:
-    assert symbolic.same_expression("(1, 2) \\cup (3, 4)", "(1, 2) \\cup (3, 4)")
-    assert symbolic.same_expression("x = 1 + y", "1 + y")
-    assert not symbolic.same_expression("1 + y", "2x + z = 1 + y")
-
-
-def test_a_stuck_checker_is_stopped_and_the_next_question_answered(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    worker = symbolic._Worker()
-    assert worker.ask("1+x", "x+1")
-    first_child = worker._process
-    assert first_child is not None
-    monkeypatch.setattr(symbolic, "ANSWER_SECONDS", 0.5)
-    assert not worker.ask("(x+y+z)^{99}", "7")
-    assert "no verdict on answer '(x+y+z)^{99}'" in caplog.text
-    assert first_child.poll() is not None
-    monkeypatch.setattr(symbolic, "ANSWER_SECONDS", 30.0)
-    assert worker.ask("1+x", "x+1")
-    second_child = worker._process
-    assert second_child is not None and second_child.poll() is None
-    second_child.kill()
-    second_child.wait()
-    assert worker.ask("2+x", "x+2")
-
-
-def test_a_checker_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(symbolic.sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="did not start"):
-        symbolic._Worker().ask("1", "2")
-
-
 # ---------------------------------------------------------------- components
 def test_all_components_of_a_perfect_pair() -> None:
     assert score_pair(pair(SEE_THINK, REASONER, "3 and 7"), PROMPT, REWARDS) == {
@@ -318,6 +270,14 @@ def test_accuracy_takes_the_last_box_of_a_broken_or_cut_response() -> None:
     assert score_pair(pair("10"), PROMPT, ["acc"]) == {"acc": 0.0}
 
 
+def test_accuracy_knows_the_choices_of_the_sample_and_rounds_only_where_asked() -> None:
+    asked = Prompt("k", "q", "B", metadata={"choices": ("1/2", "1/3")})
+    assert score_pair(pair("\\boxed{1/3}"), asked, ["acc"]) == {"acc": 1.0}
+    assert score_pair(pair("\\boxed{1/2}"), asked, ["acc"]) == {"acc": 0.0}
+    assert score_pair(pair("\\boxed{0.33}"), asked, ["acc"]) == {"acc": 0.0}
+    assert score_pair(pair("\\boxed{0.33}"), asked, ["acc"], rounded=True) == {"acc": 1.0}
+
+
 def test_cot_format_is_the_layout_without_description() -> None:
     assert score_pair(pair(REASONER), PROMPT, ["fmt", "fmt_cot"]) == {"fmt": 0.0, "fmt_cot": 1.0}
 
@@ -343,7 +303,7 @@ def test_unknown_component_names_the_known_ones() -> None:
 
 
 def test_an_exception_in_a_reward_propagates(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(answer: str, gold: str) -> bool:
+    def broken(answer: str, gold: str, choices: tuple[str, ...], *, rounded: bool) -> bool:
         raise ZeroDivisionError("broken reward")
 
     monkeypatch.setattr(components, "grade", broken)

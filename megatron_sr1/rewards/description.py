@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from megatron_sr1.rewards.normalize import clean
-from megatron_sr1.rewards.quantity import NUMBER_WORDS
+from megatron_sr1.rewards.answers.number_words import NUMBER_WORDS
+from megatron_sr1.rewards.answers.spelling import clean
 from megatron_sr1.types import Prompt
 
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+")

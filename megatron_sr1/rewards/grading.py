@@ -1,46 +1,52 @@
-r"""Answer equivalence: `grade(answer, gold)`.
+r"""Answer equivalence: `grade(answer, gold, choices)`.
 
-The first rule that applies decides; most answers are decided before any symbolic mathematics.
+Both texts get one spelling (`answers/spelling.py`), lose what is said around an answer (`phrasing.py`), and are read as
+every kind of answer that there is. The first kind that can tell decides:
 
-1. An empty answer, or one longer than MAX_ANSWER_CHARACTERS, is wrong. Equal after cleaning is right.
-2. Option letters: a gold `B`, `(B)`, `B.` or `(B) Paris` equals any of these spellings, in either case. With a
-   lettered text on both sides only the letter counts.
-3. Equations: `x = 5` equals `5` both ways; `x = 5` does not equal `y = 5`.
-4. Quantities, see `quantity.py`: thousands separators, fractions, decimals, percent, units.
-5. Where only the gold is a number, an unfinished sum or product of plain numbers (`3 + 7` for `10`) is wrong: doing it
-   is what was asked. So is a list, a term with a variable, and anything that has no mathematics in it.
-6. Words: equal without case, spaces, quotes and final punctuation (also yes, no, true, false; `yes` is not `true`).
-7. Anything else goes to math-verify, see `symbolic.py`; a known unit at the end is compared apart, as in rule 4.
-   A bare list is a set of solutions, in any order; the order of a tuple counts.
+1. yes and no, true and false; option letters; clock times and dates;
+2. the same words, without case, accents, hyphens and number;
+3. intervals, named values (`x = 5` is `5`), lists, ratios and ranges, equations;
+4. quantities: numbers and expressions with their units, converted within a dimension, and percent.
+
+An unfinished sum or product of plain numbers (`3 + 7` for `10`) is wrong: doing it is what was asked. Decimals are
+exact (0.33 is not 1/3) unless `rounded`. No rule asks a process or a clock: every step is bounded by the length of the
+text, the depth of its brackets and the size of its numbers, so a hostile answer costs milliseconds.
 """
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Sequence
 
-from megatron_sr1.rewards import symbolic
-from megatron_sr1.rewards.normalize import clean, squeeze
-from megatron_sr1.rewards.quantity import parse_quantity, same_quantity, split_unit
+from megatron_sr1.rewards.answers import phrasing
+from megatron_sr1.rewards.answers.lists import Items, read_items, same_items
+from megatron_sr1.rewards.answers.moments import same_moment
+from megatron_sr1.rewards.answers.number_words import spell_digits
+from megatron_sr1.rewards.answers.options import numbered, same_options
+from megatron_sr1.rewards.answers.quantity import read_quantity, same_quantity
+from megatron_sr1.rewards.answers.ratios import same_range, same_ratio
+from megatron_sr1.rewards.answers.relations import result_of, same_assignments, same_intervals, same_relation
+from megatron_sr1.rewards.answers.spelling import clean, squeeze
+from megatron_sr1.rewards.answers.words import same_words
 
 MAX_ANSWER_CHARACTERS = 512
-
-_OPTION = re.compile(r"(?:option|choice)?\s?(?:\(\s?([a-z])\s?\)|([a-z]))\s?[.:)]?", re.IGNORECASE)
-_OPTION_WITH_TEXT = re.compile(r"(?:option |choice )?(?:\(\s?([A-Ja-j])\s?\)|([A-J])[.:)])\s?[^\s=+*/^-].*")
-_EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
-_ASSIGNMENT = re.compile(r"\s?\\?[A-Za-z]+(?:_\{?\w+\}?)?\s?")
-_WORDS = re.compile(r"[^\W\d_][\w\s.,;:!?'\"&-]*")
-_LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
-_MATHEMATICS = re.compile(r"[A-Za-z\\^+*/=(){}\[\]<>!_|°-]")
-_VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-DF-HJ-Za-df-hj-z](?![A-Za-z])")  # e and i are numbers
-_PLAIN_ARITHMETIC = re.compile(r"[\d\s.()+*-]+")
+MAX_NESTING = 4  # lists of lists, texts of options
+_FORMULA = re.compile(r"[A-Z(][A-Za-z0-9()^_{}+ -]*")
+_NUMERIC = frozenset("0123456789.$€£¥₹")
+_SCRIPT = re.compile(r"[\^_{} ]")
 
 
-def grade(answer: str, gold: str) -> bool:
-    """Whether the answer means the same as the gold answer. Not symmetric: the gold sets the form that is asked.
+def grade(answer: str, gold: str, choices: Sequence[str] = (), *, rounded: bool = False) -> bool:
+    """Whether the answer means the same as the gold answer.
+
+    Args:
+        choices: the texts of the options (A), (B) ... of the sample, where it has any: the letter of an option and its
+            text are then the same answer.
+        rounded: a decimal of two or more significant digits also equals any number that rounds, or is cut, to it.
 
     Raises:
         ValueError: the gold answer is blank, which is an error of the data set.
-        RuntimeError: math-verify is needed and does not start.
     """
     if not answer.strip() or len(answer) > MAX_ANSWER_CHARACTERS:
         return False
@@ -48,76 +54,89 @@ def grade(answer: str, gold: str) -> bool:
         raise ValueError("a gold answer is blank: no response can be graded against it. Remove it from the data set.")
     if answer.strip() == gold.strip():
         return True
-    if len(gold) > MAX_ANSWER_CHARACTERS:
-        return False
-    if answer.isdecimal() and gold.isdecimal():
-        return int(answer) == int(gold)
-    return _same(clean(answer), clean(gold))
+    return len(gold) <= MAX_ANSWER_CHARACTERS and _grade(answer, gold, tuple(choices), rounded)
 
 
-def _same(answer: str, gold: str) -> bool:
-    """`grade` for two cleaned texts; rules 1 to 4."""
-    if not answer or not gold:
+@functools.lru_cache(maxsize=1 << 14)
+def _grade(answer: str, gold: str, choices: tuple[str, ...], rounded: bool) -> bool:
+    same = _Comparison(rounded)
+    first, second = _plain(answer), _plain(gold)
+    if not first or not second:
         return False
-    if squeeze(answer) == squeeze(gold):
-        return True
-    gold_letter = _option_letter(gold)
-    if gold_letter is not None:
-        answer_letter = _option_letter(answer)
-        if answer_letter is not None:
-            return answer_letter == gold_letter
-        if gold_letter in "abcdefghj":  # i may be the imaginary unit
+    if choices:
+        texts = tuple(map(_plain, choices))
+        chosen, wanted = numbered(first, texts, same), numbered(second, texts, same)
+        if chosen is not None and wanted is not None:
+            return chosen == wanted
+    return same(first, second)
+
+
+def _plain(text: str) -> str:
+    return spell_digits(phrasing.bare(clean(text)))
+
+
+class _Comparison:
+    """Compares two plain texts; the parts of lists, named values and options are compared by it again."""
+
+    def __init__(self, rounded: bool, depth: int = 0) -> None:
+        self._rounded = rounded
+        self._depth = depth
+
+    def __call__(self, answer: str, gold: str) -> bool:
+        if squeeze(answer) == squeeze(gold):
+            return True
+        if not answer or not gold or self._depth > MAX_NESTING:
             return False
-    answer, gold = _strip_assignment(answer, gold)
-    answer_quantity, gold_quantity = parse_quantity(answer), parse_quantity(gold)
-    if answer_quantity is not None and gold_quantity is not None:
-        return same_quantity(answer_quantity, gold_quantity)
-    if gold_quantity is not None and not _may_equal_a_number(answer):
-        return False
-    return _same_words_or_expression(answer, gold)
+        inner = _Comparison(self._rounded, self._depth + 1)
+        said, wanted = phrasing.polarity(answer), phrasing.polarity(gold)
+        if said and wanted:
+            return said == wanted
+        for verdict in (
+            same_options(answer, gold, inner),
+            same_moment(answer, gold),
+            self._same_measured(answer, gold),
+            same_words(answer, gold) or _same_formula(answer, gold) or None,
+            same_intervals(answer, gold, inner),
+            same_assignments(answer, gold, inner),
+            _same_lists(answer, gold, inner),
+            same_ratio(answer, gold),
+            same_range(answer, gold),
+            same_relation(answer, gold),
+        ):
+            if verdict is not None:
+                return verdict
+        return self._same_quantities(answer, gold)
+
+    def _same_measured(self, answer: str, gold: str) -> bool | None:
+        """Two numbers with units, before words are compared without case: `5 mW` is not `5 MW`."""
+        if answer[0] not in _NUMERIC or gold[0] not in _NUMERIC:
+            return None
+        first, second = read_quantity(answer), read_quantity(gold)
+        if first is None or second is None or not (first.units or second.units):
+            return None
+        return same_quantity(first, second, self._rounded)
+
+    def _same_quantities(self, answer: str, gold: str) -> bool:
+        first = read_quantity(result_of(answer) or answer)
+        second = read_quantity(result_of(gold) or gold)
+        return first is not None and second is not None and same_quantity(first, second, self._rounded)
 
 
-def _same_words_or_expression(answer: str, gold: str) -> bool:
-    """Rules 6 and 7."""
-    if _WORDS.fullmatch(answer) and _WORDS.fullmatch(gold) and _word_key(answer) == _word_key(gold):
-        return True
-    if _LONG_WORD.search(answer) or _LONG_WORD.search(gold):
-        return False
-    both_lists = "," in answer and "," in gold
-    if not both_lists and _MATHEMATICS.search(answer) is None and _MATHEMATICS.search(gold) is None:
-        return False
-    (answer, answer_unit), (gold, gold_unit) = split_unit(answer), split_unit(gold)
-    if answer_unit and gold_unit and answer_unit != gold_unit:
-        return False
-    return symbolic.same_expression(answer, gold)
+def _same_lists(answer: str, gold: str, same: _Comparison) -> bool | None:
+    """None where neither is a list; a list never equals a single answer."""
+    first, second = read_items(answer), read_items(gold)
+    if first is None and second is None:
+        return None
+    first, second = first or _split_again(answer, second), second or _split_again(gold, first)
+    return first is not None and second is not None and same_items(first, second, same)
 
 
-def _may_equal_a_number(answer: str) -> bool:
-    """Rule 5."""
-    if "," in answer or _VARIABLE.search(answer) or _is_arithmetic(answer):
-        return False
-    return _MATHEMATICS.search(answer) is not None
+def _split_again(text: str, other: Items | None) -> Items | None:
+    """`1,234` beside a list is two numbers."""
+    return read_items(text, split_thousands=True) if other is not None and not other.brackets else None
 
 
-def _is_arithmetic(answer: str) -> bool:
-    plain = answer.replace("\\times", "*").replace("\\cdot", "*")
-    return _PLAIN_ARITHMETIC.fullmatch(plain) is not None and re.search(r"\d[\s)]*[+*(-]", plain) is not None
-
-
-def _option_letter(text: str) -> str | None:
-    match = _OPTION.fullmatch(text) or _OPTION_WITH_TEXT.fullmatch(text)
-    return None if match is None else (match[1] or match[2]).lower()
-
-
-def _strip_assignment(answer: str, gold: str) -> tuple[str, str]:
-    """Rule 3: the right-hand side where only one of the two is an equation."""
-    answer_sides, gold_sides = _EQUALS.split(answer), _EQUALS.split(gold)
-    if len(gold_sides) == 1 and len(answer_sides) > 1 and "," not in answer:
-        return answer_sides[-1].strip(), gold
-    if len(answer_sides) == 1 and len(gold_sides) == 2 and _ASSIGNMENT.fullmatch(gold_sides[0]):
-        return answer, gold_sides[1].strip()
-    return answer, gold
-
-
-def _word_key(text: str) -> str:
-    return re.sub(r"[\s.,;:!?'\"-]", "", text).casefold()
+def _same_formula(answer: str, gold: str) -> bool:
+    r"""`H_2O` and `H2O`, `Fe^{3+}` and `Fe3+`."""
+    both = _FORMULA.fullmatch(answer) and _FORMULA.fullmatch(gold)
+    return bool(both) and _SCRIPT.sub("", answer) == _SCRIPT.sub("", gold)

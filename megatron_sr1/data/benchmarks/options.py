@@ -1,7 +1,7 @@
 """Options of multiple-choice questions: four ways in which sets write them, one in which we ask (see `data.choices`).
 
-The gold answer is the capital letter: that is what the grader compares, and an answer that repeats an option's text
-instead is wrong.
+The gold answer is the capital letter; the texts are kept as the sample's choices, so the grader takes an option's text
+for its letter.
 """
 
 from __future__ import annotations

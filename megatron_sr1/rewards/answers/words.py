@@ -1,0 +1,81 @@
+"""Words: the same without case, accents, spaces, hyphens, articles and number (`mitochondria` is `mitochondrion`)."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_MATHEMATICS = re.compile(
+    r"[=^\\/<>+*|±≤≥≠∪⦃⦄]|(?<![^\W\d_])-(?=\d)|^\d.*-\d|^\s?-"
+    r"|(?<![^\W\d_]{2})-(?![^\W\d_]{3})|(?<![^\W\d_]{3})-(?![^\W\d_]{2})|(?<![^\W\d_]{2})!"
+)
+_TOKEN = re.compile(r"\d+(?:[.,:]\d+)+|[^\W_]+")
+_APOSTROPHE = re.compile(r"(?<=\w)['’](?=\w)|(?<=\b[^\W\d_])\.(?=[^\W\d_]\b|$|\s)")
+_ARTICLES = ("the", "a", "an")
+_CLASS_NAMES = """
+triangle angle color shape river lake ocean sea mountain mount city state country street animal bird tree fruit team
+company family cell bond reaction energy force process
+"""
+_CLASSES = frozenset(_CLASS_NAMES.split())  # the kind of thing that a name is of; it may be said or not
+_SPELLINGS = {
+    "grey": "gray", "colour": "color", "centre": "center", "metre": "meter", "litre": "liter", "aluminium": "aluminum",
+    "sulphur": "sulfur", "theatre": "theater", "favourite": "favorite", "behaviour": "behavior", "tyre": "tire",
+    "neighbour": "neighbor", "harbour": "harbor", "aeroplane": "airplane", "fibre": "fiber",
+}  # fmt: skip
+_IRREGULAR = {
+    "man": "men", "woman": "women", "child": "children", "person": "people", "mouse": "mice", "goose": "geese",
+    "foot": "feet", "tooth": "teeth", "ox": "oxen", "louse": "lice", "die": "dice",
+}  # fmt: skip
+_ENDINGS = (  # singular, plural
+    ("y", "ies"), ("f", "ves"), ("fe", "ves"), ("on", "a"), ("um", "a"), ("us", "i"), ("a", "ae"), ("ix", "ices"),
+    ("ex", "ices"), ("sis", "ses"), ("xis", "xes"), ("o", "oes"), ("man", "men"),
+)  # fmt: skip
+_HISSING = ("s", "x", "z", "ch", "sh")
+
+
+def same_words(answer: str, gold: str) -> bool:
+    """Whether two cleaned texts are the same words; texts with mathematics in them are not words."""
+    if _MATHEMATICS.search(answer) or _MATHEMATICS.search(gold):
+        return False
+    first, second = _tokens(answer), _tokens(gold)
+    longest = max(map(len, first + second), default=0)
+    if longest < 2 or not any(character.isalpha() for character in answer + gold):
+        return False
+    if first == second or (longest > 2 and "".join(first) == "".join(second)):
+        return True
+    if sorted(first) == sorted(second) and _CLASSES & set(first):
+        return True  # Lake Victoria, Victoria Lake
+    if len(first) == len(second):
+        return all(map(same_word, first, second))
+    longer, shorter = sorted((first, second), key=len, reverse=True)
+    without = [token for token in longer if token not in _CLASSES]
+    return bool(without) and len(without) == len(shorter) and all(map(same_word, without, shorter))
+
+
+def same_word(first: str, second: str) -> bool:
+    """Equal, or one is the plural of the other."""
+    return first == second or second in _plurals(first) or first in _plurals(second)
+
+
+def _plurals(word: str) -> frozenset[str]:
+    if len(word) < 3 or not word.isalpha() or not word.isascii():
+        return frozenset()
+    if word.endswith("i") and word not in ("taxi", "kiwi", "ski", "bikini"):
+        return frozenset()  # Paris is no plural
+    regular = word + ("es" if word.endswith(_HISSING) else "s")
+    plurals = {regular, _IRREGULAR.get(word, regular)}
+    for singular, plural in _ENDINGS:
+        if word.endswith(singular) and len(word) - len(singular) >= 2 and (len(word) >= 5 or plural[-1] in "se"):
+            plurals.add(word.removesuffix(singular) + plural)
+    if word.endswith("y") and word[-2:-1] not in "aeiou":
+        plurals.discard(regular)
+    return frozenset(plurals)
+
+
+def _tokens(text: str) -> list[str]:
+    decomposed = unicodedata.normalize("NFD", _APOSTROPHE.sub("", text.casefold()).replace("&", " and "))
+    plain = "".join(character for character in decomposed if not unicodedata.combining(character))
+    tokens: list[str] = _TOKEN.findall(plain)
+    while len(tokens) > 1 and tokens[0] in _ARTICLES:
+        tokens = tokens[1:]
+    return [_SPELLINGS.get(token, token) for token in tokens]
