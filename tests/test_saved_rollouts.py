@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from PIL import Image
 
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.objective import PRESETS
-from megatron_sr1.rewards.workers import Graders
+from megatron_sr1.rewards import workers
+from megatron_sr1.rewards.workers import Graders, grade_pairs
 from megatron_sr1.training.live_rollouts import LiveRollouts
 from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file, write_rollouts
 from megatron_sr1.training.saved_rollouts import SavedRollouts
@@ -179,21 +179,64 @@ def test_engines_sleep_from_a_step_to_the_weights_that_follow_it(tmp_path: Path)
         assert engine.log == log
 
 
-def test_an_error_in_a_reward_reaches_the_caller_and_a_dead_worker_too() -> None:
+def test_an_error_in_a_reward_reaches_the_caller() -> None:
     graders = Graders(["acc", "no_such_reward"])
     graders.submit(groups(1)[0])
     with pytest.raises(ValueError, match="no_such_reward"):
         graders.collect()
-    (worker,) = graders._pool._processes.values()
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.join()
-    with pytest.raises(BrokenProcessPool):
-        graders.submit(groups(1)[0])
-        graders.collect()
     graders.close()
 
 
+def kill_grader(graders: Graders) -> int:
+    """Of the one that has started."""
+    (process_id,) = [worker._process_id for worker in graders._workers if worker._process_id]
+    os.kill(process_id, signal.SIGKILL)
+    return process_id
+
+
+def test_a_killed_grader_is_replaced_and_the_rewards_are_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    graders = Graders(COMPONENTS, num_workers=1)
+    for number in range(2):
+        for group in groups():
+            graders.submit(group)
+        graded = graders.collect()
+        assert graded == [(group.group_id, grade_pairs(group.pairs, group.prompt, COMPONENTS)) for group in groups()]
+        if number == 0:
+            kill_grader(graders)
+    assert "another takes over" in caplog.text
+    graders.close()
+
+
+def test_a_grader_that_takes_too_long_is_replaced_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    graders = Graders(["acc"], num_workers=1)
+    graders.submit(groups(1)[0])
+    graders.collect()
+    (worker,) = graders._workers
+    monkeypatch.setattr(workers, "GROUP_SECONDS", 0.0)
+    graders.submit(groups(1)[0])
+    with pytest.raises(RuntimeError, match="rewards of prompt 'p0' ended 2 grading processes"):
+        graders.collect()
+    assert worker._process_id == 0, "the last one is gone, too"
+    monkeypatch.setattr(workers, "GROUP_SECONDS", 60.0)
+    graders.submit(groups(1)[0])
+    assert len(graders.collect()) == 1
+    graders.close()
+
+
+def test_several_graders_work_at_once() -> None:
+    assert 2 <= workers.default_num_workers() <= 4
+    graders = Graders(["acc"], num_workers=2)
+    for group in groups(12):
+        graders.submit(group)
+    assert [group_id for group_id, _ in graders.collect()] == list(range(12))
+    process_ids = {worker._process_id for worker in graders._workers}
+    assert len(process_ids) == 2 and 0 not in process_ids
+    graders.close()
+    assert not any(Path(f"/proc/{process_id}").exists() for process_id in process_ids)
+
+
 PARENT = """
+import os
 import time
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.types import ALONE, Prompt, Rollout, RolloutGroup, RolloutPair
@@ -202,8 +245,10 @@ if __name__ == "__main__":
     first = Rollout("0/p/0/first", (1,), (2,), "<think> t </think> \\\\boxed{10}", (-0.1,), "stop", 0)
     graders.submit(RolloutGroup(0, Prompt("p", "?", "10"), (RolloutPair(0, first, None, None),)))
     assert graders.collect() == [(0, [{"acc": 1.0}])]
-    (worker,) = graders._pool._processes.values()
-    print(worker.pid, flush=True)
+    (worker,) = [worker._process_id for worker in graders._workers if worker._process_id]
+    if os.fork() == 0:  # holds open every pipe of the rank, as a writer of checkpoints does
+        print(worker, os.getpid(), flush=True)
+        time.sleep(100)
     time.sleep(100)
 """
 
@@ -215,11 +260,12 @@ def test_workers_are_light_and_end_with_a_killed_rank(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
     assert parent.stdout is not None
-    worker = int(parent.stdout.readline())
+    worker, fork = map(int, parent.stdout.readline().split())
     assert "torch" not in Path(f"/proc/{worker}/maps").read_text(), "workers stay light"
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 20
     while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
+    os.kill(fork, signal.SIGKILL)
     assert not Path(f"/proc/{worker}").exists()
