@@ -38,10 +38,14 @@ def record(
     gold: str = "10",
     template: Template = "see_think",
     facts: Sequence[str] | None = None,
+    choices: Sequence[str] = (),
     ends_chunk: bool = False,
 ) -> Record:
     """Graded by the project's own rewards."""
     images = (picture(0),) if template == "see_think" else ()
-    prompt = Prompt(key, f"Question {key}?", gold, images, source, {} if facts is None else {"facts": list(facts)})
+    metadata = {} if facts is None else {"facts": list(facts)}
+    if choices:
+        metadata["choices"] = list(choices)
+    prompt = Prompt(key, f"Question {key}?", gold, images, source, metadata)
     group = RolloutGroup(0, prompt, tuple(pairs))
     return record_of(group, template, grade_pairs(group.pairs, prompt, COMPONENTS[template]), MADE_OF, ends_chunk)

@@ -253,6 +253,21 @@ def test_another_judge_is_asked_again(path: Path) -> None:
     assert {sample.judge.model for r in read_records(path) for sample in r.samples if sample.judge} == {"small"}
 
 
+@pytest.mark.parametrize(
+    ("answer", "rounded", "right"),
+    [("1/3", False, True), ("0.33", False, False), ("0.33", True, True), ("A", True, False)],
+)
+def test_the_judge_is_graded_with_the_choices_and_as_the_second_pass(
+    tmp_path: Path, answer: str, rounded: bool, right: bool
+) -> None:
+    path = tmp_path / "evaluate.jsonl"
+    append_records(path, [record("k", [pair("B", "I see.", "B")], gold="B", choices=("1/2", "1/3"), ends_chunk=True)])
+    judge_records(path, lambda _: rf"\boxed{{{answer}}}", "big", 1, rounded=rounded)
+    (judged,) = read_records(path)
+    assert judged.choices == ("1/2", "1/3")
+    assert judged.samples[0].judge == Verdict("big", rf"\boxed{{{answer}}}", right)
+
+
 def test_a_damaged_journal_is_named(path: Path) -> None:
     journal = path.with_suffix(".verdicts.jsonl")
     journal.write_text(json.dumps(["p1", 0, {"model": "big"}]) + "\n")

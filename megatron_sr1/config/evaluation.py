@@ -39,6 +39,7 @@ class EvaluateConfig:
     verify_export: int = 0  # answers that transformers must repeat on the exported model (it loads it on one rank)
     samples: int = 1  # responses to each prompt; above 1 pass@k is measured
     temperature: float = 0.0  # 0: greedy
+    rounded_decimals: bool = False  # true: 0.33 counts for 1/3 (two digits or more); training never counts it
     chunk_prompts: int = 512  # held in memory, answered and written together; an interrupted evaluation loses one such
     judge_url: str = ""  # for example http://127.0.0.1:8000/v1; empty: no judge
     judge_model: str = ""  # the name that the endpoint knows it by

@@ -61,6 +61,7 @@ class Record:
     samples: tuple[Sample, ...]
     made_of: str  # digest of the identity of the evaluation
     ends_chunk: bool
+    choices: tuple[str, ...] = ()  # of the prompt
 
     @property
     def described(self) -> bool:
@@ -84,6 +85,7 @@ def record_of(
         tuple(_sample(pair, prompt, vector) for pair, vector in pairs),
         made_of,
         ends_chunk,
+        prompt.choices,
     )
 
 
@@ -161,7 +163,8 @@ def _records_and_ends(path: Path) -> Iterator[tuple[Record, int]]:
 
 
 def _record(fields: dict[str, Any]) -> Record:
-    return Record(**{**fields, "samples": tuple(map(_read_sample, fields["samples"]))})
+    samples = tuple(map(_read_sample, fields["samples"]))
+    return Record(**{**fields, "samples": samples, "choices": tuple(fields.get("choices", ()))})
 
 
 def _read_sample(fields: dict[str, Any]) -> Sample:

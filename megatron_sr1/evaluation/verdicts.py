@@ -6,6 +6,7 @@ there the records are rewritten, in their order, and the journal is removed.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -19,6 +20,7 @@ from megatron_sr1.prompts import extract_boxed, render_caption_reasoner
 from megatron_sr1.rewards import grade
 
 Ask = Callable[[str], str]  # a question to the judge's response; raises NoVerdict
+Answer = Callable[[Record, str], "Verdict | NoVerdict"]  # of a question about a record and its description
 Place = tuple[str, int]  # key of the prompt, number of the sample
 _QUEUED_PER_THREAD = 4
 
@@ -32,11 +34,11 @@ class Judging:
     last_failure: str  # why the last of them is missing; "" where none is
 
 
-def judge_records(path: Path, ask: Ask, model: str, num_threads: int) -> Judging:
+def judge_records(path: Path, ask: Ask, model: str, num_threads: int, *, rounded: bool = False) -> Judging:
     """Asks for every verdict of `model` that the records lack, and writes them into the records.
 
     Only whole samples count: one without a description is not asked about. A verdict that another model gave before is
-    replaced.
+    replaced. `rounded` as in `grade`.
 
     Raises:
         ConfigError: as `Judge.ask`; verdicts that came before it are kept for the next time.
@@ -48,7 +50,9 @@ def judge_records(path: Path, ask: Ask, model: str, num_threads: int) -> Judging
     asked = missing = 0
     failure = ""
     with journal.open("a", encoding="utf-8") as file, ThreadPoolExecutor(num_threads) as pool:
-        for place, outcome in _answers(pool, ask, model, open_questions, _QUEUED_PER_THREAD * num_threads):
+        for place, outcome in _answers(
+            pool, functools.partial(_verdict, ask, model, rounded), open_questions, _QUEUED_PER_THREAD * num_threads
+        ):
             asked += 1
             if isinstance(outcome, NoVerdict):
                 missing, failure = missing + 1, str(outcome)
@@ -72,14 +76,14 @@ def _questions(path: Path, model: str, known: dict[Place, Verdict]) -> Iterator[
 
 
 def _answers(
-    pool: ThreadPoolExecutor, ask: Ask, model: str, questions: Iterator[tuple[Place, Record, str]], queue: int
+    pool: ThreadPoolExecutor, answer: Answer, questions: Iterator[tuple[Place, Record, str]], queue: int
 ) -> Iterator[tuple[Place, Verdict | NoVerdict]]:
     """In the order they come; `queue` questions wait or are under way, so the records need not be in memory."""
     running: dict[Future[Verdict | NoVerdict], Place] = {}
     try:
         while True:
             for place, record, description in islice(questions, queue - len(running)):
-                running[pool.submit(_verdict, ask, model, record, description)] = place
+                running[pool.submit(answer, record, description)] = place
             if not running:
                 return
             done = wait(running, return_when=FIRST_COMPLETED).done
@@ -90,14 +94,15 @@ def _answers(
             future.cancel()
 
 
-def _verdict(ask: Ask, model: str, record: Record, description: str) -> Verdict | NoVerdict:
+def _verdict(ask: Ask, model: str, rounded: bool, record: Record, description: str) -> Verdict | NoVerdict:
     """A response that is whole and has no box gives no answer, so the description did not suffice."""
     try:
         text = ask(render_caption_reasoner(description, record.problem))
     except NoVerdict as failure:
         return failure
     answer = extract_boxed(text)
-    return Verdict(model, text, answer is not None and grade(answer, record.answer))
+    right = answer is not None and grade(answer, record.answer, record.choices, rounded=rounded)
+    return Verdict(model, text, right)
 
 
 def _with_verdicts(record: Record, known: dict[Place, Verdict]) -> Record:

@@ -46,7 +46,7 @@ _COMPONENTS: Mapping[Template, tuple[str, ...]] = {
     "see_think": ("acc", "acc_vis", "fmt", "fmt_vis", "leak"),
     "cot": ("acc", "fmt_cot"),
 }
-_RECORDED = ("max_prompts", "samples", "temperature", "chunk_prompts")
+_RECORDED = ("max_prompts", "samples", "temperature", "chunk_prompts", "rounded_decimals")
 _LOG_WIDTH = 120  # characters of a table in a file
 
 
@@ -231,12 +231,13 @@ def _answer_chunk(
     ]
     ranks = run.platform.ranks
     mine = range(ranks.rank, len(answers), ranks.num_ranks)
-    graded = dict(ranks.gather([(index, _grade(*answers[index])) for index in mine]))
+    rounded = config.evaluate.rounded_decimals
+    graded = dict(ranks.gather([(index, _grade(*answers[index], rounded)) for index in mine]))
     return [(group, template, graded[index]) for index, (group, template) in enumerate(answers)]
 
 
-def _grade(group: RolloutGroup, template: Template) -> Vectors:
-    return grade_pairs(group.pairs, group.prompt, _COMPONENTS[template])
+def _grade(group: RolloutGroup, template: Template, rounded: bool) -> Vectors:
+    return grade_pairs(group.pairs, group.prompt, _COMPONENTS[template], rounded=rounded)
 
 
 def _records(answers: Sequence[tuple[RolloutGroup, Template, Vectors]], made_of: str) -> list[Record]:
@@ -250,7 +251,13 @@ def _records(answers: Sequence[tuple[RolloutGroup, Template, Vectors]], made_of:
 def _judge(run: Run, files: EvaluationFiles, settings: EvaluateConfig) -> None:
     run.say(f"asking {settings.judge_model} about the descriptions")
     with Judge(settings) as judge:
-        outcome = judge_records(files.records, judge.ask, settings.judge_model, settings.judge_concurrency)
+        outcome = judge_records(
+            files.records,
+            judge.ask,
+            settings.judge_model,
+            settings.judge_concurrency,
+            rounded=settings.rounded_decimals,
+        )
     run.say(f"asked {outcome.num_asked} questions")
     if outcome.num_missing:
         run.say(
