@@ -10,7 +10,9 @@ _CLOCK = re.compile(
     r"(?P<half>[ap]\.?\s?m\.?)?(?P<oclock>\s?o'?clock)?",
     re.IGNORECASE,
 )
-_PAST = re.compile(r"(?:a )?(half|quarter|\d{1,2})(?: minutes)? (past|to) (\d{1,2})", re.IGNORECASE)
+_PAST = re.compile(  # 3 to 4 is a ratio, or a range
+    r"(?:a )?(half|quarter|5|10|20|25|\d{1,2}(?= min))(?: minutes)? (past|to) (\d{1,2})", re.IGNORECASE
+)
 _CHINESE_CLOCK = re.compile(r"(上午|早上|凌晨|下午|晚上|中午)?(\d{1,2})(?:[点时](?:(\d{1,2})分?|(半|整))?|:([0-5]\d))")
 _PART_OF_DAY = re.compile(r" in the (morning|afternoon|evening)$", re.IGNORECASE)
 _NAMED = {"noon": 12 * 60, "midday": 12 * 60, "midnight": 0}

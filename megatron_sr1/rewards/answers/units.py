@@ -198,10 +198,10 @@ def _scale(name: str) -> Fraction:
 
 @functools.cache
 def _registry() -> Any:
-    """Its own annotations say that numbers are floats; these are exact."""
     import pint  # only here: it reads its table for about a second, and many answers have no unit
 
-    return pint.UnitRegistry(non_int_type=Fraction)
+    exact: Any = Fraction  # pint's own annotation wants a float
+    return pint.UnitRegistry(non_int_type=exact)
 
 
 def _power_word(word: str) -> int:
