@@ -72,6 +72,7 @@ RULES: Mapping[str, Rule] = {
     "evaluate.max_prompts": "refused",
     "evaluate.samples": "refused",
     "evaluate.temperature": "refused",
+    "evaluate.rounded_decimals": "refused",
     "evaluate.verify_export": "takes effect",
     "track": "free",
 }
