@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from megatron_sr1.types import Scoring
 from tests.model_zoo import create_family
 from tests.policy_cases import LEARNING_RATE, STEP_TOLERANCE, TOLERANCE, MeanLoss, built, packed_rows
 from tests.ranks import run_ranks
+from tests.workspace import REPOSITORY
 
 LOSS = MeanLoss(87)
 # family -> the layout that saves, and those that load
@@ -162,3 +166,57 @@ def test_checkpoints_move_between_layouts(tmp_path: Path) -> None:
     for family in MOVES:
         create_family(tmp_path / family, family)
     run_ranks(2, _check_moves, str(tmp_path))
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from megatron_sr1.cli.command import one_line_for_mistakes
+from megatron_sr1.config import load_config
+from megatron_sr1.platform import start_platform
+
+platform = start_platform()
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron_sr1.loops.run import open_run
+from megatron_sr1.training.checkpointer import Checkpointer, Progress
+from megatron_sr1.weights.safetensors import TensorInfo, TensorSlot
+
+
+class Policy:
+    def sharded_state(self, loading):
+        return {"a": ShardedTensor.from_rank_offsets("a", torch.zeros(100_000))}
+
+
+folder = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # a write beyond it fails as one to a full disk does
+checkpoints = Checkpointer(folder / "checkpoints", 2, platform)
+for what in sys.argv[2:]:
+    try:
+        with one_line_for_mistakes(what), open_run(load_config(None, [f"run_dir={folder}"]), platform):
+            if what == "save":
+                checkpoints.save(Policy(), Progress(1, 1, "", ""))
+            elif what == "weights":
+                (folder / "a.safetensors").touch()
+                tensor = torch.zeros(100_000)
+                TensorSlot(folder / "a.safetensors", 0, TensorInfo(tensor.dtype, tensor.shape)).write(tensor)
+            else:
+                (folder / "metrics.jsonl").write_text("x" * 100_000)
+    except SystemExit as ended:
+        assert ended.code == 2, ended.code
+"""
+
+
+def test_a_full_disk_is_one_line_with_the_path(tmp_path: Path) -> None:
+    script, run = tmp_path / "full.py", tmp_path / "run"
+    script.write_text(FULL_DISK)
+    command = [sys.executable, str(script), str(run), "save", "weights", "metrics"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("megatron-sr1 ")]
+    assert len(said) == 3 and "Traceback" not in done.stderr, done.stderr
+    assert said[0].startswith(f"megatron-sr1 save: {run}/checkpoints/step_000001 could not be written (")
+    assert said[1].startswith(f"megatron-sr1 weights: {run}/a.safetensors: File too large. Make room there")
+    assert said[2].startswith(f"megatron-sr1 metrics: {run}: File too large. Make room there")
+    assert not list((run / "checkpoints").iterdir()), "the half checkpoint gives its room back"

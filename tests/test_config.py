@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -16,6 +19,7 @@ from megatron_sr1.config import (
     check_model,
     dump_config,
     load_config,
+    read_mapping,
 )
 from megatron_sr1.config.checks import check_train_batch
 from tests.hf_config_cases import DENSE, MIXTURE, SMALL, write_config
@@ -236,3 +240,130 @@ def test_rows_are_padded_to_what_context_sequence_parallelism_and_fp8_ask_for() 
     fp8 = load_config(None, ["nproc=2", "layout.context=2", "precision.dtype=fp8", "precision.fp8_recipe=mxfp8"])
     assert (fp8.sequence_multiple, fp8.row_multiple) == (4, 64)
     assert load_config(None, []).row_multiple == 1
+
+
+# ---------------------------------------------------------------- YAML at the keyboard
+QUOTES = "in quotes"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train:\n\tsteps: 3\n", ["line 2", "\\t", "Indent with spaces"]),
+        ("seed: 1\nseed: 2\n", ["line 2", "duplicate key seed"]),
+        ("data:\n  train: [a-{00..07}.tar]\n", ["line 2", "'{'", QUOTES]),
+        ("[a, b]\n", ["holds a list", "`key: value`"]),
+        ("a.tar\n", ["holds a single value"]),
+        ("5\n", ["holds a single value"]),
+        ("x: !!python/object/apply:os.system [ls]\n", ["line 1", "python/object/apply:os.system"]),
+        ("a: &a [*a]\n", ["line 1", "recursive"]),
+        ("a: 1\n---\na: 2\n", ["line 2", "another document"]),
+        ("[" * 3000, ["nest"]),
+        ("run_dir: ${\n", ["run_dir"]),
+        ("train: {steps: 1:30}\n", ["line 1", "1:30 without quotes is a number", QUOTES]),
+        ("seed: ???\n", ["seed='???'", "leave the key out"]),
+        ("train: [3]\n", ["train=[3]", "keys with values"]),
+        ("run_dir: [a]\n", ["run_dir=['a']", "must not be a list"]),
+        ("data: {train: {a: 1}}\n", ["data.train={'a': 1}", "a list of texts"]),
+        ("data: {train: [[a]]}\n", ["data.train=[['a']]"]),
+        ("data: {train_weights: [true]}\n", ["data.train_weights=[True]"]),
+        ("data: {train: ''}\n", ["data.train=''"]),
+    ],
+)
+def test_a_slip_in_a_file_is_one_line_with_its_place(yaml, text: str, words: list[str]) -> None:
+    path = yaml(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [])
+    message = str(caught.value)
+    assert message.startswith(str(path)) and "\n" not in message and len(message) < 400
+    assert all(word in message for word in words), message
+
+
+def test_files_that_cannot_be_read_are_named(yaml, tmp_path: Path) -> None:
+    path = yaml("")
+    path.write_bytes("seed: 3\n".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"config\.yaml is no UTF-8 text.*Save it as UTF-8"):
+        load_config(path, [])
+    path.write_bytes(b"\xef\xbb\xbfseed: 3\r\n")  # as Windows' editors write
+    assert load_config(path, []).seed == 3
+    with pytest.raises(ConfigError, match="Is a directory"):
+        read_mapping(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.train=[a-{00..07}.tar]", ["'data.train=[a-{00..07}.tar]'", QUOTES, "the shell takes quotes"]),
+        ("run_dir=[", ["'run_dir=['"]),
+        ("=3", ["'=3'", "key=value"]),
+        ("train=3", ["train=3", "keys with values"]),
+        ("data.train[0]=a", ["data.train", "a list of texts"]),
+        ("train.steps=1" + "0" * 5000, ["train.steps=1000", "..."]),
+    ],
+)
+def test_a_slip_in_an_override_is_one_line(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500 and all(word in message for word in words), message
+
+
+def test_a_text_is_a_list_of_one(yaml) -> None:
+    path = yaml("data: {train: a.tar, heldout: '${data.train}'}\nlayout: {stage_layers: 4}\n")
+    config = load_config(path, ["recompute.modules=mlp"])
+    assert tuple(config.data.train) == tuple(config.data.heldout) == ("a.tar",)
+    assert (tuple(config.layout.stage_layers), tuple(config.recompute.modules)) == ((4,), ("mlp",))
+    assert tuple(load_config(path, ["data.train=b.tar"]).data.train) == ("b.tar",)
+
+
+def test_a_tilde_is_the_user_s_folder(yaml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text("seed: 7\n")
+    path = yaml("base: [~/base.yaml]\nrun_dir: ~/runs/a\nmodel: {hf_dir: ~/models/b}\n")
+    config = load_config(path, ["model.megatron_dir=~/m"])
+    assert (config.seed, config.run_dir) == (7, f"{tmp_path}/runs/a")
+    assert (config.model.hf_dir, config.model.megatron_dir) == (f"{tmp_path}/models/b", f"{tmp_path}/m")
+    assert load_config(yaml(dump_config(config)), []) == config
+    assert load_config(None, ["run_dir=a/~/b"]).run_dir == "a/~/b"
+    with pytest.raises(ConfigError, match=r"run_dir='~nobody-here/x'.*no user is named 'nobody-here'.*\./~nobody"):
+        load_config(None, ["run_dir=~nobody-here/x"])
+
+
+# ---------------------------------------------------------------- numbers
+def numeric_keys(section: Any = Config, prefix: str = "") -> Iterator[str]:
+    for name, kind in get_type_hints(section).items():
+        if is_dataclass(kind):
+            yield from numeric_keys(kind, f"{prefix}{name}.")
+        elif {int, float} & {kind, *get_args(kind)}:
+            yield f"{prefix}{name}"
+
+
+def test_numeric_keys_are_found() -> None:
+    found = list(numeric_keys())
+    assert len(found) > 50 and {"seed", "optimizer.vision_lr", "layout.stage_layers", "data.train_weights"} <= set(
+        found
+    )
+
+
+@pytest.mark.parametrize("key", list(numeric_keys()))
+def test_every_number_is_finite_and_of_a_sensible_size(key: str) -> None:
+    for value in (".inf", "-.inf", ".nan", "1e300", "1" + "0" * 23, "-1"):
+        with pytest.raises(ConfigError) as caught:
+            load_config(None, [f"{key}={value}"])
+        assert key in str(caught.value) and "\n" not in str(caught.value), (value, caught.value)
+
+
+def test_the_schedule_may_not_end_above_its_start() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.min_lr=0\.01.*at most 0\.001"):
+        load_config(None, ["optimizer.lr=0.1", "optimizer.vision_lr=0.001", "optimizer.min_lr=0.01"])
+
+
+def test_numbers_of_a_request_are_json() -> None:
+    judge = ["evaluate.judge_url=http://127.0.0.1:8000/v1", "evaluate.judge_model=m"]
+    with pytest.raises(ConfigError, match=r"evaluate\.judge_parameters=.*JSON"):
+        load_config(None, [*judge, "evaluate.judge_parameters.top_p=.nan"])
+
+
+def test_a_run_has_a_folder() -> None:
+    with pytest.raises(ConfigError, match="run_dir=''"):
+        load_config(None, ["run_dir=''"])

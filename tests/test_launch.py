@@ -15,10 +15,11 @@ import pytest
 import yaml
 
 from megatron_sr1.config import Config, ConfigError
-from megatron_sr1.launch.experiment import Step, read_experiment
+from megatron_sr1.launch.experiment import Experiment, Step, Task, read_experiment
 from megatron_sr1.launch.ranks import first_node, slurm_ranks, started_rank
 from megatron_sr1.launch.script import STOPPED_STATUS, local_script
 from megatron_sr1.launch.settings import LaunchSettings, load_settings
+from megatron_sr1.launch.submit import doubts
 from tests.workspace import REPOSITORY, Workspace
 
 LAUNCH = REPOSITORY / ".venv-launch" / "bin" / "megatron-sr1"
@@ -29,6 +30,50 @@ needs_nemo_run = pytest.mark.skipif(not LAUNCH.exists(), reason="no .venv-launch
 def write(path: Path, tree: Any) -> Path:
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
+
+
+# ---------------------------------------------------------------- settings
+@pytest.mark.parametrize(
+    "name", ["AUTH", "PASSWD", "MY_PASS", "PGPASSWD", "DB_PWD", "PASSPHRASE", "GITHUB_PAT", "X_AUTH"]
+)
+def test_what_sounds_like_a_secret_is_no_variable(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"variables.{name} looks like a secret"):
+        load_settings(None, [f"variables.{name}=x"])
+
+
+@pytest.mark.parametrize("name", ["AUTHOR", "PATTERN", "PATH", "CREDIT", "PASS_THROUGH"])
+def test_what_does_not_may_be_one(name: str) -> None:
+    assert load_settings(None, [f"variables.{name}=x"]).variables == {name: "x"}
+
+
+def test_hours_without_quotes_are_no_minutes() -> None:
+    """YAML would make 43200 of them, and Slurm a month."""
+    with pytest.raises(ConfigError, match=r"12:00:00 without quotes is a number in YAML.*quotes"):
+        load_settings(None, ["slurm.time=12:00:00"])
+    assert load_settings(None, ["slurm.time='12:00:00'"]).slurm.time == "12:00:00"
+    assert load_settings(None, ["slurm.time=90"]).slurm.time == "90"
+
+
+def test_paths_of_the_settings_may_begin_with_the_user_s_folder() -> None:
+    settings = load_settings(None, ["workdir='~'", "python=~/bin/python", "logs=~/logs"])
+    assert (settings.folder, settings.log_folder) == (Path.home().resolve(), Path.home().resolve() / "logs")
+    assert settings.program == str(Path.home() / "bin/python")
+
+
+def test_a_dry_run_doubts_a_python_that_is_not_there_and_no_gpus() -> None:
+    task = Task("a", (Step("a", "grpo", ("x.yaml",)),))
+    for overrides, words in (
+        (["python=/no/python", "executor=slurm"], ["python='/no/python' is no program", "slurm.gpus_per_node"]),
+        ([f"python={sys.executable}", "executor=slurm", "slurm.gpus_per_node=8"], []),
+        ([f"python={sys.executable}", "executor=slurm", "slurm.extra.gres=gpu:8"], []),
+        (["executor=docker", "container.image=x", "container.gpus=0"], ["container.gpus=0"]),
+        ([f"python={sys.executable}"], []),
+    ):
+        found = doubts(Experiment("e", (task,)), load_settings(None, overrides))
+        assert len(found) == len(words) and all(word in line for word, line in zip(words, found, strict=True)), found
+    convert = Task("a", (Step("a", "convert", ()),))
+    settings = load_settings(None, [f"python={sys.executable}", "executor=slurm"])
+    assert not doubts(Experiment("e", (convert,)), settings), "it needs none"
 
 
 # ---------------------------------------------------------------- ranks of srun
@@ -192,7 +237,7 @@ def test_one_configuration_is_an_experiment_of_one_task() -> None:
         ({"name": "e", "tasks": [{**TASK, "overrides": "train.steps=3"}]}, ["overrides=", "a list of texts"]),
         (
             {"name": "e", "tasks": [{**TASK, "overrides": ["train.steps=0"]}]},
-            ["task a", "train.steps", "greater than 0"],
+            ["task a", "train.steps", "at least 1"],
         ),
         ({"name": "e", "tasks": [{**TASK, "gpus": 8}]}, ["gpus is not allowed"]),
         ({"name": "e", "tasks": [{**TASK, "sweep": "s.yaml"}]}, ["a sweep says itself"]),

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import is_dataclass
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from megatron_sr1.config.rules import ConfigError, require
 
 _REFERENCE = "${"  # to another key, whose own value has been looked at
+
+_ELEMENTS: dict[type, tuple[str, tuple[type, ...]]] = {  # of lists: what they are called, and what YAML makes of them
+    str: ("texts", (str, int, float)),
+    int: ("whole numbers", (int, str)),  # str: a reference
+    float: ("numbers", (float, int, str)),
+}
 
 
 def as_declared(kind: Any, value: Any, key: str) -> Any:
@@ -32,9 +38,10 @@ def as_declared(kind: Any, value: Any, key: str) -> Any:
         return {name: _inner(kinds, name, inner, key) for name, inner in value.items()}
     if get_origin(kind) is tuple:
         entries = value if isinstance(value, list) else [value]
+        name, types = _ELEMENTS[get_args(kind)[0]]
         for entry in entries:
-            is_one = not isinstance(entry, dict | list | bool | None) and entry != ""
-            require(is_one, key, value, "a list of texts or numbers", f"Write {key}: [A, B], or {key}=[A,B].")
+            is_one = isinstance(entry, types) and not isinstance(entry, bool) and entry != ""
+            require(is_one, key, value, f"a list of {name}", f"Write {key}: [A, B], or {key}=[A,B].")
         return entries
     if isinstance(value, list):
         raise ConfigError(f"{key}={value!r} is not allowed: it must not be a list. Write the value without brackets.")

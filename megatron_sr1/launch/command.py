@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from megatron_sr1.launch.experiment import RANK_COMMANDS, read_experiment
 from megatron_sr1.launch.settings import EXECUTORS, load_settings
-from megatron_sr1.launch.submit import check_machine, print_scripts, submit
+from megatron_sr1.launch.submit import check_machine, doubts, print_scripts, submit
 
 
 def add_launch_options(command: argparse.ArgumentParser) -> None:
@@ -35,5 +36,7 @@ def run_launch(args: argparse.Namespace) -> bool:
     check_machine(settings, os.environ)
     if args.dry_run:
         print_scripts(experiment, settings)
+        for doubt in doubts(experiment, settings):
+            print(f"warning: {doubt}", file=sys.stderr)
         return True
     return submit(experiment, settings, follow=args.follow)

@@ -53,6 +53,21 @@ def check_machine(settings: LaunchSettings, environment: Mapping[str, str]) -> N
         raise ConfigError(f"logs={str(settings.log_folder)!r} is not allowed: NeMo-Run rewrites paths with /nemo_run.")
 
 
+def doubts(experiment: Experiment, settings: LaunchSettings) -> list[str]:
+    """What would only show when a task starts, or not at all: for --dry-run, which cannot know another machine."""
+    found = []
+    program = settings.folder / settings.program  # an absolute one stays as it is
+    if settings.container.image is None and not (shutil.which(settings.program) or os.access(program, os.X_OK)):
+        found.append(f"python={settings.program!r} is no program on this machine: tasks need one that has megatron_sr1")
+    on_ranks = any(task.on_ranks for task in experiment.tasks)
+    asks = bool(settings.slurm.gpus_per_node) or any(key.startswith(("gres", "gpus")) for key in settings.slurm.extra)
+    if settings.executor == "slurm" and on_ranks and not asks:
+        found.append("slurm.gpus_per_node is not set: unless the cluster gives GPUs with the node, tasks run on CPUs")
+    if settings.executor == "docker" and on_ranks and not settings.container.gpus:
+        found.append("container.gpus=0: tasks run on CPUs")
+    return found
+
+
 def submit(experiment: Experiment, settings: LaunchSettings, *, follow: bool) -> bool:
     """Starts the experiment and returns whether all went well; on Slurm, unless it follows, whether it is queued.
 

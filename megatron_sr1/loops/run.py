@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sr1.config import Config, changes_of, check_resume, dump_config, model_fingerprint
+from megatron_sr1.config.mistakes import FULL
 from megatron_sr1.convert.greedy import compare_greedy
 from megatron_sr1.data import Check, Quarantine, SampleFeed, StreamState, open_stream
 from megatron_sr1.file_lock import lock_file
@@ -183,6 +184,7 @@ def open_run(config: Config, platform: Platform) -> Iterator[Run]:
 
     Raises:
         ValueError: another process is at work in the folder.
+        OSError: it cannot be written to; where that is full, the error names it.
     """
     run = Run(config, platform)
     with ExitStack() as stack:
@@ -191,7 +193,12 @@ def open_run(config: Config, platform: Platform) -> Iterator[Run]:
                 f"run_dir={config.run_dir!r} is in use by another process. Wait for it, stop it, or choose "
                 "another run_dir."
             )
-        yield run
+        try:
+            yield run
+        except OSError as error:
+            if error.errno in FULL and error.filename is None:  # a write does not know its file
+                raise OSError(error.errno, error.strerror, config.run_dir) from error
+            raise
 
 
 def _lock(folder: Path, stack: ExitStack) -> bool:

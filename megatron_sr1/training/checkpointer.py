@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_sr1.config import saved_steps
 from megatron_sr1.platform import Platform
@@ -51,14 +52,27 @@ class Checkpointer:
         return saved_steps(self.folder)
 
     def save(self, policy: Policy, progress: Progress) -> Path:
-        """Writes a checkpoint and removes the oldest beyond the number to keep."""
+        """Writes a checkpoint and removes the oldest beyond the number to keep.
+
+        Raises:
+            ValueError: it could not be written; those before it stay.
+        """
         final = self._path(progress.step)
         partial = final.with_suffix(".partial")
         if self.platform.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         torch.distributed.barrier()
-        dist_checkpointing.save(policy.sharded_state(loading=False), str(partial))
+        try:
+            dist_checkpointing.save(policy.sharded_state(loading=False), str(partial))
+        except CheckpointException as error:  # holds the tracebacks of its writers
+            reason = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
+            free = shutil.disk_usage(self.folder).free >> 20
+            shutil.rmtree(partial, ignore_errors=True)
+            raise ValueError(
+                f"{final} could not be written ({reason}): {free} MiB are free there without it. Make room, or allow "
+                "larger files; the same command goes on from the checkpoint before."
+            ) from error
         if self.platform.is_main:
             (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=1) + "\n")
             shutil.rmtree(final, ignore_errors=True)

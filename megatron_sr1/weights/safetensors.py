@@ -152,7 +152,10 @@ def _move(call: Callable[..., int], descriptor: int, rows: Tensor, offset: int, 
     view = memoryview(rows.numpy())
     done = 0
     while done < len(view):
-        moved = call(descriptor, [view[done : done + _IO_BYTES]], offset + done)
+        try:
+            moved = call(descriptor, [view[done : done + _IO_BYTES]], offset + done)
+        except OSError as error:  # knows no file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         if moved == 0:
             raise ValueError(f"{path} ends at byte {offset + done}, before its tensors do. Copy it again.")
         done += moved
