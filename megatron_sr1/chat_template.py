@@ -64,7 +64,7 @@ def _render(given: str) -> None:
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = time.strftime
-    with suppress(TEMPLATE_ERRORS):
+    with suppress(*TEMPLATE_ERRORS):
         environment.from_string(_GENERATION.sub("", task["template"])).render(**task["variables"])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sr1.cli import main
+from megatron_sr1.cli.command import one_line_for_mistakes
 from megatron_sr1.config import load_config
 from tests.hf_config_cases import SMALL, write_config
 
@@ -102,3 +103,96 @@ def test_a_refusal_needs_no_torch(config_file: Path) -> None:
 def test_report_of_a_folder_without_runs(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="holds no run"):
         main(["report", str(tmp_path)])
+
+
+# ---------------------------------------------------------------- one line, whatever the mistake
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What the command says before it ends with status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and message.count("\n") == 1 and message.startswith("megatron-sr1 "), message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("variables", "overrides", "words"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "1"}, ["nproc=2"], ["WORLD_SIZE=1", "contradicts nproc=2", "env -u RANK"]),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, ["--nproc", "2"], ["WORLD_SIZE=4", "contradicts nproc=2"]),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, [], ["RANK='2'"]),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, [], ["SLURM_JOB_ID is not set, but SLURM_STEP_NUM_TASKS=2 is"]),
+    ],
+)
+def test_ranks_that_contradict_nproc_are_refused(
+    variables: dict[str, str],
+    overrides: list[str],
+    words: list[str],
+    config_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", **variables}.items():
+        monkeypatch.setenv(name, value)
+    message = refused(capsys, "grpo", str(config_file), *overrides)
+    assert all(word in message for word in words), message
+
+
+def test_a_world_of_ranks_counts_where_nproc_is_not_set(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert "nproc=2" in refused(capsys, "grpo", str(config_file), "layout.tensor=3")
+
+
+def test_files_are_named(tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(config_file.read_text())
+    message = refused(capsys, "report", str(tmp_path), "--out", str(tmp_path / "x.html"))
+    assert "holds no run" in message
+    config_file.write_text("train:\n\tsteps: 3\n")
+    assert f"{config_file}, line 2: " in refused(capsys, "sft", str(config_file))
+    (tmp_path / "model" / "config.json").write_text('{"architectures": ["LlavaForConditionalGeneration"]}')
+    message = refused(capsys, "grpo", str(whole))
+    assert "LlavaForConditionalGeneration is not supported" in message
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff", "[" * 100_000, '{"architectures": 3}', ""])
+def test_a_broken_config_json_is_named(
+    text: str, tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model" / "config.json").write_bytes(text.encode("latin-1"))
+    assert f"{tmp_path}/model/config.json" in refused(capsys, "grpo", str(config_file))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (OSError(28, "No space left on device"), 2, ["No space left on device.", "Make room"]),
+        (FileNotFoundError(2, "No such file or directory", "/a/b"), 2, ["/a/b: No such file", "Correct the path"]),
+        (TimeoutError("the judge is silent"), 2, ["the judge is silent"]),
+        (ValueError("two\nlines"), 2, ["two lines"]),
+        (ValueError(), 2, ["ValueError"]),
+        (KeyboardInterrupt(), 75, ["interrupted", "goes on from what is saved"]),
+    ],
+)
+def test_expected_errors_become_a_line(
+    error: BaseException, status: int, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped, one_line_for_mistakes("grpo"):
+        raise error
+    message = capsys.readouterr().err
+    assert stopped.value.code == status and message.startswith("megatron-sr1 grpo: ") and message.count("\n") == 1
+    assert all(word in message for word in words), message
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), one_line_for_mistakes("grpo"):
+        raise ZeroDivisionError

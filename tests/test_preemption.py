@@ -102,6 +102,17 @@ def test_sft_stops_when_every_process_is_signalled(workspace: Workspace) -> None
     assert weights(workspace, "sft_asked") == weights(workspace, "sft_whole")
 
 
+def test_ctrl_c_saves_as_sigterm_does(workspace: Workspace) -> None:
+    """SIGINT to the whole process group, as a terminal sends it; the graders and engines of a rank hear it, too."""
+
+    def press(launcher: psutil.Process) -> None:
+        os.killpg(launcher.pid, signal.SIGINT)
+
+    status, printed = stop_midway(workspace, "grpo", "pressed", GRPO, press)
+    check_it_stopped(workspace, "pressed", status, printed, steps=8)
+    assert "KeyboardInterrupt" not in printed
+
+
 DEAF = """
 import signal
 import time
@@ -132,8 +143,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_second_sigterm_ends_at_once(num_ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_second_request_ends_at_once(num_ranks: int, number: signal.Signals, tmp_path: Path) -> None:
     script = tmp_path / "deaf.py"
     script.write_text(DEAF)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -144,18 +155,18 @@ def test_a_second_sigterm_ends_at_once(num_ranks: int, tmp_path: Path) -> None:
     children = ranks_of(psutil.Process(process.pid))
     assert len(children) == (num_ranks if num_ranks > 1 else 0)
 
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     wait_for(lambda: all((tmp_path / f"asked{rank}").exists() for rank in ranks), process)
     process.send_signal(signal.SIGUSR1)
-    wanted = "." * num_ranks  # a launcher passes SIGTERM on as SIGUSR1 too
+    wanted = "." * num_ranks  # a launcher passes the first on as SIGUSR1 too
     noted = [tmp_path / f"usr1_{rank}" for rank in ranks]
     wait_for(lambda: all(path.exists() and path.read_text() == wanted for path in noted), process)
     assert process.poll() is None, "asked twice is still asked: the step may end"
     start = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     process.wait(timeout=20)
     assert time.monotonic() - start < 15
-    assert process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    assert process.returncode in (-number, 128 + number)
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
 

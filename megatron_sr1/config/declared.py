@@ -11,8 +11,8 @@ _REFERENCE = "${"  # to another key, whose own value has been looked at
 
 _ELEMENTS: dict[type, tuple[str, tuple[type, ...]]] = {  # of lists: what they are called, and what YAML makes of them
     str: ("texts", (str, int, float)),
-    int: ("whole numbers", (int, str)),  # str: a reference
-    float: ("numbers", (float, int, str)),
+    int: ("whole numbers", (int,)),
+    float: ("numbers", (float, int)),
 }
 
 
@@ -31,9 +31,9 @@ def as_declared(kind: Any, value: Any, key: str) -> Any:
     if value is None or is_reference:
         return value
     if isinstance(kind, type) and is_dataclass(kind):
-        require(
-            isinstance(value, dict), key, value, "keys with values", f"Write {key}: {{KEY: VALUE}}, or {key}.KEY=VALUE."
-        )
+        remedy = f"Write {key}: {{KEY: VALUE}}, or {key}.KEY=VALUE."
+        require(isinstance(value, dict), key, value, "keys with values", remedy)
+        assert isinstance(value, dict)
         kinds = get_type_hints(kind)
         return {name: _inner(kinds, name, inner, key) for name, inner in value.items()}
     if get_origin(kind) is tuple:
@@ -41,6 +41,7 @@ def as_declared(kind: Any, value: Any, key: str) -> Any:
         name, types = _ELEMENTS[get_args(kind)[0]]
         for entry in entries:
             is_one = isinstance(entry, types) and not isinstance(entry, bool) and entry != ""
+            is_one |= isinstance(entry, str) and entry.startswith(_REFERENCE)
             require(is_one, key, value, f"a list of {name}", f"Write {key}: [A, B], or {key}=[A,B].")
         return entries
     if isinstance(value, list):

@@ -7,7 +7,12 @@ import sys
 import time
 
 import torch.distributed
-from torch.distributed import DistNetworkError, DistStoreError, Store, TCPStore
+from torch.distributed import (
+    DistNetworkError,
+    DistStoreError,
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a rank that waits longer than this for a dead peer fails
 SAY_EVERY = 20.0  # seconds

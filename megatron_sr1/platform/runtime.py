@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.multiprocessing
-from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
+from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.multiprocessing.spawn import ProcessContext, ProcessException, ProcessExitedException, spawn
 
 from megatron_sr1.config.mistakes import EXPECTED_ERRORS, MISTAKE_STATUS, one_line
 from megatron_sr1.platform.accelerator import Accelerator, find_accelerator
@@ -81,7 +82,8 @@ def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any)
             with _held_back(
                 signal.SIGINT
             ):  # the ranks inherit that: Ctrl-C in the terminal reaches them by this process
-                ranks = torch.multiprocessing.spawn(_run_rank, args=arguments, nprocs=num_ranks, join=False)
+                ranks = spawn(_run_rank, args=arguments, nprocs=num_ranks, join=False)
+                assert isinstance(ranks, ProcessContext)  # it does not wait for them
                 received = stack.enter_context(_passing_on_signals(ranks))
             try:
                 while not ranks.join(grace_period=_GRACE_SECONDS):
@@ -143,7 +145,7 @@ def _run_rank(
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
-    join(torch.distributed.FileStore(str(Path(folder) / "store"), num_ranks), rank, num_ranks, _backend())
+    join(FileStore(str(Path(folder) / "store"), num_ranks), rank, num_ranks, _backend())
     status = 0
     try:
         function(*arguments)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed
 from megatron.core import dist_checkpointing
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sr1.config import saved_steps
 from megatron_sr1.platform import Platform
