@@ -137,13 +137,29 @@ def test_an_environment_that_cannot_be_filled_does_not_stay(tmp_path: Path) -> N
     assert not (tmp_path / ".venv").exists()
 
 
-def test_any_program_can_import_transformers_processors(tmp_path: Path) -> None:
-    """With the hook that `make setup` writes where torchvision is not compiled for the torch that is there."""
+@pytest.mark.parametrize(
+    "program",
+    [
+        "from transformers import AutoProcessor",
+        "import importlib.util; importlib.util.find_spec('torchvision'); import torchvision",
+        "from megatron_sr1.platform import torchvision_ops as ops; ops.define_missing_torchvision_ops(); "
+        "ops.define_missing_torchvision_ops(); import torchvision; ops.define_missing_torchvision_ops()",
+        "import torchvision; from megatron_sr1.platform import torchvision_ops as ops; "
+        "ops.define_missing_torchvision_ops(); ops.define_missing_torchvision_ops()",
+    ],
+)
+def test_any_program_can_import_torchvision(program: str, tmp_path: Path) -> None:
+    """With the hook that `make setup` writes where torchvision is not compiled for the torch that is there; the
+    commands, which define what is missing themselves, get along with it."""
     sys.path.insert(0, str(REPOSITORY / "tools"))
-    from mend_torchvision import write_hook
+    from mend_torchvision import HOOK, write_hook
 
     sys.path.pop(0)
     write_hook(tmp_path)
-    code = f"import site; site.addsitedir({str(tmp_path)!r}); from transformers import AutoProcessor"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    # without the one that the environment may have
+    start = f"import site, sys; sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != {HOOK!r}]; "
+    start += (
+        f"sys.modules.pop({HOOK!r}, None); sys.path.insert(0, {str(tmp_path)!r}); site.addsitedir({str(tmp_path)!r}); "
+    )
+    done = subprocess.run([sys.executable, "-c", start + program], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -29,7 +29,7 @@ def define_missing_torchvision_ops() -> None:
     their schemas without a kernel: calling one still fails loudly, importing the package works. A torchaudio or
     torchcodec whose library does not load is marked as not importable, which its users treat as not installed.
     """
-    if not _operators_exist() and not _torchvision_library_loads():
+    if not _torchvision_library_loads() and not _operators_exist():
         library = torch.library.Library("torchvision", "DEF")
         for schema in _SCHEMAS:
             library.define(schema)
