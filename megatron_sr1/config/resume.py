@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -182,8 +182,9 @@ def _of_class(tree: Mapping[Any, Any], kind: type) -> dict[str, Any]:
     for field in fields(kind):
         if field.name in tree:
             value, section = tree[field.name], field.default_factory
-            is_section = isinstance(section, type) and is_dataclass(section)
-            known[field.name] = _of_class(value, section) if is_section and isinstance(value, dict) else value
+            if isinstance(value, dict) and isinstance(section, type) and is_dataclass(section):
+                value = _of_class(value, cast(type, section))
+            known[field.name] = value
     return known
 
 
