@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import torch
 
 from megatron_sr1.config import (
     Config,
@@ -221,3 +222,26 @@ def test_a_configuration_of_another_release_is_compared_by_the_keys_that_both_kn
 def test_a_run_that_saved_nothing_begins_again_with_any_configuration(begun: Config) -> None:
     shutil.rmtree(Path(begun.run_dir) / "checkpoints")
     check_resume(_with(begun, {"objective.preset": "gdpo", "seed": 7}))
+
+
+def test_an_accepted_run_keeps_its_configurations_and_says_what_changed(
+    begun: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_sr1.loops.run import Run
+    from megatron_sr1.platform import Platform
+
+    platform, folder = Platform(torch.device("cpu"), rank=0, world_size=1), Path(begun.run_dir)
+    first = (folder / "config.yaml").read_text()
+    Run(begun, platform).accept()
+    assert [path.name for path in folder.glob("config*")] == ["config.yaml"], "nothing has changed"
+    second, third = _with(begun, {"optimizer.lr": 1e-6}), _with(begun, {"optimizer.lr": 1e-5, "data.workers": 3})
+    Run(second, platform).accept()
+    Run(third, platform).accept()
+    Run(third, Platform(torch.device("cpu"), rank=1, world_size=2)).accept()
+    texts = {path.name: path.read_text() for path in folder.glob("config*")}
+    assert texts == {"config.0.yaml": first, "config.1.yaml": dump_config(second), "config.yaml": dump_config(third)}
+    assert capsys.readouterr().out.splitlines() == [
+        "changed since the last start: optimizer.lr was 0.001 and is 1e-06 (takes effect)",
+        "changed since the last start: data.workers was 2 and is 3 (free)",
+        "changed since the last start: optimizer.lr was 1e-06 and is 1e-05 (takes effect)",
+    ]
