@@ -201,7 +201,7 @@ KEY = "model.layers.0.self_attn.k_proj.weight"
 def check_damaged_hf(model: Path) -> None:
     """Every kind of damage to a Hugging Face folder, each named with file, tensor and remedy."""
     expect_error(damaged(model, "missing", lambda t: t.pop(GATE)), GATE, "no tensor", "Copy the missing files")
-    expect_error(damaged(model, "extra", lambda t: t.update(odd=torch.ones(2))), "holds odd", "Correct config.json")
+    expect_error(damaged(model, "extra", lambda t: t.update(odd=torch.ones(2))), "holds odd", "correct config.json")
     shape = damaged(model, "shape", lambda t: t.update({GATE: t[GATE][:-1].clone()}))
     expect_error(shape, "model.safetensors", GATE, "shape [95, 64]", "calls for [96, 64]")
     rotated = damaged(model, "rotated", lambda t: t.update({KEY: t[KEY].T.contiguous()}))
