@@ -85,6 +85,7 @@ def check_layouts(hf_dir: Path, megatron_dir: Path, extra: dict[str, dict[str, i
     from megatron_sr1.policy import read_architecture
     from megatron_sr1.policy.build import build_chunks
     from megatron_sr1.policy.groups import build_groups
+    from megatron_sr1.policy.read import open_tensors
     from megatron_sr1.policy.sharded import load_model_weights
     from megatron_sr1.weights import load_hf_weights
 
@@ -97,7 +98,7 @@ def check_layouts(hf_dir: Path, megatron_dir: Path, extra: dict[str, dict[str, i
         for chunks in both:
             for parameter in (p for chunk in chunks for p in chunk.parameters()):
                 parameter.data.fill_(float("nan"))
-        load_hf_weights(both[0], str(hf_dir), architecture, groups)
+        load_hf_weights(both[0], open_tensors(architecture), architecture, groups)
         load_model_weights(both[1], str(megatron_dir))
         for one, other in zip(*both, strict=True):
             found = dict(other.named_parameters())
