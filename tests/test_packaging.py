@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -97,7 +98,12 @@ def make_setup(folder: Path, python: str) -> subprocess.CompletedProcess[str]:
     program.write_text(python)
     program.chmod(0o755)
     return subprocess.run(
-        ["make", "setup", f"PYTHON={program}"], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ["make", "setup", f"PYTHON={program}"],
+        cwd=folder,
+        env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},  # of the make above
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 

@@ -97,7 +97,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, keys: dict[str, object], words: 
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("- a\n", "a list is not allowed"), ("a: b: c\n", "is not YAML"), ("seeds: [1]\nseeds: [2]\n", "duplicate key")],
+    [("- a\n", "holds a list"), ("a: b: c\n", "line 1: mapping values"), ("seeds: [1]\nseeds: [2]\n", "duplicate key")],
 )
 def test_a_file_that_is_no_sweep_is_named(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "sweep.yaml"
