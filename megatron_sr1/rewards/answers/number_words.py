@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from megatron_sr1.rewards.answers.rewrites import Rewrites
+
 _ONES = """
 zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
 nineteen
@@ -23,14 +25,15 @@ _ANY = "|".join((*_SMALL, *_LARGE))
 _RUN = re.compile(
     rf"\b(?:{'|'.join(_SMALL)}|an?(?=[ -](?:{'|'.join(_LARGE)})))\b(?:[\s-]+(?:and[\s-]+)?(?:{_ANY})\b)*", re.IGNORECASE
 )
-_SIMPLE = (
-    (re.compile(r"\ba dozen\b", re.IGNORECASE), "12"),
-    (re.compile(r"\b(?:negative|minus) (?=\d)", re.IGNORECASE), "-"),
-    (re.compile(r"(?<=\d) point (\d+)\b", re.IGNORECASE), r".\1"),
-    (re.compile(r"(?<=\d) and (?:a|1)[ -]half\b", re.IGNORECASE), " 1/2"),
-    (re.compile(r"(?<=\d) and (?:a|1)[ -]quarter\b", re.IGNORECASE), " 1/4"),
-    (re.compile(r"^(?:a )?half$|^一半$", re.IGNORECASE), "1/2"),
-    (re.compile(r"^(\S+) \(\1\)$"), r"\1"),  # six (6)
+_SIMPLE = Rewrites.of(
+    (r"\ba dozen\b", "12"),
+    (r"\b(?:negative|minus) (?=\d)", "-"),
+    (r"(?<=\d) point (\d+)\b", r".\1"),
+    (r"(?<=\d) and (?:a|1)[ -]half\b", " 1/2"),
+    (r"(?<=\d) and (?:a|1)[ -]quarter\b", " 1/4"),
+    (r"^(?:a )?half$|^一半$", "1/2"),
+    (r"(?-i:^(\S+) \(\1\)$)", r"\1"),  # six (6)
+    flags=re.IGNORECASE,
 )
 _PART = re.compile(rf"\b(\d+|an?)[ -]({'|'.join(_PARTS)})s?\b(?! past| to)", re.IGNORECASE)
 
@@ -48,8 +51,7 @@ _MYRIAD_SCALE = re.compile(r"(\d+(?:\.\d+)?)\s?([万亿])")
 def spell_digits(text: str) -> str:
     """The text with number words as digits; other words stay."""
     text = _RUN.sub(_english, text)
-    for pattern, replacement in _SIMPLE:
-        text = pattern.sub(replacement, text)
+    text = _SIMPLE.apply(text)
     text = _PART.sub(_english_part, text)
     text = _CHINESE_PART.sub(_chinese_part, text)
     if match := _CHINESE_AT_START.match(text):

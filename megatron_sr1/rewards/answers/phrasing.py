@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+from megatron_sr1.rewards.answers.rewrites import Rewrites
 from megatron_sr1.rewards.answers.spelling import strip_ends
 
 _SO = r"(?:(?:so|therefore|thus|hence|then|finally|in total)\b,? )?"
@@ -34,16 +35,14 @@ _ENDINGS = tuple(
     )
 )
 _EQUALS = re.compile(r" (?:equals|is equal to) |(?<=^[A-Za-zΑ-ω]) is (?=[-\d])")
-_BOUNDS = tuple(
-    (re.compile(pattern, re.IGNORECASE), replacement)
-    for pattern, replacement in (
-        (r"^(?:at least|no less than|no fewer than|not less than|至少) ?(?=[\d$€£\\-])", "≥ "),
-        (r"^(?:at most|no more than|not more than|up to|至多|不超过) ?(?=[\d$€£\\-])", "≤ "),
-        (r"^(?:more than|greater than|larger than|over|above|大于|超过) ?(?=[\d$€£\\-])", "> "),
-        (r"^(?:less than|fewer than|smaller than|under|below|小于|少于) ?(?=[\d$€£\\-])", "< "),
-        (r"^(.*\d) or (?:more|greater|above)$", r"≥ \1"),
-        (r"^(.*\d) or (?:less|fewer|below)$", r"≤ \1"),
-    )
+_BOUNDS = Rewrites.of(
+    (r"^(?:at least|no less than|no fewer than|not less than|至少) ?(?=[\d$€£\\-])", "≥ "),
+    (r"^(?:at most|no more than|not more than|up to|至多|不超过) ?(?=[\d$€£\\-])", "≤ "),
+    (r"^(?:more than|greater than|larger than|over|above|大于|超过) ?(?=[\d$€£\\-])", "> "),
+    (r"^(?:less than|fewer than|smaller than|under|below|小于|少于) ?(?=[\d$€£\\-])", "< "),
+    (r"^(.*\d) or (?:more|greater|above)$", r"≥ \1"),
+    (r"^(.*\d) or (?:less|fewer|below)$", r"≤ \1"),
+    flags=re.IGNORECASE,
 )
 _POLARITY = {
     word: meaning
@@ -76,8 +75,7 @@ def bare(text: str) -> str:
         for pattern in _ENDINGS:
             text = pattern.sub("", text)
     text = _EQUALS.sub(" = ", text)
-    for pattern, replacement in _BOUNDS:
-        text = pattern.sub(replacement, text)
+    text = _BOUNDS.apply(text)
     return text
 
 

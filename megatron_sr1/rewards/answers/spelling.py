@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from megatron_sr1.rewards.answers.rewrites import Rewrites
+
 _WORD_END = r"(?![A-Za-z])"
 _GREEK_NAMES = """
 alpha α beta β gamma γ delta δ epsilon ε varepsilon ε zeta ζ eta η theta θ vartheta θ kappa κ lambda λ mu μ nu ν xi ξ
@@ -40,45 +42,39 @@ _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 _VULGAR_FRACTION = re.compile("[¼½¾⅐-⅞]")
 _REPEATING = re.compile(r"(\d{1,9})\.(\d{0,9})\\(?:overline|dot|bar)\s?\{(\d{1,9})\}")
 _COMMAND = re.compile(r"\\([A-Za-z]+)\s?")
-_REWRITES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"```(?:\w+\n)?|`", ""),
-        (r"(?<![\w*)])(\*{1,3})(?=[^\s*])([^*]+)\1(?![\w*(])", r"\2"),
-        (r"(?<!\w)__(?=[^\s_])([^_]+)__(?!\w)|^_([^_]+)_$", r"\1\2"),
-        (r"(?<![\w)])([\"'])([^\"']+)\1(?!\w)", r"\2"),
-        (r"\\[(\[]|\\[)\]]|\$\$", ""),
-        (r"(?<!\\)\$([^$]*[^$\s\\])\$(?!\d)", r"\1"),  # $5$ cm, but not the prices in $5 or $7
-        (r"\\([$%&#])", r"\1"),
-        (r"\\_", "_"),
-        (r"(?<=\d)(?:\\,|\{,\})(?=\d{3})", ","),  # 1\,000
-        (r"\\\\", ";"),  # the rows of a matrix
-        (r"\\\{", "⦃"),
-        (r"\\\}", "⦄"),
-        (r"\\!", ""),
-        (r"\\[,;:> ]|~(?=[\\a-zA-Z])", " "),
-        (r"\\(?:text)?color\s?\{[^{}]*\}", ""),
-        (r"\\(?:begin|end)\s?\{[bpvB]?matrix\}", " ∥ "),
-        (r"\^\s?(?:\\circ" + _WORD_END + r"|\{\s?\\circ\s?\}|\{\s?°\s?\}|°|(?:o|\{o\})(?!\w))", "°"),
-    )
+_REWRITES = Rewrites.of(
+    (r"```(?:\w+\n)?|`", ""),
+    (r"(?<![\w*)])(\*{1,3})(?=[^\s*])([^*]+)\1(?![\w*(])", r"\2"),
+    (r"(?<!\w)__(?=[^\s_])([^_]+)__(?!\w)|^_([^_]+)_$", r"\1\2"),
+    (r"(?<![\w)])([\"'])([^\"']+)\1(?!\w)", r"\2"),
+    (r"\\[(\[]|\\[)\]]|\$\$", ""),
+    (r"(?<!\\)\$([^$]*[^$\s\\])\$(?!\d)", r"\1"),  # $5$ cm, but not the prices in $5 or $7
+    (r"\\([$%&#])", r"\1"),
+    (r"\\_", "_"),
+    (r"(?<=\d)(?:\\,|\{,\})(?=\d{3})", ","),  # 1\,000
+    (r"\\\\", ";"),  # the rows of a matrix
+    (r"\\\{", "⦃"),
+    (r"\\\}", "⦄"),
+    (r"\\!", ""),
+    (r"\\[,;:> ]|~(?=[\\a-zA-Z])", " "),
+    (r"\\(?:text)?color\s?\{[^{}]*\}", ""),
+    (r"\\(?:begin|end)\s?\{[bpvB]?matrix\}", " ∥ "),
+    (r"\^\s?(?:\\circ" + _WORD_END + r"|\{\s?\\circ\s?\}|\{\s?°\s?\}|°|(?:o|\{o\})(?!\w))", "°"),
 )
-_LAST_REWRITES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\*\*", "^"),
-        (r">=|=>", "≥"),
-        (r"<=|=<", "≤"),
-        (r"!=", "≠"),
-        (r"\+/-", "±"),
-        (r"√\s?(\d+(?:\.\d+)?|\w)", r"\\sqrt{\1}"),
-        (r"√\s?\(", r"\\sqrt("),
-        (r"(?<![\\A-Za-z])sqrt(?=[({ ])", r"\\sqrt"),
-        (r"(?<![\\A-Za-z])pi(?![A-Za-z])", "π"),
-        (r"(?<![A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", "∞"),
-        (r"\+\s?∞", "∞"),
-        (r"(?<=\d)\s?[xX]\s?(?=10\s?\^)", "×"),
-        (r"\s+", " "),
-    )
+_LAST_REWRITES = Rewrites.of(
+    (r"\*\*", "^"),
+    (r">=|=>", "≥"),
+    (r"<=|=<", "≤"),
+    (r"!=", "≠"),
+    (r"\+/-", "±"),
+    (r"√\s?(\d+(?:\.\d+)?|\w)", r"\\sqrt{\1}"),
+    (r"√\s?\(", r"\\sqrt("),
+    (r"(?<![\\A-Za-z])sqrt(?=[({ ])", r"\\sqrt"),
+    (r"(?<![\\A-Za-z])pi(?![A-Za-z])", "π"),
+    (r"(?<![A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", "∞"),
+    (r"\+\s?∞", "∞"),
+    (r"(?<=\d)\s?[xX]\s?(?=10\s?\^)", "×"),
+    (r"\s+", " "),
 )
 _FACTORIAL_FREE = re.compile(r"(?<=[^\W\d_]{2})!+$|[\s.,;:?。]+$")
 _DIGIT_FREE_SPACE = re.compile(r"(?<!\d) | (?!\d)")
@@ -91,12 +87,10 @@ def clean(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).replace("⁄", "/").translate(_UNIFY).strip()
     if text.count(r"\boxed") == 1:
         text = _without_wrapper(text, re.compile(r"\\boxed\s?\{"))
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
+    text = _REWRITES.apply(text)
     text = _without_wrapper(text, _WRAPPERS)
     text = _COMMAND.sub(_symbol, text)
-    for pattern, replacement in _LAST_REWRITES:
-        text = pattern.sub(replacement, text)
+    text = _LAST_REWRITES.apply(text)
     return strip_ends(text)
 
 

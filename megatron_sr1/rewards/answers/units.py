@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from megatron_sr1.rewards.answers.rewrites import Rewrites
 from megatron_sr1.rewards.answers.unit_names import (
     ANGLES,
     CURRENCIES,
@@ -27,25 +28,22 @@ from megatron_sr1.rewards.answers.unit_names import (
 
 MAX_CHARACTERS = 60
 _MAX_POWER = 12
-_REWRITES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"(?:°|\b[Dd]egrees?\b|\bdeg\b)\s?(?:[Cc]elsius|[Cc]entigrade|C\b)", "degC"),
-        (r"(?:°|\b[Dd]egrees?\b|\bdeg\b)\s?(?:[Ff]ahrenheit|F\b)", "degF"),
-        (r"\b[Cc]elsius\b", "degC"),
-        (r"\b[Ff]ahrenheit\b", "degF"),
-        (r"(?<=[\dA-Za-zμ])\s?Ω|(?<=\b[kMGm])[- ]?[Oo]hm", "Ω"),
-        (r"μ\s", "μ"),
-        (r"^-(?=[A-Za-z])", ""),
-        (r"(?<=[a-z]{3})-(?=[a-z]{3})", "·"),
-        (r"\b([Ss]quare|[Ss]q\.?|[Cc]ubic|[Cc]u\.?)\s(\w+)", lambda m: f"{m[2]}^{_power_word(m[1])}"),
-        (r"(平方|立方)([^\W/]+)", lambda m: f"{m[2]}^{_power_word(m[1])}"),
-        (r"\b(\w+) (squared|cubed)\b", lambda m: f"{m[1]}^{_power_word(m[2])}"),
-        (r"\bper\b|每", "/"),
-        (r"\*|×|⋅", "·"),
-        (r"(?<=[A-Za-z])\.(?=[A-Za-z])", "·"),
-        (r"\blight[ ·-]years?\b", "light_year"),
-    )
+_REWRITES = Rewrites.of(
+    (r"(?:°|\b[Dd]egrees?\b|\bdeg\b)\s?(?:[Cc]elsius|[Cc]entigrade|C\b)", "degC"),
+    (r"(?:°|\b[Dd]egrees?\b|\bdeg\b)\s?(?:[Ff]ahrenheit|F\b)", "degF"),
+    (r"\b[Cc]elsius\b", "degC"),
+    (r"\b[Ff]ahrenheit\b", "degF"),
+    (r"(?<=[\dA-Za-zμ])\s?Ω|(?<=\b[kMGm])[- ]?[Oo]hm", "Ω"),
+    (r"μ\s", "μ"),
+    (r"^-(?=[A-Za-z])", ""),
+    (r"(?<=[a-z]{3})-(?=[a-z]{3})", "·"),
+    (r"\b([Ss]quare|[Ss]q\.?|[Cc]ubic|[Cc]u\.?)\s(\w+)", lambda m: f"{m[2]}^{_power_word(m[1])}"),
+    (r"(平方|立方)([^\W/]+)", lambda m: f"{m[2]}^{_power_word(m[1])}"),
+    (r"\b(\w+) (squared|cubed)\b", lambda m: f"{m[1]}^{_power_word(m[2])}"),
+    (r"\bper\b|每", "/"),
+    (r"\*|×|⋅", "·"),
+    (r"(?<=[A-Za-z])\.(?=[A-Za-z])", "·"),
+    (r"\blight[ ·-]years?\b", "light_year"),
 )
 _TOKEN = re.compile(
     r"\s*(?:(?P<name>US\$|[AC]\$|[A-Za-zμΩÅ°一-鿿][A-Za-z_μΩ°一-鿿]*\.?|['\"$€£¥₹₩¢%])(?P<power>\^?\{?(?P<exponent>[+-]?\d{1,2})\}?|)|(?P<sign>[/·()]))"
@@ -111,8 +109,7 @@ def _currencies(text: str) -> Iterator[Unit]:
 def _measure(text: str) -> Unit | None:
     if (degrees := _temperature(text)) is not None:
         return degrees
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
+    text = _REWRITES.apply(text)
     if (degrees := _temperature(text)) is not None:
         return degrees
     factors = _factors(text)
