@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from rich.console import Console
 
@@ -40,7 +39,6 @@ from megatron_sr1.report import print_table, summary_rows
 from megatron_sr1.rewards.workers import Vectors, grade_pairs
 from megatron_sr1.types import Generator, Prompt, RolloutGroup, Sampling, Template
 
-Value = TypeVar("Value")
 # whatever the preset trains on
 _COMPONENTS: Mapping[Template, tuple[str, ...]] = {
     "see_think": ("acc", "acc_vis", "fmt", "fmt_vis", "leak"),
@@ -68,7 +66,7 @@ def run_evaluate(config: Config, platform: Platform, *, restart: bool = False) -
         files = EvaluationFiles(run.folder, label)
         model = model_digest(platform.ranks.gather(file_digests(Path(config.model.hf_dir), platform.ranks)))
         identity = _identity(config, heldout, model)
-        answered = _on_main(run, lambda: _resume(files, identity, restart))
+        answered = platform.on_main(lambda: _resume(files, identity, restart))
         run.accept()
         engines = functools.cache(lambda: build_generator(run))  # not where all is answered
         _answer(run, engines, heldout, files, digest_of(identity), 0, answered)
@@ -165,20 +163,6 @@ def _identity(config: Config, heldout: Heldout, model: str) -> Identity:
         "rollout.max_description_tokens": rollout.max_description_tokens,
         **{f"evaluate.{name}": getattr(settings, name) for name in _RECORDED},
     }
-
-
-def _on_main(run: Run, work: Callable[[], Value]) -> Value:
-    """The main rank's result on every rank; so is its ValueError. Collective."""
-    outcome: list[tuple[Value | None, str]] = []
-    if run.platform.is_main:
-        try:
-            outcome.append((work(), ""))
-        except ValueError as error:
-            outcome.append((None, str(error)))
-    ((value, refusal),) = run.platform.ranks.gather(outcome)
-    if refusal:
-        raise ValueError(refusal)
-    return value
 
 
 def _resume(files: EvaluationFiles, identity: Identity, restart: bool) -> list[str]:

@@ -97,10 +97,9 @@ class Run:
         """Where the run goes on; None: it begins. Collective.
 
         Raises:
-            ConfigError: the folder holds another run, see `check_resume`.
-            ValueError: no checkpoint can be read.
+            ValueError: the folder holds another run, see `check_resume`; no checkpoint can be read.
         """
-        check_resume(self.config)
+        self.platform.on_main(lambda: check_resume(self.config))  # it reads pieces of the weights
         return self.checkpointer().newest()
 
     def resume(self, policy: Policy) -> int:
@@ -144,7 +143,8 @@ class Run:
         stopping = stop.agreed()
         if policy is not None and (stopping or num_done % train.save_every == 0 or num_done == train.steps):
             model = self.config.model.megatron_dir or self.config.model.hf_dir
-            place = (num_done, feed.position, feed.fingerprint, model, feed.state().to_json(), self._fingerprint)
+            fingerprint = self._fingerprint if self.platform.is_main else ""  # who writes it reads for it
+            place = (num_done, feed.position, feed.fingerprint, model, feed.state().to_json(), fingerprint)
             self.checkpointer().save(policy, Progress(*place))
         if stopping:
             stop.leave(num_done)

@@ -28,6 +28,7 @@ from megatron_sr1.platform.cpu_shim import install_cpu_shim, patch_megatron
 from megatron_sr1.platform.joining import COLLECTIVE_TIMEOUT, join, open_store
 from megatron_sr1.platform.ranks import GroupRanks
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
+from megatron_sr1.types import Element
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOPPED_STATUS = os.EX_TEMPFAIL  # 75, sysexits.h: "the user is invited to retry"; of a run that was asked to stop
@@ -53,6 +54,19 @@ class Platform:
     def ranks(self) -> GroupRanks:
         """All ranks of the job."""
         return GroupRanks(device=self.device)
+
+    def on_main(self, work: Callable[[], Element]) -> Element:
+        """The main rank's result on every rank; so is its ValueError. Collective."""
+        outcome: list[tuple[Any, str]] = []
+        if self.is_main:
+            try:
+                outcome.append((work(), ""))
+            except ValueError as error:
+                outcome.append((None, str(error)))
+        ((result, refusal),) = self.ranks.gather(outcome)
+        if refusal:
+            raise ValueError(refusal)
+        return result
 
     @property
     def on_cpu(self) -> bool:

@@ -89,31 +89,24 @@ class Checkpointer:
         Raises:
             ValueError: there are checkpoints, and all are broken; one asks for code that no checkpoint has.
         """
-        ranks, found = self.platform.ranks, list[tuple[Progress | None, str]]()
-        if self.platform.is_main:  # the others must come to the same
-            found = [self._newest()]
-        ((progress, refusal),) = ranks.gather(found)
-        if refusal:
-            raise ValueError(refusal)
-        return progress
+        return self.platform.on_main(self._newest)  # the others must come to the same
 
-    def _newest(self) -> tuple[Progress | None, str]:
-        """Or why there is none to go on with."""
+    def _newest(self) -> Progress | None:
         broken = []
         for step in reversed(self.steps()):
             try:
                 progress = self._progress(step)
                 check_megatron_dir(self._path(step))
-            except ForeignCode as error:
-                return None, str(error)
+            except ForeignCode:
+                raise
             except ValueError as error:
                 broken.append(str(error))
                 print(f"{self._path(step)} is broken and left out: {error}", file=sys.stderr)
             else:
-                return progress, ""
+                return progress
         if not broken:
-            return None, ""
-        return None, f"no checkpoint in {self.folder} can be read: {'; '.join(broken)}. Choose another run_dir."
+            return None
+        raise ValueError(f"no checkpoint in {self.folder} can be read: {'; '.join(broken)}. Choose another run_dir.")
 
     def restore(self, policy: Policy, progress: Progress) -> None:
         """Loads the weights and the optimizer's state of what `newest` has found.
