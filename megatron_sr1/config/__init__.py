@@ -19,7 +19,7 @@ from megatron_sr1.config.hf_config import HfConfig, read_hf_config
 from megatron_sr1.config.model import LayoutConfig, ModelConfig, PrecisionConfig, RecomputeConfig
 from megatron_sr1.config.model_files import check_weights, how_to_get, missing_files, model_fingerprint
 from megatron_sr1.config.paths import home_path
-from megatron_sr1.config.resume import Change, changes_of, check_resume, saved_steps
+from megatron_sr1.config.resume import Change, changes_of, check_resume, saved_steps, values_by_key
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.tracking import MlflowConfig, TrackConfig, WandbConfig
@@ -67,4 +67,5 @@ __all__ = [
     "read_overrides",
     "row_tokens",
     "saved_steps",
+    "values_by_key",
 ]

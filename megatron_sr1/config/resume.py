@@ -15,16 +15,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from megatron_sr1.config.model_files import model_fingerprint
 from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.whole import Config
+from megatron_sr1.config.yaml_files import read_mapping
 
 Rule = Literal["takes effect", "refused", "content", "free"]
 # of a key, or of all keys of a section that have no line of their own
@@ -109,7 +109,8 @@ def saved_steps(checkpoints: Path) -> list[int]:
 
 
 def changes_of(config: Config) -> list[Change]:
-    """Against the configuration that the run folder keeps; none where it keeps none.
+    """Against the configuration that the run folder keeps; none where it keeps none. A key that the file lacks has its
+    default, and one that only the file has is not looked at: another release may have written it.
 
     Raises:
         ConfigError: it is no YAML mapping.
@@ -118,11 +119,16 @@ def changes_of(config: Config) -> list[Change]:
     if not path.is_file():
         return []
     try:
-        then = _flat(OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), _known(path)), resolve=True))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path} is no configuration of this release: {error}. Choose another run_dir.") from error
-    now = _flat(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+        kept, now = _flat(OmegaConf.to_container(read_mapping(path))), values_by_key(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path} is not a configuration: {error} Or choose another run_dir.") from error
+    then = {key: kept.get(key, default) for key, default in values_by_key(Config()).items()}
     return [Change(key, then[key], value) for key, value in now.items() if then[key] != value]
+
+
+def values_by_key(config: Config) -> dict[str, Any]:
+    """Every value, under its key with all its sections: `optimizer.lr`. Lists are lists, as in YAML."""
+    return _flat(OmegaConf.to_container(OmegaConf.structured(config)))
 
 
 def check_resume(config: Config) -> None:
@@ -169,25 +175,6 @@ def _other_weights(config: Config, checkpoint: Path) -> list[str]:
     return [] if same else [f"it began with the weights of {then!r}, and those of {now!r} are others"]
 
 
-def _known(path: Path) -> dict[str, Any]:
-    """The file's keys, less those that this release does not have."""
-    tree = OmegaConf.to_container(OmegaConf.load(path))
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} is not a configuration: it holds no keys. Choose another run_dir.")
-    return _of_class(tree, Config)
-
-
-def _of_class(tree: Mapping[Any, Any], kind: type) -> dict[str, Any]:
-    known = {}
-    for field in fields(kind):
-        if field.name in tree:
-            value, section = tree[field.name], field.default_factory
-            if isinstance(value, dict) and isinstance(section, type) and is_dataclass(section):
-                value = _of_class(value, cast(type, section))
-            known[field.name] = value
-    return known
-
-
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Values by key with all its sections; a free-form mapping, such as evaluate.judge_parameters, is a value."""
     flat: dict[str, Any] = {}
@@ -196,5 +183,5 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict) and key != "evaluate.judge_parameters":
             flat |= _flat(value, f"{key}.")
         else:
-            flat[key] = value
+            flat[key] = list(value) if isinstance(value, tuple) else value
     return flat

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from megatron_sr1.config import Config, ConfigError, load_config
+from megatron_sr1.config import Config, ConfigError, load_config, values_by_key
 from megatron_sr1.launch.sweep.file import Sweep, SweepRun
 
 State = Literal["new", "started", "finished"]
@@ -47,16 +46,7 @@ def state_of(sweep: Sweep, run: SweepRun) -> State:
 
 
 def _differences(there: Config, here: Config) -> list[str]:
-    old, new = _flat(asdict(there)), _flat(asdict(here))
-    return [f"{key}: {old[key]} there, {new[key]} now" for key in new if old[key] != new[key]]
-
-
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    """Values by key and section, without the trackers, which change no number."""
-    flat = {}
-    for section, value in tree.items():
-        if not isinstance(value, dict):
-            flat[section] = value
-        elif section != "track":
-            flat |= {f"{section}.{key}": inner for key, inner in value.items()}
-    return flat
+    """Without the trackers, which change no number."""
+    old, new = values_by_key(there), values_by_key(here)
+    changed = (key for key in new if old[key] != new[key] and not key.startswith("track."))
+    return [f"{key}: {old[key]} there, {new[key]} now" for key in changed]
