@@ -113,8 +113,9 @@ class Passes(NamedTuple):
     template: Template
     second_pass: bool
 
-
-TEXT_ONLY = Passes("cot", second_pass=False)  # what a prompt without images is asked
+    def of(self, prompt: Prompt) -> Passes:
+        """Those of a prompt, where these are of one with images: without an image there is nothing to describe."""
+        return self if prompt.images else Passes("cot", second_pass=False)
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ class Sampling:
     second_pass: bool = True
 
     def passes_of(self, prompt: Prompt) -> Passes:
-        """What a prompt is asked: without an image there is nothing to describe."""
-        return Passes(self.template, self.second_pass) if prompt.images else TEXT_ONLY
+        """What a prompt is asked, see `Passes.of`."""
+        return Passes(self.template, self.second_pass).of(prompt)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def heldout_prompts(run: Run) -> Heldout:
     config, quarantine = run.config, run.quarantine("heldout")
     dataset = open_dataset(config.data, config.data.heldout, "data.heldout", quarantine)
     preset = preset_from_config(config.objective)
-    check = prompt_check(run.planner, preset.passes_of)
+    check = prompt_check(run.planner, preset.passes.of)
     heldout = Heldout(dataset, quarantine, config.evaluate.max_prompts, check)
     heldout.check_images(config.rollout.max_images)
     return heldout

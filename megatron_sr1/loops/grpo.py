@@ -39,7 +39,7 @@ def run_grpo(
     """
     preset = preset_from_config(config.objective)
     with open_run(config, platform) as run:
-        feed = run.feed("train", prompt_check(run.planner, preset.passes_of, leaves_out=True))
+        feed = run.feed("train", prompt_check(run.planner, preset.passes.of, leaves_out=True))
         heldout = heldout_prompts(run)
         updates = config.rollout.prompts_per_step // config.train.batch_size * config.train.steps
         policy = Policy(config, platform, num_optimizer_steps=updates, keep_reference=preset.needs_reference)

@@ -19,12 +19,10 @@ from dataclasses import dataclass, replace
 
 from megatron_sr1.config import ObjectiveConfig
 from megatron_sr1.types import (
-    TEXT_ONLY,
     KlEstimator,
     Passes,
     PassName,
     PresetName,
-    Prompt,
     RewardStream,
     Template,
     TokenSegment,
@@ -76,10 +74,6 @@ class Preset:
     def passes(self) -> Passes:
         """Those of a prompt with images. The second pass is measured even where it earns nothing."""
         return Passes(self.template, self.second_pass or self.template == "see_think")
-
-    def passes_of(self, prompt: Prompt) -> Passes:
-        """Those of a prompt: without an image there is nothing to describe."""
-        return self.passes if prompt.images else TEXT_ONLY
 
     @property
     def components(self) -> tuple[str, ...]:
