@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
@@ -40,12 +42,9 @@ def decode_picture(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     Raises:
         ValueError: it is damaged, of none of `formats`, or its values have no range that could be scaled.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=formats) as image:
-            image.load()
-            return as_seen(image, _orientation(image, data))
-    except _DECODER_ERRORS as error:
-        raise _unreadable(error, formats) from error
+    with _opened(data, formats) as image:
+        image.load()
+        return as_seen(image, _orientation(image, data))
 
 
 def picture_size(data: bytes, formats: tuple[str, ...]) -> tuple[int, int]:
@@ -54,21 +53,28 @@ def picture_size(data: bytes, formats: tuple[str, ...]) -> tuple[int, int]:
     Raises:
         ValueError: see `decode_picture`.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=formats) as image:
-            width, height = image.size
-            return (height, width) if _orientation(image, data) in _SIDEWAYS else (width, height)
-    except _DECODER_ERRORS as error:
-        raise _unreadable(error, formats) from error
+    with _opened(data, formats) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image, data) in _SIDEWAYS else (width, height)
 
 
 def picture_format(data: bytes, formats: tuple[str, ...]) -> str:
     """Pillow's name of the file's format. Raises as `decode_picture`."""
+    with _opened(data, formats) as image:
+        return str(image.format)
+
+
+@contextmanager
+def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    """Pillow's words for what goes wrong, less the address in memory that it names where it knows no format: no two
+    would be the same."""
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
-            return str(image.format)
+            yield image
+    except UnidentifiedImageError as error:
+        raise ValueError(f"it is none of {', '.join(formats)}") from error
     except _DECODER_ERRORS as error:
-        raise _unreadable(error, formats) from error
+        raise ValueError(str(error)) from error
 
 
 def as_seen(image: Image.Image, orientation: int = 1) -> Image.Image:
@@ -131,10 +137,3 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if "transparency" in image.info:
         grey[stored == image.info["transparency"]] = 1.0
     return Image.fromarray(np.rint(grey * 255.0).astype(np.uint8))
-
-
-def _unreadable(error: BaseException, formats: tuple[str, ...]) -> ValueError:
-    """Pillow's words, less the address in memory that it names where it knows no format: no two would be the same."""
-    return ValueError(
-        f"it is none of {', '.join(formats)}" if isinstance(error, UnidentifiedImageError) else str(error)
-    )
