@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
@@ -37,18 +38,22 @@ def check_it_ends(template: str, variables: Mapping[str, Any], where: str) -> No
     Raises:
         ValueError: it does not end within CPU_SECONDS, or takes more than MEMORY_BYTES.
     """
-    given = json.dumps({"template": template, "variables": variables})
-    command = [sys.executable, "-P", __file__]  # -P: the files beside this one are no modules of the program
-    try:
-        done = subprocess.run(command, input=given, text=True, capture_output=True, timeout=_WALL_SECONDS)
-        ended = done.returncode == 0
-    except subprocess.TimeoutExpired:
-        ended = False
-    if not ended:
+    if not _ends(json.dumps({"template": template, "variables": variables})):
         raise ValueError(
             f"the chat template of {where} did not end within {CPU_SECONDS} s and {MEMORY_BYTES >> 20} MiB. Use the "
             "chat template of a Qwen-VL model."
         )
+
+
+@lru_cache(maxsize=64)
+def _ends(given: str) -> bool:
+    """Asked once of each: a process has several processors of one model."""
+    command = [sys.executable, "-P", __file__]  # -P: the files beside this one are no modules of the program
+    try:
+        done = subprocess.run(command, input=given, text=True, capture_output=True, timeout=_WALL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
 
 
 def _render(given: str) -> None:
