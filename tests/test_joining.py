@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.workspace import REPOSITORY
 
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": REPOSITORY}
@@ -32,6 +34,10 @@ def busy(folder):
     (Path(folder) / f"ready{{rank}}").touch()
     time.sleep(100)
 
+def imported(folder):
+    name = sys.modules.get("slow_module")
+    (Path(folder) / f"id{{distributed.get_rank()}}").write_text(str(getattr(name, "PROCESS", None)))
+
 def joined(folder):  # as start_platform does it, which would import Megatron-Core first
     rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
     joining.join(joining.open_store("127.0.0.1", port, rank), rank, 3, "gloo")
@@ -39,19 +45,37 @@ def joined(folder):  # as start_platform does it, which would import Megatron-Co
 
 def main():
     with one_line_for_mistakes("test"):
-        run_on_ranks({function}, int(sys.argv[2]), sys.argv[1])
+        run_on_ranks({function}, int(sys.argv[2]), sys.argv[1], imports=["slow_module"])
 
 if __name__ == "__main__":
     main()
 """
 
 
-def start(folder: Path, function: str, num_ranks: int, *, error: str = "", **variables: str) -> subprocess.Popen[str]:
+SLOW_MODULE = """
+import os, time
+from pathlib import Path
+PROCESS = os.getpid()
+Path(__file__).with_name("importing").write_text(str(PROCESS))
+time.sleep({seconds})
+"""
+
+
+def start(
+    folder: Path, function: str, num_ranks: int, *, error: str = "", import_seconds: float = 0, **variables: str
+) -> subprocess.Popen[str]:
     script = folder / f"{function}.py"
     script.write_text(PROGRAM.format(function=function, error=error))
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo", **variables}
+    (folder / "slow_module.py").write_text(SLOW_MODULE.format(seconds=import_seconds))
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{folder}", "GLOO_SOCKET_IFNAME": "lo", **variables}
     words = [sys.executable, str(script), str(folder), str(num_ranks)]
     return subprocess.Popen(words, env=environment, start_new_session=True, **PIPES)
+
+
+def wait_for_file(path: Path, process: subprocess.Popen[str]) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
 
 
 def test_a_mistake_on_one_rank_is_one_line(tmp_path: Path) -> None:
@@ -66,8 +90,8 @@ def test_a_mistake_on_one_rank_is_one_line(tmp_path: Path) -> None:
 def test_ctrl_c_before_the_first_step_ends_all_ranks_in_a_line(tmp_path: Path) -> None:
     """It reaches the whole process group, as a terminal sends it."""
     process = start(tmp_path, "busy", 2)
-    while process.poll() is None and not all((tmp_path / f"ready{rank}").exists() for rank in range(2)):
-        time.sleep(0.05)
+    for rank in range(2):
+        wait_for_file(tmp_path / f"ready{rank}", process)
     os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 75, printed
@@ -75,10 +99,46 @@ def test_ctrl_c_before_the_first_step_ends_all_ranks_in_a_line(tmp_path: Path) -
     assert "Traceback" not in printed and len(printed.splitlines()) < 5, printed
 
 
+def test_ranks_of_a_cpu_share_what_they_import(tmp_path: Path) -> None:
+    process = start(tmp_path, "imported", 2)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    server, *others = {(tmp_path / name).read_text() for name in ("importing", "id0", "id1")}
+    assert not others and int(server) != process.pid
+
+
+def test_ctrl_c_while_the_modules_are_imported_ends_in_a_line(tmp_path: Path) -> None:
+    process = start(tmp_path, "busy", 2, import_seconds=100)
+    wait_for_file(tmp_path / "importing", process)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)  # the end of the output is the server's end, too
+    assert process.returncode == 75, printed
+    assert "interrupted; the same command goes on" in printed and len(printed.splitlines()) == 1, printed
+
+
+@pytest.mark.parametrize("import_seconds", [0, 100])
+def test_nothing_outlives_a_killed_launcher(import_seconds: float, tmp_path: Path) -> None:
+    """Neither ranks nor the server that they are forked from: these hold the other end of the output."""
+    process = start(tmp_path, "busy", 2, import_seconds=import_seconds)
+    for name in ("importing",) if import_seconds else ("ready0", "ready1"):
+        wait_for_file(tmp_path / name, process)
+    process.kill()
+    process.communicate(timeout=60)
+
+
+def test_a_term_signal_to_all_processes_reaches_the_ranks_not_their_server(tmp_path: Path) -> None:
+    process = start(tmp_path, "busy", 2)
+    for rank in range(2):
+        wait_for_file(tmp_path / f"ready{rank}", process)
+    os.killpg(process.pid, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, printed
+    assert "asked to stop outside of the steps" in printed and "Traceback" not in printed, printed
+
+
 def test_ctrl_c_of_one_rank_is_a_line_too(tmp_path: Path) -> None:
     process = start(tmp_path, "busy", 1)
-    while process.poll() is None and not (tmp_path / "ready0").exists():
-        time.sleep(0.05)
+    wait_for_file(tmp_path / "ready0", process)
     os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 75, printed

@@ -56,7 +56,8 @@ def weights(workspace: Workspace, run: str) -> bytes:
 
 
 def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
-    return [child for child in launcher.children() if "spawn_main" in " ".join(child.cmdline())]
+    servers = [child for child in launcher.children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+    return [rank for server in servers for rank in server.children()]
 
 
 def run_as_srun(command: list[str], num_tasks: int) -> None:

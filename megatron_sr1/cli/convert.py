@@ -28,6 +28,7 @@ from megatron_sr1.config.mistakes import EXPECTED_ERRORS, one_line
 if TYPE_CHECKING:
     from megatron_sr1.convert.parity import Agreement
 
+_IMPORTS = tuple(f"megatron_sr1.convert.{name}" for name in ("save", "export", "parity"))  # of the ranks
 TABLE_WIDTH = 200  # columns, where the output is no terminal
 EQUAL, DIFFERENT, ERROR = 0, 1, 2
 TOLERANCE = 1e-5  # relative, of log-probs and entropies in fp32
@@ -102,7 +103,7 @@ def _convert(args: argparse.Namespace, source: Path, function: Callable[..., Non
     if args.nproc < 1:
         raise ValueError(f"--nproc {args.nproc} is not allowed: it must be 1 or more.")
     with complete_folder(args.out, source, overwrite=args.overwrite) as partial:
-        run_on_ranks(function, args.nproc, str(partial), *options)
+        run_on_ranks(function, args.nproc, str(partial), *options, imports=_IMPORTS)
     print(f"written: {args.out}")
     return EQUAL
 
@@ -184,7 +185,7 @@ def _logits(args: argparse.Namespace) -> list[Agreement]:
     configs = [_config(args, folder) for folder in (args.first, args.second)]
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "logits.json"
-        run_on_ranks(_rank_logits, configs[0].nproc, *configs, str(result))
+        run_on_ranks(_rank_logits, configs[0].nproc, *configs, str(result), imports=_IMPORTS)
         return [Agreement(**entry) for entry in json.loads(result.read_text())]
 
 

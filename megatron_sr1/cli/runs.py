@@ -16,6 +16,11 @@ from megatron_sr1.config import (
     dump_config,
 )
 
+_IMPORTS: dict[Command, tuple[str, ...]] = {
+    "sft": ("megatron_sr1.loops.sft",),
+    "grpo": ("megatron_sr1.loops.grpo", "megatron_sr1.rollout.vllm.imported"),
+    "evaluate": ("megatron_sr1.loops.evaluate", "megatron_sr1.rollout.vllm.imported"),
+}
 TRAINING_DATA: dict[Command, tuple[str, ...]] = {
     "sft": ("cold_start",),
     "grpo": ("train", "heldout"),
@@ -73,7 +78,7 @@ def start(command: Command, config: Config, args: argparse.Namespace) -> None:
     check_weights(config, weights=not (only_trained and config.model.megatron_dir))
     from megatron_sr1.platform import run_on_ranks
 
-    run_on_ranks(_run, config.nproc, command, config, parts)
+    run_on_ranks(_run, config.nproc, command, config, parts, imports=_IMPORTS[command])
 
 
 def _check_parts(args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """The only place that knows a CPU from an accelerator."""
 
+from megatron_sr1.platform.fork_server import STOP_SIGNALS
 from megatron_sr1.platform.ranks import GroupRanks, TeamRanks
-from megatron_sr1.platform.runtime import STOP_SIGNALS, STOPPED_STATUS, Platform, run_on_ranks, start_platform
+from megatron_sr1.platform.runtime import STOPPED_STATUS, Platform, run_on_ranks, start_platform
 
 __all__ = ["STOPPED_STATUS", "STOP_SIGNALS", "GroupRanks", "Platform", "TeamRanks", "run_on_ranks", "start_platform"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import os
 import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +19,18 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
-from torch.multiprocessing.spawn import ProcessContext, ProcessException, ProcessExitedException, spawn
+from torch.multiprocessing.spawn import ProcessContext, ProcessException, ProcessExitedException, start_processes
 
 from megatron_sr1.config.mistakes import EXPECTED_ERRORS, MISTAKE_STATUS, one_line
 from megatron_sr1.platform.accelerator import Accelerator, find_accelerator
 from megatron_sr1.platform.cpu_shim import install_cpu_shim, patch_megatron
+from megatron_sr1.platform.fork_server import STOP_SIGNALS, begin_rank, held_back, start_fork_server
 from megatron_sr1.platform.joining import COLLECTIVE_TIMEOUT, join, open_store
 from megatron_sr1.platform.ranks import GroupRanks
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.types import Element
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOPPED_STATUS = os.EX_TEMPFAIL  # 75, sysexits.h: "the user is invited to retry"; of a run that was asked to stop
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MISTAKES = "mistake{}.txt"  # by rank: the message that it ended with
 _GRACE_SECONDS = 5.0  # for the ranks beside one that ended, to end too
 
@@ -73,12 +71,15 @@ class Platform:
         return self.device.type == "cpu"
 
 
-def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) -> None:
+def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any, imports: Sequence[str] = ()) -> None:
     """Calls `function(*arguments)` on `num_ranks` processes of this machine that form one process group.
 
     Under torchrun or srun, which have started the ranks already, it calls `function` here. Ranks that are started here
     meet over a file and talk over loopback only; when one fails, or this process dies, the others are stopped. A first
     SIGTERM, SIGUSR1 or Ctrl-C to this process is passed on to them as SIGUSR1, a second SIGTERM or Ctrl-C kills them.
+
+    Args:
+        imports: modules that `function` will import; on a CPU they are imported once, for all ranks (fork_server.py).
 
     Raises:
         ValueError: a rank ended with an error that a person can put right; its message.
@@ -90,13 +91,15 @@ def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any)
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_rank(num_ranks)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    forked = sys.platform == "linux" and not torch.cuda.is_available()
+    if forked:
+        start_fork_server(imports)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (num_ranks, folder, function, arguments)
         with ExitStack() as stack:
-            with _held_back(
-                signal.SIGINT
-            ):  # the ranks inherit that: Ctrl-C in the terminal reaches them by this process
-                ranks = spawn(_run_rank, args=arguments, nprocs=num_ranks, join=False)
+            with held_back({signal.SIGINT}):  # by the ranks, too: Ctrl-C reaches them by this process
+                method = "forkserver" if forked else "spawn"
+                ranks = start_processes(_run_rank, arguments, num_ranks, join=False, start_method=method)
                 assert isinstance(ranks, ProcessContext)  # it does not wait for them
                 received = stack.enter_context(_passing_on_signals(ranks))
             try:
@@ -118,16 +121,6 @@ def _explain(error: ProcessException, folder: Path, asked: bool) -> None:
     if asked and error.signal_name in ("SIGTERM", "SIGUSR1"):  # a rank that is asked outside its steps just ends
         print("asked to stop outside of the steps; the same command goes on from what is saved", flush=True)
         sys.exit(STOPPED_STATUS)
-
-
-@contextmanager
-def _held_back(number: int) -> Iterator[None]:
-    """The signal waits until the end."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
 
 
 @contextmanager
@@ -156,8 +149,7 @@ def _passing_on_signals(ranks: torch.multiprocessing.ProcessContext) -> Iterator
 def _run_rank(
     rank: int, num_ranks: int, folder: str, function: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    begin_rank()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
     join(FileStore(str(Path(folder) / "store"), num_ranks), rank, num_ranks, _backend())
     status = 0
@@ -181,17 +173,7 @@ def start_platform() -> Platform:
     A process that is in no group yet joins the one that torchrun's environment names; without that it is alone. Call it
     before anything imports Megatron-Core.
     """
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        install_cpu_shim()
-        # Megatron-Core says on every import that apex and Transformer Engine are absent: here that is as it should be
-        warnings.filterwarnings("ignore", module="megatron.*")
-        # torch renames collectives that Megatron-Core and vLLM still call by their old names
-        warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.")
-        # and the sharded tensors that Megatron-Core's checkpoints are made of
-        warnings.filterwarnings("ignore", category=FutureWarning, message="Please use DTensor")
-    define_missing_torchvision_ops()
-    _quieten_transformers()
+    on_cpu = prepare_process()
     atexit.register(_end_quietly)
     device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if not on_cpu:
@@ -210,6 +192,22 @@ def start_platform() -> Platform:
         torch.set_num_threads(_threads_per_rank(torch.distributed.get_world_size()))
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return Platform(device, rank, world_size, find_accelerator(device))
+
+
+def prepare_process() -> bool:
+    """The part of `start_platform` that no process group is needed for. Whether there is no accelerator."""
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        install_cpu_shim()
+        # Megatron-Core says on every import that apex and Transformer Engine are absent: here that is as it should be
+        warnings.filterwarnings("ignore", module="megatron.*")
+        # torch renames collectives that Megatron-Core and vLLM still call by their old names
+        warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.")
+        # and the sharded tensors that Megatron-Core's checkpoints are made of
+        warnings.filterwarnings("ignore", category=FutureWarning, message="Please use DTensor")
+    define_missing_torchvision_ops()
+    _quieten_transformers()
+    return on_cpu
 
 
 def join_alone() -> None:

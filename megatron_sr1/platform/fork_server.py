@@ -1,0 +1,59 @@
+"""The process that ranks are forked from where there is no accelerator: what they all import is imported once.
+
+Ranks that import for themselves each spend the CPU time and the memory on it that a short run needs for everything else.
+Where there is an accelerator each rank is an interpreter of its own: a process that has touched CUDA cannot be forked,
+and no one can say of every library what it touches while it is imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def start_fork_server(modules: Sequence[str]) -> None:
+    """Starts the server, where this process has none yet, and returns when it has imported `modules`.
+
+    It ends with this process, and takes no stop signal: a cluster sends those to every process of a job.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.fork_server_start", *modules])
+    resource_tracker.ensure_running()  # takes no stop signal; starting it would let go of those that are held back
+    with held_back(STOP_SIGNALS):
+        forkserver.ensure_running()
+    probe = context.Process(target=int)
+    probe.start()
+    probe.join()
+
+
+def begin_rank() -> None:
+    """What a forked process does first: it ends with its server, and takes the stop signals again. Not Ctrl-C, which
+    reaches it by the process that has started the ranks."""
+    end_with_parent()
+    gc.freeze()  # what was imported before the fork stays: nothing to collect, no page to copy
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, set(STOP_SIGNALS) - {signal.SIGINT})
+
+
+def end_with_parent() -> None:
+    """This process is killed when the one that started it ends. On Linux; nothing elsewhere."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextmanager
+def held_back(signals: Iterable[int]) -> Iterator[None]:
+    """The signals wait until the end. A process that is started meanwhile holds them back until it says otherwise."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
