@@ -1,8 +1,13 @@
-"""Runs a function on several gloo ranks: one launch, many checks inside it."""
+"""Runs a function on several gloo ranks: one launch, many checks inside it.
+
+The ranks are forked from a process that has imported what most of them need, as those of a command are. It stays: only
+the first launch of a test process waits for it.
+"""
 
 from __future__ import annotations
 
 import datetime
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed
-import torch.multiprocessing
+from torch.multiprocessing.spawn import start_processes
 
-from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
+from megatron_sr1.platform.fork_server import begin_rank, start_fork_server
 
+IMPORTS = ("megatron_sr1.policy", "megatron_sr1.training.trainer", "megatron_sr1.rollout.vllm.imported")
 TIMEOUT_SECONDS = 300  # a collective whose peer died fails after this, instead of hanging the test
 
 
@@ -23,13 +29,23 @@ def run_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any) ->
     `function` must be importable (module level). A failure on any rank fails the caller with that rank's traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        torch.multiprocessing.spawn(_run_rank, args=(num_ranks, store, function, arguments), nprocs=num_ranks)
+        parts = (num_ranks, str(Path(folder) / "store"), dict(os.environ), function, arguments)
+        start_fork_server(IMPORTS)
+        start_processes(_run_rank, parts, num_ranks, start_method="forkserver")
 
 
-def _run_rank(rank: int, num_ranks: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _run_rank(
+    rank: int,
+    num_ranks: int,
+    store: str,
+    environment: dict[str, str],
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)  # the server's is that of the first launch
+    begin_rank()
     torch.set_num_threads(1)
-    define_missing_torchvision_ops()
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{store}",
