@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -58,6 +59,16 @@ def test_override_beats_file_beats_default(yaml) -> None:
 def test_last_override_wins_and_null_is_a_value() -> None:
     config = load_config(None, ["objective.dual_clip=3.0", "seed=2", "objective.dual_clip=null", "seed=3"])
     assert (config.objective.dual_clip, config.seed) == (None, 3)
+
+
+@pytest.mark.parametrize("braces", ["[a-{00..07}.tar]", "a-{00..07}.tar", "[{a,b}.tar]"])
+def test_braces_that_a_shell_has_expanded_are_refused(braces) -> None:
+    command = ["bash", "-c", f"printf '%s\n' seed=3 data.train={braces} train.steps=2"]
+    words = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert len(words) > 3
+    with pytest.raises(ConfigError, match=r"data.train is given \d times in a row.*quote the word: 'data.train=\["):
+        load_config(None, words)
+    load_config(None, [words[0], words[1], words[1], words[-1], words[2]])  # once, or one after other words
 
 
 @pytest.mark.parametrize(

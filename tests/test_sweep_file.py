@@ -108,6 +108,13 @@ def test_a_file_that_is_no_sweep_is_named(tmp_path: Path, text: str, words: str)
         read_sweep(tmp_path / "none.yaml")
 
 
+def test_a_variant_replaces_lists_of_all_runs(tmp_path: Path) -> None:
+    own = {"other": ["data.train=[b.tar]"], "later": ["objective.dual_clip=null", "data.train=[c.tar]"]}
+    sweep = read_sweep(sweep_file(tmp_path, seeds=[1], overrides=["data.train=[a.tar]"], variants=own))
+    assert [sweep.config_of(run).data.train for run in sweep.runs] == [("b.tar",), ("c.tar",)]
+    assert all(sum(word.startswith("data.train=") for word in run.overrides) == 1 for run in sweep.runs)
+
+
 def test_the_ablation_of_the_quickstart() -> None:
     sweep = read_sweep(REPOSITORY / "examples" / "quickstart" / "ablation.yaml")
     assert [run.name for run in sweep.runs] == [

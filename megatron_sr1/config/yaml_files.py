@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import yaml
@@ -44,14 +45,22 @@ def read_mapping(path: Path) -> DictConfig:
 
 
 def read_overrides(words: Sequence[str], name: str = "override") -> DictConfig:
-    """The tree of `key=value` words; a later one wins.
+    """The tree of `key=value` words; a later one wins. Only lists, or shards, of one key in a row are refused: a shell
+    makes that of `key=[a-{00..07}.tar]` without quotes, and the last would be one shard of eight.
 
     Args:
         name: of such a word, in complaints.
 
     Raises:
-        ConfigError: a word without a key or a "=", or whose value is no YAML.
+        ConfigError: a word without a key or a "=", or whose value is no YAML; lists of one key in a row.
     """
+    for key, given in groupby(words, lambda word: word.partition("=")[0]):
+        lists = {word: None for word in given if word.startswith(f"{key}=[") or word.endswith(".tar")}
+        if len(lists) > 1:
+            raise ConfigError(
+                f"{name} {key} is given {len(lists)} times in a row, from {next(iter(lists))!r} on. Where a shell made "
+                f"that of braces, quote the word: '{key}=[a-{{00..07}}.tar]'. Else give only the one that counts."
+            )
     for word in words:
         shown = word if len(word) <= _SHOWN else f"{word[:_SHOWN]}..."
         key, sign, value = word.partition("=")

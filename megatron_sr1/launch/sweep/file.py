@@ -103,7 +103,9 @@ def _run(file: _SweepFile, preset: str, variant: str, seed: int, further: list[s
     name = "-".join(part for part in (preset, variant, f"seed{seed}") if part)
     run_dir = str(Path(file.run_dir) / name)
     own = (f"objective.preset={preset}", f"seed={seed}", f"run_dir={run_dir}")
-    return SweepRun(name, preset, variant, seed, run_dir, (*file.overrides, *further, *own))
+    words = (*file.overrides, *further, *own)
+    last = {word.partition("=")[0]: place for place, word in enumerate(words)}  # a variant's word replaces the runs'
+    return SweepRun(name, preset, variant, seed, run_dir, tuple(words[place] for place in sorted(last.values())))
 
 
 def _read_file(path: Path) -> _SweepFile:
