@@ -16,7 +16,7 @@ from megatron_sr1.config import (
     dump_config,
 )
 
-_IMPORTS: dict[Command, tuple[str, ...]] = {
+IMPORTS: dict[Command, tuple[str, ...]] = {
     "sft": ("megatron_sr1.loops.sft",),
     "grpo": ("megatron_sr1.loops.grpo", "megatron_sr1.rollout.vllm.imported"),
     "evaluate": ("megatron_sr1.loops.evaluate", "megatron_sr1.rollout.vllm.imported"),
@@ -78,7 +78,7 @@ def start(command: Command, config: Config, args: argparse.Namespace) -> None:
     check_weights(config, weights=not (only_trained and config.model.megatron_dir))
     from megatron_sr1.platform import run_on_ranks
 
-    run_on_ranks(_run, config.nproc, command, config, parts, imports=_IMPORTS[command])
+    run_on_ranks(_run, config.nproc, command, config, parts, imports=IMPORTS[command])
 
 
 def _check_parts(args: argparse.Namespace) -> None:

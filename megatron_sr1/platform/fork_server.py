@@ -1,6 +1,6 @@
 """The process that ranks are forked from where there is no accelerator: what they all import is imported once.
 
-Ranks that import for themselves each spend the CPU time and the memory on it that a short run needs for everything else.
+Ranks that import for themselves each spend the CPU time and the memory on it that a short run needs for all the rest.
 Where there is an accelerator each rank is an interpreter of its own: a process that has touched CUDA cannot be forked,
 and no one can say of every library what it touches while it is imported.
 """
