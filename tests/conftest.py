@@ -11,12 +11,22 @@ import pytest
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from tests.workspace import Workspace, build_workspace
 
-# Files of a minute or more of CPU time, the longest first. They start first, so that no worker ends with one of them
+# Files of half a minute or more, the longest first. They start first, so that no worker ends with one of them
 # while the other has nothing left; the first needs `workspace`, which the next then finds made.
 LONG = (
-    *("end_to_end", "layouts", "convert", "sweep", "preemption", "launch", "vision", "evaluation_run", "checkpoint"),
-    *("engine_ranks", "weight_sync", "triton_logprob", "precision", "rollout", "families", "logprob_memory"),
-    *("cpu_capabilities", "linear_logprob", "policy", "fused_loss"),
+    *(
+        "end_to_end",
+        "layouts",
+        "preemption",
+        "sweep",
+        "launch",
+        "evaluation_run",
+        "vision",
+        "convert",
+        "triton_logprob",
+    ),
+    *("weight_sync", "cpu_capabilities", "logprob_memory", "config", "checkpoint", "cli", "fused_loss", "precision"),
+    *("rollout", "families", "engine_ranks", "linear_logprob", "policy"),
 )
 
 define_missing_torchvision_ops()  # before any test module imports transformers' Qwen-VL classes

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,9 +37,12 @@ def start_fork_server(modules: Sequence[str]) -> None:
 
 
 def begin_rank() -> None:
-    """What a forked process does first: it ends with its server, and takes the stop signals again. Not Ctrl-C, which
-    reaches it by the process that has started the ranks."""
+    """What a rank does first: it ends with the process that started it, or at once where that has ended, and takes the
+    stop signals again. Not Ctrl-C, which reaches it by that process."""
     end_with_parent()
+    launcher = multiprocessing.parent_process()
+    if launcher is not None and not launcher.is_alive():
+        os._exit(1)
     gc.freeze()  # what was imported before the fork stays: nothing to collect, no page to copy
     signal.pthread_sigmask(signal.SIG_UNBLOCK, set(STOP_SIGNALS) - {signal.SIGINT})
 
