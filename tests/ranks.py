@@ -18,20 +18,25 @@ import torch.distributed
 from torch.multiprocessing.spawn import start_processes
 
 from megatron_sr1.platform.fork_server import begin_rank, start_fork_server
+from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 
 IMPORTS = ("megatron_sr1.policy", "megatron_sr1.training.trainer", "megatron_sr1.rollout.vllm.imported")
 TIMEOUT_SECONDS = 300  # a collective whose peer died fails after this, instead of hanging the test
 
 
-def run_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any) -> None:
+def run_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any, forked: bool = True) -> None:
     """Calls `function(rank, num_ranks, *arguments)` on `num_ranks` processes that form a gloo group.
 
     `function` must be importable (module level). A failure on any rank fails the caller with that rank's traceback.
+
+    Args:
+        forked: without it each rank is an interpreter that has imported nothing.
     """
     with tempfile.TemporaryDirectory() as folder:
         parts = (num_ranks, str(Path(folder) / "store"), dict(os.environ), function, arguments)
-        start_fork_server(IMPORTS)
-        start_processes(_run_rank, parts, num_ranks, start_method="forkserver")
+        if forked:
+            start_fork_server(IMPORTS)
+        start_processes(_run_rank, parts, num_ranks, start_method="forkserver" if forked else "spawn")
 
 
 def _run_rank(
@@ -45,6 +50,7 @@ def _run_rank(
     os.environ.clear()
     os.environ.update(environment)  # the server's is that of the first launch
     begin_rank()
+    define_missing_torchvision_ops()
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",

@@ -304,7 +304,7 @@ def _stand_in_checks(rank: int, num_ranks: int, folder: str) -> None:
 
 def test_with_transformer_engine(tmp_path: Path) -> None:
     """Up to its kernels: the recipe, and that both layer specs are one model with one checkpoint."""
-    run_ranks(1, _stand_in_checks, str(tmp_path))
+    run_ranks(1, _stand_in_checks, str(tmp_path), forked=False)  # Megatron-Core looks for it when it is imported
 
 
 # ---------------------------------------------------------------- numbers
