@@ -32,7 +32,8 @@ from megatron_sr1.rewards.answers.words import same_words
 
 MAX_ANSWER_CHARACTERS = 512
 MAX_NESTING = 4  # lists of lists, texts of options
-_FORMULA = re.compile(r"[A-Z(][A-Za-z0-9()^_{}+ -]*")
+_COUNT = r"(?:_?(?:\d+|\{\d+\}))?"
+_FORMULA = re.compile(rf"(?:\(?[A-Z][a-z]?{_COUNT}(?:\){_COUNT})? ?)+(?:\^?\{{?\d*[+-]\}}?)?")
 _NUMERIC = frozenset("0123456789.$€£¥₹")
 _SCRIPT = re.compile(r"[\^_{} ]")
 
@@ -61,6 +62,8 @@ def grade(answer: str, gold: str, choices: Sequence[str] = (), *, rounded: bool 
 def _grade(answer: str, gold: str, choices: tuple[str, ...], rounded: bool) -> bool:
     same = _Comparison(rounded)
     first, second = _plain(answer), _plain(gold)
+    if phrasing.asides_differ(clean(answer), clean(gold)):
+        first, second = clean(answer), clean(gold)
     if not first or not second:
         return False
     if choices:
@@ -90,7 +93,8 @@ class _Comparison:
         inner = _Comparison(self._rounded, self._depth + 1)
         said, wanted = phrasing.polarity(answer), phrasing.polarity(gold)
         if said and wanted:
-            return said == wanted
+            (word, more), (other, beside) = said, wanted
+            return word == other and (not more or not beside or inner(more, beside))
         for verdict in (
             same_options(answer, gold, inner),
             same_moment(answer, gold),

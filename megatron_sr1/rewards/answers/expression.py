@@ -88,6 +88,9 @@ def _letters(run: str, spaced: bool) -> list[_Token]:
     return [_Token("letters", letter, spaced and index == 0) for index, letter in enumerate(run)]
 
 
+_CALLED = ("f", "g", "F")
+
+
 class _Parser:
     """`depth` is handed down by every rule that can contain itself."""
 
@@ -172,7 +175,7 @@ class _Parser:
         if token.kind == "number":
             return self._number(depth)
         if token.kind == "letters":
-            return self._symbol()
+            return self._symbol(depth)
         if token.kind == "function":
             return self._function(depth)
         if token.text == "frac":
@@ -236,8 +239,12 @@ class _Parser:
         self._at = start
         return None
 
-    def _symbol(self) -> Node:
+    def _symbol(self, depth: int) -> Node:
+        """A variable; `f(x + y)` is one too, which nothing but itself equals: f is no factor."""
+        alone = self._at == 0 or self._tokens[self._at - 1].kind != "letters"
         name = self._next().text
+        if alone and name in _CALLED and self._peek().text == "(" and not self._peek().spaced:
+            return Symbol(f"{name}({self._group(depth)})")
         if self._take("_"):
             if self._take("{"):
                 while self._peek().kind in ("number", "letters"):

@@ -14,6 +14,7 @@ _SEPARATOR = re.compile(r"\s?[,;、]\s?(?:(?:and|or)\s)?|\s(?:and|&)\s|\s?[和�
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 _PAIRS = {"(": ")", "[": "]", "⦃": "⦄", "⟨": "⟩"}
 _POINT = re.compile(r"(?:[A-Za-z]'?\s?=?\s?)?(?=[(\[])")
+_RELATION = re.compile("[<>≤≥]")
 _MATHEMATICAL = re.compile(r"[\d=π∞\\]|^[a-z]$")
 
 
@@ -49,6 +50,8 @@ def same_items(answer: Items, gold: Items, same: Same) -> bool:
     if len(answer.items) != len(gold.items):
         return False
     mathematical = all(_MATHEMATICAL.search(item) for item in answer.items + gold.items)
+    if answer.either != gold.either and any(_RELATION.search(item) for item in answer.items + gold.items):
+        return False
     if answer.either != gold.either and (not mathematical or answer.ordered or gold.ordered):
         return False
     if answer.ordered and gold.ordered and answer.brackets != gold.brackets:

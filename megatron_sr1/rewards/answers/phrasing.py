@@ -14,12 +14,13 @@ _SO = r"(?:(?:so|therefore|thus|hence|then|finally|in total)\b,? )?"
 _INTRODUCTIONS = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
-        _SO + r"(?:the|my|our|this) (?:[a-z'-]+ ){1,6}?(?:is|are|was|were|equals)\b:? ?",
+        _SO + r"(?:the|my|our|this) (?:(?!(?:wrong|incorrect|false|not|never|least|except)\b)[a-z'-]+ ){1,6}?"
+        r"(?:is|are|was|were|equals)\b:? ?",
         _SO + r"(?:(?:the|my) )?(?:(?:final|correct|right) )?answers?(?: is| are)?(?: ?[:=] ?| )",
         _SO + r"(?:there (?:is|are|was|were)|it (?:is|was|equals)|it's|they are|i (?:count|see|choose|pick)"
         r"|we (?:get|have|find))\b ?",
-        r"(?:about|approximately|approx\.?|around|roughly|nearly|almost|circa|exactly|equal to|(?:a )?total of)"
-        r"(?![a-z]) ?",
+        r"(?:about|approximately|approx\.?|around|roughly|circa|exactly|equal to|(?:a )?total of)(?![a-z]) ?",
+        r"(?:nearly|almost) (?=[\d$€£\\-])",
         r"[=≈~:] ?",
         r"(?:所以|因此|故|则)?,? ?(?:正确|最终)?的?(?:答案|结果|选项|答|解)(?:应该|应)?(?:是|为|选|[:=]| )+(?=.)",
         r"(?:所以|因此|故)?,? ?应?选择?项?:? ?(?=[(A-Z])",
@@ -31,9 +32,16 @@ _ENDINGS = tuple(
     for pattern in (
         r" ?\((?:approximately|approx\.?|about|exactly|rounded[^()]*)\)$",
         r",? (?:approximately|in total|altogether|of (?:them|these|those)|左右)$",
-        r"(?<=[\w)]) \((?!or\b|and\b)(?:not\b[^()]*|[^\W\d_][^()\d=<>]+)\)$",  # B (not A); Paris (France)
+        r"(?<=[\w)]) \((?!(?:or|and|wrong|incorrect|false|no|maybe)\b)"
+        r"(?:not\b[^()]*|[^\W\d_][^()\d=<>]+)\)$",  # B (not A); Paris (France)
     )
 )
+_SUBJECT = re.compile("^" + _INTRODUCTIONS[0].pattern, re.IGNORECASE)
+_GENERIC_WORDS = """
+the my our this a an of is are was were equals so therefore thus hence then final correct right answer option choice
+solution result value
+"""
+_GENERIC = frozenset(_GENERIC_WORDS.split())
 _EQUALS = re.compile(r" (?:equals|is equal to) |(?<=^[A-Za-zΑ-ω]) is (?=[-\d])")
 _BOUNDS = Rewrites.of(
     (r"^(?:at least|no less than|no fewer than|not less than|至少) ?(?=[\d$€£\\-])", "≥ "),
@@ -54,11 +62,17 @@ _POLARITY = {
     )
     for word in words.split()
 }
-_OPPOSITES = {
-    "yes": {"no", "false"}, "true": {"no", "false"}, "no": {"yes", "true"}, "false": {"yes", "true"},
-}  # fmt: skip
+_DENIALS, _ASSENTS = {"no", "not", "false", "wrong", "incorrect", "never"}, {"yes", "true", "correct", "right"}
+_OPPOSITES = {"yes": _DENIALS, "true": _DENIALS, "no": _ASSENTS, "false": _ASSENTS}
 _VERDICT = re.compile(
     r"(yes|no|true|false)(?: ?[,.;:!-]+ ?|,? (?=(?:it|there|they|he|she|this|that|the|we|i|you)\b))(\S.*)",
+    re.IGNORECASE,
+)
+
+
+_REPEATED = re.compile(  # `Yes, it is`
+    r"(?:it|they|he|she|there|this|that|these|those|we|i|you) "
+    r"(?:is|are|was|were|does|do|did|has|have|can|will)(?: not)?",
     re.IGNORECASE,
 )
 
@@ -79,13 +93,28 @@ def bare(text: str) -> str:
     return text
 
 
-def polarity(text: str) -> str | None:
-    """yes, no, true or false, also at the head of a sentence that does not take it back; None otherwise."""
+def asides_differ(answer: str, gold: str) -> bool:
+    """Whether what `bare` takes from both is what they differ in: `The left one is larger`, `Iron (III)`. The name of a
+    number, `The area is 5`, is none of that."""
+    for pattern, of_numbers in ((_SUBJECT, False), (_ENDINGS[-1], True)):
+        found = [pattern.search(text) for text in (answer, gold)]
+        if all(found) and (of_numbers or not any(any(map(str.isdigit, text)) for text in (answer, gold))):
+            first, second = (set(re.findall(r"\w+", match[0].lower())) - _GENERIC for match in found if match)
+            if first and second and first != second:
+                return True
+    return False
+
+
+def polarity(text: str) -> tuple[str, str] | None:
+    """(yes, no, true or false; what is said beside it); also at the head of a sentence that does not take it back. None
+    otherwise."""
     if (word := text.lower()) in _POLARITY:
-        return _POLARITY[word]
+        return _POLARITY[word], ""
     match = _VERDICT.fullmatch(text)
     if match is None:
         return None
     said = _POLARITY[match[1].lower()]
     contradicted = _OPPOSITES[said] & set(re.findall(r"[a-z]+", match[2].lower()))
-    return None if contradicted or re.search(r"\b(?:or|maybe)\b", match[2], re.IGNORECASE) else said
+    if contradicted or re.search(r"\b(?:or|maybe)\b", match[2], re.IGNORECASE):
+        return None
+    return said, "" if _REPEATED.fullmatch(match[2]) else match[2]

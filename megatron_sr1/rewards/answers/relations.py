@@ -68,9 +68,9 @@ def same_assignments(answer: str, gold: str, same: Same) -> bool | None:
     if first and second:
         if len(first) != len(second):
             return None
-        wanted = {name.casefold(): value for name, value in second}
+        wanted = {_key(name): value for name, value in second}
         if len(wanted) == len(second) and all(
-            name.casefold() in wanted and same(value, wanted[name.casefold()]) for name, value in first
+            _key(name) in wanted and same(value, wanted[_key(name)]) for name, value in first
         ):
             return True
         if {name for name, _ in first} == {name for name, _ in second} and len(wanted) == 1 < len(first):
@@ -80,10 +80,15 @@ def same_assignments(answer: str, gold: str, same: Same) -> bool | None:
     distinct = len({name for name, _ in named}) == len(named) > 1
     value = _values(named)
     items = read_items(bare)
-    if distinct and items is not None and items.ordered:
+    if distinct and items is not None:
         value = f"({value})"
     verdict = same(bare, value) if swapped else same(value, bare)
-    return verdict or None
+    return verdict or (False if distinct and items is not None else None)
+
+
+def _key(name: str) -> str:
+    """Words are names without their case; of single letters, `r` and `R` are two."""
+    return name.casefold() if len(name) > 2 else name
 
 
 def _values(named: tuple[tuple[str, str], ...]) -> str:
@@ -123,7 +128,7 @@ def _difference(text: str) -> tuple[str, Node] | None:
     if len(parts) != 3:
         return None
     left, right = parse_expression(parts[0]), parse_expression(parts[2])
-    if left is None or right is None:
+    if left is None or right is None or not symbols(left) | symbols(right):
         return None
     if parts[1] in ">≥":
         left, right = right, left
@@ -172,6 +177,8 @@ def _interval(text: str) -> Interval | None:
     if len(parts) != 3 or "≠" in text:
         return None
     left, sign, right = parts
+    if not right or (_is_constant(left) and _is_constant(right)):
+        return None
     if left and _is_constant(left) and not _is_constant(right):
         left, sign, right = right, sign.translate(str.maketrans("<>≤≥", "><≥≤")), left
     if left and not _NAME.fullmatch(left):

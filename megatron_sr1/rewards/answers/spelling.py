@@ -30,7 +30,7 @@ _SYMBOLS = _GREEK | {
 }  # fmt: skip
 _WRAPPERS = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|emph|underline|mbox|fbox|mathrm|mathbf|mathit|mathsf"
-    r"|mathbb|boldsymbol|bm|operatorname|overline|vec|hat|ce)\s?\{"
+    r"|mathbb|boldsymbol|bm|operatorname|vec|ce)\s?\{|\\overline\s?(?=\{\s?[A-Z]\s?[A-Z]\s?\})\{"
 )
 _BEFORE_NFKC = str.maketrans(
     {"º": "°", "′": "'", "″": '"', "∶": ":", "⋅": "·", "∙": "·", "•": "·", "…": "...", "【": "[", "】": "]"}

@@ -38,5 +38,8 @@ OWN = frozenset(("beats", "frames", "unit", "units"))  # each a dimension of its
 _NO_NOUN = """
 am pm a.m. p.m. or and nor not no more less fewer than at least most over under above below out past bc ad plus minus
 point to by if when percent is are clock
+tenths hundredths thousandths halves thirds quarters fourths fifths sixths sevenths eighths ninths twelfths sixteenths
+tens hundreds thousands millions billions ones squared cubed factorial times dozen dozens double score wrong false
+incorrect maybe perhaps missing short negative negatives inverse opposite unknown nothing ish th st nd rd percents
 """
 NO_NOUN = frozenset(_NO_NOUN.split())  # with one of them, the words behind a number say something else

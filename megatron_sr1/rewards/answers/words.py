@@ -6,17 +6,22 @@ import re
 import unicodedata
 
 _MATHEMATICS = re.compile(
-    r"[=^\\/<>+*|±≤≥≠∪⦃⦄]|(?<![^\W\d_])-(?=\d)|^\d.*-\d|^\s?-"
+    r"[=^\\/<>+*|±≤≥≠∪∩⦃⦄∥⊥≅≌∽∝→←↔⇒⇔⇌♂♀☑☐]|(?<![^\W\d_])-(?=\d)|^\d.*-\d|^\s?-"
     r"|(?<![^\W\d_]{2})-(?![^\W\d_]{3})|(?<![^\W\d_]{3})-(?![^\W\d_]{2})|(?<![^\W\d_]{2})!"
 )
-_TOKEN = re.compile(r"\d+(?:[.,:]\d+)+|[^\W_]+")
+_MARKS = "\u064b-\u065f\u0900-\u0e4e\u3099\u309a"  # of Arabic, of India's scripts, Thai, kana: parts of a letter
+_TOKEN = re.compile(rf"\d+(?:[.,:]\d+)+|(?:[^\W_]|[{_MARKS}])+")
 _APOSTROPHE = re.compile(r"(?<=\w)['’](?=\w)|(?<=\b[^\W\d_])\.(?=[^\W\d_]\b|$|\s)")
+_ACCENT = re.compile("(?<=[a-z])[\u0300-\u036f]+")  # of Latin letters; elsewhere a mark makes another letter
+_SYMBOL = re.compile("[A-Z][A-Za-z]")
 _ARTICLES = ("the", "a", "an")
-_CLASS_NAMES = """
-triangle angle color shape river lake ocean sea mountain mount city state country street animal bird tree fruit team
-company family cell bond reaction energy force process
-"""
-_CLASSES = frozenset(_CLASS_NAMES.split())  # the kind of thing that a name is of; it may be said or not
+# The kind of thing that a name is of: it may stand on either side. Of the second, which are in no compound that is
+# another thing (`Mexico City`, `sea lion`), it may also be left out.
+_SIDE_NAMES = "lake ocean sea city state street bird tree fruit cell force energy"
+_CLASS_NAMES = (
+    "triangle angle river color shape mount mountain country animal team company family bond reaction process"
+)
+_SIDES, _CLASSES = frozenset(_SIDE_NAMES.split()), frozenset(_CLASS_NAMES.split())
 _SPELLINGS = {
     "grey": "gray", "colour": "color", "centre": "center", "metre": "meter", "litre": "liter", "aluminium": "aluminum",
     "sulphur": "sulfur", "theatre": "theater", "favourite": "favorite", "behaviour": "behavior", "tyre": "tire",
@@ -37,13 +42,15 @@ def same_words(answer: str, gold: str) -> bool:
     """Whether two cleaned texts are the same words; texts with mathematics in them are not words."""
     if _MATHEMATICS.search(answer) or _MATHEMATICS.search(gold):
         return False
+    if all(map(_SYMBOL.fullmatch, (answer, gold))) and answer != gold and answer.lower() != "no":
+        return False  # CO and Co
     first, second = _tokens(answer), _tokens(gold)
     longest = max(map(len, first + second), default=0)
     if longest < 2 or not any(character.isalpha() for character in answer + gold):
         return False
     if first == second or (longest > 2 and "".join(first) == "".join(second)):
         return True
-    if sorted(first) == sorted(second) and _CLASSES & set(first):
+    if len(first) == 2 and first == second[::-1] and (_CLASSES | _SIDES) & set(first):
         return True  # Lake Victoria, Victoria Lake
     if len(first) == len(second):
         return all(map(same_word, first, second))
@@ -74,7 +81,7 @@ def _plurals(word: str) -> frozenset[str]:
 
 def _tokens(text: str) -> list[str]:
     decomposed = unicodedata.normalize("NFD", _APOSTROPHE.sub("", text.casefold()).replace("&", " and "))
-    plain = "".join(character for character in decomposed if not unicodedata.combining(character))
+    plain = unicodedata.normalize("NFC", _ACCENT.sub("", decomposed))
     tokens: list[str] = _TOKEN.findall(plain)
     while len(tokens) > 1 and tokens[0] in _ARTICLES:
         tokens = tokens[1:]
