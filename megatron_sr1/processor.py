@@ -31,7 +31,8 @@ IMAGE = "<|image_pad|>"
 REQUIRED_TOKENS = (END_OF_TURN, IMAGE, "<|vision_start|>", "<|vision_end|>")
 MEDIA_TOKENS = (IMAGE, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
 
-_ROLE = re.compile(r"(<\|\w+\|>)?\s*\w*")
+_ROLE = re.compile(r"<\|im_start\|>\s*assistant")
+_BEFORE_TEXT = re.compile(r"[^{}\[\]'\"]*")  # no Python list or JSON that the text stands in
 _USER_TEXT = "@user-text@"  # stands for the user's text while the chat template is rendered
 _LENGTH_CODE = 0xD800  # code points that UTF-8 cannot decode to: 0xD800 + n marks n undecodable bytes
 
@@ -83,6 +84,7 @@ class Processor:
         Raises:
             ValueError: not a directory, no file of an image processor, a special token or the chat template is missing.
         """
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoTokenizer
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -92,11 +94,28 @@ class Processor:
                 f"{hf_dir!r} has no preprocessor_config.json and no processor_config.json. "
                 "Give the directory of a Qwen-VL model in Hugging Face format."
             )
-        tokenizer = AutoTokenizer.from_pretrained(hf_dir, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(hf_dir, trust_remote_code=False)
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, StrictDataclassError) as error:
+            raise ValueError(
+                f"{hf_dir}: its tokenizer cannot be read, {_first_line(error)}. Compare tokenizer.json, "
+                "tokenizer_config.json, chat_template.jinja and config.json with those of the original model."
+            ) from error
         legacy_template = folder / "chat_template.json"  # where releases before chat_template.jinja keep it
         if tokenizer.chat_template is None and legacy_template.is_file():
-            tokenizer.chat_template = json.loads(legacy_template.read_text(encoding="utf-8"))["chat_template"]
-        return cls(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(hf_dir))
+            try:
+                tokenizer.chat_template = json.loads(legacy_template.read_text(encoding="utf-8"))["chat_template"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{legacy_template} has no chat_template: {_first_line(error)}. Copy it again."
+                ) from error
+        try:
+            return cls(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(hf_dir))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{hf_dir}: its image processor cannot be read, {_first_line(error)}. Copy preprocessor_config.json "
+                "again."
+            ) from error
 
     # ------------------------------------------------------------ text and images -> ids and patches
     def prompt_ids(self, user_text: str, num_images: int) -> tuple[int, ...]:
@@ -249,15 +268,9 @@ class Processor:
                     "times; it must be once. Use the chat template of a Qwen-VL model."
                 )
             special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-            opening = parts[1].rpartition(END_OF_TURN)[2].strip()  # of the answer's turn: a special token and the role
-            if not _ROLE.fullmatch(opening):
-                raise ValueError(
-                    f"the chat template of {self._tokenizer.name_or_path!r} begins the answer itself, {opening!r}: "
-                    "responses would not have the layout that the rewards look for. Use the chat template of the "
-                    "instruct model, without a prefilled <think>."
-                )
             cut = max((parts[0].rfind(token) + len(token) for token in special if token in parts[0]), default=0)
             resume = min((parts[1].find(token) for token in special if token in parts[1]), default=len(parts[1]))
+            self._check_turns(rendered, parts[0][cut:], parts[1], num_images)
             self._frames[num_images] = (
                 self._tokenise(parts[0][:cut], split_special_tokens=False),
                 parts[0][cut:],
@@ -265,6 +278,27 @@ class Processor:
                 self._tokenise(parts[1][resume:], split_special_tokens=False),
             )
         return self._frames[num_images]
+
+    def _check_turns(self, rendered: str, before: str, behind: str, num_images: int) -> None:
+        """`before`: the plain text in front of the user's; `behind`: all that comes after that."""
+        whose = f"the chat template of {self._tokenizer.name_or_path!r}"
+        if not _BEFORE_TEXT.fullmatch(before) or END_OF_TURN not in behind:
+            raise ValueError(
+                f"{whose} does not write the user's text as a turn of its own, but {before!r}, TEXT, {behind!r}. "
+                "Use the chat template of a Qwen-VL model."
+            )
+        if not rendered.count(IMAGE) == rendered.count(f"<|vision_start|>{IMAGE}<|vision_end|>") == num_images:
+            raise ValueError(
+                f"{whose} does not write one <|vision_start|>{IMAGE}<|vision_end|> for each of {num_images} images. "
+                "Use the chat template of a Qwen-VL model."
+            )
+        opening = behind.rpartition(END_OF_TURN)[2].strip()  # of the answer's turn: a special token and the role
+        if not _ROLE.fullmatch(opening):
+            raise ValueError(
+                f"{whose} opens the answer's turn with {opening!r}, not with <|im_start|>assistant alone: responses "
+                "would not have the layout that the rewards look for. Use the chat template of the instruct model, "
+                "without a prefilled <think>."
+            )
 
     def _check_template(self, conversation: list[Any]) -> None:
         """Every rendering comes here first: there is one for each number of images, and none has a sample's text."""
@@ -287,6 +321,10 @@ class Processor:
         for piece, token in self._tokenizer.get_vocab().items():
             table[token] = added[token].encode() if token in added else bytes(byte_of[char] for char in piece)
         return table
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -270,7 +270,7 @@ def test_a_chat_template_that_begins_the_answer_is_refused(opening: str, tiny_mo
     template = path.read_text()
     assert template.count("assistant\n") == 1
     path.write_text(template.replace("assistant\n", f"assistant\n{opening}"))
-    with pytest.raises(ValueError, match=rf"begins the answer itself, .*{opening[:5]}.*without a prefilled"):
+    with pytest.raises(ValueError, match=rf"opens the answer.s turn with .*{opening[:5]}.*without a prefilled"):
         Processor.from_pretrained(str(folder))
 
 
@@ -287,7 +287,26 @@ def test_chat_template_of_older_releases(tiny_model_dir: str, tmp_path: Path, pr
 
 # ---------------------------------------------------------------- templates that a folder brings
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-PLAIN = "<|im_start|>{% for part in messages[0].content %}{{ part.text or '<|image_pad|>' }}{% endfor %}<|im_end|>"
+PLAIN = (
+    "<|im_start|>user\n{% for part in messages[0].content %}{% if part.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "<|im_end|>\n<|im_start|>assistant\n"
+)
+OPENING = "<|im_start|>assistant\n"
+ODD_TEMPLATES = {
+    "no generation prompt": (PLAIN.replace(OPENING, ""), "opens the answer's turn with ''"),
+    "another role": (PLAIN.replace("assistant", "user"), r"opens the answer's turn with '<\|im_start\|>user'"),
+    "no end of turn": (PLAIN.replace("<|im_end|>\n", ""), "as a turn of its own"),
+    "no vision marks": (PLAIN.replace("<|vision_start|>", ""), "for each of 1 images"),
+    "twice the image": (PLAIN.replace("<|image_pad|>", "<|image_pad|>" * 2), "for each of 1 images"),
+    "json": (PLAIN.replace("part.text", "part.text | tojson"), "as a turn of its own"),
+    "a list": (
+        PLAIN.replace(
+            "user\n", "user\n{% if messages[0].content | length == 1 %}{{ messages[0].content }}{% else %}"
+        ).replace("{% endfor %}", "{% endfor %}{% endif %}"),
+        "as a turn of its own",
+    ),
+}
 
 
 @pytest.fixture
@@ -319,6 +338,14 @@ def test_a_template_that_fails_is_named(with_template: Callable[[str], Processor
         with_template(template)
 
 
+@pytest.mark.parametrize("name", ODD_TEMPLATES)
+def test_a_template_of_other_turns_is_refused(with_template: Callable[[str], Processor], name: str) -> None:
+    template, words = ODD_TEMPLATES[name]
+    assert template != PLAIN
+    with pytest.raises(ValueError, match=words):
+        with_template(template).prompt_ids("x", num_images=0)
+
+
 def test_every_number_of_images_is_checked_before_it_is_rendered(with_template: Callable[[str], Processor]) -> None:
     processor = with_template(PLAIN + "{% if messages[0].content | length > 2 %}" + LOOP + "{% endif %}")
     assert processor.prompt_ids("x", num_images=1)
@@ -330,5 +357,5 @@ def test_a_template_with_tools_of_transformers_passes(with_template: Callable[[s
     """Its filter, its functions, its tag, loop controls and special tokens."""
     tools = "{{ messages | tojson(indent=2) | length }}{{ strftime_now('%Y') }}{{ eos_token }}"
     loop = "{% for i in range(3) %}{% if i == 1 %}{% break %}{% endif %}{% endfor %}"
-    processor = with_template(f"{PLAIN}{loop}{{% generation %}}{tools}{{% endgeneration %}}")
+    processor = with_template(f"{loop}{{% generation %}}{tools}{{% endgeneration %}}{PLAIN}")
     assert processor.prompt_ids("x", num_images=1)
