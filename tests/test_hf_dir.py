@@ -116,6 +116,15 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": ')
     with pytest.raises(ValueError, match=r"index\.json is corrupt"):
         HfTensors(folder)
+    for strange in (None, 3, "../good/two.safetensors"):
+        index = {"weight_map": {"a": "one.safetensors", "b": strange}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=r"index\.json is corrupt.*is no name of a file"):
+            HfTensors(folder)
+    folder = sharded(tmp_path / "both")
+    save_file({"a": torch.ones(3), "b": torch.ones(2)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"both holds two sets of weights.*Remove the older"):
+        HfTensors(folder)
 
 
 HEADER = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'

@@ -193,6 +193,16 @@ def test_the_model_is_compared_by_content(begun: Config, tmp_path: Path, monkeyp
         check_resume(begun)
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "preprocessor_config.json", "tokenizer.json"])
+def test_what_makes_prompts_and_pixels_belongs_to_the_model(begun: Config, tmp_path: Path, name: str) -> None:
+    shutil.copytree(tmp_path / "model", tmp_path / "copy")
+    other = _with(begun, {"model.hf_dir": str(tmp_path / "copy")})
+    check_resume(other)
+    (tmp_path / "copy" / name).write_text("another")
+    with pytest.raises(ConfigError, match="are others"):
+        check_resume(other)
+
+
 def test_a_checkpoint_of_before_fingerprints_is_compared_by_place(begun: Config, tmp_path: Path) -> None:
     path = Path(begun.run_dir) / "checkpoints" / "step_000003" / "progress.json"
     progress = json.loads(path.read_text())

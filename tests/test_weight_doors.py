@@ -201,6 +201,10 @@ def _edited(folder: Path, file: str, **changes: Any) -> None:
         ("preprocessor_config.json", {"temporal_patch_size": 1}, "temporal_patch_size=1 is not allowed"),
         ("processor_config.json", {"image_processor": {"patch_size": 16}}, r"image_processor\.patch_size=16"),
         ("adapter_config.json", {"r": 8}, "adapter_config.json, and adapters are not applied"),
+        ("adapter_model.safetensors", {"r": 8}, "adapter_model.safetensors, and adapters are not applied"),
+        ("preprocessor_config.json", {"image_std": [0, 0, 0]}, "image_std=.* three numbers greater than 0"),
+        ("preprocessor_config.json", {"rescale_factor": 1}, "rescale_factor=1 is not allowed: it must be 1/255"),
+        ("preprocessor_config.json", {"do_normalize": False}, "do_normalize=False is not allowed"),
     ],
 )
 def test_files_beside_the_weights_that_change_their_meaning(

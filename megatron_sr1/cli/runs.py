@@ -11,6 +11,7 @@ from megatron_sr1.config import (
     Command,
     Config,
     check_command,
+    check_folders,
     check_resume,
     check_weights,
     dump_config,
@@ -48,6 +49,7 @@ def check_run(command: Command, config: Config) -> list[str]:
             missing.append(str(error))
     check_command(command, config)
     if command != "evaluate":
+        check_folders(config)
         check_resume(config)
     return missing
 

@@ -17,7 +17,7 @@ from megatron_sr1.config.families import FAMILIES, Family
 from megatron_sr1.config.files import dump_config, load_config
 from megatron_sr1.config.hf_config import HfConfig, read_hf_config
 from megatron_sr1.config.model import LayoutConfig, ModelConfig, PrecisionConfig, RecomputeConfig
-from megatron_sr1.config.model_files import check_weights, how_to_get, missing_files, model_fingerprint
+from megatron_sr1.config.model_files import check_folders, check_weights, how_to_get, missing_files, model_fingerprint
 from megatron_sr1.config.paths import home_path
 from megatron_sr1.config.resume import Change, changes_of, check_resume, saved_steps, values_by_key
 from megatron_sr1.config.rollout import RolloutConfig
@@ -52,6 +52,7 @@ __all__ = [
     "changes_of",
     "check_bf16_layers",
     "check_command",
+    "check_folders",
     "check_model",
     "check_resume",
     "check_weights",

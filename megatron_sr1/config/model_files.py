@@ -14,7 +14,11 @@ from megatron_sr1.config.whole import Config
 _PIECES, _PIECE_BYTES = 64, 1 << 16  # of a weight file, in its fingerprint
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PREPROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
-_ADAPTER = "adapter_config.json"
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_PROMPT_FILES = (  # that say how a sample becomes tokens and pixels
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"),
+    *(_PREPROCESSOR, _PROCESSOR),
+)
 _SIDE_FILES = (
     ("tokenizer.json", "vocab.json"),
     ("tokenizer_config.json",),
@@ -41,6 +45,8 @@ def _missing_weights(folder: Path) -> list[str]:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []  # it is there, and corrupt: what reads the weights says so
+    if not all(isinstance(name, str) for name in files):
+        return []
     return sorted(name for name in files if not (folder / name).is_file())
 
 
@@ -63,12 +69,29 @@ def check_weights(config: Config, *, weights: bool) -> None:
             f"{f' and {len(missing) - 5} more files' if len(missing) > 5 else ''}. {how_to_get(folder)}"
         )
 
-    if weights and (Path(folder) / _ADAPTER).is_file():
+    adapter = next((name for name in _ADAPTERS if (Path(folder) / name).is_file()), None)
+    if weights and adapter:
         raise ConfigError(
-            f"model.hf_dir={folder!r} is not allowed: it holds {_ADAPTER}, and adapters are not applied. Merge the "
+            f"model.hf_dir={folder!r} is not allowed: it holds {adapter}, and adapters are not applied. Merge the "
             "adapter into its model and give the merged one, or remove the adapter's files."
         )
     _check_preprocessor(Path(folder))
+
+
+def check_folders(config: Config) -> None:
+    """Whether the run may write where it does.
+
+    Raises:
+        ConfigError: its export, <run_dir>/hf, would replace the model that it starts from.
+    """
+    export = (Path(config.run_dir) / "hf").resolve()
+    for key in ("hf_dir", "megatron_dir"):
+        value = getattr(config.model, key)
+        if value and (folder := Path(value).resolve()).is_relative_to(export):
+            raise ConfigError(
+                f"model.{key}={value!r} is not allowed with run_dir={config.run_dir!r}: the run exports to {export}, "
+                f"and would replace {folder}. Choose another run_dir."
+            )
 
 
 def _check_preprocessor(folder: Path) -> None:
@@ -80,6 +103,12 @@ def _check_preprocessor(folder: Path) -> None:
             file = folder / _PROCESSOR
     found = read_json(file)
     found = found.section("image_processor") if file.name == _PROCESSOR else found
+    std, rescale = found.values.get("image_std"), found.values.get("rescale_factor", 1 / 255)
+    are_positive = isinstance(std, list) and len(std) == 3 and all(type(value) in (int, float) for value in std)
+    found.check(std is None or (are_positive and min(std or [0]) > 0), "image_std", "three numbers greater than 0")
+    found.check(type(rescale) is float and abs(rescale * 255 - 1) < 1e-3, "rescale_factor", "1/255")
+    for name in ("do_rescale", "do_normalize", "do_resize"):
+        found.check(found.flag(name, default=True) is not False, name, "true: the vision tower has seen no others")
     model = read_hf_config(str(folder))
     vision = read_json(model.path).section("vision_config")
     # defaults: of transformers' classes
@@ -97,13 +126,15 @@ def _check_preprocessor(folder: Path) -> None:
 
 
 def model_fingerprint(config: Config) -> str:
-    """Whether two folders hold the weights that a run starts from, wherever they lie: 32 hex digits.
+    """Whether two folders hold the model that a run starts from, wherever they lie: 32 hex digits.
 
-    It is over config.json, and of each weight file its name, its size, its first bytes, where safetensors has all names
-    and shapes, and pieces from all over it. So a copy is the same and another training stage is not, in less than a
-    second for any size.
+    It is over config.json, the files of tokenizer, chat template and image processor, and of each weight file its name,
+    its size, its first bytes, where safetensors has all names and shapes, and pieces from all over it. So a copy is the
+    same and another training stage is not, in less than a second for any size.
     """
     digest = hashlib.sha256((Path(config.model.hf_dir) / "config.json").read_bytes())
+    for path in (Path(config.model.hf_dir) / name for name in _PROMPT_FILES):
+        digest.update(path.name.encode() + (path.read_bytes() if path.is_file() else b""))
     folder = Path(config.model.megatron_dir or config.model.hf_dir)
     pattern = "*.distcp" if config.model.megatron_dir else "*.safetensors"
     for path in sorted(folder.glob(pattern)):

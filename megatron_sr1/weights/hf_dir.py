@@ -35,6 +35,11 @@ class HfTensors:
         self.folder = Path(hf_dir)
         if (self.folder / INDEX).is_file():
             self.slots = self._indexed()
+            single = self.folder / SINGLE
+            if single.is_file() and all(slot.file != single for slot in self.slots.values()):
+                raise ValueError(
+                    f"{hf_dir} holds two sets of weights: {SINGLE}, and the files of {INDEX}. Remove the older one."
+                )
         elif (self.folder / SINGLE).is_file():
             self.slots = read_header(self.folder / SINGLE)
         else:
@@ -49,6 +54,8 @@ class HfTensors:
             files = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is corrupt: it has no readable weight_map ({error!r}). Copy it again.") from error
+        if strange := [name for name in files.values() if not isinstance(name, str) or Path(name).name != name]:
+            raise ValueError(f"{path} is corrupt: {strange[0]!r} is no name of a file beside it. Copy it again.")
         headers = {name: read_header(self.folder / name) for name in sorted(set(files.values()))}
         for name, file in files.items():
             if name not in headers[file]:
