@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,11 @@ def config_file(tmp_path: Path) -> Path:
         (["--train-only", "--from-rollouts", "/nowhere"], ["--from-rollouts", "/nowhere", "not a folder"]),
         (["--rollouts-only", "--train-only", "--from-rollouts", "/tmp"], ["--rollouts-only", "exclude each other"]),
         (["steps"], ["steps", "key=value"]),
+        (["train.steps=010"], ["train.steps=010", "010 without quotes is a number in YAML, in base 8"]),
+        (["seed=0x10"], ["0x10 without quotes"]),
+        (["run_dir=no"], ["run_dir=False", "in quotes"]),
+        (["run_dir=1e5"], ["run_dir=100000.0", "in quotes"]),
+        (["data.train=[/x.tar]", "data.train.1=y"], ["overrides", "contradict each other"]),
     ],
 )
 def test_grpo_names_the_key(
@@ -98,6 +104,22 @@ def test_a_refusal_needs_no_torch(config_file: Path) -> None:
         "except SystemExit as stopped: assert stopped.code == 2 and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_run_does_not_replace_the_model_that_it_starts_from(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tmp_path / "model", tmp_path / "sft" / "hf")
+    message = refused(
+        capsys, "grpo", str(config_file), f"run_dir={tmp_path}/sft", f"model.hf_dir={tmp_path}/model/../sft/hf"
+    )
+    assert "and would replace" in message and "Choose another run_dir" in message
+
+
+def test_a_report_replaces_no_file_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    assert "Name it .html" in refused(capsys, "report", str(tmp_path), "--out", str(tmp_path / "metrics.jsonl"))
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}"
 
 
 def test_report_of_a_folder_without_runs(tmp_path: Path) -> None:

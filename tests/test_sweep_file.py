@@ -115,6 +115,17 @@ def test_a_variant_replaces_lists_of_all_runs(tmp_path: Path) -> None:
     assert all(sum(word.startswith("data.train=") for word in run.overrides) == 1 for run in sweep.runs)
 
 
+def test_sections_of_all_runs_and_of_a_variant_are_joined(tmp_path: Path) -> None:
+    own = {"a": ["optimizer={beta2: 0.9}", "optimizer={eps: 1e-7}"]}
+    (run,) = (
+        sweep := read_sweep(sweep_file(tmp_path, seeds=[1], overrides=["optimizer={lr: 3e-5}"], variants=own))
+    ).runs
+    optimizer = sweep.config_of(run).optimizer
+    assert (optimizer.lr, optimizer.beta2, optimizer.eps) == (3e-5, 0.9, 1e-7)
+    with pytest.raises(ConfigError, match=r"variants?.*objective=\{preset: gdpo\}.*the sweep sets|a: .*the sweep sets"):
+        read_sweep(sweep_file(tmp_path, seeds=[1], variants={"a": ["objective={preset: gdpo}"]}))
+
+
 def test_the_ablation_of_the_quickstart() -> None:
     sweep = read_sweep(REPOSITORY / "examples" / "quickstart" / "ablation.yaml")
     assert [run.name for run in sweep.runs] == [

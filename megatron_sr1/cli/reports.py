@@ -53,6 +53,10 @@ def run_report(runs: Sequence[Path], out: Path | None) -> None:
 
     from megatron_sr1.report import find_runs, print_table, write_report
 
+    if out is not None and out.suffix != ".html":
+        raise ValueError(
+            f"--out {out} is not allowed: the report is a page, and replaces what is there. Name it .html."
+        )
     if runs[0].is_file():
         if len(runs) > 1:
             raise ValueError(f"{runs[0]} is a sweep's file, and stands for all its runs. Give it alone.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_sr1.config.rules import ConfigError
 
 _REMEDY = "Indent with spaces, write each key once, and put a value that has any of {}[]:#*&! in quotes"
+_OTHER_BASE = re.compile(r"[-+]?0[\d_xXbBoO][\da-fA-F_]*")
 _SHOWN = 80  # characters of an override that a complaint repeats
 
 
@@ -55,7 +57,7 @@ def read_overrides(words: Sequence[str], name: str = "override") -> DictConfig:
         ConfigError: a word without a key or a "=", or whose value is no YAML; lists of one key in a row.
     """
     for key, given in groupby(words, lambda word: word.partition("=")[0]):
-        lists = {word: None for word in given if word.startswith(f"{key}=[") or word.endswith(".tar")}
+        lists = {word: None for word in given if is_list(word)}
         if len(lists) > 1:
             raise ConfigError(
                 f"{name} {key} is given {len(lists)} times in a row, from {next(iter(lists))!r} on. Where a shell made "
@@ -75,11 +77,19 @@ def read_overrides(words: Sequence[str], name: str = "override") -> DictConfig:
                 f"{name} {shown!r}: {_reason(error)}. {_REMEDY}; the shell takes quotes of its own away: "
                 "'key=[\"a-{00..07}.tar\"]'."
             ) from error
-    return OmegaConf.from_dotlist(list(words))
+    try:
+        return OmegaConf.from_dotlist(list(words))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(f"{name}s {' '.join(words)[:_SHOWN]!r} contradict each other: {_reason(error)}.") from error
+
+
+def is_list(word: str) -> bool:
+    """Whether a `key=value` word gives a list, or the path of one shard."""
+    return word.partition("=")[2].startswith("[") or word.endswith(".tar")
 
 
 def _refuse_times(root: yaml.Node | None) -> None:
-    """Raises MarkedYAMLError for 12:00:00 without quotes, which YAML 1.1 takes for the number 43200."""
+    """Raises MarkedYAMLError for 12:00:00 and 010 without quotes, which YAML 1.1 takes for the numbers 43200 and 8."""
     waiting, seen = [root], set()
     while waiting:
         node = waiting.pop()
@@ -89,11 +99,12 @@ def _refuse_times(root: yaml.Node | None) -> None:
         if isinstance(node, yaml.CollectionNode):
             pairs = isinstance(node, yaml.MappingNode)
             waiting += [part for pair in node.value for part in pair] if pairs else node.value
-        elif isinstance(node, yaml.ScalarNode) and ":" in node.value and node.tag.endswith((":int", ":float")):
-            raise yaml.MarkedYAMLError(
-                problem=f"{node.value} without quotes is a number in YAML, of seconds or minutes",
-                problem_mark=node.start_mark,
-            )
+        elif isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")):
+            meant = "of seconds or minutes" if ":" in node.value else "in base 8, 16 or 2"
+            if ":" in node.value or _OTHER_BASE.fullmatch(node.value):
+                raise yaml.MarkedYAMLError(
+                    problem=f"{node.value} without quotes is a number in YAML, {meant}", problem_mark=node.start_mark
+                )
 
 
 def _place(error: Exception) -> str:

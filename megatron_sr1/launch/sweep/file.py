@@ -22,8 +22,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megatron_sr1.config import Command, Config, ConfigError, home_path, load_config, read_mapping
+from megatron_sr1.config import Command, Config, ConfigError, home_path, load_config, read_mapping, read_overrides
 from megatron_sr1.config.checks import check_train_batch
+from megatron_sr1.config.yaml_files import is_list
 
 COMMANDS: tuple[Command, ...] = ("sft", "grpo")
 OWN_KEYS = ("run_dir", "seed", "objective.preset")  # the sweep sets them for each run
@@ -104,8 +105,9 @@ def _run(file: _SweepFile, preset: str, variant: str, seed: int, further: list[s
     run_dir = str(Path(file.run_dir) / name)
     own = (f"objective.preset={preset}", f"seed={seed}", f"run_dir={run_dir}")
     words = (*file.overrides, *further, *own)
-    last = {word.partition("=")[0]: place for place, word in enumerate(words)}  # a variant's word replaces the runs'
-    return SweepRun(name, preset, variant, seed, run_dir, tuple(words[place] for place in sorted(last.values())))
+    last = {word.partition("=")[0]: place for place, word in enumerate(words)}
+    kept = (word for place, word in enumerate(words) if place == last[word.partition("=")[0]] or not is_list(word))
+    return SweepRun(name, preset, variant, seed, run_dir, tuple(kept))
 
 
 def _read_file(path: Path) -> _SweepFile:
@@ -142,6 +144,15 @@ def _type_problems(tree: dict[str, Any]) -> Iterator[str]:
         yield f"variants={variants!r} is not allowed: it must be names with lists like {{lr_low: [optimizer.lr=5e-7]}}."
 
 
+def _sets_own_key(override: str) -> bool:
+    """Also in a section: `objective={preset: gdpo}`. What is no override is told when the runs' words are read."""
+    try:
+        tree = read_overrides([override])
+    except ConfigError:
+        return False
+    return any(OmegaConf.select(tree, key) is not None for key in OWN_KEYS)
+
+
 def _is_list(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(type(entry) is kind for entry in value)
 
@@ -159,5 +170,5 @@ def _problems(file: _SweepFile) -> Iterator[str]:
             yield f"variants.{variant}: the name must be of letters, digits, '_' and '.', for it names a folder."
     for key, overrides in {"overrides": file.overrides, **file.variants}.items():
         for override in overrides:
-            if override.split("=")[0].strip() in OWN_KEYS:
+            if _sets_own_key(override):
                 yield f"{key}: {override!r} is not allowed: the sweep sets {', '.join(OWN_KEYS)} for each run."
