@@ -12,11 +12,14 @@ import os
 import re
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
-# X-Amz-*, X-Goog-*, q-sign-*, Signature, AWSAccessKeyId, Expires, Policy, access_token; sv, se, sr, srt of Azure
+# of Amazon, Google, Tencent, Aliyun, CloudFront, Hugging Face; no part of a name, since `key=train.tar` may tell files
 _CREDENTIAL = re.compile(
-    r"x-\w+-.*|q-.*|.*(?:token|sig|secret|password|credential|key|access|auth|expir|policy|hmac).*|s[a-z]{1,2}|sk.id",
+    r"x-(?:amz|goog|oss|cos|obs|tos)-.*|q-.*|(?:x-)?signature|sig|(?:aws|oss|goog(?:le)?)?access_?(?:key_?)?id|expir(?:e|es|y)"
+    r"|policy|key-pair-id|(?:\w+[_-])?token|auth(?:orization)?|api[_-]?key|(?:\w+[_-])?secret|password|credentials?|hmac",
     re.IGNORECASE,
 )
+_AZURE_NAMES = "sv ss srt sr sp st se sip spr sdd ses saoid suoid scid skoid sktid skt ske sks skv"  # beside sig
+_OF_AZURE = frozenset(_AZURE_NAMES.split())
 _IN_COMMAND = re.compile(r"\w+://[^\s'\"]+")  # of a `pipe:` to a command
 
 
@@ -71,4 +74,6 @@ def _split(url: str) -> SplitResult:
 
 def _telling(query: str) -> list[tuple[str, str]]:
     """The parts of a query that may tell files apart."""
-    return sorted((name, value) for name, value in parse_qsl(query, True) if not _CREDENTIAL.fullmatch(name))
+    parts = parse_qsl(query, True)
+    signed = _OF_AZURE if any(name == "sig" for name, _ in parts) else frozenset()
+    return sorted((name, value) for name, value in parts if not _CREDENTIAL.fullmatch(name) and name not in signed)
