@@ -198,6 +198,35 @@ def test_shards_that_are_read_directly_have_their_options_too() -> None:
         letter_of("0", ("1", "0"))
 
 
+@pytest.mark.parametrize(
+    ("choices", "answer", "wanted"),
+    [
+        (["A. cat", "B. dog"], "B", "Which?\n(A) cat\n(B) dog"),
+        (["A、猫", "B、狗"], "B", "Which?\n(A) 猫\n(B) 狗"),
+        (["(A) cat", "(B) dog"], "dog", "Which?\n(A) cat\n(B) dog"),
+        (["B. dog", "A. cat"], "A", None),
+        (["1. cat", "2. dog", "3. bird"], "1", None),
+        (["(1) cat", "(2) dog"], "1", None),
+    ],
+)
+def test_options_with_labels_of_their_own(
+    tool: ModuleType, tmp_path: Path, choices: list[str], answer: str, wanted: str | None
+) -> None:
+    """Those of A, B, C ... are what the question gets; of others nobody knows whether the answer means them."""
+    sample, problem = build(tool, tmp_path, {"problem": "Which?", "answer": answer, "choices": choices})
+    if wanted is None:
+        assert problem["kind"] == "field" and "labels of their own" in problem["reason"]
+    else:
+        assert isinstance(sample, Prompt)
+        assert (sample.problem, sample.answer) == (f"{wanted}\n{ANSWER_WITH_LETTER}", "B")
+
+
+def test_options_in_another_order_than_in_the_question_are_left_out(tool: ModuleType, tmp_path: Path) -> None:
+    row = {"problem": "Which? A. 10 B. 1", "answer": 0, "choices": ["1", "10"]}
+    _, problem = build(tool, tmp_path, row)
+    assert problem["kind"] == "field" and "another order" in problem["reason"]
+
+
 def test_demonstrations_are_not_told_to_answer_with_a_letter(tool: ModuleType, tmp_path: Path) -> None:
     row = {"problem": "Which?", "response": SEE_THINK, "choices": ["2", "3"], "image": "r.png"}
     sample, _ = build(tool, tmp_path, row)
@@ -282,6 +311,21 @@ def test_columns_of_other_types(tool: ModuleType, tmp_path: Path, suffix: str) -
         assert build(pyarrow.float64(), [0.1 + 0.2]) == ["0.30000000000000004"]
         assert build(pyarrow.decimal128(9, 2), [Decimal("3.50"), Decimal("12")]) == ["3.50", "12.00"]
         assert build(pyarrow.date32(), [datetime.date(2024, 2, 29)]) == ["2024-02-29"]
+
+
+@needs_pyarrow
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    from megatron_sr1.data.sources.columns import Columns
+    from megatron_sr1.data.sources.parquet import ParquetSource
+
+    columns = [pyarrow.array(["q"]), pyarrow.array(["a"]), pyarrow.array(["c"])]
+    table = pyarrow.Table.from_arrays(columns, ["problem", "answer", "answer"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="has two columns 'answer'"):
+        list(ParquetSource(str(tmp_path), Columns()).chunks())
 
 
 @needs_pyarrow

@@ -16,6 +16,7 @@ from megatron_sr1.data.json_values import is_number, number_text
 
 ANSWER_WITH_LETTER = "Answer with the letter of the correct option."
 MAX_LIST_CHARACTERS = 100_000  # of a list that is written as text
+_LABEL = re.compile(r"\(?([A-Za-z]|\d{1,2})(?:[.:)]\s+|\)|、\s*)(?=\S)")
 _LETTER = re.compile(r"(?:\(\s?([A-Za-z])\s?\)|([A-Za-z])[.:)])(?:\s+(.*))?|([A-Za-z])", re.DOTALL)
 
 
@@ -38,7 +39,23 @@ def read_options(value: object) -> tuple[str, ...]:
     for option in value:
         if isinstance(option, bool) or not isinstance(option, str | int | float):
             raise ValueError(f"its option {option!r} is a {type(option).__name__}, not text")
-    return tuple(number_text(option) if is_number(option) else str(option).strip() for option in value)
+    return _unlabelled([number_text(option) if is_number(option) else str(option).strip() for option in value])
+
+
+def _unlabelled(options: Sequence[str]) -> tuple[str, ...]:
+    """The options without labels of their own, `A. cat`. Raises ValueError where these are no A, B, C ..., in order: an
+    answer could mean the label or the place."""
+    labels = [_LABEL.match(option) for option in options]
+    if len(options) < 2 or not all(labels):
+        return tuple(options)
+    found = [label[1].upper() for label in labels if label]
+    if found == list(string.ascii_uppercase[: len(options)]):
+        return tuple(option[label.end() :] for option, label in zip(options, labels, strict=True) if label)
+    if sorted(found) == sorted(set(found)):
+        raise ValueError(
+            f"its options have labels of their own, {', '.join(found)}: write them as A, B, C ... in order"
+        )
+    return tuple(options)
 
 
 def _read_list(written: str) -> object:
@@ -103,6 +120,9 @@ def ask_with_letter(question: str, options: Sequence[str], answer: str, instruct
         ValueError: as `ask`; the answer is none of the options, or could be several.
     """
     if not is_asked(question, options):
+        written = [re.search(rf"(?<!\w)[A-Z]\s?[.:)\]]\s*{re.escape(option)}(?!\w)", question) for option in options]
+        if all(written) and all(options):
+            raise ValueError("its question has the options already, in another order")
         return ask(question, options, instruct), letter_of(answer, options)
     is_letter = answer in list(string.ascii_uppercase[: len(options)])
     return question, answer if is_letter else letter_of(answer, options)

@@ -50,6 +50,8 @@ class ParquetSource:
         """Raises ValueError where a file is damaged or lacks a column."""
         for file in self.files:
             names, part_rows = _contents(file)
+            if doubled := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{file} has two columns {doubled[0]!r}: one of them would count. Rename or drop one.")
             self.columns.check(names, file)
             row = 0
             for start, num_rows in enumerate(part_rows):
