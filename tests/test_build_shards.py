@@ -229,8 +229,12 @@ def test_demonstrations(tool: ModuleType, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "names, message",
     [
-        (["train-0.parquet", "test-0.parquet"], "several splits (test, train)"),
-        (["train/0.parquet", "validation/0.parquet"], "several splits (train, validation)"),
+        (["train-0.parquet", "test-0.parquet"], "several splits (test in test-0.parquet, train"),
+        (["train/0.parquet", "validation/0.parquet"], "several splits (train in 0.parquet, validation"),
+        (["geo_train.parquet", "geo_test.parquet"], "several splits (test in geo_test.parquet"),
+        (["train2014.parquet", "val2014.parquet"], "several splits (train in train2014"),
+        (["data.parquet", "test.parquet"], "several splits (no split in data.parquet, test in test.parquet"),
+        (["a.parquet", "testmini/b.parquet"], "several splits (no split in a.parquet, test in b.parquet"),
         ([".cache/x.parquet", "notes.txt"], "no file that ends with .parquet"),
     ],
 )
@@ -241,6 +245,13 @@ def test_folders_that_cannot_be_meant(tmp_path: Path, names: list[str], message:
     with pytest.raises(ValueError) as error:
         find_files(str(tmp_path), (".parquet",))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("names", [["latest.parquet", "training.parquet"], ["dev-0.parquet", "val-1.parquet"]])
+def test_folders_of_one_split(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    assert len(find_files(str(tmp_path), (".parquet",))) == 2
 
 
 def test_files_of_equal_names_have_different_keys() -> None:

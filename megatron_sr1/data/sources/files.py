@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sr1.data.patterns import matching
 
-_SPLITS = ("train", "test", "validation", "valid", "val", "dev", "heldout")
+_OF_SPLITS = {
+    "train": "train training", "test": "test testing testmini minitest", "validation": "validation valid val dev eval",
+    "heldout": "heldout",
+}  # fmt: skip
+_SPLITS = {word: split for split, words in _OF_SPLITS.items() for word in words.split()}
 
 
 def find_files(path: str, suffixes: Sequence[str]) -> tuple[Path, ...]:
@@ -27,11 +32,12 @@ def find_files(path: str, suffixes: Sequence[str]) -> tuple[Path, ...]:
             for file in sorted(root.rglob("*"))
             if file.suffix in suffixes and file.is_file() and not _is_hidden(file.relative_to(root))
         ]
-        splits = sorted({split for split in map(_split_of, found) if split is not None})
-        if len(splits) > 1:
+        splits = {_split_of(file.relative_to(root)): file for file in reversed(found)}
+        if len(splits) > 1 and splits.keys() != {None, "train"}:
+            kinds = ", ".join(f"{split or 'no split'} in {splits[split].name}" for split in sorted(splits, key=str))
             raise ValueError(
-                f"{path} holds several splits ({', '.join(splits)}). Build one at a time: give a pattern in quotes, "
-                f"for example '{root / '**' / (splits[-1] + '*')}'."
+                f"{path} holds several splits ({kinds}). Build one at a time: give a pattern in quotes, for example "
+                f"'{root / '**' / 'train*'}'."
             )
     else:
         found = [Path(file) for file in there if Path(file).suffix in suffixes]
@@ -45,11 +51,11 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _split_of(path: Path) -> str | None:
-    """train-00000-of-00007.parquet, train/0000.parquet -> train."""
+    """train-00000-of-00007.parquet, train/0000.parquet, geo_train.jsonl, train2014.json -> train."""
     for name in (path.stem, path.parent.name):
-        first = name.replace("_", "-").split("-")[0].lower()
-        if first in _SPLITS:
-            return first
+        for word in re.split(r"[^a-z]+", name.lower()):
+            if word in _SPLITS:
+                return _SPLITS[word]
     return None
 
 
