@@ -126,15 +126,14 @@ def _check_preprocessor(folder: Path) -> None:
 
 
 def model_fingerprint(config: Config) -> str:
-    """Whether two folders hold the model that a run starts from, wherever they lie: 32 hex digits.
+    """Whether two folders hold the model that a run starts from, wherever they lie: 32 hex digits for its weights, and
+    32 for the files that make prompts and pixels.
 
-    It is over config.json, the files of tokenizer, chat template and image processor, and of each weight file its name,
-    its size, its first bytes, where safetensors has all names and shapes, and pieces from all over it. So a copy is the
-    same and another training stage is not, in less than a second for any size.
+    The first are over config.json, and of each weight file its name, its size, its first bytes, where safetensors has
+    all names and shapes, and pieces from all over it. So a copy is the same and another training stage is not, in less
+    than a second for any size.
     """
     digest = hashlib.sha256((Path(config.model.hf_dir) / "config.json").read_bytes())
-    for path in (Path(config.model.hf_dir) / name for name in _PROMPT_FILES):
-        digest.update(path.name.encode() + (path.read_bytes() if path.is_file() else b""))
     folder = Path(config.model.megatron_dir or config.model.hf_dir)
     pattern = "*.distcp" if config.model.megatron_dir else "*.safetensors"
     for path in sorted(folder.glob(pattern)):
@@ -144,7 +143,10 @@ def model_fingerprint(config: Config) -> str:
             for piece in range(_PIECES):
                 file.seek(piece * max(0, size - _PIECE_BYTES) // max(1, _PIECES - 1))
                 digest.update(file.read(_PIECE_BYTES))
-    return digest.hexdigest()[:32]
+    others = hashlib.sha256()
+    for path in (Path(config.model.hf_dir) / name for name in _PROMPT_FILES):
+        others.update(path.name.encode() + (path.read_bytes() if path.is_file() else b""))
+    return digest.hexdigest()[:32] + others.hexdigest()[:32]
 
 
 def how_to_get(hf_dir: str) -> str:

@@ -171,8 +171,16 @@ def _other_weights(config: Config, checkpoint: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []  # whoever opens the checkpoint says what is wrong with it
     now = config.model.megatron_dir or config.model.hf_dir
-    same = kept == model_fingerprint(config) if kept else Path(then).resolve() == Path(now).resolve()
-    return [] if same else [f"it began with the weights of {then!r}, and those of {now!r} are others"]
+    if not kept:
+        same = Path(then).resolve() == Path(now).resolve()
+        return [] if same else [f"it began with the weights of {then!r}, and those of {now!r} are others"]
+    found = model_fingerprint(config)[: len(kept)]  # earlier releases kept that of the weights alone
+    parts = (("weights", slice(None, 32)), ("tokenizer, chat template and image processor", slice(32, None)))
+    return [
+        f"it began with the {name} of {then!r}, and those of {now!r} are others"
+        for name, digits in parts
+        if kept[digits] != found[digits]
+    ]
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
