@@ -65,7 +65,7 @@ $(LAUNCH)/.installed: setup.py pyproject.toml $(STALE_LAUNCH)
 	$(LAUNCH)/bin/pip install --quiet --no-deps --editable .
 	@touch $@
 
-test: setup launch-env lint ## lint, then every test, 30 to 40 minutes on two cores; GPU tests are skipped without a GPU
+test: setup launch-env lint ## lint, then every test, about 25 minutes on two cores; GPU tests are skipped without a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	@echo
 	@echo "Next: make quickstart; CONTRIBUTING.md says how to work here"
