@@ -61,21 +61,21 @@ def grade(answer: str, gold: str, choices: Sequence[str] = (), *, rounded: bool 
 @functools.lru_cache(maxsize=1 << 14)
 def _grade(answer: str, gold: str, choices: tuple[str, ...], rounded: bool) -> bool:
     same = _Comparison(rounded)
-    first, second = _plain(answer), _plain(gold)
-    if phrasing.asides_differ(clean(answer), clean(gold)):
-        first, second = clean(answer), clean(gold)
+    first, second = clean(answer), clean(gold)
+    if not phrasing.asides_differ(first, second):
+        first, second = _without_asides(first), _without_asides(second)
     if not first or not second:
         return False
     if choices:
-        texts = tuple(map(_plain, choices))
+        texts = tuple(_without_asides(clean(choice)) for choice in choices)
         chosen, wanted = numbered(first, texts, same), numbered(second, texts, same)
         if chosen is not None and wanted is not None:
             return chosen == wanted
     return same(first, second)
 
 
-def _plain(text: str) -> str:
-    return spell_digits(phrasing.bare(clean(text)))
+def _without_asides(text: str) -> str:
+    return spell_digits(phrasing.bare(text))
 
 
 class _Comparison:

@@ -79,11 +79,11 @@ def same_assignments(answer: str, gold: str, same: Same) -> bool | None:
     named, bare, swapped = (first, gold, False) if first else (second, answer, True)
     distinct = len({name for name, _ in named}) == len(named) > 1
     value = _values(named)
-    items = read_items(bare)
-    if distinct and items is not None:
+    in_order = distinct and read_items(bare) is not None
+    if in_order:
         value = f"({value})"
     verdict = same(bare, value) if swapped else same(value, bare)
-    return verdict or (False if distinct and items is not None else None)
+    return verdict or (False if in_order else None)
 
 
 def _key(name: str) -> str:
