@@ -15,19 +15,9 @@ from tests.workspace import Workspace, build_workspace
 # Files of half a minute or more, the longest first. They start first, so that no worker ends with one of them
 # while the other has nothing left; the first needs `workspace`, which the next then finds made.
 LONG = (
-    *(
-        "end_to_end",
-        "layouts",
-        "preemption",
-        "sweep",
-        "launch",
-        "evaluation_run",
-        "vision",
-        "convert",
-        "triton_logprob",
-    ),
-    *("weight_sync", "cpu_capabilities", "logprob_memory", "config", "checkpoint", "cli", "fused_loss", "precision"),
-    *("rollout", "families", "engine_ranks", "linear_logprob", "policy"),
+    *("end_to_end", "layouts", "preemption", "sweep", "launch", "evaluation_run", "vision", "convert"),
+    *("triton_logprob", "weight_sync", "cpu_capabilities", "logprob_memory", "config", "checkpoint", "cli"),
+    *("fused_loss", "precision", "rollout", "families", "engine_ranks", "linear_logprob", "policy"),
 )
 
 define_missing_torchvision_ops()  # before any test module imports transformers' Qwen-VL classes

@@ -87,12 +87,13 @@ def test_a_mistake_on_one_rank_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in printed
 
 
-def test_ctrl_c_before_the_first_step_ends_all_ranks_in_a_line(tmp_path: Path) -> None:
-    """It reaches the whole process group, as a terminal sends it."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_before_the_first_step_ends_them_in_a_line(number: signal.Signals, tmp_path: Path) -> None:
+    """As a terminal sends Ctrl-C, and a cluster its request: also to the server that the ranks are forked from."""
     process = start(tmp_path, "busy", 2)
     for rank in range(2):
         wait_for_file(tmp_path / f"ready{rank}", process)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 75, printed
     assert "asked to stop outside of the steps" in printed
@@ -124,16 +125,6 @@ def test_nothing_outlives_a_killed_launcher(import_seconds: float, tmp_path: Pat
         wait_for_file(tmp_path / name, process)
     process.kill()
     process.communicate(timeout=60)
-
-
-def test_a_term_signal_to_all_processes_reaches_the_ranks_not_their_server(tmp_path: Path) -> None:
-    process = start(tmp_path, "busy", 2)
-    for rank in range(2):
-        wait_for_file(tmp_path / f"ready{rank}", process)
-    os.killpg(process.pid, signal.SIGTERM)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, printed
-    assert "asked to stop outside of the steps" in printed and "Traceback" not in printed, printed
 
 
 def test_ctrl_c_of_one_rank_is_a_line_too(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def read_overrides(words: Sequence[str], name: str = "override") -> DictConfig:
         ConfigError: a word without a key or a "=", or whose value is no YAML; lists of one key in a row.
     """
     for key, given in groupby(words, lambda word: word.partition("=")[0]):
-        lists = {word: None for word in given if is_list(word)}
+        lists = {word: None for word in given if gives_list(word)}
         if len(lists) > 1:
             raise ConfigError(
                 f"{name} {key} is given {len(lists)} times in a row, from {next(iter(lists))!r} on. Where a shell made "
@@ -83,7 +83,7 @@ def read_overrides(words: Sequence[str], name: str = "override") -> DictConfig:
         raise ConfigError(f"{name}s {' '.join(words)[:_SHOWN]!r} contradict each other: {_reason(error)}.") from error
 
 
-def is_list(word: str) -> bool:
+def gives_list(word: str) -> bool:
     """Whether a `key=value` word gives a list, or the path of one shard."""
     return word.partition("=")[2].startswith("[") or word.endswith(".tar")
 

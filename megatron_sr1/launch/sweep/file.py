@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from megatron_sr1.config import Command, Config, ConfigError, home_path, load_config, read_mapping, read_overrides
 from megatron_sr1.config.checks import check_train_batch
-from megatron_sr1.config.yaml_files import is_list
+from megatron_sr1.config.yaml_files import gives_list
 
 COMMANDS: tuple[Command, ...] = ("sft", "grpo")
 OWN_KEYS = ("run_dir", "seed", "objective.preset")  # the sweep sets them for each run
@@ -106,7 +106,7 @@ def _run(file: _SweepFile, preset: str, variant: str, seed: int, further: list[s
     own = (f"objective.preset={preset}", f"seed={seed}", f"run_dir={run_dir}")
     words = (*file.overrides, *further, *own)
     last = {word.partition("=")[0]: place for place, word in enumerate(words)}
-    kept = (word for place, word in enumerate(words) if place == last[word.partition("=")[0]] or not is_list(word))
+    kept = (word for place, word in enumerate(words) if place == last[word.partition("=")[0]] or not gives_list(word))
     return SweepRun(name, preset, variant, seed, run_dir, tuple(kept))
 
 
