@@ -1,7 +1,10 @@
 """Imported by the process that ranks are forked from, before anything else: prepares it as a rank is prepared."""
 
-from megatron_sr1.platform.fork_server import end_with_parent
-from megatron_sr1.platform.runtime import prepare_process
+import gc
+
+gc.disable()  # all that this process does is to import, which leaves no garbage; a rank enables it again
+from megatron_sr1.platform.fork_server import end_with_parent  # noqa: E402
+from megatron_sr1.platform.runtime import prepare_process  # noqa: E402
 
 end_with_parent()
 prepare_process()

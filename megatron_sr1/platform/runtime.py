@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,7 +25,7 @@ from torch.multiprocessing.spawn import ProcessContext, ProcessException, Proces
 from megatron_sr1.config.mistakes import EXPECTED_ERRORS, MISTAKE_STATUS, one_line
 from megatron_sr1.platform.accelerator import Accelerator, find_accelerator
 from megatron_sr1.platform.cpu_shim import install_cpu_shim, patch_megatron
-from megatron_sr1.platform.fork_server import STOP_SIGNALS, begin_rank, held_back, start_fork_server
+from megatron_sr1.platform.fork_server import STOP_SIGNALS, begin_rank, held_back, start_fork_server, without_collecting
 from megatron_sr1.platform.joining import COLLECTIVE_TIMEOUT, join, open_store
 from megatron_sr1.platform.ranks import GroupRanks
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
@@ -79,7 +80,7 @@ def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any,
     SIGTERM, SIGUSR1 or Ctrl-C to this process is passed on to them as SIGUSR1, a second SIGTERM or Ctrl-C kills them.
 
     Args:
-        imports: modules that `function` will import; on a CPU they are imported once, for all ranks (fork_server.py).
+        imports: modules that `function` will import; on a CPU this is done first, once for all ranks (fork_server.py).
 
     Raises:
         ValueError: a rank ended with an error that a person can put right; its message.
@@ -87,6 +88,11 @@ def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any,
         SystemExit: the ranks were asked to stop and did, with STOPPED_STATUS.
     """
     if "RANK" in os.environ or num_ranks == 1:
+        if not torch.cuda.is_available():
+            with without_collecting():
+                prepare_process()
+                for name in imports:
+                    import_module(name)
         function(*arguments)
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_rank(num_ranks)))
