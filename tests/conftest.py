@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,9 @@ LONG = (
     *("fused_loss", "precision", "rollout", "families", "engine_ranks", "linear_logprob", "policy"),
 )
 
+# As in a terminal, for the commands that are started here: a shell's background jobs ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 define_missing_torchvision_ops()  # before any test module imports transformers' Qwen-VL classes
 
 

@@ -125,6 +125,8 @@ def test_a_started_rank_has_the_number_of_ranks_of_its_environment(variables: di
         ({**RANK, "MASTER_PORT": "99999"}, ["MASTER_PORT='99999'", "65535"]),
         ({**STEP, "SLURM_PROCID": "16"}, ["RANK='16'", "from 0 to 15"]),
         ({**STEP, "SLURM_STEP_NUM_TASKS": ""}, ["SLURM_STEP_NUM_TASKS=''"]),
+        *(({**RANK, name: ""}, [f"{name} is not set, but"]) for name in RANK),
+        ({**STEP, "RANK": "", "SLURM_STEP_NODELIST": ""}, ["SLURM_STEP_NODELIST is not set"]),
     ],
 )
 def test_half_an_environment_names_the_variable(variables: dict[str, str], words: list[str]) -> None:
@@ -132,6 +134,14 @@ def test_half_an_environment_names_the_variable(variables: dict[str, str], words
         started_rank(variables)
     assert "\n" not in str(caught.value) and "env -u RANK" in str(caught.value)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_a_process_of_mpirun_is_not_the_whole_run(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}=2 in the environment: mpirun.*torchrun or srun"):
+        started_rank({name: "2"})
+    assert started_rank({name: "1"}) is None
+    assert started_rank({name: "16", **STEP}) is not None, "srun names the ranks itself"
 
 
 @pytest.mark.parametrize("environment", [{}, {**STEP, "SLURM_STEP_NUM_TASKS": "1"}, {**STEP, "RANK": "3"}])
@@ -447,21 +457,22 @@ def test_a_launch_that_is_ended_asks_its_runs_to_stop(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- for real
 @needs_nemo_run
-def test_a_sweep_of_two_presets_and_two_seeds_for_real(workspace: Workspace) -> None:
-    """Through NeMo-Run's local executor: four runs of the digits task, each with its own preset, seed and folder."""
+def test_a_sweep_of_two_presets_for_real(workspace: Workspace) -> None:
+    """Through NeMo-Run's local executor: two runs of the digits task, each with its own preset and folder; four of them
+    are run by `tests/test_sweep.py`."""
     words = workspace.command("grpo", "unused")[4:]
     overrides = [word for word in words[1:] if not word.startswith("run_dir=")]
     shrunk = ["nproc=1", "layout.tensor=1", "rollout.prompts_per_step=2", "rollout.samples_per_prompt=2"]
     shrunk += ["train.batch_size=2", "train.steps=2", "evaluate.max_prompts=4", "rollout.max_response_tokens=32"]
     sweep = {
         **{"config": words[0], "run_dir": str(workspace.folder / "sweep"), "presets": ["see_think", "vision_sr1"]},
-        **{"seeds": [1, 2], "overrides": [*overrides, *shrunk]},
+        **{"seeds": [2], "overrides": [*overrides, *shrunk]},
     }
     python = REPOSITORY / ".venv/bin/python"
     settings = ["--set", f"python={python}", "--set", "parallel=2"]
     done = launch(write(workspace.folder / "presets.yaml", sweep), "--follow", *settings, cwd=workspace.folder)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    names = [f"{preset}-seed{seed}" for preset in ("see_think", "vision_sr1") for seed in (1, 2)]
+    names = ["see_think-seed2", "vision_sr1-seed2"]
     for name in names:
         assert f"presets-{name}: succeeded" in done.stdout
         folder = workspace.folder / "sweep" / name

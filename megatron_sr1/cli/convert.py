@@ -98,7 +98,7 @@ def _convert(args: argparse.Namespace, source: Path, function: Callable[..., Non
     from megatron_sr1.convert.output import complete_folder
     from megatron_sr1.platform import run_on_ranks
 
-    if "RANK" in os.environ:
+    if os.environ.get("RANK"):
         raise ValueError("started by torchrun. Start it as one process, with --nproc for more.")
     if args.nproc < 1:
         raise ValueError(f"--nproc {args.nproc} is not allowed: it must be 1 or more.")

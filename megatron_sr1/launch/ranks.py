@@ -11,6 +11,7 @@ from megatron_sr1.config import Config, ConfigError
 _FIRST_PORT, _NUM_PORTS = 20000, 20000  # below the ports that Linux gives out by itself
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SLURM_NEEDED = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE")
 _ALONE = "To start the ranks by nproc instead, unset them: env -u RANK -u WORLD_SIZE -u SLURM_STEP_NUM_TASKS"
 
 
@@ -41,9 +42,10 @@ def started_rank(environment: Mapping[str, str]) -> StartedRank | None:
     Raises:
         ConfigError: a variable is missing, no number, or contradicts another; the message names it.
     """
-    variables = {name: environment[name] for name in _NEEDED if name in environment} | slurm_ranks(environment)
-    counted_by = "WORLD_SIZE" if "RANK" in environment else "SLURM_STEP_NUM_TASKS"
+    variables = {name: environment[name] for name in _NEEDED if environment.get(name)} | slurm_ranks(environment)
+    counted_by = "WORLD_SIZE" if environment.get("RANK") else "SLURM_STEP_NUM_TASKS"
     if not {"RANK", "WORLD_SIZE"} & set(variables):
+        _refuse_mpi(environment)
         return None
     for name in _NEEDED:
         if name not in variables:
@@ -70,10 +72,10 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
         ConfigError: one of them is missing, or no number.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    if "RANK" in environment or _number("SLURM_STEP_NUM_TASKS", tasks, 1, 10**6) == 1:
+    if environment.get("RANK") or _number("SLURM_STEP_NUM_TASKS", tasks, 1, 10**6) == 1:
         return {}
     for name in _SLURM_NEEDED:
-        if name not in environment:
+        if not environment.get(name):
             raise ConfigError(f"{name} is not set, but SLURM_STEP_NUM_TASKS={tasks} is: srun sets both. {_ALONE} ...")
     job, step = (_number(name, environment[name], 0, 2**32) for name in _SLURM_NEEDED[:2])
     return {
@@ -83,6 +85,17 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
         "MASTER_ADDR": environment.get("MASTER_ADDR") or first_node(environment["SLURM_STEP_NODELIST"]),
         "MASTER_PORT": environment.get("MASTER_PORT") or str(_FIRST_PORT + (job + step) % _NUM_PORTS),
     }
+
+
+def _refuse_mpi(environment: Mapping[str, str]) -> None:
+    """Raises ConfigError for one of several processes of mpirun: each would take itself for the whole run."""
+    for name in _MPI_SIZES:
+        size = environment.get(name, "1")
+        if size.isdecimal() and int(size) > 1:
+            raise ConfigError(
+                f"{name}={size} in the environment: mpirun has started this process as one of {size}, and names no "
+                "rank as torchrun does. Start them by torchrun or srun, or start one command with nproc."
+            )
 
 
 def first_node(nodes: str) -> str:

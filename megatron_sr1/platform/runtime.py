@@ -87,7 +87,7 @@ def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any,
         torch.multiprocessing.ProcessException: a rank failed; the message holds its traceback.
         SystemExit: the ranks were asked to stop and did, with STOPPED_STATUS.
     """
-    if "RANK" in os.environ or num_ranks == 1:
+    if os.environ.get("RANK") or num_ranks == 1:
         if not torch.cuda.is_available():
             with without_collecting():
                 prepare_process()
@@ -187,7 +187,7 @@ def start_platform() -> Platform:
     if not torch.distributed.is_initialized():
         if torch.distributed.is_torchelastic_launched():  # torchrun has waited for all ranks, and keeps their store
             torch.distributed.init_process_group(_backend(), timeout=COLLECTIVE_TIMEOUT)
-        elif "RANK" in os.environ:
+        elif os.environ.get("RANK"):
             rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             store = open_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank)
             join(store, rank, num_ranks, _backend())
