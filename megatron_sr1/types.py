@@ -23,6 +23,7 @@ Template = Literal["see_think", "cot", "caption_reasoner"]
 TokenSegment = Literal["response", "description", "reasoning"]
 Element = TypeVar("Element")
 BANNED_LOGIT_BIAS = -100.0  # the strongest that samplers accept
+MAX_ANSWER_CHARACTERS = 512  # that are graded
 MAX_ASPECT = 200  # of an image's sides: transformers' `smart_resize` takes no more
 PresetName = Literal["vision_r1", "see_think", "summed", "gdpo", "vision_sr1", "perception_credit"]
 KlEstimator = Literal["k1", "k2", "k3"]

@@ -235,6 +235,25 @@ def test_with_choices_a_letter_and_its_text_are_one_answer(answer: str, gold: st
     assert grade(answer, gold, CHOICES) is equal
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold", "choices", "equal"),
+    [
+        ("AB", "A", ("AB", "BA"), True),
+        ("BA", "A", ("AB", "BA"), False),
+        ("sea lion", "B", ("lion", "sea lion"), True),
+        ("sea lion", "A", ("lion", "sea lion"), False),
+        ("<", "B", (">", "<", "="), True),
+        ("A (dog)", "A", ("cat", "dog"), False),
+        ("A (cat)", "A", ("cat", "dog"), True),
+        ("A (the first)", "A", ("cat", "dog"), True),
+    ],
+)
+def test_the_exact_text_of_a_choice_is_that_choice(
+    answer: str, gold: str, choices: tuple[str, ...], equal: bool
+) -> None:
+    assert grade(answer, gold, choices) is equal
+
+
 def test_a_text_that_two_choices_share_names_neither() -> None:
     assert not grade("5", "A", ("5 cm", "5 kg"))
     assert grade("5 kg", "B", ("5 cm", "5 kg"))

@@ -23,14 +23,15 @@ from megatron_sr1.rewards.answers import phrasing
 from megatron_sr1.rewards.answers.lists import Items, read_items, same_items
 from megatron_sr1.rewards.answers.moments import same_moment
 from megatron_sr1.rewards.answers.number_words import spell_digits
-from megatron_sr1.rewards.answers.options import numbered, same_options
+from megatron_sr1.rewards.answers.options import numbered, same_options, with_own_text
 from megatron_sr1.rewards.answers.quantity import read_quantity, same_quantity
 from megatron_sr1.rewards.answers.ratios import same_range, same_ratio
 from megatron_sr1.rewards.answers.relations import result_of, same_assignments, same_intervals, same_relation
+from megatron_sr1.rewards.answers.sayings import customary, ordinals_as_words
 from megatron_sr1.rewards.answers.spelling import clean, squeeze
 from megatron_sr1.rewards.answers.words import same_words
+from megatron_sr1.types import MAX_ANSWER_CHARACTERS
 
-MAX_ANSWER_CHARACTERS = 512
 MAX_NESTING = 4  # lists of lists, texts of options
 _COUNT = r"(?:_?(?:\d+|\{\d+\}))?"
 _FORMULA = re.compile(rf"(?:\(?[A-Z][a-z]?{_COUNT}(?:\){_COUNT})? ?)+(?:\^?\{{?\d*[+-]\}}?)?")
@@ -62,6 +63,8 @@ def grade(answer: str, gold: str, choices: Sequence[str] = (), *, rounded: bool 
 def _grade(answer: str, gold: str, choices: tuple[str, ...], rounded: bool) -> bool:
     same = _Comparison(rounded)
     first, second = clean(answer), clean(gold)
+    if choices:
+        first, second = with_own_text(first, choices), with_own_text(second, choices)
     if not phrasing.asides_differ(first, second):
         first, second = _without_asides(first), _without_asides(second)
     if not first or not second:
@@ -75,7 +78,7 @@ def _grade(answer: str, gold: str, choices: tuple[str, ...], rounded: bool) -> b
 
 
 def _without_asides(text: str) -> str:
-    return spell_digits(phrasing.bare(text))
+    return customary(spell_digits(ordinals_as_words(phrasing.bare(text))))
 
 
 class _Comparison:

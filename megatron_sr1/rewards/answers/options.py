@@ -7,7 +7,7 @@ as well. `A. True B. False` names two options.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 Options = Mapping[str, str]  # letter or numeral in lower case -> its text, "" where bare
 
@@ -17,6 +17,7 @@ _BARE = re.compile(r"[(\[{]?\s?([A-Za-z])\s?[)\]}]?\s?[.:)]?")
 _NUMERAL = r"(?:I{1,3}|IV|VI{0,3}|IX|X)"
 _MEMBER = rf"(?:[A-Z]|{_NUMERAL}|\([A-Za-z]\)|\({_NUMERAL}\))\.?"
 _SEPARATOR = r"(?:\s?[,;/&+、|·]\s?(?:and\s)?|\s(?:and|plus)\s|\s?[和与及]\s?|\s|(?<=\))(?=\())"
+_ASIDE = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:]? ?[(\[](.+)[)\]]")
 _SEVERAL = re.compile(rf"[⦃\[(]?\s?{_MEMBER}(?:{_SEPARATOR}{_MEMBER})+\s?[⦄\])]?")
 _GLUED = re.compile(r"[A-H]{2,8}")
 _MARKER = re.compile(
@@ -73,13 +74,21 @@ def same_options(answer: str, gold: str, same: Callable[[str, str], bool]) -> bo
     )
 
 
+def with_own_text(text: str, choices: Sequence[str]) -> str:
+    """`A (dog)` as `(A) dog`, where `dog` is one of the choices: it says of itself what A is."""
+    match = _ASIDE.fullmatch(text)
+    said = match is not None and any(match[2].strip().casefold() == choice.strip().casefold() for choice in choices)
+    return f"({match[1]}) {match[2]}" if match is not None and said else text
+
+
 def numbered(text: str, choices: tuple[str, ...], same: Callable[[str, str], bool]) -> int | None:
     """Which of the sample's choices is meant: by its letter (with its own text or none), or by its text alone.
 
     None where that is none of them, or not one alone.
     """
     read = read_options(text)
-    texts = [index for index, choice in enumerate(choices) if same(text, choice)]
+    exact = [index for index, choice in enumerate(choices) if choice == text]
+    texts = exact or [index for index, choice in enumerate(choices) if same(text, choice)]
     if read is None or is_glued(text) or len(read) > 1:
         return texts[0] if len(texts) == 1 else None
     ((letter, said),) = read.items()

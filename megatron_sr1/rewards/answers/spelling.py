@@ -11,6 +11,7 @@ import re
 import unicodedata
 
 from megatron_sr1.rewards.answers.rewrites import Rewrites
+from megatron_sr1.rewards.answers.sayings import REALS
 
 _WORD_END = r"(?![A-Za-z])"
 _GREEK_NAMES = """
@@ -33,7 +34,8 @@ _WRAPPERS = re.compile(
     r"|mathbb|boldsymbol|bm|operatorname|vec|ce)\s?\{|\\overline\s?(?=\{\s?[A-Z]\s?[A-Z]\s?\})\{"
 )
 _BEFORE_NFKC = str.maketrans(
-    {"º": "°", "′": "'", "″": '"', "∶": ":", "⋅": "·", "∙": "·", "•": "·", "…": "...", "【": "[", "】": "]"}
+    {"ℝ": REALS, "º": "°", "′": "'", "″": '"', "∶": ":", "⋅": "·", "∙": "·", "•": "·", "…": "...", "【": "[", "】": "]"}
+    | dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff", "")  # have no width
 )
 _UNIFY = str.maketrans(
     dict.fromkeys("−–—‐‑‒―", "-") | dict.fromkeys("“”„«»「」『』《》", '"') | dict.fromkeys("‘’‚‛", "'")
@@ -43,6 +45,8 @@ _VULGAR_FRACTION = re.compile("[¼½¾⅐-⅞]")
 _REPEATING = re.compile(r"(\d{1,9})\.(\d{0,9})\\(?:overline|dot|bar)\s?\{(\d{1,9})\}")
 _COMMAND = re.compile(r"\\([A-Za-z]+)\s?")
 _REWRITES = Rewrites.of(
+    (r"^<answer>|</answer>$|^####\s|<\|(?:im_end|endoftext)\|>$", ""),
+    (r"\\mathbb\s?(?:\{\s?R\s?\}|R)$", REALS),
     (r"```(?:\w+\n)?|`", ""),
     (r"(?<![\w*)])(\*{1,3})(?=[^\s*])([^*]+)\1(?![\w*(])", r"\2"),
     (r"(?<!\w)__(?=[^\s_])([^_]+)__(?!\w)|^_([^_]+)_$", r"\1\2"),
@@ -62,6 +66,7 @@ _REWRITES = Rewrites.of(
     (r"\^\s?(?:\\circ" + _WORD_END + r"|\{\s?\\circ\s?\}|\{\s?°\s?\}|°|(?:o|\{o\})(?!\w))", "°"),
 )
 _LAST_REWRITES = Rewrites.of(
+    (r"^<answer>|</answer>$|^####\s|<\|(?:im_end|endoftext)\|>$", ""),
     (r"\*\*", "^"),
     (r">=|=>", "≥"),
     (r"<=|=<", "≤"),

@@ -1,0 +1,74 @@
+"""Short answers that have several customary forms: `ℝ` and `all real numbers`, `Mon` and `Monday`, `1st` and `first`.
+
+Only the whole answer is taken for such a form; inside a longer one the same letters may mean something else.
+"""
+
+from __future__ import annotations
+
+import re
+
+from megatron_sr1.rewards.answers.rewrites import Rewrites
+
+REALS = "all real numbers"
+_FORMS = {
+    form: meaning
+    for meaning, forms in {
+        REALS: "all reals|all real numbers|real numbers|set of all real numbers|set of real numbers|(-∞,∞)",
+        "no solution": "no solution|no solutions|∅|⦃⦄|empty set|empty|null set",
+        "does not exist": "dne|doesn't exist|does not exist|limit does not exist",
+        "infinitely many": "infinite|infinitely many|infinitely many solutions|infinite solutions"
+        "|infinite number of solutions",
+        "United States": "usa|u.s.a|u.s|united states|united states of america",
+        "United Kingdom": "uk|u.k|united kingdom",
+        "television": "tv|television",
+        "ok": "okay|ok",
+        "1 time": "once|1 time",
+        "2 times": "twice|2 times",
+        "3 times": "thrice|3 times",
+        "12": "dozen",
+        **{day: f"{day[:3]}|{day}" for day in ("monday", "wednesday", "friday", "saturday", "sunday")},
+        "tuesday": "tue|tues|tuesday",
+        "thursday": "thu|thur|thurs|thursday",
+        **{
+            month: f"{month[:3]}|{month}"
+            for month in ("january", "february", "march", "april", "june", "july", "august", "october", "november")
+        },
+        "september": "sep|sept|september",
+        "december": "dec|december",
+    }.items()
+    for form in forms.split("|")
+}
+_ORDINALS = (
+    *("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh"),
+    *("twelfth", "thirteenth", "fourteenth", "fifteenth", "sixteenth", "seventeenth", "eighteenth", "nineteenth"),
+)
+_TENS = {20: "twentieth", 30: "thirtieth"}
+_ORDINAL = re.compile(r"(?:the )?([1-9]|[12]\d|3[01])(?:st|nd|rd|th)\b(?! of )", re.IGNORECASE)
+_WHOLE = Rewrites.of(
+    (r"^(\d+) (?:in|out of) (\d+)$", r"\1/\2"),
+    (r"(?<=\d) ?N[ -]?m$", " N·m"),
+)
+_THOUSANDS = re.compile(r"([$€£¥]?)(\d{1,6})(?:\.(\d{1,3}))?k")
+
+
+def ordinals_as_words(text: str) -> str:
+    """`21st century` as `twenty-first century`, at the beginning."""
+    match = _ORDINAL.match(text)
+    if match is None:
+        return text
+    tens, ones = divmod(int(match[1]), 10)
+    if tens < 2:
+        word = _ORDINALS[10 * tens + ones - 1]
+    else:
+        word = f"{('twenty', 'thirty')[tens - 2]}-{_ORDINALS[ones - 1]}" if ones else _TENS[10 * tens]
+    return word + text[match.end() :]
+
+
+def customary(text: str) -> str:
+    """An answer in one of several customary forms, in one of them; any other as it is."""
+    form = text.lower().removeprefix("the ").replace(", ", ",")
+    if form in _FORMS:
+        return _FORMS[form]
+    if match := _THOUSANDS.fullmatch(text):
+        return f"{match[1]}{int(match[2] + (match[3] or '').ljust(3, '0'))}"
+    return _WHOLE.apply(text)
