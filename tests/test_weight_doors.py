@@ -205,6 +205,28 @@ def _edited(folder: Path, file: str, **changes: Any) -> None:
         ("preprocessor_config.json", {"image_std": [0, 0, 0]}, "image_std=.* three numbers greater than 0"),
         ("preprocessor_config.json", {"rescale_factor": 1}, "rescale_factor=1 is not allowed: it must be 1/255"),
         ("preprocessor_config.json", {"do_normalize": False}, "do_normalize=False is not allowed"),
+        (
+            "preprocessor_config.json",
+            {"min_pixels": 9000, "max_pixels": 800},
+            "min_pixels=9000 .* at most max_pixels=800",
+        ),
+        (
+            "preprocessor_config.json",
+            {"size": {"shortest_edge": 9000, "longest_edge": 800}},
+            r"size\.shortest_edge=9000 .* at most longest_edge=800",
+        ),
+        ("config.json", {"image_token_id": 5}, r"image_token_id=5 .*tokenizer\.json beside it has <\|image_pad\|> as"),
+        ("config.json", {"vision_end_token_id": 5}, r"vision_end_token_id=5 .* has <\|vision_end\|> as"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"3": {"content": "<|image_pad|>"}}},
+            r"the token <\|image_pad\|> has the id 3, and \d+ in tokenizer\.json",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"999999": {"content": "<more>"}}},
+            "vocab_size=.* has <more> as 999999, which has no row in the embedding",
+        ),
     ],
 )
 def test_files_beside_the_weights_that_change_their_meaning(

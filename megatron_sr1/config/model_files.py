@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_sr1.config.hf_config import read_hf_config
 from megatron_sr1.config.json_section import read_json
 from megatron_sr1.config.rules import ConfigError
+from megatron_sr1.config.token_ids import check_token_ids
 from megatron_sr1.config.whole import Config
 
 _PIECES, _PIECE_BYTES = 64, 1 << 16  # of a weight file, in its fingerprint
@@ -58,8 +59,8 @@ def check_weights(config: Config, *, weights: bool) -> None:
 
     Raises:
         ConfigError: a file is missing: the message names the files, and the command that gets them where config.json
-            says whose model it is; an adapter lies there, which nobody would apply; the image processor is of another
-            model.
+            says whose model it is; an adapter lies there, which nobody would apply; the image processor or the
+            tokenizer is of another model.
     """
     folder = config.model.hf_dir
     missing = missing_files(folder, weights=weights)
@@ -76,6 +77,7 @@ def check_weights(config: Config, *, weights: bool) -> None:
             "adapter into its model and give the merged one, or remove the adapter's files."
         )
     _check_preprocessor(Path(folder))
+    check_token_ids(read_hf_config(folder))
 
 
 def check_folders(config: Config) -> None:
@@ -109,6 +111,13 @@ def _check_preprocessor(folder: Path) -> None:
     found.check(type(rescale) is float and abs(rescale * 255 - 1) < 1e-3, "rescale_factor", "1/255")
     for name in ("do_rescale", "do_normalize", "do_resize"):
         found.check(found.flag(name, default=True) is not False, name, "true: the vision tower has seen no others")
+    limits = [(found, "min_pixels", "max_pixels")]
+    if isinstance(found.values.get("size"), dict):
+        limits.append((found.section("size"), "shortest_edge", "longest_edge"))
+    for section, low, high in limits:
+        if not section.is_null(low) and not section.is_null(high):
+            most = section.count(high, largest=2**40)
+            section.check(section.count(low, largest=2**40) <= most, low, f"at most {high}={most}")
     model = read_hf_config(str(folder))
     vision = read_json(model.path).section("vision_config")
     # defaults: of transformers' classes
