@@ -17,6 +17,7 @@ import pytest
 from megatron_sr1.data.choices import ANSWER_WITH_LETTER, ask_with_letter, letter_of
 from megatron_sr1.data.json_values import as_json, number_text
 from megatron_sr1.data.schema import decode_sample
+from megatron_sr1.data.sources.files import find_files
 from megatron_sr1.types import Prompt, SftSample
 from tests.build_cases import SEE_THINK, load_tool, problems, run, run_jsonl, samples
 from tests.data_cases import encoded, noise, png
@@ -64,6 +65,10 @@ def levels(sample: Prompt | SftSample | None) -> list[int]:
         {"image": "r.png", "image_2": "g.png"},
         {"images": ["r.png", "g.png"], "image": "r.png"},
         {"video": "r.mp4"},
+        {"image": "r.png", "second_image": "g.png"},
+        {"figure": {"url": "https://host/r.png?x=1"}},
+        {"file": "my r.png"},
+        {"screenshot": "iVBORw0KGgo" + "A" * 80},
     ],
 )
 def test_what_looks_like_an_image_is_never_metadata(tool: ModuleType, tmp_path: Path, columns: dict[str, Any]) -> None:
@@ -106,6 +111,32 @@ def test_images_are_what_the_user_says(
     assert levels(sample) == expected
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_column_that_no_row_has_cannot_be_renamed(
+    tool: ModuleType, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / f"a{suffix}").write_text(json.dumps([ASKED] if suffix == ".json" else ASKED))
+    with pytest.raises(SystemExit):
+        out = ("--out", tmp_path / "out", "--rename", "imgae=images")
+        run(tool, "--input", tmp_path / f"a{suffix}", "--format", suffix[1:], *out)
+    assert "no row has the column 'imgae' that --rename names" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_one_kind_are_read_however_they_are_spelled(tool: ModuleType, tmp_path: Path) -> None:
+    """Compressed ones among them are not passed over."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, name in enumerate(("a.jsonl", "b.JSONL")):
+        (folder / name).write_text(json.dumps({"problem": f"{number}?", "answer": "1"}))
+    run(tool, "--input", folder, "--format", "jsonl", "--out", tmp_path / "out")
+    assert [sample.problem for sample in samples(tmp_path / "out") if isinstance(sample, Prompt)] == ["0?", "1?"]
+    (folder / "c.jsonl.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1 compressed files beside what is read, c\.jsonl\.gz the first"):
+        find_files(str(folder), (".jsonl",))
+    assert len(find_files(str(folder / "*.jsonl"), (".jsonl",))) == 1
+
+
 def test_two_columns_of_one_name_are_named(tool: ModuleType, tmp_path: Path) -> None:
     _, problem = build(tool, tmp_path, {**ASKED, "question": "And?"}, "--rename", "question=problem")
     assert "problem is given twice" in problem["reason"]
@@ -138,6 +169,10 @@ OPTIONS = f"Which?\n(A) blue\n(B) red\n{ANSWER_WITH_LETTER}"
         {"choices": {"A": "blue", "B": "red"}},
         {"choices": {"label": ["A", "B"], "text": ["blue", "red"]}},
         {"B": "red", "A": "blue"},
+        {"candidates": ["blue", "red"], "C": None},
+        {"option_b": "red", "option_a": "blue", "option_c": None},
+        {"optionB": "red", "optionA": "blue"},
+        {"option_0": "blue", "option_1": "red"},
     ],
 )
 def test_options_are_written_into_the_question(
@@ -161,6 +196,10 @@ def test_options_are_written_into_the_question(
         ({"answer": "x", "choices": ["x"]}, "from 2 to 26"),
         ({"answer": "B", "options": "A. blue B. red"}, "options are no list"),
         ({"answer": "x", "choices": ["x", None]}, "option None is a NoneType"),
+        ({"answer": "C", "A": "cat", "B": None, "C": "dog"}, "columns A, C, which are not all"),
+        ({"answer": "C", "option_a": "cat", "option_c": "dog"}, "columns option_a, option_c, which are not all"),
+        ({"answer": "1", "option_1": "cat", "option_2": "dog"}, "its answer 1 could count from 0"),
+        ({"answer": "B", "choices": ["a", "b"], "options": ["b", "a"]}, "options in choices and in options"),
     ],
 )
 def test_an_answer_that_can_be_read_in_two_ways_is_left_out(
@@ -168,6 +207,17 @@ def test_an_answer_that_can_be_read_in_two_ways_is_left_out(
 ) -> None:
     _, problem = build(tool, tmp_path, {"problem": "Which?", **row})
     assert problem["kind"] == "field" and reason in problem["reason"]
+
+
+def test_an_answer_may_name_the_column_of_its_option(tool: ModuleType, tmp_path: Path) -> None:
+    row = {"problem": "Which?", "answer": "option_2", "option_1": "blue", "option_2": "red"}
+    sample, _ = build(tool, tmp_path, row)
+    assert isinstance(sample, Prompt) and (sample.problem, sample.answer) == (OPTIONS, "B")
+
+
+def test_a_column_of_one_letter_alone_is_no_option(tool: ModuleType, tmp_path: Path) -> None:
+    sample, _ = build(tool, tmp_path, {**ASKED, "A": 3, "X": 1, "Y": 2})
+    assert isinstance(sample, Prompt) and sample.metadata == {"A": 3, "X": 1, "Y": 2}
 
 
 @pytest.mark.parametrize(
@@ -352,6 +402,37 @@ def test_marks_in_the_options_name_their_image(tool: ModuleType, tmp_path: Path)
     assert sample.problem == f"[image 1]\nWhich?\n(A) [image 2]\n(B) none\n{ANSWER_WITH_LETTER}"
 
 
+@pytest.mark.parametrize(
+    ("problem", "num_images", "read"),
+    [
+        ("<image>\nWhich?", 1, "Which?"),
+        ("<image> or <image>?", 2, "[image 1] or [image 2]?"),
+        ("What is <image>?", 0, "What is <image>?"),
+    ],
+)
+def test_marks_are_placed_in_shards_that_are_read_directly_too(problem: str, num_images: int, read: str) -> None:
+    text = json.dumps({"problem": problem, "answer": "1"}).encode()
+    sample = decode_sample("k", text, [png(1)] * num_images, "k")
+    assert isinstance(sample, Prompt) and sample.problem == read
+    with pytest.raises(ValueError, match=r"k: . times <image> in the text, but 3 images"):
+        decode_sample("k", text, [png(1)] * 3, "k")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"problem": "<image>\nWhich?"},
+        {"problem": "<image>Which?", "image": None},
+        {"problem": "<image> Which?", "images": []},
+        {"conversations": [{"from": "human", "value": "Which <image>?"}]},
+    ],
+)
+def test_a_question_whose_image_is_missing_is_left_out(tool: ModuleType, tmp_path: Path, row: dict[str, Any]) -> None:
+    """It is no question without an image: it would be asked blindly."""
+    sample, problem = build(tool, tmp_path, {"answer": "1", **row})
+    assert sample is None and problem["kind"] == "placeholders"
+
+
 # ---------------------------------------------------------------- conversations
 HUMAN, GPT = {"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "red"}
 USER, ASSISTANT = {"role": "user", "content": "Which?"}, {"role": "assistant", "content": "red"}
@@ -390,6 +471,7 @@ def test_a_conversation_of_one_question_is_a_sample(tool: ModuleType, tmp_path: 
             "a part of a turn",
         ),
         ({"messages": [USER]}, "it has no answer"),
+        ({"system": "Be short.", "messages": [USER, ASSISTANT]}, "'system' is said before the conversation"),
     ],
 )
 def test_other_conversations_are_named(tool: ModuleType, tmp_path: Path, columns: dict[str, Any], reason: str) -> None:

@@ -185,6 +185,24 @@ def test_a_json_that_names_images_is_no_question_without_them(tool: ModuleType, 
         assert part in reason
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("json/7.json", "images/7.png"),
+        ("7.json", "7_0.png"),
+        ("a/7.json", "b/7-1.0.png"),
+    ],
+)
+def test_a_json_whose_images_have_another_key_is_no_question_without_them(
+    tool: ModuleType, tmp_path: Path, names: tuple[str, str]
+) -> None:
+    text, image = names
+    shard = write_tar(tmp_path / "x.tar", {text: question(0), image: png(1), "70.json": question(2)})
+    for found, bad in both(tool, shard, budget=2):
+        assert [sample.key for sample in found] == ["70"]
+        assert "its images under another key" in bad[text.removesuffix(".json")]
+
+
 def test_each_header_is_read_once(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over a network every header is a request: the workers get the places of the members with their chunk."""
     shard = write_tar(tmp_path / "x.tar", {f"s{i}.json": question(i) for i in range(20)})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -80,6 +82,32 @@ def test_a_16_bit_picture_with_white_as_zero_and_one_with_a_transparent_grey() -
     Image.fromarray(ramp).save(buffer, format="PNG", transparency=0)
     seen = np.asarray(decode_picture(buffer.getvalue(), SHARD_FORMATS))[..., 0]
     assert (seen[0, 0], seen[0, 1], seen[-1, -1]) == (255, 0, 255)
+
+
+@pytest.mark.parametrize(("bits", "colour"), [(2, 0), (4, 0), (16, 2)])
+def test_the_transparent_colour_of_a_png_of_any_depth_is_white(bits: int, colour: int) -> None:
+    """Written here after the PNG specification: Pillow writes 8 and 16 bit."""
+    values, scale = [0, 1, 2, 3], 4096 if bits == 16 else 1
+    fields = [value * scale for value in values for _ in range(1 if colour == 0 else 3)]
+    packed = int("".join(f"{field:0{bits}b}" for field in fields), 2).to_bytes(len(fields) * bits // 8, "big")
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    key = struct.pack(">H", scale) * (1 if colour == 0 else 3)
+    parts = [
+        chunk(b"IHDR", struct.pack(">IIBBBBB", len(values), 1, bits, colour, 0, 0, 0)),
+        *(chunk(b"tRNS", key), chunk(b"IDAT", zlib.compress(b"\0" + packed)), chunk(b"IEND", b"")),
+    ]
+    seen = np.asarray(decode_picture(b"\x89PNG\r\n\x1a\n" + b"".join(parts), SHARD_FORMATS))[0, :, 0]
+    levels = [round(value * scale * 255 / (2**bits - 1)) for value in values]
+    assert abs(seen.astype(int) - [levels[0], 255, *levels[2:]]).max() <= 1
+
+
+def test_a_picture_that_is_transparent_everywhere_is_refused() -> None:
+    for image in (Image.new("RGBA", (8, 8), (200, 0, 0, 0)), Image.new("LA", (8, 8), (9, 0))):
+        with pytest.raises(ValueError, match="transparent everywhere"):
+            as_seen(image)
 
 
 @pytest.mark.parametrize(

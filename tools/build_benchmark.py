@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         source = open_benchmark(benchmark, args.input, args.split, args.images)
         run_build(source, settings, args, not args.drop_duplicates, Console())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
     except BrokenProcessPool:
         parser.exit(2, "a worker was killed, most likely for want of memory. Run again with fewer --workers.\n")

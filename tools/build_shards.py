@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _check(args, console)
         else:
             _build(args, parser, console)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
     except BrokenProcessPool:
         parser.exit(2, "a worker was killed, most likely for want of memory. Run again with fewer --workers.\n")
@@ -162,8 +163,12 @@ def check_build_arguments(args: argparse.Namespace, parser: argparse.ArgumentPar
     """Exits with status 2 where one of them is wrong."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):
         parser.error(f"--name {args.name!r}: letters, digits, _ and - only")
-    if args.max_shard_mb <= 0 or args.max_prompt_tokens < 1 or args.workers < 0 or args.show < 0:
+    if not 0 < args.max_shard_mb < math.inf or args.max_prompt_tokens < 1 or args.workers < 0 or args.show < 0:
         parser.error("--max-shard-mb and --max-prompt-tokens must be above 0, --show and --workers 0 or more")
+    if args.out.is_file():
+        parser.error(f"--out {str(args.out)!r}: it is a file; give a folder, or a name that is free for one")
+    if args.model is not None and not (Path(args.model) / "config.json").is_file():
+        parser.error(f"--model {args.model!r}: there is no config.json in it. Give a model in Hugging Face format")
 
 
 def _default_limit() -> int:
@@ -213,7 +218,7 @@ def run_build(
 
 
 def _check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    if args.input is None or args.format is None:
+    if not args.input or args.format is None:
         parser.error("--input and --format are needed to build (only --check does without)")
     check_build_arguments(args, parser)
     if args.images is not None and args.format not in ("jsonl", "json"):

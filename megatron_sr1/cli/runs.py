@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -61,6 +63,8 @@ def start(command: Command, config: Config, args: argparse.Namespace) -> None:
         ValueError: what is wrong with the configuration, the data or the model.
     """
     missing_data = check_run(command, config)
+    if command == "grpo" and not missing_data:
+        _warn_of_shared_shards(config)
     parts: dict[str, Any] = {}
     if command == "grpo":
         _check_parts(args)
@@ -81,6 +85,22 @@ def start(command: Command, config: Config, args: argparse.Namespace) -> None:
     from megatron_sr1.platform import run_on_ranks
 
     run_on_ranks(_run, config.nproc, command, config, parts, imports=IMPORTS[command])
+
+
+def _warn_of_shared_shards(config: Config) -> None:
+    """On stderr."""
+    from megatron_sr1.data import expand_shards
+
+    train, heldout = (
+        {os.path.realpath(shard) for shard in expand_shards(patterns, key)}
+        for patterns, key in ((config.data.train, "data.train"), (config.data.heldout, "data.heldout"))
+    )
+    if shared := sorted(train & heldout):
+        print(
+            f"warning: {len(shared)} shards of data.heldout are trained on, too ({shared[0]}): evaluations will look "
+            "better than they are.",
+            file=sys.stderr,
+        )
 
 
 def _check_parts(args: argparse.Namespace) -> None:

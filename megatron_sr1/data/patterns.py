@@ -27,7 +27,7 @@ def matching(pattern: str) -> list[str]:
 
 def expand_shards(patterns: Sequence[str], key: str) -> list[str]:
     """Expands paths, glob patterns, folders (all shards in and below them), braces and URLs, in the given order, each
-    glob's matches sorted, each once.
+    glob's matches sorted, each file once, however it is spelled.
 
     Args:
         key: the configuration key the patterns come from, for messages ("data.train").
@@ -37,10 +37,10 @@ def expand_shards(patterns: Sequence[str], key: str) -> list[str]:
     """
     if not patterns:
         raise ValueError(f"{key} is empty. Set {key} to a list of shards, for example [data/train-*.tar].")
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}  # by what the path or URL leads to
     for pattern in patterns:
         if is_url(pattern):
-            found.update(dict.fromkeys(expand_url(pattern)))
+            found.update({url: url for url in expand_url(pattern)})
             continue
         is_literal = bool(matching(pattern)) or not _BRACES.search(pattern)
         for path in [pattern] if is_literal else expand_url(pattern):
@@ -50,8 +50,9 @@ def expand_shards(patterns: Sequence[str], key: str) -> list[str]:
                     f"{key}: {path!r} matches no file (looked from {os.getcwd()}). Correct the path or write the "
                     "shards."
                 )
-            found.update(dict.fromkeys(matches))
-    return list(found)
+            for match in matches:
+                found.setdefault(os.path.realpath(match), match)
+    return list(found.values())
 
 
 def _shards(pattern: str) -> list[str]:

@@ -33,6 +33,7 @@ _UPRIGHT = {
 }  # EXIF 2.32, tag 0x0112: what brings the picture upright
 _SIDEWAYS = (5, 6, 7, 8)
 _PNG_MARKS = (b"eXIf", b"iTXt", b"Raw profile type")  # chunks of a PNG without which it has no orientation
+_PNG_BITS = 24  # where its header has the bits of a value
 _DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners give, whatever holds them
 
 
@@ -40,10 +41,13 @@ def decode_picture(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     """The picture in a file: RGB, 8 bit, upright.
 
     Raises:
-        ValueError: it is damaged, of none of `formats`, or its values have no range that could be scaled.
+        ValueError: it is damaged, of none of `formats`, transparent everywhere, or its values have no range that could
+            be scaled.
     """
     with _opened(data, formats) as image:
         image.load()
+        if image.format == "PNG" and "transparency" in image.info:
+            _scale_key(image, bits=data[_PNG_BITS])
         return as_seen(image, _orientation(image, data))
 
 
@@ -84,18 +88,30 @@ def as_seen(image: Image.Image, orientation: int = 1) -> Image.Image:
         orientation: its EXIF orientation; 1 is upright.
 
     Raises:
-        ValueError: its values have no range that could be scaled, or Pillow cannot convert its mode.
+        ValueError: it is transparent everywhere, its values have no range that could be scaled, or Pillow cannot
+            convert its mode.
     """
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bit(image)
     elif image.has_transparency_data:
         colours = image.convert("RGBA")
+        if colours.getchannel("A").getextrema() == (0, 0):
+            raise ValueError("it is transparent everywhere: there is nothing to see")
         image = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours)
     seen = image.convert("RGB")
     if orientation in _UPRIGHT:
         seen = seen.transpose(_UPRIGHT[orientation])
     seen.info.clear()
     return seen
+
+
+def _scale_key(image: Image.Image, bits: int) -> None:
+    """Pillow scales the values of a PNG to 8 bit, but not the one that is transparent (tRNS; PNG, section 11.3.2.1)."""
+    key = image.info["transparency"]
+    if image.mode == "L" and bits < 8:
+        image.info["transparency"] = key * 255 // (2**bits - 1)
+    elif image.mode == "RGB" and bits > 8:
+        image.info["transparency"] = tuple(value >> (bits - 8) for value in key)
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:

@@ -6,7 +6,8 @@ Members of the sample `key`:
     key.0.png       the images in order; png, jpg, jpeg or webp
 
 `choices` (a list of strings) becomes `metadata["choices"]`, which is `Prompt.choices`. Where the problem does not name
-them, they are written into it, and the answer is their letter (see `data.choices`).
+them, they are written into it, and the answer is their letter (see `data.choices`). `<image>` in the text of a sample
+with images says where one stands (see `data.image_marks`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, get_args
 from PIL import Image
 
 from megatron_sr1.data.choices import ask_with_letter
+from megatron_sr1.data.image_marks import place_images
 from megatron_sr1.data.json_values import as_json, load_json
 from megatron_sr1.data.pictures import SHARD_FORMATS, as_seen, decode_picture, picture_size
 from megatron_sr1.types import Prompt, SftSample, Template
@@ -102,13 +104,16 @@ def decode_sample(key: str, text: bytes, images: Sequence[bytes], where: str) ->
     _check_fields(fields, len(images), where)
     metadata = dict(fields.get("metadata", {}))
     problem, answer = fields["problem"], fields["answer"]
+    choices = tuple(fields.get("choices", ()))
+    try:
+        if images:
+            problem, choices = place_images(problem, choices, len(images))
+        if choices:
+            problem, answer = ask_with_letter(problem, choices, answer, instruct="response" not in fields)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}.") from error
     if "choices" in fields:
-        metadata["choices"] = tuple(fields["choices"])
-    if fields.get("choices"):
-        try:
-            problem, answer = ask_with_letter(problem, fields["choices"], answer, instruct="response" not in fields)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}.") from error
+        metadata["choices"] = choices
     prompt = Prompt(
         key=key,
         problem=problem,

@@ -3,6 +3,7 @@
 Names follow WebDataset: a key is a member's path up to the first dot of its last part. Otherwise than there
 
     - the members of a key need not stand next to each other (`tar cf x.tar *.json *.png`);
+    - a json without images is no sample where images of nearly its name, `images/7.png` of `json/7.json`, have none;
     - an archive behind the end of another one is read too (`cat a.tar b.tar`);
     - keys with dots of their own, `val.0001.json` beside `val.0001.png`, are told apart where each has its json;
       in the key the dot becomes `_`, because no other reader could tell the samples apart.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import re
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -25,6 +26,7 @@ from megatron_sr1.data.schema import JSON_EXTENSION
 _MEMBER_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 # what tarfile raises on damaged or hostile headers: numbers too large to seek to, endless chains of extended headers
 _TAR_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError)
+_END_NUMBER = re.compile(r"[_-]\d+$")
 _READ_BYTES = 1 << 20
 
 
@@ -79,8 +81,9 @@ def read_groups(path: Path) -> TarContents:
             groups.clear()
             damage += " Its members stand in no order, so that of all samples some may be missing: none is used."
     found = [part for group in groups.values() for part in _told_apart(path, group)]
+    lonely = lonely_images(found)
     for group in found:
-        group.problem = group.problem or _repetition(path, group)
+        group.problem = group.problem or _repetition(path, group) or torn_problem(path, group, lonely)
     return TarContents(found, damage, last if damage else "")
 
 
@@ -152,6 +155,33 @@ def _repetition(path: Path, group: TarGroup) -> str:
     return (
         f"{path}, sample {group.key!r}: its member .{repeated} occurs {extensions.count(repeated)} times. Keep one of "
         "them: write the shard again."
+    )
+
+
+def lonely_images(groups: Iterable[TarGroup]) -> dict[str, str]:
+    """The groups that have no json: {the end of the key, less a number behind it: the key}. `images/7_0` is `7`."""
+    lonely: dict[str, str] = {}
+    for group in groups:
+        if all(member.extension != JSON_EXTENSION for member in group.members):
+            end = group.key.rpartition("/")[2]
+            lonely |= {end: group.key, _END_NUMBER.sub("", end): group.key}
+    return lonely
+
+
+def torn_problem(path: Path, group: TarGroup, lonely: Mapping[str, str]) -> str:
+    """What is wrong where a json stands alone, and images of nearly its name without one: it is no question without
+    images. "" where it is one.
+
+    Args:
+        lonely: see `lonely_images`.
+    """
+    key = lonely.get(group.key.rpartition("/")[2])
+    if key is None or [member.extension for member in group.members] != [JSON_EXTENSION]:
+        return ""
+    where = "in another tar" if key == group.key else f"under another key, {key!r}"
+    return (
+        f"{path}, sample {group.key!r}: its json stands here, its images {where}. Put them into one tar, as "
+        f"{group.key}.json and {group.key}.0.png."
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_sr1.data.benchmarks.item import BadRow, Item, SourceRow
+from megatron_sr1.data.image_marks import IMAGE_MARK
 from megatron_sr1.data.sources.source import Problem, RawSample, load_images
 
 _NOT_IN_KEYS = re.compile(r"[^\w/-]+")
@@ -24,6 +25,11 @@ class Benchmark:
     convert: Callable[[SourceRow], Item]  # a function of a module: worker processes import it
     split: str | None = None  # that is evaluated; file names begin with it. None: all files
     folder: str = ""  # of the set, where one repository holds several
+
+    @property
+    def asked_for(self) -> Collection[str]:
+        """None: see `RowReader`."""
+        return ()
 
     def check(self, names: Sequence[str], file: Path) -> None:
         """Raises ValueError where a file with the columns `names` is of another set."""
@@ -47,12 +53,17 @@ class Benchmark:
         if isinstance(images, str):
             return Problem(where, key, "unreadable_image", images)
         fields: dict[str, Any] = {
-            "problem": item.problem,
+            "problem": _unmarked(item.problem, len(images)),
             "answer": item.answer,
             "source": f"{self.name}/{item.category}" if item.category else self.name,
         }
         if item.choices:
-            fields["choices"] = list(item.choices)
+            fields["choices"] = [_unmarked(choice, len(images)) for choice in item.choices]
         if item.metadata:
             fields["metadata"] = dict(item.metadata)
         return RawSample(where, key, fields, images, marked=False)
+
+
+def _unmarked(text: str, num_images: int) -> str:
+    """What spells `<image>` beside images would be taken for a mark (see `image_marks`)."""
+    return text.replace(IMAGE_MARK, "[image]") if num_images else text

@@ -1,31 +1,23 @@
-"""From a sample as it was found to the members of a shard, or to the reason why it is left out.
-
-Published sets mark by `<image>` where an image stands in the text. Here all images stand in front of the text, so marks
-that all stand at its beginning are dropped. Where one stands inside the text, the n-th one becomes `[image n]`, the
-first ones too, which keeps what the text refers to. Without images `<image>` is text like any other.
-"""
+"""From a sample as it was found to the members of a shard, or to the reason why it is left out."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_sr1.data.choices import ask_with_letter
+from megatron_sr1.data.image_marks import IMAGE_MARK, place_images
 from megatron_sr1.data.index import content_checksum
 from megatron_sr1.data.pictures import SOURCE_FORMATS, decode_picture, picture_format
 from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample, encode_fields
 from megatron_sr1.data.sources.source import ChangeKind, Problem, ProblemKind, RawSample
-from megatron_sr1.types import MAX_ASPECT, Template
+from megatron_sr1.types import MAX_ANSWER_CHARACTERS, MAX_ASPECT, Template
 
-PLACEHOLDER = "<image>"
-_NO_ANSWERS = ("", "nan")  # the second is what tables write for the first
-_LEADING = re.compile(r"(?:\s*<image>)+\s*")
+_NO_ANSWERS = ("", "nan", "<na>", "n/a")  # the others are what tables write for the first
 # Pillow's name of a format -> extension of the member, whose bytes stay as they are; every other one becomes PNG
 _KEPT_FORMATS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
 Size = tuple[int, int]  # width and height in pixels
@@ -101,9 +93,12 @@ def _build(raw: RawSample, rules: TextRules) -> BuiltSample:
     answer = fields.get("answer")
     if answer is None or (isinstance(answer, str) and answer.strip().casefold() in _NO_ANSWERS):
         raise _Unfit("empty_answer", "it has no answer" if not answer else f"its answer is {answer!r}")
+    if isinstance(answer, str) and len(answer) > MAX_ANSWER_CHARACTERS and "response" not in fields:
+        reason = f"its answer has {len(answer)} characters: no more than {MAX_ANSWER_CHARACTERS} are graded"
+        raise _Unfit("field", reason)
     changes = list(raw.changes)
     if raw.marked:
-        changes += _place_images(fields, len(raw.images))
+        changes += _place_images(fields, raw)
     changes += _ask_options(fields)
     try:
         text = encode_fields(fields)
@@ -157,29 +152,23 @@ def _complete(raw: Mapping[str, Any], rules: TextRules) -> dict[str, Any]:
     return fields
 
 
-def _place_images(fields: dict[str, Any], num_images: int) -> list[ChangeKind]:
-    """Compares placeholders with images, and takes them out of the text and its options (see the head of this file)."""
-    problem, options = fields.get("problem"), fields.get("choices", ())
-    if not isinstance(problem, str):
+def _place_images(fields: dict[str, Any], raw: RawSample) -> list[ChangeKind]:
+    """Takes the marks of images out of the text and its options (see `image_marks`)."""
+    problem, options = fields.get("problem"), tuple(fields.get("choices", ()))
+    if not isinstance(problem, str) or not any(IMAGE_MARK in text for text in (problem, *options)):
         return []
-    texts = [problem, *options]
-    num_placeholders = sum(text.count(PLACEHOLDER) for text in texts)
-    if not num_placeholders:
-        return []
-    if not num_images:
+    if not raw.images and raw.lacks_image:
+        raise _Unfit("placeholders", f"its text has {IMAGE_MARK}, and {raw.lacks_image}")
+    try:
+        placed = place_images(problem, options, len(raw.images))
+    except ValueError as error:
+        raise _Unfit("placeholders", str(error)) from error
+    if placed == (problem, options):
         return ["mark_as_text"]
-    if num_placeholders != num_images:
-        raise _Unfit("placeholders", f"{num_placeholders} times {PLACEHOLDER} in the text, but {num_images} images")
-    leading = _LEADING.match(problem)
-    if leading is not None and leading.group().count(PLACEHOLDER) == num_placeholders:
-        fields["problem"] = problem[leading.end() :]
-        return []
-    numbers = itertools.count(1)
-    placed = [re.sub(PLACEHOLDER, lambda _: f"[image {next(numbers)}]", text) for text in texts]
     fields["problem"] = placed[0]
     if options:
-        fields["choices"] = placed[1:]
-    return ["image_marks"]
+        fields["choices"] = list(placed[1])
+    return [] if problem.endswith(placed[0]) and placed[1] == options else ["image_marks"]
 
 
 def _ask_options(fields: dict[str, Any]) -> list[ChangeKind]:

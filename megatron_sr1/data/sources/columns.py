@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.data.choices import read_options
+from megatron_sr1.data.image_marks import IMAGE_MARK
 from megatron_sr1.data.json_values import as_json, is_missing, is_number, number_text
 from megatron_sr1.data.sources.image_columns import overlooked_images
+from megatron_sr1.data.sources.option_columns import take_options
 from megatron_sr1.data.sources.source import (
     IMAGE_COLUMNS,
     KEY_COLUMN,
@@ -23,7 +23,7 @@ from megatron_sr1.data.sources.source import (
 )
 from megatron_sr1.data.sources.turns import TURN_COLUMNS, split_turns
 
-_OPTIONS = "options"  # another name of the column of choices
+_SYSTEM = ("system", "system_prompt")
 
 
 class _Unclear(Exception):
@@ -42,6 +42,7 @@ class _Row:
     images: dict[str, list[object]] = field(default_factory=dict)  # by the name of their column
     others: dict[str, Any] = field(default_factory=dict)
     changes: list[ChangeKind] = field(default_factory=list)
+    no_images: str = ""  # a column of images that is empty
 
     def set(self, name: str, value: object, column: str) -> None:
         if name in self.fields:
@@ -58,6 +59,11 @@ class Columns:
     """
 
     rename: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def asked_for(self) -> Collection[str]:
+        """See `RowReader`."""
+        return self.rename.keys()
 
     def check(self, names: Sequence[str], file: Path) -> None:
         """Raises ValueError where columns `names` cannot make samples, or --rename names one that is not there."""
@@ -89,13 +95,16 @@ class Columns:
         loaded = load_images(images, load_image)
         if isinstance(loaded, str):
             return Problem(where, key, "unreadable_image", loaded)
-        return RawSample(where, key, sorted_row.fields, loaded, changes=tuple(sorted_row.changes))
+        changes, lacks = tuple(sorted_row.changes), _lacks_image(sorted_row)
+        return RawSample(where, key, sorted_row.fields, loaded, changes=changes, lacks_image=lacks)
 
     def _sort(self, row: Mapping[str, Any], key: str) -> tuple[_Row, str]:
         """The row's columns by what they are, and its key."""
         found, order = _Row(), {column: number for number, column in enumerate(self.rename)}
         for column in sorted(row, key=lambda column: order.get(column, -1)):
             name, value = self.rename.get(column, column), row[column]
+            if name in IMAGE_COLUMNS and (is_missing(value) or not value):
+                found.no_images = column
             if is_missing(value) or not name:
                 continue
             if name == KEY_COLUMN and isinstance(value, str | int):
@@ -117,21 +126,37 @@ def _images(row: _Row, rename: Mapping[str, str]) -> Sequence[object]:
     if len(given) > 1:
         reason = "it has images and image: join them with --rename image=images, or leave one out with --rename image="
         raise _Unclear("image_columns", reason)
-    overlooked = overlooked_images(row.others, bool(given), rename)
+    others = {name: value for name, value in row.others.items() if name not in TURN_COLUMNS}
+    overlooked = overlooked_images(others, bool(given), rename)
     if overlooked:
         raise _Unclear("image_columns", overlooked)
     return row.images[given[0]] if given else ()
+
+
+def _lacks_image(row: _Row) -> str:
+    """As `RawSample.lacks_image`."""
+    if "conversation" in row.changes:
+        return "it is a conversation, where that is an image, but has none"
+    if row.no_images and str(row.fields["problem"]).lstrip().startswith(IMAGE_MARK):
+        return f"its column {row.no_images!r} is empty"
+    return ""
 
 
 def _fill(row: _Row, rename: Mapping[str, str], columns: Mapping[str, Any]) -> None:
     """Makes of conversations, options, numbers and other columns what the schema has."""
     fields, others = row.fields, row.others
     try:
-        for column in [name for name in TURN_COLUMNS if name in others]:
+        turns = [name for name in TURN_COLUMNS if name in others]
+        if system := [name for name in _SYSTEM if turns and others.get(name) and name not in rename]:
+            raise ValueError(
+                f"its {system[0]!r} is said before the conversation, and would be lost: put it into the question, or "
+                f"leave it out with --rename {system[0]}="
+            )
+        for column in turns:
             for name, text in split_turns(column, others.pop(column)).items():
                 row.set(name, text, column)
             row.changes.append("conversation")
-        choices = _take_choices(row, rename)
+        choices = take_options(fields, others, rename)
     except ValueError as error:
         raise _Unclear("field", str(error)) from error
     if choices:
@@ -144,19 +169,6 @@ def _fill(row: _Row, rename: Mapping[str, str], columns: Mapping[str, Any]) -> N
     _merge_metadata(row)
     for name, value in fields.items():
         fields[name] = number_text(value) if is_number(value) else _json_of(name, value)
-
-
-def _take_choices(row: _Row, rename: Mapping[str, str]) -> tuple[str, ...]:
-    """From `choices`, `options`, or columns that are called A, B, C ..."""
-    fields, others = row.fields, row.others
-    if "choices" in fields:
-        return read_options(fields.pop("choices"))
-    if _OPTIONS in others and _OPTIONS not in rename:
-        return read_options(others.pop(_OPTIONS))
-    letters = [letter for letter in string.ascii_uppercase if letter in others and letter not in rename]
-    if len(letters) > 1 and letters == list(string.ascii_uppercase[: len(letters)]):
-        return read_options([others.pop(letter) for letter in letters])
-    return ()
 
 
 def _merge_metadata(row: _Row) -> None:

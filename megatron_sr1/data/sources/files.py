@@ -13,6 +13,7 @@ _OF_SPLITS = {
     "train": "train training", "test": "test testing testmini minitest", "validation": "validation valid val dev eval",
     "heldout": "heldout",
 }  # fmt: skip
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _SPLITS = {word: split for split, words in _OF_SPLITS.items() for word in words.split()}
 
 
@@ -20,30 +21,45 @@ def find_files(path: str, suffixes: Sequence[str]) -> tuple[Path, ...]:
     """The files of a path, a folder (searched deeply, hidden folders left out) or a glob pattern, sorted.
 
     Raises:
-        ValueError: nothing is there, or a folder mixes splits: a test set must not slip into training.
+        ValueError: nothing is there, a folder mixes splits (a test set must not slip into training), or holds
+            compressed files that would be passed over.
     """
     there = matching(path)
     root = Path(there[0] if len(there) == 1 else path)
     if root.is_file():
         return (root,)
-    if root.is_dir():
-        found = [
-            file
-            for file in sorted(root.rglob("*"))
-            if file.suffix in suffixes and file.is_file() and not _is_hidden(file.relative_to(root))
-        ]
-        splits = {_split_of(file.relative_to(root)): file for file in reversed(found)}
-        if len(splits) > 1 and splits.keys() != {None, "train"}:
-            kinds = ", ".join(f"{split or 'no split'} in {splits[split].name}" for split in sorted(splits, key=str))
-            raise ValueError(
-                f"{path} holds several splits ({kinds}). Build one at a time: give a pattern in quotes, for example "
-                f"'{root / '**' / 'train*'}'."
-            )
-    else:
-        found = [Path(file) for file in there if Path(file).suffix in suffixes]
+    within = root.is_dir()
+    files = [Path(file) for file in there] if not within else _below(root)
+    found = [file for file in files if file.suffix.lower() in suffixes]
+    packed = [file for file in files if _is_packed(file, suffixes)]
+    if found and packed:
+        raise ValueError(
+            f"{path} holds {len(packed)} compressed files beside what is read, {packed[0].name} the first. Unpack "
+            f"them, or say which are meant by a pattern in quotes, for example '{root / '**' / ('*' + suffixes[0])}'."
+        )
+    splits = {_split_of(file.relative_to(root)): file for file in reversed(found)} if within else {}
+    if len(splits) > 1 and splits.keys() != {None, "train"}:
+        kinds = ", ".join(f"{split or 'no split'} in {splits[split].name}" for split in sorted(splits, key=str))
+        raise ValueError(
+            f"{path} holds several splits ({kinds}). Build one at a time: give a pattern in quotes, for example "
+            f"'{root / '**' / 'train*'}'."
+        )
     if not found:
         raise ValueError(f"{path} holds no file that ends with {' or '.join(suffixes)}. Correct --input or --format.")
     return tuple(found)
+
+
+def _below(root: Path) -> list[Path]:
+    found = (file for file in sorted(root.rglob("*")) if not _is_hidden(file.relative_to(root)))
+    return [file for file in found if file.is_file()]
+
+
+def _is_packed(file: Path, suffixes: Sequence[str]) -> bool:
+    """rows.jsonl.gz, a.tar.zst, a.tgz."""
+    name = file.name.lower()
+    return any(name.endswith(f"{suffix}{packed}") for suffix in suffixes for packed in _PACKED) or (
+        ".tar" in suffixes and file.suffix.lower() == ".tgz"
+    )
 
 
 def _is_hidden(path: Path) -> bool:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
-# image_path, img, image_file, image_url, image_0, photos ...; not image_id, image_width
+from megatron_sr1.data.sources.source import BASE64_HEADS
+
+# image_path, img, image_file, image_url, image_0, second_image, photos ...; not image_id, image_width
+_FURTHER = r"(?:first|second|third|fourth|last|1st|2nd|3rd|other|another|extra|left|right|before|after)[ _-]"
 _IMAGE_NAME = re.compile(
-    r"(?:image|img|picture|pic|photo)s?[ _-]?"
+    rf"(?:{_FURTHER}?)?(?:image|img|picture|pic|photo)s?[ _-]?"
     r"(?:(?:file[ _-]?)?(?:path|file|name|url|uri|link|bytes|data|base64|b64)s?)?[ _-]?\d*",
     re.IGNORECASE,
 )
-_NUMBERED = re.compile(r".*\d", re.DOTALL)
+_NUMBERED = re.compile(rf".*\d|{_FURTHER}.*", re.DOTALL | re.IGNORECASE)
+_MIN_BASE64 = 64  # characters
 _OTHER_MEDIA = re.compile(r"(?:video|audio)s?(?:[ _-]?(?:path|file|url)s?)?", re.IGNORECASE)
 _IMAGE_FILE = re.compile(
-    r"(?:data:image/.*|\S+\.(?:png|jpe?g|jfif|webp|gif|bmp|tiff?|ppm|avif|heic|svg)(?:\?\S*)?)", re.I | re.S
+    r"(?:data:image/.*|[^\n]{1,300}\.(?:png|jpe?g|jfif|webp|gif|bmp|tiff?|ppm|avif|heic|svg)(?:\?\S*)?)", re.I | re.S
 )
 
 
@@ -41,14 +45,15 @@ def overlooked_images(columns: Mapping[str, object], has_images: bool, named: Co
 
 
 def _is_image(value: object) -> bool:
-    """Bytes, what `datasets` stores, or a path or URL that ends like one."""
+    """Bytes, what `datasets` stores, base64, or a path or URL that ends like one; or what holds such a thing."""
     match value:
         case bytes():
             return True
         case str():
-            return bool(_IMAGE_FILE.fullmatch(value))
+            written_out = len(value) >= _MIN_BASE64 and value.startswith(BASE64_HEADS)
+            return written_out or bool(_IMAGE_FILE.fullmatch(value))
         case Mapping():
-            return "bytes" in value and "path" in value
+            return ("bytes" in value and "path" in value) or any(map(_is_image, value.values()))
         case list():
             return any(map(_is_image, value))
     return False

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_sr1.data.json_values import load_json
 from megatron_sr1.data.sources.files import find_files, key_prefixes
-from megatron_sr1.data.sources.json_lines import load_below
+from megatron_sr1.data.sources.json_lines import load_below, refuse_unseen
 from megatron_sr1.data.sources.source import Chunk, Problem, RawSample, RowReader
 
 ROWS_PER_CHUNK = 64
@@ -35,11 +35,17 @@ class JsonSource:
         return key_prefixes(self.files)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Raises ValueError where a file does not hold rows."""
+        """Raises ValueError where a file does not hold rows, or no row has a column that the user names."""
+        unseen = set(self.columns.asked_for)
         for file in self.files:
-            num_rows = len(_rows(file, file.stat().st_mtime_ns))
+            rows = _rows(file, file.stat().st_mtime_ns)
+            num_rows = len(rows)
+            for row in rows if unseen else ():
+                unseen -= set(row) if isinstance(row, dict) else set()
             for row in range(0, num_rows, ROWS_PER_CHUNK):
                 yield Chunk(file, row, row, min(ROWS_PER_CHUNK, num_rows - row))
+
+        refuse_unseen(self.path, sorted(unseen))
 
     def read(self, chunk: Chunk) -> Iterator[RawSample | Problem]:
         """Raises ValueError as `chunks`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +35,12 @@ class JsonlSource:
         return key_prefixes(self.files)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Line ends are all that is looked for. Raises ValueError where a file is none of lines of UTF-8."""
+        """Line ends are all that is looked for, and the columns that the user names.
+
+        Raises:
+            ValueError: a file is none of lines of UTF-8, or no line has such a column.
+        """
+        unseen = {name: _spellings(name) for name in self.columns.asked_for}
         for path in self.files:
             with open(path, "rb") as file:
                 _check_beginning(path, file.read(_LOOKED_AT))
@@ -42,11 +48,17 @@ class JsonlSource:
                 start = position = first_row = row = 0
                 for line in file:
                     position, row = position + len(line), row + 1
+                    if unseen:
+                        unseen = {
+                            name: words for name, words in unseen.items() if not any(map(line.__contains__, words))
+                        }
                     if row - first_row == LINES_PER_CHUNK:
                         yield Chunk(path, start, first_row, row - first_row)
                         start, first_row = position, row
                 if row > first_row:
                     yield Chunk(path, start, first_row, row - first_row)
+
+        refuse_unseen(self.path, unseen)
 
     def read(self, chunk: Chunk) -> Iterator[RawSample | Problem]:
         with open(chunk.file, "rb") as file:
@@ -66,6 +78,17 @@ class JsonlSource:
             return Problem(where, key, "unreadable_sample", f"a {type(values).__name__}, not an object")
         folder = Path(self.images) if self.images is not None else file.parent
         return self.columns.sample(values, key, where, lambda image: load_below(folder, image))
+
+
+def refuse_unseen(path: str, columns: Iterable[str]) -> None:
+    """Raises ValueError where there are any: columns that the user names, and that no row has."""
+    for name in columns:
+        raise ValueError(f"{path}: no row has the column {name!r} that --rename names. Correct its spelling.")
+
+
+def _spellings(name: str) -> tuple[bytes, bytes]:
+    """A name as JSON writes it."""
+    return json.dumps(name).encode(), json.dumps(name, ensure_ascii=False).encode(errors="surrogateescape")
 
 
 def _check_beginning(path: Path, data: bytes) -> None:

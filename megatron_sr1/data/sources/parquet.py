@@ -34,7 +34,7 @@ class ParquetSource:
     def files(self) -> tuple[Path, ...]:
         """Arrow files count only where there is no Parquet file. Raises ValueError as `find_files`."""
         found = find_files(self.path, (".parquet", ARROW_SUFFIX))
-        return tuple(file for file in found if file.suffix != ARROW_SUFFIX) or found
+        return tuple(file for file in found if file.suffix.lower() != ARROW_SUFFIX) or found
 
     @cached_property
     def _prefixes(self) -> Mapping[Path, str]:
@@ -85,7 +85,7 @@ def _contents(file: Path) -> tuple[list[str], list[int]]:
     import pyarrow.parquet  # here: reading shards needs no pyarrow
 
     try:
-        if file.suffix == ARROW_SUFFIX:
+        if file.suffix.lower() == ARROW_SUFFIX:
             with pyarrow.memory_map(str(file)) as mapped:
                 stream = pyarrow.ipc.open_stream(mapped)
                 return list(stream.schema.names), [batch.num_rows for batch in stream]
@@ -100,7 +100,7 @@ def _batches(chunk: Chunk) -> Iterator[pyarrow.RecordBatch]:
     import pyarrow.parquet
 
     try:
-        if chunk.file.suffix == ARROW_SUFFIX:
+        if chunk.file.suffix.lower() == ARROW_SUFFIX:
             with pyarrow.memory_map(str(chunk.file)) as mapped:
                 for number, batch in enumerate(pyarrow.ipc.open_stream(mapped)):
                     if number == chunk.start:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -17,7 +17,7 @@ from megatron_sr1.data.tar_groups import TarGroup
 _MAX_REASON = 300  # characters
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
 # PNG, JPEG, GIF, WebP, TIFF of either order, BMP
-_BASE64_HEADS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkqA", "TU0AK", "Qk0", "Qk1", "Qk2", "Qk3")
+BASE64_HEADS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkqA", "TU0AK", "Qk0", "Qk1", "Qk2", "Qk3")
 Format = Literal["parquet", "jsonl", "json", "webdataset"]
 ProblemKind = Literal[
     "unreadable_sample",  # a line that is not JSON, a tar member that is not of the schema
@@ -74,6 +74,7 @@ class RawSample:
     images: tuple[bytes, ...]  # encoded, in order
     marked: bool = True  # <image> in the problem marks where an image stands; False: it is text like any other
     changes: tuple[ChangeKind, ...] = ()  # what is not as it was found, for the report
+    lacks_image: str = ""  # where there is none: why a mark in the text must stand for one all the same
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,11 @@ class Source(Protocol):
 
 class RowReader(Protocol):
     """Makes samples of the rows of a file."""
+
+    @property
+    def asked_for(self) -> Collection[str]:
+        """Columns that the user has named: each must be in some row."""
+        ...
 
     def check(self, names: Sequence[str], file: Path) -> None:
         """Raises ValueError where a file with the columns `names` cannot make samples."""
@@ -137,7 +143,7 @@ def base64_image(image: object) -> bytes | None:
         return None
     found = _DATA_URL.match(text)
     text = text[found.end() :] if found else text
-    if not found and not text.startswith(_BASE64_HEADS):
+    if not found and not text.startswith(BASE64_HEADS):
         return None
     try:
         return base64.b64decode("".join(text.split()), validate=True)

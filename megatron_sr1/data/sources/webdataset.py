@@ -14,7 +14,7 @@ from megatron_sr1.data.schema import JSON_EXTENSION
 from megatron_sr1.data.sources.columns import Columns
 from megatron_sr1.data.sources.files import find_files
 from megatron_sr1.data.sources.source import IMAGE_COLUMNS, KEY_COLUMN, Chunk, Problem, RawSample
-from megatron_sr1.data.tar_groups import TarGroup, read_groups
+from megatron_sr1.data.tar_groups import TarGroup, lonely_images, read_groups, torn_problem
 
 BYTES_PER_CHUNK = 32 * 2**20
 _HEADER_BYTES = 1024  # of a member: its header and, on average, its padding
@@ -36,9 +36,10 @@ class WebDatasetSource:
     def chunks(self) -> Iterator[Chunk]:
         """Reads headers only. Raises ValueError where a tar is compressed, truncated or damaged."""
         groups = {path: _whole(path) for path in self.files}
-        lonely = {group.key for found in groups.values() for group in found if not _has_json(group)}
+        lonely = lonely_images(group for found in groups.values() for group in found)
         for path, found in groups.items():
-            found = [_not_torn(path, group, lonely) for group in found]
+            for group in found:
+                group.problem = group.problem or torn_problem(path, group, lonely)
             first = num_bytes = 0
             for row, group in enumerate(found):
                 if num_bytes >= BYTES_PER_CHUNK:
@@ -89,16 +90,6 @@ def _whole(path: Path) -> list[TarGroup]:
 
 def _has_json(group: TarGroup) -> bool:
     return any(member.extension == JSON_EXTENSION for member in group.members)
-
-
-def _not_torn(path: Path, group: TarGroup, lonely: set[str]) -> TarGroup:
-    """A json without images whose images stand, without a json, in another tar is no question without images."""
-    if group.key in lonely and len(group.members) == 1 and _has_json(group):
-        reason = (
-            f"{path}, sample {group.key!r}: its json stands here, its images in another tar. Put them into one tar."
-        )
-        return replace(group, problem=reason)
-    return group
 
 
 def _schema_problem(group: TarGroup) -> str:

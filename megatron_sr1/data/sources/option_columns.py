@@ -1,0 +1,56 @@
+"""The options of a row: in one column, or in a column each."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Collection
+from typing import Any
+
+from megatron_sr1.data.choices import read_options
+
+_LISTS = ("choices", "options", "candidates")
+# A, B, C ...; option_a, optionA, choice_1, opt 2 ...
+_ONE = re.compile(r"(?P<letter>[A-J])|(?i:option|choice|opt)[ _-]?(?:(?P<named>[A-Ja-j])|(?P<number>\d{1,2}))")
+
+
+def take_options(fields: dict[str, Any], others: dict[str, Any], renamed: Collection[str]) -> tuple[str, ...]:
+    """Takes the options out of the columns of a row; an answer that names such a column becomes a letter.
+
+    Args:
+        fields: of the schema, `choices` and `answer` among them.
+        others: the other columns.
+        renamed: columns that the user has spoken of, which are what he says.
+
+    Raises:
+        ValueError: two columns hold options; one of a column each is missing; see `read_options`.
+    """
+    columns = {**others, **({"choices": fields["choices"]} if "choices" in fields else {})}
+    lists = [name for name in _LISTS if name in columns and (name == "choices" or name not in renamed)]
+    if len(lists) > 1:
+        raise ValueError(f"it has options in {' and in '.join(lists)}: leave one out with --rename {lists[1]}=")
+    if lists:
+        return read_options((fields if lists[0] == "choices" else others).pop(lists[0]))
+    found = {name: match for name in others if name not in renamed and (match := _ONE.fullmatch(name))}
+    places = {name: _place(match) for name, match in found.items()}
+    if len(places) < 2 or not {0, 1} & set(places.values()):
+        return ()
+    names = sorted(places, key=places.__getitem__)
+    counted = any(match["number"] for match in found.values())
+    first = places[names[0]] if counted else 0
+    if [places[name] for name in names] != list(range(first, first + len(names))):
+        raise ValueError(f"its options are the columns {', '.join(names)}, which are not all of them, or not in order")
+    answer = str(fields.get("answer", "")).strip()
+    if answer in names:
+        fields["answer"] = string.ascii_uppercase[names.index(answer)]
+    elif first and answer.isdigit():
+        raise ValueError(
+            f"its options are numbered from 1, {', '.join(names)}, and its answer {answer} could count from 0: give it "
+            "as a letter"
+        )
+    return read_options([others.pop(name) for name in names])
+
+
+def _place(match: re.Match[str]) -> int:
+    letter = match["letter"] or match["named"]
+    return string.ascii_uppercase.index(letter.upper()) if letter else int(match["number"])
