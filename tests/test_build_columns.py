@@ -18,6 +18,7 @@ from megatron_sr1.data.choices import ANSWER_WITH_LETTER, ask_with_letter, lette
 from megatron_sr1.data.json_values import as_json, number_text
 from megatron_sr1.data.schema import decode_sample
 from megatron_sr1.data.sources.files import find_files
+from megatron_sr1.rewards import grade
 from megatron_sr1.types import Prompt, SftSample
 from tests.build_cases import SEE_THINK, load_tool, problems, run, run_jsonl, samples
 from tests.data_cases import encoded, noise, png
@@ -191,7 +192,7 @@ def test_options_are_written_into_the_question(
         ({"answer": -1, "choices": ["blue", "red"]}, "none of its 2 options"),
         ({"answer": 1, "choices": ["1", "2", "3"]}, "can be the option A or B"),
         ({"answer": "A", "choices": ["B", "A"]}, "can be the option A or B"),
-        ({"answer": "x", "choices": ["x", "x"]}, "can be the option A or B"),
+        ({"answer": "x", "choices": ["x", "x"]}, "two of its options are 'x'"),
         ({"answer": "(A) red", "choices": ["blue", "red"]}, "none of its 2 options"),
         ({"answer": "x", "choices": ["x"]}, "from 2 to 26"),
         ({"answer": "B", "options": "A. blue B. red"}, "options are no list"),
@@ -200,6 +201,13 @@ def test_options_are_written_into_the_question(
         ({"answer": "C", "option_a": "cat", "option_c": "dog"}, "columns option_a, option_c, which are not all"),
         ({"answer": "1", "option_1": "cat", "option_2": "dog"}, "its answer 1 could count from 0"),
         ({"answer": "B", "choices": ["a", "b"], "options": ["b", "a"]}, "options in choices and in options"),
+        ({"answer": "B", "answer_choices": ["a", "b"]}, "'answer_choices' looks like options"),
+        ({"answer": "B", "Options": {"A": "a", "B": "b"}}, "'Options' looks like options"),
+        ({"answer": "A", "choices": ["a", "", "c"]}, "its option B is empty"),
+        ({"answer": "A", "choices": ["cat", "cat"]}, "two of its options are 'cat'"),
+        ({"answer": "She has 3+4=7.\n#### 7"}, "a whole solution, with '####' in it"),
+        ({"answer": "It is \\boxed{12} cm"}, "a whole solution"),
+        ({"answer": "<think>x</think><answer>B</answer>"}, "a whole solution"),
     ],
 )
 def test_an_answer_that_can_be_read_in_two_ways_is_left_out(
@@ -207,6 +215,12 @@ def test_an_answer_that_can_be_read_in_two_ways_is_left_out(
 ) -> None:
     _, problem = build(tool, tmp_path, {"problem": "Which?", **row})
     assert problem["kind"] == "field" and reason in problem["reason"]
+
+
+@pytest.mark.parametrize("answer", ["#### 7", "<answer>7</answer>", "\\boxed{7}", "$\\boxed{7}$"])
+def test_an_answer_in_its_wrapping_is_kept(tool: ModuleType, tmp_path: Path, answer: str) -> None:
+    sample, _ = build(tool, tmp_path, {"problem": "How many?", "answer": answer})
+    assert isinstance(sample, Prompt) and sample.answer == answer and grade("7", answer)
 
 
 def test_an_answer_may_name_the_column_of_its_option(tool: ModuleType, tmp_path: Path) -> None:

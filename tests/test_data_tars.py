@@ -191,6 +191,7 @@ def test_a_json_that_names_images_is_no_question_without_them(tool: ModuleType, 
         ("json/7.json", "images/7.png"),
         ("7.json", "7_0.png"),
         ("a/7.json", "b/7-1.0.png"),
+        ("Q7.json", "q7.png"),
     ],
 )
 def test_a_json_whose_images_have_another_key_is_no_question_without_them(
@@ -201,6 +202,21 @@ def test_a_json_whose_images_have_another_key_is_no_question_without_them(
     for found, bad in both(tool, shard, budget=2):
         assert [sample.key for sample in found] == ["70"]
         assert "its images under another key" in bad[text.removesuffix(".json")]
+
+
+def test_images_stand_in_the_order_in_which_the_json_names_them(tool: ModuleType, tmp_path: Path) -> None:
+    named = {**question(0), "images": ["u.1.png", "in/u.0.png"]}
+    others = {**question(1), "images": ["x.png", "y.png"]}
+    members = {
+        "u.json": named,
+        "u.0.png": png(1),
+        "u.1.png": png(2),
+        "v.json": others,
+        "v.0.png": png(3),
+        "v.1.png": png(4),
+    }
+    found, bad = build(tool, write_tar(tmp_path / "x.tar", members))
+    assert [colour(sample) for sample in found] == [[2, 1], [3, 4]] and not bad
 
 
 def test_each_header_is_read_once(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,10 @@ def test_a_picture_that_is_transparent_everywhere_is_refused() -> None:
     for image in (Image.new("RGBA", (8, 8), (200, 0, 0, 0)), Image.new("LA", (8, 8), (9, 0))):
         with pytest.raises(ValueError, match="transparent everywhere"):
             as_seen(image)
+    strokes = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    strokes.putpixel((3, 3), (255, 255, 255, 255))
+    with pytest.raises(ValueError, match="white on transparency"):
+        as_seen(strokes)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,9 @@ def ask_with_letter(question: str, options: Sequence[str], answer: str, instruct
     Raises:
         ValueError: as `ask`; the answer is none of the options, or could be several.
     """
+    twice = next((option for option in options if option and options.count(option) > 1), None)
+    if twice is not None:
+        raise ValueError(f"two of its options are {twice!r}: its answer can be either")
     if not is_asked(question, options):
         written = [re.search(rf"(?<!\w)[A-Z]\s?[.:)\]]\s*{re.escape(option)}(?!\w)", question) for option in options]
         if all(written) and all(options):

@@ -33,6 +33,7 @@ _UPRIGHT = {
 }  # EXIF 2.32, tag 0x0112: what brings the picture upright
 _SIDEWAYS = (5, 6, 7, 8)
 _PNG_MARKS = (b"eXIf", b"iTXt", b"Raw profile type")  # chunks of a PNG without which it has no orientation
+_WHITE = ((255, 255),) * 3  # least and most of each colour
 _PNG_BITS = 24  # where its header has the bits of a value
 _DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners give, whatever holds them
 
@@ -98,6 +99,8 @@ def as_seen(image: Image.Image, orientation: int = 1) -> Image.Image:
         if colours.getchannel("A").getextrema() == (0, 0):
             raise ValueError("it is transparent everywhere: there is nothing to see")
         image = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours)
+        if image.convert("RGB").getextrema() == _WHITE:
+            raise ValueError("it is white on transparency: on white there is nothing to see")
     seen = image.convert("RGB")
     if orientation in _UPRIGHT:
         seen = seen.transpose(_UPRIGHT[orientation])

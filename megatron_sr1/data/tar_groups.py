@@ -163,7 +163,7 @@ def lonely_images(groups: Iterable[TarGroup]) -> dict[str, str]:
     lonely: dict[str, str] = {}
     for group in groups:
         if all(member.extension != JSON_EXTENSION for member in group.members):
-            end = group.key.rpartition("/")[2]
+            end = group.key.rpartition("/")[2].casefold()
             lonely |= {end: group.key, _END_NUMBER.sub("", end): group.key}
     return lonely
 
@@ -175,7 +175,7 @@ def torn_problem(path: Path, group: TarGroup, lonely: Mapping[str, str]) -> str:
     Args:
         lonely: see `lonely_images`.
     """
-    key = lonely.get(group.key.rpartition("/")[2])
+    key = lonely.get(group.key.rpartition("/")[2].casefold())
     if key is None or [member.extension for member in group.members] != [JSON_EXTENSION]:
         return ""
     where = "in another tar" if key == group.key else f"under another key, {key!r}"

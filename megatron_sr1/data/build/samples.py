@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,7 +18,10 @@ from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample, encode_field
 from megatron_sr1.data.sources.source import ChangeKind, Problem, ProblemKind, RawSample
 from megatron_sr1.types import MAX_ANSWER_CHARACTERS, MAX_ASPECT, Template
 
-_NO_ANSWERS = ("", "nan", "<na>", "n/a")  # the others are what tables write for the first
+_BLANK = " \t\r\n\u00a0\u200b\u200c\u200d\u2060\ufeff"
+_SOLUTION = re.compile(r"####|\\boxed|</?(?:answer|think)>")
+_FINAL_ANSWER = re.compile(r"####[^\n]+|\$?\\boxed\s?\{[^\n]*\}\$?|<answer>[^<>]*</answer>")
+_NO_ANSWERS = ("", "nan", "<na>", "n/a", "-", "--", "?", "[]")  # the others are what tables write for the first
 # Pillow's name of a format -> extension of the member, whose bytes stay as they are; every other one becomes PNG
 _KEPT_FORMATS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
 Size = tuple[int, int]  # width and height in pixels
@@ -91,11 +95,10 @@ def _build(raw: RawSample, rules: TextRules) -> BuiltSample:
     _check_key(raw.key)
     fields = _complete(raw.fields, rules)
     answer = fields.get("answer")
-    if answer is None or (isinstance(answer, str) and answer.strip().casefold() in _NO_ANSWERS):
+    if answer is None or (isinstance(answer, str) and answer.strip(_BLANK).casefold() in _NO_ANSWERS):
         raise _Unfit("empty_answer", "it has no answer" if not answer else f"its answer is {answer!r}")
-    if isinstance(answer, str) and len(answer) > MAX_ANSWER_CHARACTERS and "response" not in fields:
-        reason = f"its answer has {len(answer)} characters: no more than {MAX_ANSWER_CHARACTERS} are graded"
-        raise _Unfit("field", reason)
+    if isinstance(answer, str) and "response" not in fields:
+        _check_gold(answer)
     changes = list(raw.changes)
     if raw.marked:
         changes += _place_images(fields, raw)
@@ -121,6 +124,17 @@ def _build(raw: RawSample, rules: TextRules) -> BuiltSample:
         checksum=content_checksum(dict(members)),
         content=_content_hash(fields, raw.images),
     )
+
+
+def _check_gold(answer: str) -> None:
+    """An answer that no response would be graded equal to is none."""
+    found = _SOLUTION.search(answer)
+    if found is not None and not _FINAL_ANSWER.fullmatch(answer.strip()):
+        reason = f"its answer is a whole solution, with {found[0]!r} in it: give what the solution ends with"
+        raise _Unfit("field", reason)
+    if len(answer) > MAX_ANSWER_CHARACTERS:
+        reason = f"its answer has {len(answer)} characters: no more than {MAX_ANSWER_CHARACTERS} are graded"
+        raise _Unfit("field", reason)
 
 
 def _check_key(key: str) -> None:

@@ -103,8 +103,9 @@ class Columns:
         found, order = _Row(), {column: number for number, column in enumerate(self.rename)}
         for column in sorted(row, key=lambda column: order.get(column, -1)):
             name, value = self.rename.get(column, column), row[column]
-            if name in IMAGE_COLUMNS and (is_missing(value) or not value):
+            if name in IMAGE_COLUMNS and _is_no_image(value):
                 found.no_images = column
+                continue
             if is_missing(value) or not name:
                 continue
             if name == KEY_COLUMN and isinstance(value, str | int):
@@ -118,6 +119,13 @@ class Columns:
             else:
                 found.others[name] = value
         return found, key
+
+
+def _is_no_image(value: object) -> bool:
+    """Null, nothing, or what a table writes for them: {bytes: null, path: null}."""
+    if isinstance(value, Mapping):
+        return all(inner is None for inner in value.values())
+    return is_missing(value) or (isinstance(value, str | bytes | list | tuple) and not value)
 
 
 def _images(row: _Row, rename: Mapping[str, str]) -> Sequence[object]:

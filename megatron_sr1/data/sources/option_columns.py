@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from megatron_sr1.data.choices import read_options
 
 _LISTS = ("choices", "options", "candidates")
+_LOOKS_LIKE = re.compile("option|choice|candidate|possible.?answer|ending|distractor", re.IGNORECASE)
 # A, B, C ...; option_a, optionA, choice_1, opt 2 ...
 _ONE = re.compile(r"(?P<letter>[A-J])|(?i:option|choice|opt)[ _-]?(?:(?P<named>[A-Ja-j])|(?P<number>\d{1,2}))")
 
@@ -30,10 +31,11 @@ def take_options(fields: dict[str, Any], others: dict[str, Any], renamed: Collec
     if len(lists) > 1:
         raise ValueError(f"it has options in {' and in '.join(lists)}: leave one out with --rename {lists[1]}=")
     if lists:
-        return read_options((fields if lists[0] == "choices" else others).pop(lists[0]))
+        return _none_empty(read_options((fields if lists[0] == "choices" else others).pop(lists[0])))
     found = {name: match for name in others if name not in renamed and (match := _ONE.fullmatch(name))}
     places = {name: _place(match) for name, match in found.items()}
     if len(places) < 2 or not {0, 1} & set(places.values()):
+        _refuse_overlooked(others, renamed)
         return ()
     names = sorted(places, key=places.__getitem__)
     counted = any(match["number"] for match in found.values())
@@ -48,7 +50,24 @@ def take_options(fields: dict[str, Any], others: dict[str, Any], renamed: Collec
             f"its options are numbered from 1, {', '.join(names)}, and its answer {answer} could count from 0: give it "
             "as a letter"
         )
-    return read_options([others.pop(name) for name in names])
+    return _none_empty(read_options([others.pop(name) for name in names]))
+
+
+def _none_empty(options: tuple[str, ...]) -> tuple[str, ...]:
+    """Raises ValueError where one is empty beside others; where all are, they are drawn in the image."""
+    if any(options) and not all(options):
+        raise ValueError(f"its option {string.ascii_uppercase[options.index('') % 26]} is empty")
+    return options
+
+
+def _refuse_overlooked(others: Mapping[str, Any], renamed: Collection[str]) -> None:
+    """Raises ValueError for a list under a name like that of options: nobody could answer with a letter of them."""
+    for name, value in others.items():
+        if name not in renamed and _LOOKS_LIKE.search(name) and isinstance(value, list | Mapping) and len(value) > 1:
+            raise ValueError(
+                f"the column {name!r} looks like options, which would not be in the question: give it with --rename "
+                f"{name}=choices, leave it out with --rename {name}=, or keep it with --rename {name}={name}"
+            )
 
 
 def _place(match: re.Match[str]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -69,7 +69,7 @@ class WebDatasetSource:
         if not isinstance(values, dict):
             reason = f"its json holds a {type(values).__name__}, not an object"
             return Problem(where, group.key, "unreadable_sample", reason)
-        images = [data[name] for name in sorted(data, key=_image_number)]
+        images = [data[name] for name in _in_order(group.key, data, values)]
         named = _num_named(values)
         if named not in (0, len(images)):
             reason = f"its json names {named} images, and the tar holds {len(images)} of this key"
@@ -104,6 +104,17 @@ def _schema_problem(group: TarGroup) -> str:
         return f"it has no json member, but {len(extensions)} images; a key ends at the first dot"
     numbers = sorted(_image_number(name) for name in extensions if name != JSON_EXTENSION)
     return "" if numbers == list(range(len(numbers))) else f"its images have the numbers {numbers}, not 0, 1, 2 ..."
+
+
+def _in_order(key: str, members: Iterable[str], values: dict[str, object]) -> list[str]:
+    """The members by their numbers; in the order in which the json names all of them, where it does."""
+    numbered = sorted(members, key=_image_number)
+    files = {f"{key.rpartition('/')[2]}.{member}": member for member in numbered}
+    for value in (values.get(column) for column in IMAGE_COLUMNS):
+        names = [str(name).rpartition("/")[2] for name in value] if isinstance(value, list) else []
+        if len(names) == len(files) and set(names) == files.keys():
+            return [files[name] for name in names]
+    return numbered
 
 
 def _num_named(values: dict[str, object]) -> int:

@@ -31,6 +31,9 @@ class Items:
         return self.brackets not in ("", "{}")
 
 
+_ZEROS = re.compile(r",0\d\d(?!\d)")  # (1,000) is a number in brackets: nobody writes a pair so
+
+
 def read_items(text: str, split_thousands: bool = False) -> Items | None:
     """The list that a cleaned text is; None where it is a single answer. `split_thousands`: `1,234` is two."""
     if text in ("∅", "⦃⦄"):
@@ -38,7 +41,9 @@ def read_items(text: str, split_thousands: bool = False) -> Items | None:
     if "∥" in text:
         return _matrix(text)
     inner, brackets = _bracketed(text)
-    items, either = split_items(inner, split_thousands or bool(brackets and not _spaced_comma(inner)))
+    items, either = split_items(
+        inner, split_thousands or bool(brackets and not _spaced_comma(inner) and not _ZEROS.search(inner))
+    )
     items = [signed for item in items for signed in _both_signs(item)]
     if len(items) > MAX_ITEMS or (len(items) < 2 and brackets not in ("{}",)):
         return None

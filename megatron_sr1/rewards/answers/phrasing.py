@@ -65,7 +65,7 @@ _POLARITY = {
 _DENIALS, _ASSENTS = {"no", "not", "false", "wrong", "incorrect", "never"}, {"yes", "true", "correct", "right"}
 _OPPOSITES = {"yes": _DENIALS, "true": _DENIALS, "no": _ASSENTS, "false": _ASSENTS}
 _VERDICT = re.compile(
-    r"(yes|no|true|false)(?: ?[,.;:!-]+ ?|,? (?=(?:it|there|they|he|she|this|that|the|we|i|you)\b))(\S.*)",
+    r"(?!no\. ?\d)(yes|no|true|false)(?: ?[,.;:!-]+ ?|,? (?=(?:it|there|they|he|she|this|that|the|we|i|you)\b))(\S.*)",
     re.IGNORECASE,
 )
 

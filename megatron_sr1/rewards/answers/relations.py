@@ -21,6 +21,7 @@ _NAME = re.compile(
     r"|[A-Za-z]{3,}(?: [A-Za-z]+){0,3}|\([a-z](?:, ?[a-z])+\)|m\([^()]+\))"
 )
 _COLON = re.compile(r"([A-Za-z]{3,}(?: [a-z]+){0,2}): ?(.+)")
+_IN_INTERVAL = re.compile(r"∈\s?[(\[][^,]+,[^,]+[)\]]")  # whose brackets say whether the ends belong to it
 _RELATION = re.compile(r"[<>≤≥≠]")
 _STRICT = {"<": "<", ">": "<", "≤": "≤", "≥": "≤", "≠": "≠", "=": "="}
 
@@ -49,6 +50,8 @@ def assignments(text: str) -> tuple[tuple[str, str], ...]:
 
 def _assignment(text: str) -> tuple[str, str]:
     """(name, value); ("", text) where it is none."""
+    if _IN_INTERVAL.search(text):
+        return "", text
     if match := _COLON.fullmatch(text):
         return match[1], match[2]
     sides = [side.strip() for side in re.split("[=∈]", text)]
@@ -153,7 +156,7 @@ def same_intervals(answer: str, gold: str, same: Same) -> bool | None:
 
 
 def _speaks_of_intervals(text: str) -> bool:
-    return _RELATION.search(text) is not None or "∪" in text or "∞" in text
+    return _RELATION.search(text) is not None or "∪" in text or "∞" in text or _IN_INTERVAL.search(text) is not None
 
 
 def _union(text: str) -> list[Interval] | None:

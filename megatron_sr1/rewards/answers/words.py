@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 _MATHEMATICS = re.compile(
-    r"[=^\\/<>+*|±≤≥≠∪∩⦃⦄∥⊥≅≌∽∝→←↔⇒⇔⇌♂♀☑☐]|(?<![^\W\d_])-(?=\d)|^\d.*-\d|^\s?-"
+    r"[=^\\/<>+*|±≤≥≠∈∪∩⦃⦄∥⊥≅≌∽∝→←↔⇒⇔⇌♂♀☑☐]|(?<![^\W\d_])-(?=\d)|^\d.*-\d|^\s?-"
     r"|(?<![^\W\d_]{2})-(?![^\W\d_]{3})|(?<![^\W\d_]{3})-(?![^\W\d_]{2})|(?<![^\W\d_]{2})!"
 )
 _MARKS = "\u064b-\u065f\u0900-\u0e4e\u3099\u309a"  # of Arabic, of India's scripts, Thai, kana: parts of a letter
