@@ -34,7 +34,7 @@ from benchmarks.setting import write_model
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import render_caption_reasoner, render_see_think
-from megatron_sr1.rollout import Engine, Limits, Planner, TwoPassGenerator
+from megatron_sr1.rollout import Engine, EngineLimits, Limits, Planner, TwoPassGenerator
 from megatron_sr1.rollout.request import Draw, Generation
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, Sampling
 
@@ -197,12 +197,7 @@ def main() -> None:
         shape = {"hidden": options.hidden, "feed_forward": 4 * options.hidden, "heads": options.hidden // 128}
         write_model(Path(folder), TEXTS * 20, layers=options.layers, vocab=VOCAB, **shape)
         engine = MeasuredEngine(
-            folder,
-            max_model_tokens=MAX_MODEL_TOKENS,
-            max_running_requests=options.slots,
-            kv_cache_gib=0.25,
-            max_images=1,
-            seed=0,
+            folder, EngineLimits(MAX_MODEL_TOKENS, options.slots, kv_cache_gib=0.25, max_images=1, seed=0)
         )
         engine.slots = options.slots
         processor = DescribingProcessor.from_pretrained(folder)

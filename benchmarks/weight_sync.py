@@ -89,19 +89,14 @@ def measure(folder: str, options: tuple[str, ...]) -> None:
     platform = start_platform()
     from megatron_sr1.config import load_config
     from megatron_sr1.policy.scorer import Scorer
-    from megatron_sr1.rollout import Engine
+    from megatron_sr1.rollout import Engine, EngineLimits
     from megatron_sr1.weights import HfTensors, write_hf_dir
 
     config = load_config(None, list(options))
     policy = Scorer(config, platform)
     engine = Engine(
         config.model.hf_dir,
-        max_model_tokens=512,
-        max_running_requests=32,
-        kv_cache_gib=0.25,
-        max_images=1,
-        seed=0,
-        tensor_parallel=config.rollout.engine_tensor,
+        EngineLimits(512, 32, kv_cache_gib=0.25, max_images=1, seed=0, tensor_parallel=config.rollout.engine_tensor),
         checksum_every=1 << 30,
     )
     parts: list[Part] = []

@@ -31,12 +31,12 @@ FAULT_WAIT = 3.0  # seconds
 
 def collect(rank: int, num_ranks: int, folder: str) -> None:
     from megatron_sr1.platform import GroupRanks, TeamRanks
-    from megatron_sr1.rollout import Limits, Planner, TwoPassGenerator
+    from megatron_sr1.rollout import EngineLimits, Limits, Planner, TwoPassGenerator
     from megatron_sr1.rollout.request import EngineFault
 
     model_dir = f"{folder}/model"
-    limits = {"max_model_tokens": MAX_MODEL_TOKENS, "max_running_requests": 64, "kv_cache_gib": 0.25, "max_images": 2}
-    engine = finishing_engine()(model_dir, **limits, seed=0, tensor_parallel=num_ranks)
+    limits = EngineLimits(MAX_MODEL_TOKENS, 64, kv_cache_gib=0.25, max_images=2, seed=0, tensor_parallel=num_ranks)
+    engine = finishing_engine()(model_dir, limits)
     engine.fault_wait_seconds = FAULT_WAIT
     processor = describing_processor(model_dir)
     weights = load_file(f"{model_dir}/model.safetensors")

@@ -275,14 +275,14 @@ def _engine_blocks(rank: int, num_ranks: int, model_dir: str) -> None:
     start_platform()
     from megatron_sr1.estimate.engine import engine_bytes
     from megatron_sr1.policy.read import read_architecture
-    from megatron_sr1.rollout import Engine
+    from megatron_sr1.rollout import Engine, EngineLimits
 
     gib = 1 / 32
     overrides = [f"model.hf_dir={model_dir}", f"rollout.kv_cache_gib={gib}"]
     overrides += ["rollout.max_response_tokens=64", "rollout.max_description_tokens=32", "rollout.max_model_tokens=256"]
     config = load_config(None, overrides)
     expected = engine_bytes(read_architecture(model_dir), config, element=4)  # a CPU's engine is fp32
-    engine = Engine(model_dir, max_model_tokens=256, max_running_requests=8, kv_cache_gib=gib, max_images=1, seed=0)
+    engine = Engine(model_dir, EngineLimits(256, max_running_requests=8, kv_cache_gib=gib, max_images=1, seed=0))
     cache = engine._engine.vllm_config.cache_config
     blocks = cache.num_gpu_blocks
     assert 0 <= expected.kv_tokens - blocks * cache.block_size < cache.block_size, (expected.kv_tokens, blocks)

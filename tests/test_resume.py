@@ -51,6 +51,8 @@ OTHER: dict[str, Any] = {
     "evaluate.verify_export": 1,
     "evaluate.judge_url": ("http://127.0.0.1:1", {"evaluate.judge_model": "m"}),
     "evaluate.judge_parameters": {"temperature": 0.5},
+    "rollout.engine": {"max_num_batched_tokens": 16384},
+    **{f"offload.{name}": True for name in ("gradients", "optimizer", "reference")},
     "objective.advantage_scope": "batch",
     "track.wandb.mode": "offline",
     "track.mlflow.uri": "sqlite:///x.db",

@@ -37,16 +37,12 @@ NUM_RANKS = 2
 # ------------------------------------------------------------ what the two processes do
 def collect(rank: int, num_ranks: int, folder: str) -> None:
     from megatron_sr1.platform import GroupRanks
-    from megatron_sr1.rollout import Limits, Planner, TwoPassGenerator, stale_vision_canary
+    from megatron_sr1.rollout import EngineLimits, Limits, Planner, TwoPassGenerator, stale_vision_canary
 
     model_dir = f"{folder}/model"
     engine = finishing_engine()(
         model_dir,
-        max_model_tokens=MAX_MODEL_TOKENS,
-        max_running_requests=256,
-        kv_cache_gib=0.25,
-        max_images=2,
-        seed=0,
+        EngineLimits(MAX_MODEL_TOKENS, max_running_requests=256, kv_cache_gib=0.25, max_images=2, seed=0),
     )
     processor = describing_processor(model_dir)
 

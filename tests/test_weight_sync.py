@@ -3,11 +3,13 @@ judges what arrived."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -40,6 +42,7 @@ SYNCS = {  # ranks of an engine -> family and trainer layout; vLLM makes a proce
         ("one_kv_head", ("layout.tensor=2",)),
     ),
 }
+KV_CACHE_GIB = 0.0625
 RESTARTED = ("layout.tensor=2",)  # a restart takes as long as a start
 
 
@@ -61,7 +64,7 @@ def _sync(folder: str, layout: tuple[str, ...], engine_ranks: int) -> dict[str, 
         engine.sleep()
         facts["synced"] = _answers(engine, processor, 0.0)
         if layout == RESTARTED:
-            engine.restart()
+            facts["resident"] = [_restarted_bytes(engine) for _ in range(5)]
             facts["restarted"] = (engine.weight_version, _answers(engine, processor, 0.0))
         batches, _ = packed_rows(policy, config, processor)
         num_tokens = sum(len(sequence.response_ids) for sequence in make_sequences(processor))
@@ -73,19 +76,19 @@ def _sync(folder: str, layout: tuple[str, ...], engine_ranks: int) -> dict[str, 
     return facts
 
 
-def _engine(model_dir: str, engine_ranks: int) -> Any:
-    from megatron_sr1.rollout import Engine
+def _restarted_bytes(engine: Any) -> int:
+    """What this process holds when the engine has started again."""
+    model = weakref.ref(engine._model)
+    engine.restart()
+    assert model() is None, "the old model went"
+    return psutil.Process().memory_info().rss
 
-    return Engine(
-        model_dir,
-        max_model_tokens=256,
-        max_running_requests=128,
-        kv_cache_gib=0.0625,
-        max_images=2,
-        seed=0,
-        tensor_parallel=engine_ranks,
-        sleeps=True,
-    )
+
+def _engine(model_dir: str, engine_ranks: int) -> Any:
+    from megatron_sr1.rollout import Engine, EngineLimits
+
+    limits = EngineLimits(256, 128, kv_cache_gib=KV_CACHE_GIB, max_images=2, seed=0, tensor_parallel=engine_ranks)
+    return Engine(model_dir, limits, sleeps=True)
 
 
 def _images(number: int) -> tuple[Any, ...]:
@@ -273,6 +276,8 @@ def test_a_restarted_engine_is_as_it_was_started(facts: dict[str, dict[str, Any]
     for name, found in restarted.items():
         version, answers = found["restarted"]
         assert version == 0 and answers == found["before"], name
+        growth = max(found["resident"][1:]) - found["resident"][0]
+        assert growth < KV_CACHE_GIB * 2**30, f"{growth >> 20} MiB in four restarts: the KV cache alone is 64 in each"
 
 
 def test_trainer_and_generator_agree_after_five_updates(facts: dict[str, dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ from megatron_sr1.config.evaluation import EvaluateConfig
 from megatron_sr1.config.families import FAMILIES, Family
 from megatron_sr1.config.files import dump_config, load_config
 from megatron_sr1.config.hf_config import HfConfig, read_hf_config
-from megatron_sr1.config.model import LayoutConfig, ModelConfig, PrecisionConfig, RecomputeConfig
+from megatron_sr1.config.model import LayoutConfig, ModelConfig, OffloadConfig, PrecisionConfig, RecomputeConfig
 from megatron_sr1.config.model_files import check_folders, check_weights, how_to_get, missing_files, model_fingerprint
 from megatron_sr1.config.paths import home_path
 from megatron_sr1.config.resume import Change, changes_of, check_resume, saved_steps, values_by_key
@@ -42,6 +42,7 @@ __all__ = [
     "MlflowConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "OffloadConfig",
     "OptimizerConfig",
     "PrecisionConfig",
     "RecomputeConfig",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from megatron_sr1.config.engine_arguments import check_engine_arguments
 from megatron_sr1.config.families import HfConfig
 from megatron_sr1.config.hf_config import read_hf_config
 from megatron_sr1.config.model import PrecisionConfig
@@ -108,8 +109,9 @@ def check_engine(config: Config) -> None:
     """Whether an engine's ranks can share the model, and its KV cache hold the longest sequence.
 
     Raises:
-        ConfigError: key/value heads that do not divide; a cache that is too small.
+        ConfigError: key/value heads that do not divide; a cache that is too small; see `check_engine_arguments`.
     """
+    check_engine_arguments(config.rollout.engine)
     rollout, model = config.rollout, read_hf_config(config.model.hf_dir)
     heads = model.num_kv_heads
     require(

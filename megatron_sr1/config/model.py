@@ -108,6 +108,15 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True)
+class OffloadConfig:
+    """What of the trainer's state leaves the device while engines generate. null: on accelerators, it does."""
+
+    gradients: bool | None = None  # freed: a step begins with none
+    optimizer: bool | None = None  # to pinned host memory: moments, and fp32 weights beside those of bf16
+    reference: bool | None = None  # to pinned host memory: the weights that the KL term compares with
+
+
+@dataclass(frozen=True)
 class RecomputeConfig:
     """Activations that are made again in backward instead of being kept."""
 

@@ -26,6 +26,7 @@ from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.whole import Config
 from megatron_sr1.config.yaml_files import read_mapping
 
+_FREE_FORM = ("evaluate.judge_parameters", "rollout.engine")
 Rule = Literal["takes effect", "refused", "content", "free"]
 # of a key, or of all keys of a section that have no line of their own
 RULES: Mapping[str, Rule] = {
@@ -42,6 +43,7 @@ RULES: Mapping[str, Rule] = {
     "precision": "refused",
     "precision.logits": "takes effect",
     "recompute": "free",
+    "offload": "free",
     "data.train": "content",
     "data.train_weights": "content",
     "data.cold_start": "content",
@@ -60,6 +62,8 @@ RULES: Mapping[str, Rule] = {
     "rollout.kv_cache_gib": "free",
     "rollout.engine_tensor": "free",
     "rollout.sleep": "free",
+    "rollout.cuda_graphs": "free",
+    "rollout.engine": "free",
     "rollout.sync_bucket_mib": "free",
     "rollout.checksum_every": "free",
     "objective": "takes effect",
@@ -188,7 +192,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if isinstance(value, dict) and key != "evaluate.judge_parameters":
+        if isinstance(value, dict) and key not in _FREE_FORM:
             flat |= _flat(value, f"{key}.")
         else:
             flat[key] = list(value) if isinstance(value, tuple) else value

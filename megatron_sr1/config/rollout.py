@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_sr1.config.rules import COUNT, COUNT_OR_NONE, Range, check_numbers, require
 
@@ -41,6 +42,8 @@ class RolloutConfig:
     kv_cache_gib: float = 1.0  # of a rank
     engine_tensor: int = 1  # ranks of one engine; nproc / engine_tensor engines share the prompts
     sleep: bool = True  # engines give their memory back while the policy trains; a CPU's engines cannot
+    cuda_graphs: bool = True  # of decoding steps, where there is CUDA; False launches each kernel by itself
+    engine: dict[str, Any] = field(default_factory=dict)  # further arguments of vLLM's engine, by its own names
     sync_bucket_mib: int = 256  # weights go to the engines in pieces of this size: the memory a sync takes
     checksum_every: int = 50  # weight syncs between two that are checked tensor by tensor; the first always is
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from megatron_sr1.config.data import DataConfig
 from megatron_sr1.config.evaluation import EvaluateConfig
-from megatron_sr1.config.model import LayoutConfig, ModelConfig, PrecisionConfig, RecomputeConfig
+from megatron_sr1.config.model import LayoutConfig, ModelConfig, OffloadConfig, PrecisionConfig, RecomputeConfig
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.rules import Range, check_numbers, require
 from megatron_sr1.config.tracking import TrackConfig
@@ -27,6 +27,7 @@ class Config:
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

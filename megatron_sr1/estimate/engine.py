@@ -16,7 +16,7 @@ from megatron_sr1.config import Config, LayoutConfig, kv_token_bytes
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.parameter_counts import count_stages
 
-BATCHED_TOKENS = 8192  # of one forward pass at least, as rollout/engine.py asks vLLM for
+BATCHED_TOKENS = 8192  # of one forward pass at least, as rollout/vllm/arguments.py asks vLLM for
 _LOGIT_COPIES = 3  # logits, processed logits and log-probs of a step
 
 
@@ -41,7 +41,7 @@ def engine_bytes(model: Architecture, config: Config, *, element: int = 2) -> En
     ranks = rollout.engine_tensor
     weights = engine_parameters(config.model.hf_dir, model, ranks) * element
     kv_cache = int(rollout.kv_cache_gib * 2**30)
-    batched = max(BATCHED_TOKENS, rollout.max_model_tokens)
+    batched = rollout.engine.get("max_num_batched_tokens", max(BATCHED_TOKENS, rollout.max_model_tokens))
     hidden = 6 * model.hidden_size + (1 + len(model.deepstack_layers)) * model.hidden_size
     width = model.ffn_size if not model.num_experts else model.expert_ffn_size * model.experts_per_token
     forward = batched * (hidden + 3 * width // ranks) * element

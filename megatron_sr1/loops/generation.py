@@ -12,7 +12,7 @@ from megatron_sr1.loops.run import Run
 from megatron_sr1.objective import Preset
 from megatron_sr1.platform import TeamRanks
 from megatron_sr1.policy.read import open_tensors, read_architecture
-from megatron_sr1.rollout import Engine, Planner, TwoPassGenerator, stale_vision_canary
+from megatron_sr1.rollout import Engine, EngineLimits, Planner, TwoPassGenerator, stale_vision_canary
 from megatron_sr1.types import NamedTensors, Passes, Prompt, Sampling, SftSample
 from megatron_sr1.weights import check_values
 
@@ -23,12 +23,12 @@ _CANARY_SIDE = 56  # pixels: a few visual tokens for every family
 
 
 def build_generator(run: Run, weights: Callable[[], NamedTensors] | None = None) -> TwoPassGenerator:
-    """Engines on all ranks, each with the weights of `model.hf_dir` and a share of the prompts. Collective.
+    """Engines on all ranks, each with a share of the prompts. Collective.
 
     Args:
-        weights: streams the policy's present weights, collectively. They are loaded at once, and whether updates reach
-            the vision tower's images is tried (`stale_vision_canary`); later they refill engines that had to be
-            restarted. None: the engines keep those of `model.hf_dir`.
+        weights: streams the policy's present weights, collectively. They are loaded at once, before any of a disk, and
+            whether updates reach the vision tower's images is tried (`stale_vision_canary`); later they refill engines
+            that had to be restarted. None: the engines have those of `model.hf_dir`.
 
     Raises:
         ValueError: without `weights`: the tensors of `model.hf_dir` are not those of the model, see `open_tensors`, or
@@ -38,14 +38,20 @@ def build_generator(run: Run, weights: Callable[[], NamedTensors] | None = None)
     rollout = run.config.rollout
     if weights is None:  # else the policy has looked
         check_values(open_tensors(read_architecture(run.config.model.hf_dir)), run.platform.ranks)
-    engine = Engine(
-        run.config.model.hf_dir,
+    limits = EngineLimits(
         max_model_tokens=rollout.max_model_tokens,
         max_running_requests=rollout.max_running_requests,
         kv_cache_gib=rollout.kv_cache_gib,
         max_images=rollout.max_images,
         seed=run.config.seed,
         tensor_parallel=rollout.engine_tensor,
+        cuda_graphs=rollout.cuda_graphs,
+        more=rollout.engine,
+    )
+    engine = Engine(
+        run.config.model.hf_dir,
+        limits,
+        loads=weights is None,
         checksum_every=rollout.checksum_every,
         sleeps=rollout.sleep,
     )

@@ -3,6 +3,7 @@
 from megatron_sr1.rollout.plan import Limits, Planner
 from megatron_sr1.rollout.two_pass import TwoPassGenerator
 from megatron_sr1.rollout.vision_canary import stale_vision_canary
+from megatron_sr1.rollout.vllm.arguments import EngineLimits
 from megatron_sr1.rollout.vllm.engine import Engine
 
-__all__ = ["Engine", "Limits", "Planner", "TwoPassGenerator", "stale_vision_canary"]
+__all__ = ["Engine", "EngineLimits", "Limits", "Planner", "TwoPassGenerator", "stale_vision_canary"]

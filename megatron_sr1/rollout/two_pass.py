@@ -7,6 +7,7 @@ A global barrier between the passes would leave the engine idle behind the longe
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Sequence
 
 from megatron_sr1.rollout.balance import assign_prompts
@@ -116,7 +117,8 @@ class TwoPassGenerator:
         try:
             requests.run(self._engine)
         except EngineFault as fault:
-            logger.warning("an engine failed", exc_info=fault)
+            # as text: the traceback would hold what the engine holds, and keep its memory from the next one
+            logger.warning("an engine failed: %s", "".join(traceback.format_exception(fault)))
             self._engine.meet_after_fault(requests.num_open)
             return [str(fault)]
         return []

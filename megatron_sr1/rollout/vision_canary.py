@@ -1,4 +1,4 @@
-"""A canary: do new vision weights reach the images the engine has already seen?"""
+"""A canary: do new vision weights reach the images the engine has already seen, and does it wake as it fell asleep?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def stale_vision_canary(
 
     Caches keyed by the image alone (embeddings, KV prefixes) survive a careless weight update, and the policy then
     looks at images through old eyes without any error. So: greedy log-probs of one image prompt are taken, again with
-    the vision weights scrambled, and again with the true weights. The second must differ, the third equal the first.
+    the vision weights scrambled, and again with the true weights, for which the engine is put to sleep and woken. The
+    second must differ, the third equal the first.
 
     Args:
         weights: streams the engine's present weights by checkpoint name; called twice.
@@ -38,6 +39,7 @@ def stale_vision_canary(
     before = _look(engine, processor, image, "before")
     engine.update_weights(_scrambled(weights()), version)
     scrambled = _look(engine, processor, image, "scrambled")
+    engine.sleep()
     engine.update_weights(weights(), version)
     after = _look(engine, processor, image, "after")
     if scrambled == before:
@@ -48,7 +50,7 @@ def stale_vision_canary(
     if after != before:
         raise RuntimeError(
             "the engine's log-probs did not return when its weights were restored: the streamed weights are not the "
-            "ones it was loaded from, or a cache was not reset."
+            "ones it was loaded from, a cache was not reset, or it did not wake whole: try rollout.sleep=false."
         )
 
 

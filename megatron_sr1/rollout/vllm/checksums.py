@@ -31,7 +31,7 @@ class _Sent:
     name: str
     place: Placement
     num_rows: int
-    checksum: int
+    checksum: Tensor  # [] int64, where the tensor was
 
 
 class WeightCheck:
@@ -72,27 +72,31 @@ class WeightCheck:
     def differences(self) -> list[str]:
         """Checkpoint tensors that the engine does not hold as they were sent, and parameters of the engine that none
         was sent for."""
-        wrong: dict[str, None] = {}
+        names: list[str] = []
+        differ: list[Tensor] = []
         for (module, parameter), pieces in self._sent.items():
             held = self._held(self._modules[module], parameter, pieces)
-            wrong |= {piece.name: None for piece, found in zip(pieces, held, strict=True) if found != piece.checksum}
+            names += [piece.name for piece in pieces]
+            differ += [found != piece.checksum.to(found.device) for piece, found in zip(pieces, held, strict=True)]
+        flags = torch.stack(differ).tolist() if differ else []  # the one place where the host waits for the device
+        wrong = dict.fromkeys(name for name, differs in zip(names, flags, strict=True) if differs)
         return [*wrong, *sorted(self._unseen)]
 
-    def _held(self, module: torch.nn.Module, parameter: str, pieces: list[_Sent]) -> list[int]:
+    def _held(self, module: torch.nn.Module, parameter: str, pieces: list[_Sent]) -> list[Tensor]:
         """The checksum of each piece as the module has it."""
         tensor = module.get_parameter(parameter)
         if pieces[0].place.start is None:
             assert len(pieces) == 1, "experts are one tensor"
             return [self._sum_of_experts(tensor.to(self._dtype))]
-        sums = [0] * len(pieces)
+        sums = [torch.zeros((), dtype=torch.int64, device=tensor.device) for _ in pieces]
         for first_column, num_columns, block in self._blocks(module, parameter, tensor):
             for index, piece in enumerate(pieces):
                 assert piece.place.start is not None
                 rows = block[piece.place.start : piece.place.start + piece.num_rows]
-                sums[index] = _wrapped(sums[index] + _ordered(rows, first_column, num_columns))
+                sums[index] += _ordered(rows, first_column, num_columns)
         return sums
 
-    def _sum_of_experts(self, tensor: Tensor) -> int:
+    def _sum_of_experts(self, tensor: Tensor) -> Tensor:
         rows = _as_rows(tensor)
         return _ordered(rows, 0, rows.shape[1]) if self._on_cpu else _unordered(tensor)
 
@@ -145,32 +149,27 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(len(tensor), -1)
 
 
-def _ordered(rows: Tensor, first_column: int, num_columns: int) -> int:
-    """Of a block of a matrix of `num_columns` columns; blocks add up to the whole."""
+def _ordered(rows: Tensor, first_column: int, num_columns: int) -> Tensor:
+    """Of a block of a matrix of `num_columns` columns; blocks add up to the whole. Sums of int64 wrap around."""
     columns = torch.arange(first_column, first_column + rows.shape[1], device=rows.device)
     step = max(1, _BLOCK // max(1, rows.shape[1]))
-    total = 0
+    total = torch.zeros((), dtype=torch.int64, device=rows.device)
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         index = torch.arange(start, start + len(part), device=rows.device)[:, None]
         factors = (index * num_columns + columns) * _GOLDEN | 1
-        total = _wrapped(total + (_bits(part) * factors).sum().item())
+        total += (_bits(part) * factors).sum()
     return total
 
 
-def _unordered(tensor: Tensor) -> int:
-    total = 0
+def _unordered(tensor: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for part in tensor.reshape(-1).split(_BLOCK):
         mixed = _bits(part) * _GOLDEN
-        total = _wrapped(total + ((mixed ^ (mixed >> 29)) * _GOLDEN).sum().item())
+        total += ((mixed ^ (mixed >> 29)) * _GOLDEN).sum()
     return total
 
 
 def _bits(values: Tensor) -> Tensor:
     """[..] int64; both zeros are the same number, as a sum of products cannot tell them apart."""
     return (values + 0.0).view(_BITS[values.element_size()]).long()
-
-
-def _wrapped(value: float) -> int:
-    """Modulo 2^64, as int64 arithmetic has it."""
-    return (int(value) + 2**63) % 2**64 - 2**63

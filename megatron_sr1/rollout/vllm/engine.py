@@ -12,22 +12,25 @@ import gc
 import logging
 import os
 import secrets
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
 
-from megatron_sr1.config import HfConfig, read_hf_config
+from megatron_sr1.config import read_hf_config
 from megatron_sr1.platform.torch_private import all_gather_within
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation
+from megatron_sr1.rollout.vllm.arguments import EngineLimits, engine_arguments
 from megatron_sr1.rollout.vllm.checksums import WeightCheck
 from megatron_sr1.rollout.vllm.private import (
     detach_finalizer,
     name_shared_memory,
     normalised_pixels,
     silence_reload_warnings,
+    stop_worker,
 )
 from megatron_sr1.rollout.vllm.reload import check_reloadable, reload_weights
 from megatron_sr1.types import BANNED_LOGIT_BIAS
@@ -36,9 +39,6 @@ from megatron_sr1.weights import HfTensors
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
-
-_GIB = 2**30
-_MIN_BATCHED_TOKENS = 8192  # of one forward pass
 
 
 def prepare_environment() -> None:
@@ -66,21 +66,15 @@ class Engine:
     def __init__(
         self,
         hf_dir: str,
+        limits: EngineLimits,
         *,
-        max_model_tokens: int,
-        max_running_requests: int,
-        kv_cache_gib: float,
-        max_images: int,
-        seed: int,
-        tensor_parallel: int = 1,
+        loads: bool = True,
         checksum_every: int = 1,
         sleeps: bool = False,
     ) -> None:
-        """Loads the weights of `hf_dir`.
-
+        """
         Args:
-            max_images: per prompt.
-            tensor_parallel: ranks that share one copy of the weights.
+            loads: the weights of `hf_dir`. Without it the engine has none until `update_weights`, and takes no request.
             checksum_every: the first weight update is checked, and every n-th after it.
             sleeps: give the device memory back in `sleep`, where the platform can.
 
@@ -93,40 +87,30 @@ class Engine:
         model = read_hf_config(hf_dir)
         self._class_name = model.class_name
         self._in_job = torch.distributed.is_initialized()
+        self._tensor_parallel = limits.tensor_parallel
         ranks = torch.distributed.get_world_size() if self._in_job else 1
-        if ranks % tensor_parallel:
-            raise ValueError(f"{ranks} ranks do not divide into engines of {tensor_parallel}: choose a divisor.")
+        if ranks % limits.tensor_parallel:
+            raise ValueError(f"{ranks} ranks do not divide into engines of {limits.tensor_parallel}: choose a divisor.")
         on_cpu = current_platform.is_cpu()
         self._can_sleep = sleeps and current_platform.is_sleep_mode_available()
-        self._arguments = {
-            **_fixed_arguments(on_cpu),
-            "model": hf_dir,
-            "hf_overrides": _missing_keys(model),
-            "seed": seed,
-            "tensor_parallel_size": tensor_parallel,
-            "max_model_len": max_model_tokens,
-            "max_num_seqs": max_running_requests,
-            "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS, max_model_tokens),
-            "kv_cache_memory_bytes": int(kv_cache_gib * _GIB),
-            "limit_mm_per_prompt": {"image": max_images, "video": 0},
-            "distributed_executor_backend": "external_launcher" if self._in_job else None,
-            "enable_sleep_mode": self._can_sleep,
-        }
+        self._loads = loads
+        where = {"on_cpu": on_cpu, "in_job": self._in_job, "can_sleep": self._can_sleep}
+        self._arguments = engine_arguments(hf_dir, model, limits, **where, loads=loads)
         # vLLM compiles a few small functions even when it runs eagerly. On a CPU that takes 20 s and a C++ compiler.
         self._stance = "force_eager" if on_cpu else "default"
         self._weight_names = set(HfTensors(hf_dir, model.family).tensors)
-        self._max_model_tokens = max_model_tokens
+        self._max_model_tokens = limits.max_model_tokens
         self._checksum_every = checksum_every
         self._num_updates = 0
         self._engine = self._start()
 
     def _start(self) -> Any:
-        """A new vLLM engine with the weights of the model directory, as version 0."""
+        """A new vLLM engine, with the weights of the model directory or none, as version 0."""
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
         _register_architecture(self._class_name)
-        if self._in_job and self._arguments["tensor_parallel_size"] > 1:
+        if self._in_job and self._tensor_parallel > 1:
             _name_shared_memory()
         silence_reload_warnings()  # _complete() watches what matters
         set_num_threads = torch.set_num_threads
@@ -136,17 +120,23 @@ class Engine:
         torch.set_num_threads = set_num_threads  # vLLM replaces it on a CPU by one that only warns
         (self._model,) = engine.collective_rpc("get_model")
         check_reloadable(self._model)
-        self._asleep = False
+        self._asleep, self._is_filled = False, self._loads
         self._weight_version = 0
         return engine
 
     def restart(self) -> None:
-        """Drops all requests and everything held, and reloads the model directory, as version 0. Collective: vLLM's
+        """Drops all requests and everything held, and starts again as it was started, as version 0. Collective: vLLM's
         engines of one job agree on their memory when they start. Refill it with `update_weights`."""
-        if not self._in_job:
+        if self._in_job:
+            stop_worker(self._engine)
+        else:
             self._engine.engine_core.shutdown()
+        old = weakref.ref(self._model)
         self._engine = self._model = None
-        gc.collect()  # the old engine refers to itself: without this, two KV caches would exist at once
+        gc.unfreeze()  # vLLM has frozen its engine, which refers to itself
+        gc.collect()  # without this, two KV caches would exist at once, and with sleep mode vLLM allows none beside it
+        if old() is not None:
+            raise RuntimeError("the engine's model is still there after its end: its memory is not free for another.")
         self._num_updates = 0
         self._engine = self._start()
 
@@ -162,7 +152,7 @@ class Engine:
         Raises:
             EngineFault: another rank did not fail within `fault_wait_seconds`, or has other requests open.
         """
-        if self._arguments["tensor_parallel_size"] == 1:
+        if self._tensor_parallel == 1:
             return
         from vllm.distributed import get_tp_group
 
@@ -231,8 +221,10 @@ class Engine:
         """Queues a request; it starts with the next `step`.
 
         Raises:
-            ValueError: the engine sleeps.
+            ValueError: the engine sleeps, or has no weights yet.
         """
+        if not self._is_filled:
+            raise ValueError(f"request {request_id!r} for an engine without weights. Give it some by update_weights().")
         if self._asleep:
             raise ValueError(f"request {request_id!r} for an engine that sleeps. Wake it with update_weights() first.")
         from vllm import SamplingParams
@@ -268,24 +260,29 @@ class Engine:
         Raises:
             ValueError: requests are still running; they would mix two policies.
             ValueError: a tensor of the model directory is missing, or one is not in it. Old weights are gone by then.
-            RuntimeError: on a checked update, what the engine holds is not what it was sent.
+            RuntimeError: on a checked update, what the engine holds is not what it was sent; KV prefixes stayed.
         """
         if self.has_unfinished():
             raise ValueError(
                 f"weights of version {version} arrived while requests of version {self._weight_version} are running. "
                 "Finish them with step() first."
             )
+        engine: Any = self._engine
         if self._asleep:
             torch.accelerator.empty_cache()  # what training has left there; the engine's memory comes from elsewhere
-            self._engine.wake_up(["weights"])
+            engine.wake_up(["weights"])
         check = WeightCheck(self._model) if self._num_updates % self._checksum_every == 0 else None
-        reload_weights(self._engine, self._complete(weights, check))
+        reload_weights(engine, self._complete(weights, check))
         if self._asleep:
-            self._engine.wake_up(["kv_cache"])
+            engine.wake_up(["kv_cache"])
             self._asleep = False
-        self._engine.reset_prefix_cache()
-        self._engine.reset_mm_cache()
-        self._engine.reset_encoder_cache()
+        if not engine.reset_prefix_cache():
+            raise RuntimeError(
+                f"weight update {version}: vLLM kept KV prefixes of the old weights, though no request is running. "
+                "The next responses would be continued from them."
+            )
+        engine.reset_mm_cache()
+        engine.reset_encoder_cache()
         wrong = [] if check is None else check.differences()
         if wrong:
             raise RuntimeError(
@@ -293,7 +290,7 @@ class Engine:
                 f"were sent, first {wrong[0]!r}. The engine would sample from another policy."
             )
         self._num_updates += 1
-        self._weight_version = version
+        self._weight_version, self._is_filled = version, True
 
     def _complete(
         self, weights: Iterable[tuple[str, Tensor]], check: WeightCheck | None
@@ -333,30 +330,6 @@ def _generation(output: Any) -> Generation:
         logprobs=tuple(completion.logprobs.logprobs),
         finish_reason=completion.finish_reason,
     )
-
-
-def _fixed_arguments(on_cpu: bool) -> dict[str, Any]:
-    """Those of vLLM's arguments that no configuration changes."""
-    return {
-        "dtype": "float32" if on_cpu else "bfloat16",
-        "enforce_eager": True,
-        # A seeded request whose prompt is split has its generator rewound, which a CPU generator cannot do.
-        "enable_chunked_prefill": not on_cpu,
-        "gpu_memory_utilization": 0.01,  # a share that must be free at the start; the KV cache's bytes are given
-        "scheduling_policy": "priority",
-        "enable_prefix_caching": True,
-        # PIL's resizing, as in processor.py: torchvision's differs by up to 0.2 in normalised pixel values.
-        "mm_processor_kwargs": {"use_fast": False},
-        "logprobs_mode": "processed_logprobs",  # of the distribution that was drawn from
-        "generation_config": "vllm",  # no sampling default of the model directory is applied
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-    }
-
-
-def _missing_keys(model: HfConfig) -> dict[str, Any]:
-    """What vLLM needs in config.json and transformers 5 no longer writes: it always normalises the experts' weights."""
-    return {"text_config": {"norm_topk_prob": True}} if model.num_experts and model.norm_topk_prob is None else {}
 
 
 def _register_architecture(name: str) -> None:

@@ -25,6 +25,12 @@ def detach_finalizer(engine: Any) -> None:
     engine.engine_core._finalizer.detach()
 
 
+def stop_worker(engine: Any) -> None:
+    """Ends the worker of an LLMEngine whose core runs in this process, and leaves the process groups, which are the
+    job's: the shutdown of the engine, or of its core, destroys them."""
+    engine.engine_core.engine_core.model_executor.shutdown()
+
+
 def name_shared_memory(job: str) -> None:
     """Names the memory through which an engine's ranks reduce on a CPU after `job`, which all of them give.
 

@@ -1,0 +1,85 @@
+"""`rollout.engine`: arguments of vLLM's engine that no key of its own stands for."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_sr1.config.rules import ConfigError
+
+_FIXED = "It is fixed, because"
+# what decides the tokens, the memory or the ranks, and what else may not come from a configuration
+_OWNED = {
+    "model": "Set model.hf_dir.",
+    "tokenizer": "It is that of model.hf_dir.",
+    "seed": "Set seed.",
+    "tensor_parallel_size": "Set rollout.engine_tensor.",
+    "max_model_len": "Set rollout.max_model_tokens.",
+    "max_num_seqs": "Set rollout.max_running_requests.",
+    "kv_cache_memory_bytes": "Set rollout.kv_cache_gib.",
+    "gpu_memory_utilization": "Set rollout.kv_cache_gib, which counts the bytes.",
+    "limit_mm_per_prompt": "Set rollout.max_images.",
+    "enable_sleep_mode": "Set rollout.sleep.",
+    "enforce_eager": "Set rollout.cuda_graphs.",
+    "compilation_config": "Set rollout.cuda_graphs.",
+    "cudagraph_capture_sizes": "Set rollout.cuda_graphs: they reach up to rollout.max_running_requests.",
+    "max_cudagraph_capture_size": "Set rollout.cuda_graphs: they reach up to rollout.max_running_requests.",
+    "dtype": f"{_FIXED} the trainer computes log-probs in it: bf16, and fp32 on a CPU.",
+    "quantization": f"{_FIXED} weights arrive as the trainer has them.",
+    "load_format": f"{_FIXED} weights arrive from the trainer.",
+    "hf_overrides": f"{_FIXED} trainer and engine read the same config.json.",
+    "mm_processor_kwargs": f"{_FIXED} trainer and engine must see the same pixels.",
+    "logprobs_mode": f"{_FIXED} the log-probs must be of the distribution that was drawn from.",
+    "generation_config": f"{_FIXED} no default of the model directory may change how tokens are drawn.",
+    "override_generation_config": f"{_FIXED} no default may change how tokens are drawn.",
+    "scheduling_policy": f"{_FIXED} second passes go before first ones.",
+    "distributed_executor_backend": f"{_FIXED} engines live in the training ranks.",
+    "pipeline_parallel_size": f"{_FIXED} an engine's ranks are tensor-parallel alone.",
+    "data_parallel_size": f"{_FIXED} nproc / rollout.engine_tensor engines share the prompts.",
+    "trust_remote_code": f"{_FIXED} no code of a model directory is run.",
+    "worker_cls": f"{_FIXED} weights are put into vLLM's own worker.",
+    "worker_extension_cls": f"{_FIXED} no code is imported by a configuration.",
+    "hf_token": f"{_FIXED} a secret belongs into no configuration, and nothing is downloaded.",
+    "allowed_local_media_path": f"{_FIXED} pictures come from shards alone.",
+}
+
+
+def check_engine_arguments(arguments: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: the installed vLLM has no such argument, or this project sets it; where vLLM is not installed, only
+            the second can be told.
+    """
+    known = _names_of_vllm()
+    for name, value in arguments.items():
+        refused = f"rollout.engine.{name}={value!r} is not allowed: "
+        if name in _OWNED:
+            raise ConfigError(f"{refused}{_OWNED[name]}")
+        if known and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else "Leave it out."
+            raise ConfigError(f"{refused}the installed vLLM's EngineArgs has no such argument. {hint}")
+
+
+@functools.cache
+def _names_of_vllm() -> tuple[str, ...]:
+    """Of the arguments of the vLLM that is installed, () where there is none. Read from its source: to import it takes
+    longer than a mistake may."""
+    found = importlib.util.find_spec("vllm")
+    folders = found.submodule_search_locations if found is not None else None
+    for folder in folders or ():
+        source = Path(folder) / "engine" / "arg_utils.py"
+        if source.is_file():
+            for node in ast.parse(source.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef) and node.name == "EngineArgs":
+                    return tuple(
+                        part.target.id
+                        for part in node.body
+                        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+                    )
+    return ()

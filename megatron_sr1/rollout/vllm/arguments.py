@@ -1,0 +1,91 @@
+"""What vLLM's engine is asked for, on a CPU and on an accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_sr1.config import HfConfig
+
+_GIB = 2**30
+_MIN_BATCHED_TOKENS = 8192  # of one forward pass
+_FEW, _STEP = (1, 2, 4), 8  # requests of a decoding step for which a graph is captured: these, and multiples of 8
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """See `RolloutConfig` for what is not said here."""
+
+    max_model_tokens: int
+    max_running_requests: int
+    kv_cache_gib: float
+    max_images: int  # of a prompt
+    seed: int
+    tensor_parallel: int = 1  # ranks that share one copy of the weights
+    cuda_graphs: bool = True
+    more: Mapping[str, Any] = field(default_factory=dict)  # arguments of vLLM by its own names
+
+
+def engine_arguments(
+    hf_dir: str, model: HfConfig, limits: EngineLimits, *, on_cpu: bool, in_job: bool, can_sleep: bool, loads: bool
+) -> dict[str, Any]:
+    """The arguments of `vllm.EngineArgs`.
+
+    Args:
+        in_job: torch.distributed is initialised, and the engine's ranks are the job's.
+        can_sleep: the engine gives its memory back between the steps.
+        loads: the weights of the model directory; otherwise the engine waits for others, and reads none from a disk.
+    """
+    return {
+        "model": hf_dir,
+        "load_format": "auto" if loads else "dummy",
+        "hf_overrides": _missing_keys(model),
+        "dtype": "float32" if on_cpu else "bfloat16",
+        **(_eager() if on_cpu or not limits.cuda_graphs else _graphs(limits.max_running_requests)),
+        # A seeded request whose prompt is split has its generator rewound, which a CPU generator cannot do.
+        "enable_chunked_prefill": not on_cpu,
+        "gpu_memory_utilization": 0.01,  # a share that must be free at the start; the KV cache's bytes are given
+        "kv_cache_memory_bytes": int(limits.kv_cache_gib * _GIB),
+        "scheduling_policy": "priority",
+        "enable_prefix_caching": True,
+        # PIL's resizing, as in processor.py: torchvision's differs by up to 0.2 in normalised pixel values.
+        "mm_processor_kwargs": {"use_fast": False},
+        "logprobs_mode": "processed_logprobs",  # of the distribution that was drawn from
+        "generation_config": "vllm",  # no sampling default of the model directory is applied
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "seed": limits.seed,
+        "tensor_parallel_size": limits.tensor_parallel,
+        "max_model_len": limits.max_model_tokens,
+        "max_num_seqs": limits.max_running_requests,
+        "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS, limits.max_model_tokens),
+        "limit_mm_per_prompt": {"image": limits.max_images, "video": 0},
+        "distributed_executor_backend": "external_launcher" if in_job else None,
+        "enable_sleep_mode": can_sleep,
+        **limits.more,
+    }
+
+
+def _eager() -> dict[str, Any]:
+    return {"enforce_eager": True}
+
+
+def _graphs(max_requests: int) -> dict[str, Any]:
+    """Graphs of decoding steps, captured of the same kernels that an eager step launches: nothing is compiled, so that
+    the log-probs stay."""
+    sizes = [size for size in _FEW if size <= max_requests]
+    sizes += [*range(_STEP, max_requests, _STEP), max_requests]
+    return {
+        "enforce_eager": False,
+        "compilation_config": {
+            "mode": 0,  # CompilationMode.NONE: no inductor
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": sorted(set(sizes)),
+        },
+    }
+
+
+def _missing_keys(model: HfConfig) -> dict[str, Any]:
+    """What vLLM needs in config.json and transformers 5 no longer writes: it always normalises the experts' weights."""
+    return {"text_config": {"norm_topk_prob": True}} if model.num_experts and model.norm_topk_prob is None else {}

@@ -1,0 +1,114 @@
+"""What vLLM's engine is asked for on either platform, and what a configuration may add to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sr1.config import ConfigError, RolloutConfig, load_config, read_hf_config
+from megatron_sr1.config.engine_arguments import _OWNED, _names_of_vllm, check_engine_arguments
+from megatron_sr1.estimate.engine import engine_bytes
+from megatron_sr1.rollout.vllm.arguments import EngineLimits, engine_arguments
+
+LIMITS = EngineLimits(8192, 100, kv_cache_gib=2.0, max_images=3, seed=7, tensor_parallel=2)
+
+
+def arguments(hf_dir: str, on_cpu: bool, **changes: Any) -> dict[str, Any]:
+    limits = dataclasses.replace(LIMITS, **changes)
+    return engine_arguments(
+        hf_dir, read_hf_config(hf_dir), limits, on_cpu=on_cpu, in_job=True, can_sleep=not on_cpu, loads=True
+    )
+
+
+def test_a_gpu_decodes_from_graphs_that_nothing_was_compiled_for(tiny_model_dir: str) -> None:
+    asked = arguments(tiny_model_dir, on_cpu=False)
+    assert not asked["enforce_eager"] and asked["dtype"] == "bfloat16" and asked["enable_sleep_mode"]
+    compilation = asked["compilation_config"]
+    assert (compilation["mode"], compilation["cudagraph_mode"]) == (0, "FULL_DECODE_ONLY")
+    sizes = compilation["cudagraph_capture_sizes"]
+    assert sizes[:5] == [1, 2, 4, 8, 16] and sizes[-2:] == [96, 100] and sizes == sorted(set(sizes))
+    for few in (1, 2, 3, 8, 9):
+        sizes = arguments(tiny_model_dir, False, max_running_requests=few)["compilation_config"]
+        assert max(sizes["cudagraph_capture_sizes"]) == few
+
+
+def test_a_cpu_and_whoever_does_not_want_them_have_no_graphs(tiny_model_dir: str) -> None:
+    for asked in (arguments(tiny_model_dir, True), arguments(tiny_model_dir, False, cuda_graphs=False)):
+        assert asked["enforce_eager"] and "compilation_config" not in asked
+
+
+def test_the_same_is_asked_for_everywhere_but_for_what_a_platform_decides(tiny_model_dir: str) -> None:
+    on_cpu, on_gpu = (arguments(tiny_model_dir, on_cpu, cuda_graphs=False) for on_cpu in (True, False))
+    differing = {name for name in on_cpu.keys() | on_gpu.keys() if on_cpu.get(name) != on_gpu.get(name)}
+    assert differing == {"dtype", "enable_chunked_prefill", "enable_sleep_mode"}
+    assert on_cpu["kv_cache_memory_bytes"] == 2 << 30 and on_cpu["limit_mm_per_prompt"] == {"image": 3, "video": 0}
+
+
+def test_the_installed_vllm_has_every_argument_and_knows_the_graphs(tiny_model_dir: str) -> None:
+    from vllm.config import CompilationConfig
+    from vllm.config.compilation import CompilationMode, CUDAGraphMode
+    from vllm.engine.arg_utils import EngineArgs
+
+    names = {field.name for field in dataclasses.fields(EngineArgs)}
+    assert set(_names_of_vllm()) == names, "read without the import"
+    asked = arguments(tiny_model_dir, False)
+    assert asked.keys() <= names and _OWNED.keys() <= names
+    compilation = CompilationConfig(**asked["compilation_config"])
+    assert compilation.mode == CompilationMode.NONE
+    assert compilation.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY
+    assert not CUDAGraphMode.FULL_DECODE_ONLY.requires_piecewise_compilation()
+
+
+def test_a_configuration_may_add_what_is_not_decided_here(tiny_model_dir: str) -> None:
+    overrides = ["rollout.engine.max_num_batched_tokens=16384", "rollout.engine.kv_cache_dtype=fp8"]
+    config = load_config(None, [f"model.hf_dir={tiny_model_dir}", *overrides])
+    check_engine_arguments(config.rollout.engine)
+    asked = arguments(tiny_model_dir, True, more=config.rollout.engine)
+    assert (asked["max_num_batched_tokens"], asked["kv_cache_dtype"]) == (16384, "fp8")
+    assert arguments(tiny_model_dir, True)["max_num_batched_tokens"] == 8192
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("max_num_batch_tokens", "EngineArgs has no such argument. Did you mean max_num_batched_tokens?"),
+        ("qqqq", "EngineArgs has no such argument. Leave it out."),
+        *(
+            ("max_num_seqs", "Set rollout.max_running_requests."),
+            ("hf_token", "a secret belongs into no configuration"),
+        ),
+        *(("dtype", "the trainer computes log-probs in it"), ("trust_remote_code", "no code of a model directory")),
+    ],
+)
+def test_an_argument_that_is_none_or_decided_here_is_refused(name: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_engine_arguments({name: 1})
+    assert str(caught.value).startswith(f"rollout.engine.{name}=1 is not allowed: ") and words in str(caught.value)
+
+
+def test_without_vllm_its_names_are_not_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    _names_of_vllm.cache_clear()
+    try:
+        check_engine_arguments({"qqqq": 1})
+        with pytest.raises(ConfigError, match="Set seed"):
+            check_engine_arguments({"seed": 1})
+    finally:
+        monkeypatch.undo()
+        _names_of_vllm.cache_clear()
+
+
+def test_the_plan_counts_the_tokens_of_a_forward_pass(tiny_model_dir: str) -> None:
+    from megatron_sr1.policy.read import read_architecture
+
+    model = read_architecture(tiny_model_dir)
+
+    def forward(**rollout: Any) -> int:
+        config = load_config(None, [f"model.hf_dir={tiny_model_dir}"])
+        return engine_bytes(model, dataclasses.replace(config, rollout=RolloutConfig(**rollout))).forward
+
+    more = forward(engine={"max_num_batched_tokens": 32768})
+    assert more > 2 * forward() > forward(engine={"max_num_batched_tokens": 8192})
