@@ -41,6 +41,7 @@ def _steps(policy: Any, config: Any, model_dir: str, number: int) -> list[Any]:
 def _check_moves(rank: int, num_ranks: int, folder: str) -> None:
     from megatron_sr1.training.checkpointer import Checkpointer, Progress
 
+    _check_shares(rank, folder)
     for family, (saving, loading) in MOVES.items():
         model_dir, path = f"{folder}/{family}", Path(folder) / f"{family}_checkpoints"
         with built(model_dir, saving) as (policy, config):
@@ -93,6 +94,17 @@ def _check_moves(rank: int, num_ranks: int, folder: str) -> None:
         with built(model_dir, saving) as (policy, _), pytest.raises(ValueError, match=r"\.metadata asks for"):
             checkpoints.restore(policy, newest)
         assert not Path(folder, "ran").exists(), "code of a checkpoint has run"
+
+
+def _check_shares(rank: int, folder: str) -> None:
+    """Two replicas write half of the checkpoint each."""
+    from megatron_sr1.training.checkpointer import Checkpointer, Progress
+
+    path = Path(folder) / "shares"
+    with built(f"{folder}/qwen2_5_vl_tied", ["layout.distributed_optimizer=false"]) as (policy, _):
+        made = Checkpointer(path, 1, policy.platform).save(policy, Progress(1, 8, "data", "model"))
+    written = [sum(file.stat().st_size for file in made.glob(f"__{rank}_*.distcp")) for rank in range(2)]
+    assert min(written) > 0.8 * max(written), written
 
 
 # learning rates, schedule and all else of the optimizer, other than what the checkpoint was saved with
@@ -177,6 +189,7 @@ from megatron_sr1.config import load_config
 from megatron_sr1.platform import start_platform
 
 platform = start_platform()
+from types import SimpleNamespace
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron_sr1.loops.run import open_run
 from megatron_sr1.training.checkpointer import Checkpointer, Progress
@@ -184,6 +197,8 @@ from megatron_sr1.weights.safetensors import TensorInfo, TensorSlot
 
 
 class Policy:
+    groups = SimpleNamespace(replicas=torch.distributed.group.WORLD)
+
     def sharded_state(self, loading):
         return {"a": ShardedTensor.from_rank_offsets("a", torch.zeros(100_000))}
 

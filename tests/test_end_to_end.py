@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.workspace import REPOSITORY, RUN_TIMEOUT, Workspace, untimed
+from tests.workspace import PHASES, REPOSITORY, RUN_TIMEOUT, Workspace, untimed
 
 START_TIMEOUT = 300  # seconds
 
@@ -33,6 +33,14 @@ def test_step_one_has_ratio_one_and_kl_zero(finished: Workspace) -> None:
         assert first[f"loss/{stream}/clip_fraction"] == 0.0
     later = finished.metrics("whole")[-1]
     assert later["loss/answer/kl"] > 0 and later["loss/visual/kl"] > 0
+
+
+def test_the_parts_of_a_step_are_the_phases_that_are_planned(finished: Workspace) -> None:
+    """`tests/test_recipes.py` finds these phases in the plans."""
+    entries = finished.metrics("whole")
+    timed = {name.removeprefix("seconds/") for entry in entries for name in entry if name.startswith("seconds/")}
+    assert timed - {"first_pass", "second_pass"} == PHASES.keys(), "the passes run within the rollout"
+    assert all("seconds/save" in entry for entry in entries[1:]) and "seconds/save" not in entries[0]
 
 
 def test_trainer_and_generator_agree_after_every_update(finished: Workspace) -> None:

@@ -29,6 +29,8 @@ class Recorder:
         self.moves = moves
         self.moved = start
 
+    def return_to_device(self) -> None: ...
+
     def logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
         values = [-0.01 * batch.row_offset.float() + self.moved for batch in batches]
         return [LogProbs(value, torch.zeros_like(value)) for value in values]

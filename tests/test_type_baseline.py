@@ -15,7 +15,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Libraries there have few types, or wrong ones. Every other room is clean; a room may leave this list, none may enter.
 ACCEPTED_ROOMS = ("convert", "kernels", "loops", "platform", "policy", "rollout/vllm", "weights")
-MAX_ERRORS = 171  # the number in the file: lower it with every error that goes
+MAX_ERRORS = 166
 Baseline = dict[str, list[dict[str, Any]]]
 
 

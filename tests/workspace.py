@@ -10,6 +10,13 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
 RUN_TIMEOUT = 600  # seconds
+PHASES = {  # a part of a GRPO step, as its seconds are called -> the phase of the memory plan that it is
+    "save": "checkpoint",
+    "sync": "weight sync",
+    "rollout": "rollout",
+    "reward": "rollout",
+    "train": "training",
+}
 TIMED = ("seconds/", "tokens_per_second")  # metrics that differ from run to run
 
 

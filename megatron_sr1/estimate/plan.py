@@ -1,8 +1,12 @@
 """The memory of every phase of a command, on every pipeline stage, from the configuration and the model's config.json.
 
     training    trainer state + activations, and the engine where it does not sleep
-    rollout     trainer state + engine
+    checkpoint  trainer state + what is gathered of it, and the engine where it does not sleep
     sync        trainer state + the engine's weights + what a weight sync takes
+    rollout     trainer state + engine
+    start-up    trainer state + engine, which is awake, + its first weight sync
+
+In the last three the trainer state is without what config.offload takes away.
 
 A step's rows are not known before it is made. They are counted as if a first pass took half of rollout.max_model_tokens
 and a second pass half of the longest description and response.
@@ -18,7 +22,7 @@ from megatron_sr1.config import Command, Config, ConfigError, row_tokens
 from megatron_sr1.estimate.activations import StageActivations, stage_activations
 from megatron_sr1.estimate.engine import EngineBytes, engine_bytes
 from megatron_sr1.estimate.machine import GIB, Machine
-from megatron_sr1.estimate.state import TrainerState, trainer_state
+from megatron_sr1.estimate.state import TrainerState, gathered_bytes, trainer_state
 from megatron_sr1.objective import preset_from_config
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.parameter_counts import StageCount, count_stages
@@ -133,8 +137,14 @@ _REMEDIES = {
     "KV cache": "Lower rollout.kv_cache_gib.",
     "engine forward": "Lower rollout.max_running_requests, or raise rollout.engine_tensor.",
     "weight sync": "Lower rollout.sync_bucket_mib.",
+    "gathered": _SPREAD,
     "runtime": "No model fits such a GPU.",
 }
+
+
+def offloaded(config: Config) -> list[str]:
+    """The parts of the trainer's state that leave a GPU while engines generate."""
+    return [name for name, wanted in vars(config.offload).items() if wanted is not False]
 
 
 def _sequences(command: str, config: Config) -> tuple[float, int]:
@@ -165,14 +175,22 @@ def _phases(config: Config, stages: tuple[StagePlan, ...], engine: EngineBytes |
         return [Phase("generation", ({**serving, **runtime},))]
     states = [{name: float(value) for name, value in vars(stage.state).items()} for stage in stages]
     awake = {} if config.rollout.sleep else {name: serving[name] for name in serving if name != "engine forward"}
-    training = []
+    training, saving = [], []
     for state, stage in zip(states, stages, strict=True):
         kept = {name: getattr(stage.activations, name) for name in ("layers", "vision", "head", "working")}
         training.append({**state, **kept, **awake, **runtime})
-    phases = [Phase("training", tuple(training))]
-    if engine is not None:
-        phases.append(Phase("rollout", tuple({**state, **serving, **runtime} for state in states)))
-        incoming = {"engine weights": float(engine.weights), "weight sync": float(engine.sync)}
-        incoming |= {} if config.rollout.sleep else {"KV cache": float(engine.kv_cache)}
-        phases.append(Phase("weight sync", tuple({**state, **incoming, **runtime} for state in states)))
+        saving.append({**state, "gathered": float(gathered_bytes(stage.count, config)), **awake, **runtime})
+    phases = [Phase("training", tuple(training)), Phase("checkpoint", tuple(saving))]
+    if engine is None:
+        return phases
+    incoming = {"engine weights": float(engine.weights), "weight sync": float(engine.sync)}
+    away = dict.fromkeys(offloaded(config), 0.0)
+    cache = {"KV cache": float(engine.kv_cache)}
+    asleep = {} if config.rollout.sleep else cache
+    for name, held in (
+        ("weight sync", {**incoming, **asleep}),
+        ("rollout", serving),
+        ("start-up", {**incoming, **cache}),
+    ):
+        phases.append(Phase(name, tuple({**state, **away, **held, **runtime} for state in states)))
     return phases

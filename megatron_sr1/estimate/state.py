@@ -6,6 +6,9 @@
     optimizer  m / d * 12      fp32 weights and AdamW's two moments; 8 where the weights are fp32 themselves
     reference  n * w           the starting weights, beside the others (policy.py); not shared by data parallelism
 
+    checkpoint m * 4 * (2 + 1 / d) while it is written, on the rank that gathers what d ranks share: one kind of state
+               at a time, as it arrives, as it is sent, and as the collective may copy it flat
+
 n parameters of a rank, m of them trained, q in fp8 products, d ranks that share optimizer state.
 """
 
@@ -66,6 +69,17 @@ def trainer_state(count: StageCount, config: Config, *, keep_reference: bool) ->
         optimizer=shared * per_trained,
         reference=count.total * width if keep_reference else 0,
     )
+
+
+def gathered_bytes(count: StageCount, config: Config) -> int:
+    """What writing a checkpoint takes beside the state. Without overlapped reduction Megatron's buffer is one bucket,
+    which the distributed optimizer's fully reshardable format gathers whole."""
+    if not config.layout.distributed_optimizer:
+        return 0
+    experts = count.experts
+    dense = (count.total if config.model.train_vision else count.language) - experts
+    shares = ((dense, dense_shards(config)), (experts, expert_shards(config)))  # a buffer each
+    return max(int(part * GRADIENT_BYTES * (2 + 1 / shards)) for part, shards in shares)
 
 
 def _fp8_weights(count: StageCount, config: Config) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megatron_sr1.estimate.machine import GIB
-from megatron_sr1.estimate.plan import Phase, RunPlan
+from megatron_sr1.estimate.plan import Phase, RunPlan, offloaded
 
 
 def plan_text(plan: RunPlan, warnings: Sequence[str]) -> str:
@@ -35,6 +35,9 @@ def _heading(plan: RunPlan) -> Iterator[str]:
             f"engines: {config.nproc // rollout.engine_tensor} of {rollout.engine_tensor} ranks, each with a KV cache "
             f"of {plan.engine.kv_tokens:,} tokens for {rollout.max_running_requests} requests"
         )
+        if plan.stages and (away := offloaded(plan.config)):
+            freed = max(sum(getattr(stage.state, name) for name in away) for stage in plan.stages)
+            yield f"offload: {', '.join(away)}, {freed / GIB:.1f} GiB of a rank, leave while engines generate"
 
 
 def _precision(plan: RunPlan) -> str:

@@ -12,7 +12,7 @@ from megatron_sr1.data import SampleFeed, only_prompts
 from megatron_sr1.loops.evaluate import Evaluations, NoEvaluations, heldout_prompts
 from megatron_sr1.loops.generation import build_generator, prompt_check, training_sampling
 from megatron_sr1.loops.preemption import watch_for_stop
-from megatron_sr1.loops.run import Run, metrics_of, open_run
+from megatron_sr1.loops.run import Run, check_verification, metrics_of, open_run
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.objective import Preset, preset_from_config
 from megatron_sr1.platform import Platform
@@ -37,12 +37,14 @@ def run_grpo(
         from_rollouts: a `rollouts` folder that the steps are trained from, to the bits of the run that saved it; no
             engine is started, so nothing is evaluated.
     """
+    check_verification(config, platform)
     preset = preset_from_config(config.objective)
     with open_run(config, platform) as run:
         feed = run.feed("train", prompt_check(run.planner, preset.passes.of, leaves_out=True))
         heldout = heldout_prompts(run)
         updates = config.rollout.prompts_per_step // config.train.batch_size * config.train.steps
         policy = Policy(config, platform, num_optimizer_steps=updates, keep_reference=preset.needs_reference)
+        first = run.resume(policy)
         trainer = NoTrainer() if rollouts_only else Trainer(config, policy, preset, run.processor)
         evaluations: Evaluations | NoEvaluations = NoEvaluations()
         source: RolloutSource
@@ -50,13 +52,14 @@ def run_grpo(
             source = SavedRollouts(from_rollouts, preset, config.rollout.samples_per_prompt)
         else:
             run.say("starting the generation engines")
+            policy.leave_device()
             generator = build_generator(run, policy.hf_weights)
             sampling, files = training_sampling(config, preset), run.folder / "rollouts"
             refreshed = not rollouts_only
             source = LiveRollouts(generator, sampling, preset, platform.ranks, files, refreshed=refreshed)
             evaluations = Evaluations(run, generator, heldout) if refreshed else evaluations
         with feed, source:
-            _steps(run, preset, feed, policy, source, trainer, evaluations)
+            _steps(run, first, preset, feed, policy, source, trainer, evaluations)
         if not rollouts_only:
             answers = evaluations.after()
             run.export(policy)
@@ -66,6 +69,7 @@ def run_grpo(
 
 def _steps(
     run: Run,
+    first: int,
     preset: Preset,
     feed: SampleFeed,
     policy: Policy,
@@ -73,23 +77,33 @@ def _steps(
     trainer: Trainer | NoTrainer,
     evaluations: Evaluations | NoEvaluations,
 ) -> None:
-    """All steps that are left. Collective."""
-    first = run.resume(policy)
-    source.refresh(policy.hf_weights(), version=first)
+    """All steps from `first` on. Collective.
+
+    Memory changes hands twice a step: the engines fall asleep at the end of `take`, and what only training needs comes
+    to the device; when the policy is trained and saved that leaves, and the engines wake with the new weights. So
+    `seconds/save` and `seconds/sync` of a step are what its rollouts had to wait for.
+    """
+    run.accept()
+    clock = Clock()
+    with clock("sync"):
+        source.refresh(policy.hf_weights(), version=first)
     evaluations.before(first)
     with metrics_of(run, first) as writer, watch_for_stop(run.platform) as stop:
         for step in range(first, run.config.train.steps):
             evaluations.between(step)
-            clock = Clock()
             batch = feed.next(run.config.rollout.prompts_per_step)
             prompts = only_prompts(batch.samples, "data.train")
             groups, rewards = source.take(prompts, step, clock)  # both passes of every sample, graded
             with clock("train"):
                 results = trainer.update(groups, rewards)  # advantages, packed rows, optimizer steps
-            if results:
-                with clock("sync"):
-                    source.refresh(policy.hf_weights(), version=step + 1)
             feed.finish(batch)
             if writer is not None:
                 writer.write(step, {**step_metrics(groups, rewards, preset, results, clock), **feed.metrics})
-            run.end_step(step, feed, stop, policy if results else None)
+            clock = Clock()
+            with clock("save"):
+                run.end_step(step, feed, stop, policy if results else None)
+            if results:
+                with clock("sync"):
+                    if source.needs_room:
+                        policy.leave_device()
+                    source.refresh(policy.hf_weights(), version=step + 1)

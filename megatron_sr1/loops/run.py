@@ -12,6 +12,7 @@ from typing import Literal
 
 from megatron_sr1.config import Config, changes_of, check_resume, dump_config, model_fingerprint
 from megatron_sr1.config.mistakes import FULL
+from megatron_sr1.config.rules import require
 from megatron_sr1.convert.greedy import compare_greedy
 from megatron_sr1.data import Check, Quarantine, SampleFeed, StreamState, open_stream
 from megatron_sr1.file_lock import lock_file
@@ -103,7 +104,7 @@ class Run:
         return self.checkpointer().newest()
 
     def resume(self, policy: Policy) -> int:
-        """Loads the newest checkpoint into the policy, and keeps the configuration: from here on the run is accepted.
+        """Loads the newest checkpoint into the policy.
 
         Returns:
             The step to go on with.
@@ -114,11 +115,11 @@ class Run:
         if self.progress is not None:
             self.checkpointer().restore(policy, self.progress)
             self.say(f"continuing after step {self.progress.step}")
-        self.accept()
         return 0 if self.progress is None else self.progress.step
 
     def accept(self) -> None:
-        """Writes config.yaml. One that says otherwise is kept as config.0.yaml and so on, and the changes are said."""
+        """Writes config.yaml, once nothing is left to be refused. One that says otherwise is kept as config.0.yaml and
+        so on, and the changes are said."""
         if not self.platform.is_main:
             return
         path, text = self.folder / "config.yaml", dump_config(self.config)
@@ -175,6 +176,21 @@ class Run:
             report = {"identical_greedy_answers": len(answers), "keys": [group.prompt.key for group in answers]}
             (self.folder / "export.json").write_text(json.dumps(report, indent=1) + "\n")
         self.platform.ranks.meet()
+
+
+def check_verification(config: Config, platform: Platform) -> None:
+    """
+    Raises:
+        ConfigError: the export is to be verified where engines answer in bf16: transformers in fp32 on the CPU would
+            give other answers to the same weights.
+    """
+    require(
+        platform.on_cpu or not config.evaluate.verify_export,
+        "evaluate.verify_export",
+        config.evaluate.verify_export,
+        "0 on an accelerator: its engines answer in bf16, and transformers on the CPU in fp32",
+        "Set it to 0; megatron-sr1 convert verify compares the weights.",
+    )
 
 
 @contextmanager

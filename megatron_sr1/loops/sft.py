@@ -27,6 +27,7 @@ def _train(run: Run) -> None:
     policy = Policy(config, run.platform, num_optimizer_steps=config.train.steps, keep_reference=False)
     batcher = Batcher(config, run.processor, policy.replicas, run.platform.device)
     first = run.resume(policy)
+    run.accept()
     with feed, metrics_of(run, first) as writer, watch_for_stop(run.platform) as stop:
         for step in range(first, config.train.steps):
             start = time.perf_counter()

@@ -27,6 +27,11 @@ class ParallelGroups:
     collection: ProcessGroupCollection
 
     @property
+    def replicas(self) -> ProcessGroup:
+        """The ranks that hold the same weights, but for experts: data-parallel and context-parallel ones."""
+        return self.collection.dp_cp
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pipeline.rank() == 0
 

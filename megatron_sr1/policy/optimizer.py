@@ -79,7 +79,7 @@ def prepare_adam_state(optimizer: MegatronOptimizer) -> None:
     counter shared by all shards, which torch's AdamW then advances once per shard. Call it after building and after
     loading; states that exist keep their values.
     """
-    for inner in (part.optimizer for part in _parts(optimizer)):
+    for inner in inner_optimizers(optimizer):
         if not isinstance(inner, torch.optim.AdamW):
             continue  # a fused AdamW has no such troubles
         for group in inner.param_groups:
@@ -88,6 +88,11 @@ def prepare_adam_state(optimizer: MegatronOptimizer) -> None:
                 state.setdefault("exp_avg", torch.zeros_like(parameter))
                 state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
                 state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).clone()
+
+
+def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """torch's, or Transformer Engine's, inside Megatron's; ranks without parameters of a kind have none for it."""
+    return [part.optimizer for part in _parts(optimizer) if part.optimizer is not None]
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from megatron_sr1.config import Config
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy.gradients import add_gradients
-from megatron_sr1.policy.optimizer import build_optimizer, learning_rate, load_optimizer_state
+from megatron_sr1.policy.offload import Offload, optimizer_tensors
+from megatron_sr1.policy.optimizer import build_optimizer, inner_optimizers, learning_rate, load_optimizer_state
 from megatron_sr1.policy.schedule import Schedule
 from megatron_sr1.policy.scorer import Scorer
 from megatron_sr1.policy.sharded import load_sharded_weights, sharded_weights
@@ -47,6 +48,24 @@ class Policy(Scorer):
         )
         self._schedule = Schedule(self.model, self.groups, config)
         self._reference = [p.detach().clone() for p in self._parameters()] if keep_reference else None
+        self._offload = Offload(config.offload, platform.device)
+
+    def leave_device(self) -> None:
+        """Gives the device memory of what only training needs, as `config.offload` says, until `return_to_device`. The
+        weights stay: `logprobs` and `hf_weights` go on."""
+        wrapped: list[Any] = self.model  # whose `buffers` are Megatron's, not torch's
+        buffers = [buffer for chunk in wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        weights = [parameter.data for parameter in self._parameters()]
+        self._offload.leave(
+            gradients=[buffer.grad_data for buffer in buffers],
+            optimizer=optimizer_tensors(inner_optimizers(self.optimizer)),
+            reference=self._reference or (),
+            kept=weights,
+        )
+
+    def return_to_device(self) -> None:
+        """Everything is where it was, to the bit; gradients are zero."""
+        self._offload.come_back()
 
     def _wrap(self) -> list[DistributedDataParallel]:
         megatron_config = self.chunks[0].config
@@ -82,6 +101,7 @@ class Policy(Scorer):
         Raises:
             FloatingPointError: the gradient norm is not finite. The weights are spoilt then; what was saved is not.
         """
+        self._must_be_here()
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -109,6 +129,7 @@ class Policy(Scorer):
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Model and optimizer as Megatron-Core's distributed checkpointing takes them: any layout can load
         what any other saved."""
+        self._must_be_here()
         precision = self.config.precision
         scales = precision.dtype == "fp8" and precision.fp8_recipe == "delayed"  # the others compute theirs each step
         model = sharded_weights(self.chunks, extra_state=scales)
@@ -126,9 +147,14 @@ class Policy(Scorer):
         Args:
             step: of `train.steps`, how many are done.
         """
+        self._must_be_here()
         load_sharded_weights(self.chunks, state["model"])
         load_optimizer_state(self.optimizer, state["optimizer"])
         self.scheduler.step(increment=step * self._num_optimizer_steps // self.config.train.steps)
+
+    def _must_be_here(self) -> None:
+        if self._offload.is_away:
+            raise RuntimeError("the trainer's state has left the device: call return_to_device() first")
 
     def _add_metrics(self, reported: list[Mapping[str, Tensor]]) -> dict[str, float]:
         names = [sorted(reported[0]) if self.groups.is_last_stage else None]
@@ -145,6 +171,7 @@ class Policy(Scorer):
     def _reference_weights(self) -> Iterator[None]:
         if self._reference is None:
             raise ValueError("this policy keeps no reference: every KL coefficient is 0, so none should be asked for")
+        self._must_be_here()
         self._exchange_weights()
         try:
             yield

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch.distributed
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sr1.config import saved_steps
@@ -64,7 +66,10 @@ class Checkpointer:
             partial.mkdir(parents=True)
         torch.distributed.barrier()
         try:
-            dist_checkpointing.save(policy.sharded_state(loading=False), str(partial))
+            state = policy.sharded_state(loading=False)
+            # what replicas hold alike, each of them writes a part of
+            strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), policy.groups.replicas)
+            dist_checkpointing.save(state, str(partial), sharded_strategy=strategy)
         except CheckpointException as error:  # holds the tracebacks of its writers
             reason = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
             free = shutil.disk_usage(self.folder).free >> 20

@@ -17,6 +17,8 @@ from megatron_sr1.types import Generator, NamedTensors, Prompt, Ranks, RolloutGr
 class LiveRollouts:
     """Implements `RolloutSource` on a generator. Its worker processes live as long as its `with` block."""
 
+    needs_room = True
+
     def __init__(
         self,
         generator: Generator,

@@ -14,6 +14,8 @@ from megatron_sr1.types import NamedTensors, Prompt, RolloutGroup
 class RolloutSource(Protocol):
     """Use it in a `with`, which ends its workers."""
 
+    needs_room: bool  # its engines have the memory that only training needs, from `refresh` to the end of `take`
+
     def take(self, prompts: Sequence[Prompt], step: int, clock: Clock) -> tuple[list[RolloutGroup], Rewards]:
         """All groups and all rewards of a step, on every rank. Collective. The clock notes `seconds/rollout`."""
         ...

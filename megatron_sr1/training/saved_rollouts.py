@@ -16,6 +16,8 @@ from megatron_sr1.types import NamedTensors, Prompt, RolloutGroup
 class SavedRollouts:
     """Implements `RolloutSource` on a run's `rollouts` folder."""
 
+    needs_room = False
+
     def __init__(self, folder: Path, preset: Preset, num_samples: int) -> None:
         """`num_samples`: K of the run that saved them."""
         self._folder = folder

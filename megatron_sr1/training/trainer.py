@@ -46,6 +46,7 @@ class Trainer:
         Raises:
             ValueError: trainer and generator are too far apart, see `check_logprob_gap`.
         """
+        self._policy.return_to_device()
         rewards = without_leaks(rewards) if self._config.objective.leak_filter else rewards
         advantages = rollout_advantages(groups, rewards, self._preset, self._config.objective)
         batches = list(self._mini_batches(groups, advantages))

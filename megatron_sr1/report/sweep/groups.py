@@ -14,7 +14,8 @@ from megatron_sr1.report.sweep.statistics import Estimate, PairedDifference, est
 
 LAST_STEPS = 10  # training numbers are means over as many steps, the last
 AVERAGED = ("first/response_tokens", "second/response_tokens", "loss/sft/nll")  # of them, beside the rewards
-STAGES = ("seconds/rollout", "seconds/reward", "seconds/train", "seconds/sync", "seconds/step")  # of a step, in a row
+# of a step, in a row
+STAGES = ("seconds/save", "seconds/sync", "seconds/rollout", "seconds/reward", "seconds/train", "seconds/step")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ LENGTHS_AND_TIME = (
     Measure("first/response_tokens", "first pass, tokens", "length of the first response", digits=1),
     Measure("second/response_tokens", "second pass, tokens", "length of the second response", digits=1),
     Measure(
-        "seconds/step", "seconds a step", "rollout, grading, training and weight sync; median of all steps", digits=2
+        "seconds/step",
+        "seconds a step",
+        "checkpoint, weight sync, rollout, grading and training; median of all steps",
+        digits=2,
     ),
 )
 

@@ -1,0 +1,94 @@
+"""The order of a GRPO step, which decides what the memory of a rank must hold at once."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_sr1.loops import grpo
+from megatron_sr1.metrics.clock import Clock
+
+
+class Recorder:
+    """Whatever is called on it is noted by its name, and returns what was given for that name."""
+
+    def __init__(self, log: list[str], **results: Any) -> None:
+        self._log, self._results = log, results
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self._log.append(name)
+            result = self._results.get(name)
+            return result(*arguments) if callable(result) else result
+
+        return call
+
+
+def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[str], leaves_after: int) -> list[str]:
+    """What two steps of a run do, until it is asked to leave."""
+    log: list[str] = []
+
+    def end_step(step: int, *_: Any) -> None:
+        if step + 1 == leaves_after:
+            raise SystemExit(75)
+
+    run = Recorder(log, end_step=end_step)
+    run.config = SimpleNamespace(  # type: ignore[attr-defined]
+        rollout=SimpleNamespace(prompts_per_step=1), train=SimpleNamespace(steps=num_steps)
+    )
+    run.platform = None  # type: ignore[attr-defined]
+
+    def take(prompts: Any, step: int, clock: Clock) -> tuple[list[Any], dict[str, Any]]:
+        assert "seconds/sync" in clock.seconds or step == 0 or not results, "what the rollouts waited for"
+        return [], {}
+
+    nothing = Recorder(log, write=None)
+    feed, source = Recorder(log, next=SimpleNamespace(samples=[])), Recorder(log, take=take)
+    feed.metrics = {}  # type: ignore[attr-defined]
+
+    class Within:
+        def __init__(self, *arguments: Any) -> None: ...
+
+        def __enter__(self) -> Recorder:
+            return nothing
+
+        def __exit__(self, *error: object) -> None: ...
+
+    monkeypatch.setattr(grpo, "metrics_of", Within)
+    monkeypatch.setattr(grpo, "watch_for_stop", Within)
+    monkeypatch.setattr(grpo, "step_metrics", lambda *arguments: {})
+    source.needs_room = True  # type: ignore[attr-defined]
+    policy, trainer = Policy(log), Recorder(log, update=results)
+    try:
+        grpo._steps(run, 0, None, feed, policy, source, trainer, Recorder(log))  # type: ignore[arg-type]
+    except SystemExit:
+        log.append("leave")
+    return log
+
+
+class Policy:
+    """Notes when the trainer's state leaves."""
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+
+    def hf_weights(self) -> dict[str, Any]:
+        return {}
+
+    def leave_device(self) -> None:
+        self._log.append("leave_device")
+
+
+STEP = ["between", "next", "take", "update", "finish", "write", "end_step"]
+
+
+def test_the_policy_is_saved_while_the_engines_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They fall asleep at the end of `take`, and `refresh` wakes them: last of all, and not where the run ends."""
+    log = steps(monkeypatch, 3, ["result"], leaves_after=2)
+    assert log == ["accept", "refresh", "before", *STEP, "leave_device", "refresh", *STEP, "leave"]
+
+
+def test_without_training_there_is_nothing_to_wake_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert steps(monkeypatch, 2, [], leaves_after=9) == ["accept", "refresh", "before", *STEP, *STEP]
