@@ -37,7 +37,7 @@ _COUNT = r"(?:_?(?:\d+|\{\d+\}))?"
 _FORMULA = re.compile(rf"(?:\(?[A-Z][a-z]?{_COUNT}(?:\){_COUNT})? ?)+(?:\^?\{{?\d*[+-]\}}?)?")
 _NUMERIC = frozenset("0123456789.$€£¥₹")
 _NO_QUANTITY = re.compile(r"\b(?:to|vs|versus)\b|^\d+(?: ?- ?\d+)+$")  # a way, a match; a score, years, a telephone
-_NUMERALS = re.compile("[IVXLCDM]{2,8}")
+_NUMERALS = re.compile("[A-Z]{2,8}")
 _SCRIPT = re.compile(r"[\^_{} ]")
 
 
@@ -129,7 +129,7 @@ class _Comparison:
         if any(_NO_QUANTITY.search(text) for text in (answer, gold)):
             return False
         if self._depth == 0 and _NUMERALS.fullmatch(answer) and _NUMERALS.fullmatch(gold):
-            return False  # IV and VI, which are no products
+            return False  # IV and VI, PC and CP: a product of its own is none
         first = read_quantity(result_of(answer) or answer)
         second = read_quantity(result_of(gold) or gold)
         return first is not None and second is not None and same_quantity(first, second, self._rounded)

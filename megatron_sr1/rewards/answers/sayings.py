@@ -6,10 +6,12 @@ Only the whole answer is taken for such a form; inside a longer one the same let
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from megatron_sr1.rewards.answers.rewrites import Rewrites
 
 REALS = "all real numbers"
+_GREEK = "alpha beta gamma delta epsilon zeta eta theta lambda mu rho sigma tau phi chi psi omega"
 _FORMS = {
     form: meaning
     for meaning, forms in {
@@ -18,9 +20,14 @@ _FORMS = {
         "does not exist": "dne|doesn't exist|does not exist|limit does not exist",
         "infinitely many": "infinite|infinitely many|infinitely many solutions|infinite solutions"
         "|infinite number of solutions",
-        "United States": "usa|u.s.a|u.s|united states|united states of america",
+        "United States": "usa|us|u.s.a|u.s|united states|united states of america",
         "United Kingdom": "uk|u.k|united kingdom",
         "television": "tv|television",
+        **{
+            side: f"{side}|on the {side}|to the {side}|at the {side}|{side} side|on the {side} side"
+            for side in ("left", "right", "top", "bottom")
+        },
+        **{name: f"{letter}|{name}" for letter, name in zip("αβγδεζηθλμρστφχψω", _GREEK.split(), strict=True)},
         "ok": "okay|ok",
         "1 time": "once|1 time",
         "2 times": "twice|2 times",
@@ -43,12 +50,23 @@ _ORDINALS = (
     *("twelfth", "thirteenth", "fourteenth", "fifteenth", "sixteenth", "seventeenth", "eighteenth", "nineteenth"),
 )
 _TENS = {20: "twentieth", 30: "thirtieth"}
-_ORDINAL = re.compile(r"(?:the )?([1-9]|[12]\d|3[01])(?:st|nd|rd|th)\b(?! of )", re.IGNORECASE)
+_ORDINAL = re.compile(
+    r"(?:the )?([1-9]|[12]\d|3[01])(?:st|nd|rd|th)\b(?! of | (?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec))",
+    re.IGNORECASE,
+)
 _WHOLE = Rewrites.of(
     (r"^(\d+) (?:in|out of) (\d+)$", r"\1/\2"),
     (r"(?<=\d) ?N[ -]?m$", " N·m"),
+    (r"^(?:#|No\. ?|Number |number )(?=\d+$)", ""),
+    (r"^Mt\.? (?=[A-Z])", "Mount "),
+    (r"(?<=\d )BCE$", "BC"),
+    (r"^AD (\d+)$", r"\1 AD"),
+    (r"(?<=[a-z] )(?<!and )(?<!or )(?<!only )(II|III|IV|V|VI|VII|VIII|IX)$", lambda match: str(_ROMAN.index(match[1]))),
 )
-_THOUSANDS = re.compile(r"([$€£¥]?)(\d{1,6})(?:\.(\d{1,3}))?k")
+_ROMAN = ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX")
+_SCALES = {"k": 10**3, "M": 10**6, "B": 10**9}
+# 2.5k, $1.2M; 1.5M alone is a concentration
+_SCALED = re.compile(r"([$€£¥]?)(\d{1,6}(?:\.\d{1,3})?)k|([$€£¥])(\d{1,6}(?:\.\d{1,3})?)([kMB])")
 
 
 def ordinals_as_words(text: str) -> str:
@@ -69,6 +87,7 @@ def customary(text: str) -> str:
     form = text.lower().removeprefix("the ").replace(", ", ",")
     if form in _FORMS:
         return _FORMS[form]
-    if match := _THOUSANDS.fullmatch(text):
-        return f"{match[1]}{int(match[2] + (match[3] or '').ljust(3, '0'))}"
+    if match := _SCALED.fullmatch(text):
+        number = Fraction(match[2] or match[4]) * _SCALES[match[5] or "k"]
+        return f"{match[1] or match[3] or ''}{number}"
     return _WHOLE.apply(text)

@@ -26,15 +26,29 @@ _SYMBOLS = _GREEK | {
     "celsius": "°C", "lvert": "|", "rvert": "|", "vert": "|", "langle": "⟨", "rangle": "⟩", "euro": "€",
     "pounds": "£", "quad": " ", "qquad": " ", "newline": " ", "left": "", "right": "", "big": "", "Big": "", "bigl": "",
     "bigr": "", "displaystyle": "", "textstyle": "", "limits": "", "large": "", "Large": "", "huge": "", "small": "",
+    "parallel": "∥", "perp": "⊥", "cong": "≅", "rightarrow": "→", "longrightarrow": "→", "to": "→",
     "therefore": "", "dfrac": r"\frac", "tfrac": r"\frac",
     "cfrac": r"\frac", "arcsin": r"\asin", "arccos": r"\acos", "arctan": r"\atan",
 }  # fmt: skip
 _WRAPPERS = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|emph|underline|mbox|fbox|mathrm|mathbf|mathit|mathsf"
-    r"|mathbb|boldsymbol|bm|operatorname|vec|ce)\s?\{|\\overline\s?(?=\{\s?[A-Z]\s?[A-Z]\s?\})\{"
+    r"|mathbb|boldsymbol|bm|operatorname|vec|overrightarrow|ce)\s?\{|\\overline\s?(?=\{\s?[A-Z]\s?[A-Z]\s?\})\{"
 )
 _BEFORE_NFKC = str.maketrans(
-    {"ℝ": REALS, "º": "°", "′": "'", "″": '"', "∶": ":", "⋅": "·", "∙": "·", "•": "·", "…": "...", "【": "[", "】": "]"}
+    {
+        "ℝ": REALS,
+        "⟂": "⊥",
+        "º": "°",
+        "′": "'",
+        "″": '"',
+        "∶": ":",
+        "⋅": "·",
+        "∙": "·",
+        "•": "·",
+        "…": "...",
+        "【": "[",
+        "】": "]",
+    }
     | dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff", "")  # have no width
 )
 _UNIFY = str.maketrans(
@@ -43,6 +57,7 @@ _UNIFY = str.maketrans(
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 _VULGAR_FRACTION = re.compile("[¼½¾⅐-⅞]")
 _REPEATING = re.compile(r"(\d{1,9})\.(\d{0,9})\\(?:overline|dot|bar)\s?\{(\d{1,9})\}")
+_RECURRING = re.compile(r"(\d{1,9})\.(\d{0,8}?)(\d)\3{2,}\s?\.\.\.")
 _COMMAND = re.compile(r"\\([A-Za-z]+)\s?")
 _REWRITES = Rewrites.of(
     (r"^<answer>|</answer>$|^####\s|<\|(?:im_end|endoftext)\|>$", ""),
@@ -68,6 +83,11 @@ _REWRITES = Rewrites.of(
 _LAST_REWRITES = Rewrites.of(
     (r"^<answer>|</answer>$|^####\s|<\|(?:im_end|endoftext)\|>$", ""),
     (r"\*\*", "^"),
+    (r"->|⟶", "→"),
+    (r"(?<=[A-Z])\s?//\s?(?=[A-Z])", "∥"),
+    (r"_\{(\w)\}", r"_\1"),
+    (r"(?<=^[A-Za-z])\s?≈\s?", "="),
+    (r"(?<=\d0)'s\b", "s"),
     (r">=|=>", "≥"),
     (r"<=|=<", "≤"),
     (r"!=", "≠"),
@@ -88,6 +108,7 @@ _DIGIT_FREE_SPACE = re.compile(r"(?<!\d) | (?!\d)")
 def clean(text: str) -> str:
     """The answer in the one spelling; "" where nothing but dressing was there."""
     text = _VULGAR_FRACTION.sub(_spell_fraction, _SUPERSCRIPT.sub(_spell_power, text.translate(_BEFORE_NFKC)))
+    text = _RECURRING.sub(r"\1.\2\\overline{\3}", text)
     text = _REPEATING.sub(_repeating_fraction, text)
     text = unicodedata.normalize("NFKC", text).replace("⁄", "/").translate(_UNIFY).strip()
     if text.count(r"\boxed") == 1:

@@ -14,6 +14,9 @@ _TOKEN = re.compile(rf"\d+(?:[.,:]\d+)+|(?:[^\W_]|[{_MARKS}])+")
 _APOSTROPHE = re.compile(r"(?<=\w)['’](?=\w)|(?<=\b[^\W\d_])\.(?=[^\W\d_]\b|$|\s)")
 _ACCENT = re.compile("(?<=[a-z])[\u0300-\u036f]+")  # of Latin letters; elsewhere a mark makes another letter
 _SYMBOL = re.compile("[A-Z][A-Za-z]")
+_PREFIXED = re.compile("[a-z][A-Z]")
+_AMERICAN = re.compile("(?<=[a-z]{3})(?:is(?=(?:e|ed|es|ing|ation)$)|ys(?=(?:e|ed|ing)$))")  # organise, analyse
+_NOT_PLURALS = frozenset(["news", "goods", "customs", "shorts", "means"])
 _ARTICLES = ("the", "a", "an")
 # The kind of thing that a name is of: it may stand on either side. Of the second, which are in no compound that is
 # another thing (`Mexico City`, `sea lion`), it may also be left out.
@@ -44,6 +47,8 @@ def same_words(answer: str, gold: str) -> bool:
         return False
     if all(map(_SYMBOL.fullmatch, (answer, gold))) and answer != gold and answer.lower() != "no":
         return False  # CO and Co
+    if any(map(_PREFIXED.fullmatch, (answer, gold))) and answer != gold:
+        return False  # mW and MW
     first, second = _tokens(answer), _tokens(gold)
     longest = max(map(len, first + second), default=0)
     if longest < 2 or not any(character.isalpha() for character in answer + gold):
@@ -61,6 +66,8 @@ def same_words(answer: str, gold: str) -> bool:
 
 def same_word(first: str, second: str) -> bool:
     """Equal, or one is the plural of the other."""
+    if _NOT_PLURALS & {first, second}:
+        return first == second
     return first == second or second in _plurals(first) or first in _plurals(second)
 
 
@@ -85,4 +92,8 @@ def _tokens(text: str) -> list[str]:
     tokens: list[str] = _TOKEN.findall(plain)
     while len(tokens) > 1 and tokens[0] in _ARTICLES:
         tokens = tokens[1:]
-    return [_SPELLINGS.get(token, token) for token in tokens]
+    return [_AMERICAN.sub(_with_z, _SPELLINGS.get(token, token)) for token in tokens]
+
+
+def _with_z(match: re.Match[str]) -> str:
+    return f"{match[0][0]}z"
