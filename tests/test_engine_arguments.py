@@ -18,9 +18,7 @@ LIMITS = EngineLimits(8192, 100, kv_cache_gib=2.0, max_images=3, seed=7, tensor_
 
 def arguments(hf_dir: str, on_cpu: bool, **changes: Any) -> dict[str, Any]:
     limits = dataclasses.replace(LIMITS, **changes)
-    return engine_arguments(
-        hf_dir, read_hf_config(hf_dir), limits, on_cpu=on_cpu, in_job=True, can_sleep=not on_cpu, loads=True
-    )
+    return engine_arguments(hf_dir, read_hf_config(hf_dir), limits, on_cpu=on_cpu, in_job=True, can_sleep=not on_cpu)
 
 
 def test_a_gpu_decodes_from_graphs_that_nothing_was_compiled_for(tiny_model_dir: str) -> None:

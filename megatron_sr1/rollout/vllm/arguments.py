@@ -28,18 +28,16 @@ class EngineLimits:
 
 
 def engine_arguments(
-    hf_dir: str, model: HfConfig, limits: EngineLimits, *, on_cpu: bool, in_job: bool, can_sleep: bool, loads: bool
+    hf_dir: str, model: HfConfig, limits: EngineLimits, *, on_cpu: bool, in_job: bool, can_sleep: bool
 ) -> dict[str, Any]:
     """The arguments of `vllm.EngineArgs`.
 
     Args:
         in_job: torch.distributed is initialised, and the engine's ranks are the job's.
         can_sleep: the engine gives its memory back between the steps.
-        loads: the weights of the model directory; otherwise the engine waits for others, and reads none from a disk.
     """
     return {
         "model": hf_dir,
-        "load_format": "auto" if loads else "dummy",
         "hf_overrides": _missing_keys(model),
         "dtype": "float32" if on_cpu else "bfloat16",
         **(_eager() if on_cpu or not limits.cuda_graphs else _graphs(limits.max_running_requests)),

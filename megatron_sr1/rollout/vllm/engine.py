@@ -63,18 +63,10 @@ class Engine:
 
     fault_wait_seconds = 60.0  # for the other ranks of an engine, when one has failed
 
-    def __init__(
-        self,
-        hf_dir: str,
-        limits: EngineLimits,
-        *,
-        loads: bool = True,
-        checksum_every: int = 1,
-        sleeps: bool = False,
-    ) -> None:
-        """
+    def __init__(self, hf_dir: str, limits: EngineLimits, *, checksum_every: int = 1, sleeps: bool = False) -> None:
+        """Loads the weights of `hf_dir`.
+
         Args:
-            loads: the weights of `hf_dir`. Without it the engine has none until `update_weights`, and takes no request.
             checksum_every: the first weight update is checked, and every n-th after it.
             sleeps: give the device memory back in `sleep`, where the platform can.
 
@@ -93,9 +85,8 @@ class Engine:
             raise ValueError(f"{ranks} ranks do not divide into engines of {limits.tensor_parallel}: choose a divisor.")
         on_cpu = current_platform.is_cpu()
         self._can_sleep = sleeps and current_platform.is_sleep_mode_available()
-        self._loads = loads
         where = {"on_cpu": on_cpu, "in_job": self._in_job, "can_sleep": self._can_sleep}
-        self._arguments = engine_arguments(hf_dir, model, limits, **where, loads=loads)
+        self._arguments = engine_arguments(hf_dir, model, limits, **where)
         # vLLM compiles a few small functions even when it runs eagerly. On a CPU that takes 20 s and a C++ compiler.
         self._stance = "force_eager" if on_cpu else "default"
         self._weight_names = set(HfTensors(hf_dir, model.family).tensors)
@@ -105,7 +96,7 @@ class Engine:
         self._engine = self._start()
 
     def _start(self) -> Any:
-        """A new vLLM engine, with the weights of the model directory or none, as version 0."""
+        """A new vLLM engine with the weights of the model directory, as version 0."""
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -120,12 +111,12 @@ class Engine:
         torch.set_num_threads = set_num_threads  # vLLM replaces it on a CPU by one that only warns
         (self._model,) = engine.collective_rpc("get_model")
         check_reloadable(self._model)
-        self._asleep, self._is_filled = False, self._loads
+        self._asleep = False
         self._weight_version = 0
         return engine
 
     def restart(self) -> None:
-        """Drops all requests and everything held, and starts again as it was started, as version 0. Collective: vLLM's
+        """Drops all requests and everything held, and reloads the model directory, as version 0. Collective: vLLM's
         engines of one job agree on their memory when they start. Refill it with `update_weights`."""
         if self._in_job:
             stop_worker(self._engine)
@@ -221,10 +212,8 @@ class Engine:
         """Queues a request; it starts with the next `step`.
 
         Raises:
-            ValueError: the engine sleeps, or has no weights yet.
+            ValueError: the engine sleeps.
         """
-        if not self._is_filled:
-            raise ValueError(f"request {request_id!r} for an engine without weights. Give it some by update_weights().")
         if self._asleep:
             raise ValueError(f"request {request_id!r} for an engine that sleeps. Wake it with update_weights() first.")
         from vllm import SamplingParams
@@ -290,7 +279,7 @@ class Engine:
                 f"were sent, first {wrong[0]!r}. The engine would sample from another policy."
             )
         self._num_updates += 1
-        self._weight_version, self._is_filled = version, True
+        self._weight_version = version
 
     def _complete(
         self, weights: Iterable[tuple[str, Tensor]], check: WeightCheck | None
