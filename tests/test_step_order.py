@@ -6,9 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_sr1.config import ConfigError, load_config
 from megatron_sr1.loops import grpo
+from megatron_sr1.loops.run import check_verification
 from megatron_sr1.metrics.clock import Clock
+from megatron_sr1.platform import Platform
 
 
 class Recorder:
@@ -92,3 +96,11 @@ def test_the_policy_is_saved_while_the_engines_sleep(monkeypatch: pytest.MonkeyP
 
 def test_without_training_there_is_nothing_to_wake_with(monkeypatch: pytest.MonkeyPatch) -> None:
     assert steps(monkeypatch, 2, [], leaves_after=9) == ["accept", "refresh", "before", *STEP, *STEP]
+
+
+def test_an_export_is_verified_only_where_engines_answer_in_fp32() -> None:
+    config = load_config(None, ["evaluate.verify_export=2"])
+    check_verification(config, Platform(torch.device("cpu"), 0, 1))
+    check_verification(load_config(None, []), Platform(torch.device("cuda"), 0, 1))
+    with pytest.raises(ConfigError, match=r"evaluate\.verify_export=2 .* 0 on an accelerator"):
+        check_verification(config, Platform(torch.device("cuda"), 0, 1))
