@@ -166,7 +166,7 @@ def test_what_transformers_does_not_read_is_kept_as_written(tmp_path: Path) -> N
 
 
 def test_vllm_is_told_that_the_experts_weights_are_normalised_where_the_file_is_silent(tmp_path: Path) -> None:
-    from megatron_sr1.rollout.vllm.engine import _missing_keys
+    from megatron_sr1.rollout.vllm.arguments import _missing_keys
 
     text = SHORT | {"rope_scaling": SECTION}
     for layout, change, expected in (

@@ -45,11 +45,11 @@ def _state(policy: Any) -> dict[str, list[torch.Tensor]]:
 
 
 def _train(folder: str, layout: tuple[str, ...], leaves: bool) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    """Three steps, each with the reference's log-probs; between them, the state leaves and returns."""
+    """Two steps, each with the reference's log-probs; before each, the state leaves and returns."""
     found = []
     with built(folder, (*layout, *EVERYTHING), keep_reference=True) as (policy, config):
         batches, _ = packed_rows(policy, config, Processor.from_pretrained(folder))
-        for _ in range(3):
+        for _ in range(2):
             if leaves:
                 _check_absence(policy, batches)
             reference = policy.reference_logprobs(batches, Scoring())
