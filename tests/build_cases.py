@@ -15,11 +15,13 @@ from PIL import Image
 
 from megatron_sr1.data import ShardDataset, expand_shards
 from megatron_sr1.types import Prompt, SftSample
-from tests.data_cases import encoded, noise
+from tests.data_cases import encoded, noise, png
 
 TOOL = Path(__file__).parents[1] / "tools" / "build_shards.py"
 SEE_THINK = "<description>a dial</description><think>it shows 3</think>\\boxed{3}"
 REASONED = "<think>the text says 3</think>\\boxed{3}"
+IMAGES = {"r.png": png(1), "g.png": png(2)}
+ASKED = {"problem": "Which?", "answer": "3"}
 
 
 def load_tool() -> Iterator[ModuleType]:
@@ -94,3 +96,14 @@ def files_of(folder: Path) -> dict[str, str]:
 
 def pixels(images: Sequence[Image.Image]) -> list[bytes]:
     return [image.tobytes() for image in images]
+
+
+def build(
+    tool: ModuleType, tmp_path: Path, row: Mapping[str, Any] | str, *more: object
+) -> tuple[Prompt | SftSample | None, dict[str, str]]:
+    """The one sample that is made of the row beside a good one, or None and why it is left out."""
+    good = {"problem": "good", "answer": "1", "key": "good"}
+    out = run_jsonl(tool, tmp_path, [good, row], IMAGES, *more)
+    found, left_out = samples(out), problems(out)
+    assert len(found) + len(left_out) == 2, "nothing falls away"
+    return (found[1], {}) if len(found) == 2 else (None, left_out[0])
