@@ -18,6 +18,8 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # a rank that waits longer 
 SAY_EVERY = 20.0  # seconds
 _POLL_SECONDS = 0.2
 _ARRIVED = "megatron_sr1/arrived"  # how many ranks have come
+_JOINED = "megatron_sr1/joined"  # how many are in the group
+_COMPLETE = "megatron_sr1/complete"  # set when all are
 
 
 def open_store(address: str, port: int, rank: int) -> Store:
@@ -43,7 +45,10 @@ def open_store(address: str, port: int, rank: int) -> Store:
 
 
 def join(store: Store, rank: int, num_ranks: int, backend: str) -> None:
-    """Makes the process group. Collective.
+    """Makes the process group. Collective: returns when every rank is in it.
+
+    The group itself is ready on one rank before another has connected to it: a rank that ended right then, with nothing
+    to say to the others, would be the lost peer of theirs.
 
     Raises:
         ValueError: on rank 0, where a rank does not come.
@@ -54,6 +59,9 @@ def join(store: Store, rank: int, num_ranks: int, backend: str) -> None:
     torch.distributed.init_process_group(
         backend, store=store, rank=rank, world_size=num_ranks, timeout=COLLECTIVE_TIMEOUT
     )
+    if store.add(_JOINED, 1) == num_ranks:
+        store.set(_COMPLETE, "")
+    store.wait([_COMPLETE], COLLECTIVE_TIMEOUT)
 
 
 def _wait_for_all(store: Store, num_ranks: int) -> None:
