@@ -34,8 +34,10 @@ OTHER: dict[str, Any] = {
     "layout.context": (2, {"nproc": 2}),
     "layout.expert": (2, {"nproc": 2}),
     "layout.stage_layers": ((3,), {}),
+    "layout.gradient_bucket": 1000,
     "layout.sequence_parallel": (True, {"layout.tensor": 2, "nproc": 2}),
     "rollout.engine_tensor": (2, {"nproc": 2}),
+    "rollout.max_running_requests": 7,
     "rollout.top_p": None,  # 1 and 0 are the only values
     "rollout.top_k": None,
     "recompute.modules": ("mlp",),

@@ -45,6 +45,7 @@ class LayoutConfig:
     expert: int = 1  # ranks that share the experts of a mixture; they are taken from data and context parallelism
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
+    gradient_bucket: int | None = None  # elements that replicas add up at a time; null: 40M, or 1M a replica if more
 
     @property
     def model_ranks(self) -> int:
@@ -57,7 +58,7 @@ class LayoutConfig:
 
     def __post_init__(self) -> None:
         ranks = dict.fromkeys(("tensor", "pipeline", "virtual", "context", "expert"), _RANKS)
-        check_numbers("layout", self, {**ranks, "stage_layers": _LAYERS})
+        check_numbers("layout", self, {**ranks, "stage_layers": _LAYERS, "gradient_bucket": COUNT})
         require(
             self.virtual == 1 or self.pipeline > 1,
             "layout.virtual",

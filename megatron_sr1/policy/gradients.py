@@ -1,14 +1,64 @@
-"""Completes the gradients of a step across ranks."""
+"""Completes the gradients of a step across ranks: in buckets, most of them while backward still goes on.
+
+Megatron sends a bucket as soon as each of its parameters has had as many gradients as in the first step. The vision
+tower has none in a row of text, which another replica's row at the same time need not be: its buckets are sent after
+backward instead, in one order on every rank. Only the first pipeline stage cuts its gradients in buckets; Megatron
+leaves the others', which nothing waits for, in one.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megatron_sr1.config import LayoutConfig
+from megatron_sr1.policy.groups import ParallelGroups
+from megatron_sr1.policy.model import QwenVLModel
+
+
+def wrap_chunks(
+    chunks: Sequence[QwenVLModel], layout: LayoutConfig, groups: ParallelGroups
+) -> list[DistributedDataParallel]:
+    """This rank's chunks with fp32 gradient buffers that replicas add up, told to the schedule."""
+    wrapped = [
+        DistributedDataParallel(
+            chunk.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=layout.distributed_optimizer,
+                overlap_grad_reduce=True,
+                bucket_size=layout.gradient_bucket,
+            ),
+            chunk,
+            disable_bucketing=number > 0,  # later chunks finish their gradients together
+            pg_collection=groups.collection,
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+    schedule = chunks[0].config
+    schedule.finalize_model_grads_func = partial(add_gradients, tensor_group=groups.tensor)
+    no_sync = [model.no_sync for model in wrapped]
+    schedule.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
+
+
+def zero_gradients(wrapped: Sequence[DistributedDataParallel]) -> None:
+    """Begins a step."""
+    for chunk in wrapped:
+        vision = set(_vision(chunk))
+        groups: Any = chunk.bucket_groups
+        for group in groups:
+            if group.params & vision:  # what has counted nothing is always in its first step, so it waits for the end
+                group.per_param_grad_ready_counts = {}
+        chunk.zero_grad_buffer()
 
 
 def add_gradients(
@@ -24,12 +74,14 @@ def add_gradients(
     finalize_model_grads(model, num_tokens=None, **options)
     if tensor_group.size() == 1:
         return
-    shares = [
-        parameter.main_grad
-        for chunk in model
-        for name, parameter in chunk.module.named_parameters()
-        if name.startswith("vision.") and parameter.requires_grad
-    ]
+    shares = [parameter.main_grad for chunk in model for parameter in _vision(chunk)]
     requests = [torch.distributed.all_reduce(share, group=tensor_group, async_op=True) for share in shares]
     for request in requests:
         request.wait()
+
+
+def _vision(chunk: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    """The trained parameters of the vision tower."""
+    for name, parameter in chunk.module.named_parameters():
+        if name.startswith("vision.") and parameter.requires_grad:
+            yield parameter

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import Tensor
 
 from megatron_sr1.config import Config
 from megatron_sr1.platform import Platform
-from megatron_sr1.policy.gradients import add_gradients
+from megatron_sr1.policy.gradients import wrap_chunks, zero_gradients
 from megatron_sr1.policy.offload import Offload, optimizer_tensors
 from megatron_sr1.policy.optimizer import build_optimizer, inner_optimizers, learning_rate, load_optimizer_state
 from megatron_sr1.policy.schedule import Schedule
@@ -42,7 +40,7 @@ class Policy(Scorer):
         """See `Scorer` for what it loads and raises."""
         super().__init__(config, platform)
         self._num_optimizer_steps = num_optimizer_steps
-        self.model = self._wrap()
+        self.model = wrap_chunks(self.chunks, config.layout, self.groups)
         self.optimizer, self.scheduler = build_optimizer(
             config.optimizer, config.precision, self.model, num_optimizer_steps, config.layout.distributed_optimizer
         )
@@ -67,25 +65,6 @@ class Policy(Scorer):
         """Everything is where it was, to the bit; gradients are zero."""
         self._offload.come_back()
 
-    def _wrap(self) -> list[DistributedDataParallel]:
-        megatron_config = self.chunks[0].config
-        wrapped = [
-            DistributedDataParallel(
-                megatron_config,
-                DistributedDataParallelConfig(
-                    grad_reduce_in_fp32=True, use_distributed_optimizer=self.config.layout.distributed_optimizer
-                ),
-                chunk,
-                disable_bucketing=number > 0,  # later chunks finish their gradients together
-                pg_collection=self.groups.collection,
-            )
-            for number, chunk in enumerate(self.chunks)
-        ]
-        megatron_config.finalize_model_grads_func = partial(add_gradients, tensor_group=self.groups.tensor)
-        no_sync = [model.no_sync for model in wrapped]
-        megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        return wrapped
-
     def _parameters(self) -> Iterator[torch.nn.Parameter]:
         for chunk in self.chunks:
             yield from chunk.parameters()
@@ -102,8 +81,7 @@ class Policy(Scorer):
             FloatingPointError: the gradient norm is not finite. The weights are spoilt then; what was saved is not.
         """
         self._must_be_here()
-        for chunk in self.model:
-            chunk.zero_grad_buffer()
+        zero_gradients(self.model)
         self.optimizer.zero_grad()
         no_tokens = torch.zeros((), dtype=torch.int)  # the schedule's own normalisation, which is not used
 
