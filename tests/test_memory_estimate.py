@@ -72,6 +72,7 @@ STATES = {  # name: ranks, family, overrides
     "context": (2, "qwen3_vl", ["layout.context=2"]),
     "pipeline_tied": (2, "qwen3_vl", ["layout.pipeline=2"]),
     "experts": (2, "qwen3_vl_moe", ["layout.expert=2", "precision.dtype=bf16"]),
+    "buckets": (2, "qwen2_5_vl_untied", ["layout.gradient_bucket=20000"]),
 }
 
 
@@ -85,7 +86,7 @@ def _check_state(name: str, model_dir: str, overrides: list[str]) -> None:
     """Reference and weights to the byte, the rest up to Megatron's alignment."""
     keep_reference = "objective.kl_coef=0.01" in overrides
     with built(model_dir, overrides, keep_reference=keep_reference) as (policy, config):
-        from megatron_sr1.estimate.state import dense_shards, trainer_state
+        from megatron_sr1.estimate.state import GRADIENT_BYTES, dense_shards, gathered_bytes, trainer_state
 
         count = _count_here(policy)
         state = trainer_state(count, config, keep_reference=keep_reference)
@@ -97,6 +98,11 @@ def _check_state(name: str, model_dir: str, overrides: list[str]) -> None:
         gradients = sum(buffer.grad_data.numel() * buffer.grad_data.itemsize for buffer in buffers)
         padding = GRADIENT_ALIGNMENT * len(parameters) + BUFFER_ALIGNMENT * dense_shards(config) * len(buffers)
         assert 0 <= gradients - state.gradients <= 4 * padding, (name, gradients, state.gradients)
+        if config.layout.distributed_optimizer:  # what a checkpoint gathers at a time
+            largest = max(bucket.grad_data.numel() for buffer in buffers for bucket in buffer.buckets)
+            expected = gathered_bytes(count, config) / GRADIENT_BYTES / (2 + 1 / dense_shards(config))
+            # more where the largest parameter does not come last, and where a shared embedding has a bucket to itself
+            assert -padding <= expected - largest <= padding + largest / 2, (name, expected, largest)
         found = torch.tensor(float(_optimizer_bytes(policy.optimizer, parameters)))
         if config.layout.distributed_optimizer:
             torch.distributed.all_reduce(found, group=policy.groups.data)  # shares are not all of one size
@@ -113,7 +119,8 @@ def _count_here(policy: Any) -> Any:
     vision = sum(size for name, size in sizes if name.startswith("vision."))
     experts = sum(size for name, size in sizes if ".experts." in name)
     stage = policy.groups.pipeline.rank()
-    return StageCount(stage, (4,), sum(size for _, size in sizes) - vision, vision, experts, 0)
+    language = sum(size for _, size in sizes) - vision
+    return StageCount(stage, (4,), language, vision, experts, 0, max(size for _, size in sizes))
 
 
 def _optimizer_bytes(optimizer: Any, parameters: list[torch.nn.Parameter]) -> int:

@@ -38,11 +38,16 @@ REFUSED: list[tuple[str, list[str], list[str]]] = [
         "qwen2_5_vl_7b/grpo.yaml",
         ["layout.tensor=1", "layout.sequence_parallel=false", "recompute.mode=full"],
         [
-            "the checkpoint phase takes about",
+            "the training phase takes about",
             "on a rank of stage 0, more than the 80 GiB",
-            "gathered",
+            "gradients",
             "layout.pipeline",
         ],
+    ),
+    (
+        "qwen2_5_vl_72b/grpo.yaml",
+        ["rollout.sleep=false", "--gpu-gib", "95"],
+        ["the checkpoint phase takes about", "on a rank of stage 3, more than the 95 GiB"],
     ),
     ("qwen2_5_vl_7b/grpo.yaml", ["--gpu-gib", "40"], ["phase takes about", "more than the 40 GiB"]),
     (
@@ -55,6 +60,12 @@ REFUSED: list[tuple[str, list[str], list[str]]] = [
     ("qwen2_5_vl_3b/grpo.yaml", ["rollout.kv_cache_gib=0.2"], ["rollout.kv_cache_gib=0.2", "max_model_tokens=8192"]),
     ("qwen2_5_vl_3b/grpo.yaml", ["--gpus-per-node", "3"], ["nproc=8", "a multiple of the 3 GPUs"]),
     ("qwen2_5_vl_3b/grpo.yaml", ["--gpu-gib", "0"], ["--gpu-gib=0.0"]),
+    ("qwen2_5_vl_3b/grpo.yaml", ["--host-gib", "nan"], ["--host-gib=nan"]),
+    (
+        "qwen2_5_vl_7b/grpo.yaml",
+        ["--host-gib", "300"],
+        ["more than its 300 GiB", "offload.optimizer"],
+    ),
     ("qwen2_5_vl_3b/grpo.yaml", ["rollout.samples_per_prompt=1"], ["samples_per_prompt=1", "advantage_scope is group"]),
     ("qwen2_5_vl_3b/grpo.yaml", ["train.batch_size=100"], ["train.batch_size=100", "prompts_per_step=512"]),
     ("qwen2_5_vl_72b/grpo_fp8.yaml", ["train.micro_batch_tokens=512"], ["train.micro_batch_tokens=512", "1024"]),
@@ -79,7 +90,7 @@ WARNED: list[tuple[str, list[str], list[str]]] = [
         ["rollout.kv_cache_gib=51"],
         ["phase leaves", "Lower rollout.kv_cache_gib"],
     ),
-    ("qwen2_5_vl_7b/grpo.yaml", ["rollout.max_running_requests=256"], ["holds", "tokens", "requests are put back"]),
+    ("qwen2_5_vl_7b/grpo.yaml", ["rollout.max_running_requests=400"], ["holds", "tokens", "requests are put back"]),
     ("qwen2_5_vl_3b/grpo.yaml", ["rollout.engine_tensor=4"], ["keeps each of 2 key/value heads 2 times"]),
     ("qwen2_5_vl_7b/grpo.yaml", ["train.micro_batch_tokens=4096"], ["a sequence", "would stop the run"]),
     ("qwen2_5_vl_7b/grpo.yaml", ["rollout.max_model_tokens=16384"], ["model.max_position=8192 is less than"]),
@@ -209,7 +220,7 @@ def test_recipe_names_its_model_and_the_papers_numbers(file: str, monkeypatch: p
     assert config.model.train_vision and rollout.max_model_tokens == 8192
 
 
-OF_THE_DRY_RUN = ("phase", "--gpu", "Most of it")  # how much fits, and on what machine
+OF_THE_DRY_RUN = ("phase", "--gpu", "--host", "Most of it")  # how much fits, and on what machine
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,8 @@ def _add_dry_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gpu-gib", type=float, default=80.0, metavar="N", help=text)
     text = "GPUs of a node that --dry-run is to plan for (default: 8)"
     command.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help=text)
+    text = "host memory of a node that --dry-run is to plan for (default: 1800)"
+    command.add_argument("--host-gib", type=float, default=1800.0, metavar="N", help=text)
 
 
 def _add_parts(command: argparse.ArgumentParser) -> None:

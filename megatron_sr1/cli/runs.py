@@ -121,7 +121,7 @@ def _dry_run(command: Command, config: Config, args: argparse.Namespace, missing
     start_platform()
     from megatron_sr1.estimate import Machine, advice, check_fits, make_plan, plan_text
 
-    plan = make_plan(command, config, Machine(args.gpu_gib, args.gpus_per_node))
+    plan = make_plan(command, config, Machine(args.gpu_gib, args.gpus_per_node, args.host_gib))
     print(dump_config(config))
     for line in plan_text(plan, [*missing_data, *advice(plan)]).splitlines():
         print(f"# {line}".rstrip())

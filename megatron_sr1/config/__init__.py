@@ -20,7 +20,13 @@ from megatron_sr1.config.model import LayoutConfig, ModelConfig, OffloadConfig, 
 from megatron_sr1.config.model_files import check_folders, check_weights, how_to_get, missing_files, model_fingerprint
 from megatron_sr1.config.paths import home_path
 from megatron_sr1.config.resume import Change, changes_of, check_resume, saved_steps, values_by_key
-from megatron_sr1.config.rollout import RolloutConfig
+from megatron_sr1.config.rollout import (
+    BATCHED_TOKENS,
+    RolloutConfig,
+    graph_sizes,
+    running_requests,
+    typical_tokens,
+)
 from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.tracking import MlflowConfig, TrackConfig, WandbConfig
 from megatron_sr1.config.training import PRESET_NAMES, ObjectiveConfig, OptimizerConfig, TrainConfig
@@ -28,6 +34,7 @@ from megatron_sr1.config.whole import Config
 from megatron_sr1.config.yaml_files import read_mapping, read_overrides
 
 __all__ = [
+    "BATCHED_TOKENS",
     "FAMILIES",
     "PRESET_NAMES",
     "Change",
@@ -58,6 +65,7 @@ __all__ = [
     "check_resume",
     "check_weights",
     "dump_config",
+    "graph_sizes",
     "home_path",
     "how_to_get",
     "kv_token_bytes",
@@ -68,6 +76,8 @@ __all__ = [
     "read_mapping",
     "read_overrides",
     "row_tokens",
+    "running_requests",
     "saved_steps",
+    "typical_tokens",
     "values_by_key",
 ]

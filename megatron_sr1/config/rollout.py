@@ -7,6 +7,10 @@ from typing import Any
 
 from megatron_sr1.config.rules import COUNT, COUNT_OR_NONE, Range, check_numbers, require
 
+TYPICAL = 0.5  # of the longest sequence: what one is taken to be long before any is known
+BATCHED_TOKENS = 8192  # of an engine's forward pass, at least
+_FEW, _STEP = (1, 2, 4), 8
+_MOST_REQUESTS = 512  # that an engine is given by itself: with more, a step's logits outgrow what they bring
 _NUMBERS = {
     "prompts_per_step": COUNT,
     "samples_per_prompt": COUNT,
@@ -37,7 +41,7 @@ class RolloutConfig:
     max_response_tokens: int = 2048
     max_description_tokens: int = 1024  # a longer description is cut here, and counted
     max_model_tokens: int = 8192  # prompt + response, both passes
-    max_running_requests: int = 256
+    max_running_requests: int | None = None  # of an engine; null: as many typical ones as its KV cache holds, to 512
     max_images: int = 1  # images of one prompt, at most
     kv_cache_gib: float = 1.0  # of a rank
     engine_tensor: int = 1  # ranks of one engine; nproc / engine_tensor engines share the prompts
@@ -60,3 +64,29 @@ class RolloutConfig:
             f"more than max_response_tokens + max_description_tokens = {need}, or no prompt would fit",
             "Raise rollout.max_model_tokens or lower the other two.",
         )
+
+
+def typical_tokens(rollout: RolloutConfig) -> tuple[float, float]:
+    """What a sequence of the first pass, and of the second, is taken to be long."""
+    first = TYPICAL * rollout.max_model_tokens
+    return first, TYPICAL * (rollout.max_description_tokens + rollout.max_response_tokens)
+
+
+def running_requests(rollout: RolloutConfig, token_bytes: int) -> int:
+    """Requests that an engine decodes at a time: `max_running_requests`, or what its KV cache holds of the two passes'
+    mixture, which is half of each.
+
+    Args:
+        token_bytes: of a token in the cache, on one of the engine's ranks.
+    """
+    if rollout.max_running_requests is not None:
+        return rollout.max_running_requests
+    tokens = int(rollout.kv_cache_gib * 2**30) // token_bytes
+    fitting = int(tokens / (sum(typical_tokens(rollout)) / 2))
+    return max(1, min(_MOST_REQUESTS, fitting - fitting % 8 if fitting > 8 else fitting))
+
+
+def graph_sizes(requests: int) -> list[int]:
+    """The numbers of requests, up to all, for which a CUDA graph of a decoding step is captured."""
+    few = [size for size in _FEW if size <= requests]
+    return sorted({*few, *range(_STEP, requests, _STEP), requests})

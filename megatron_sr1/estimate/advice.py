@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from megatron_sr1.config import Config, RecomputeConfig, how_to_get, missing_files
+from megatron_sr1.config import Config, RecomputeConfig, how_to_get, missing_files, typical_tokens
 from megatron_sr1.estimate.activations import stage_activations
 from megatron_sr1.estimate.machine import GIB
-from megatron_sr1.estimate.plan import TYPICAL, RunPlan
+from megatron_sr1.estimate.plan import RunPlan
 
 MIN_HEADROOM = 0.05  # of a GPU that should stay free: the estimate is not better than that
 ROOM_FOR_LESS_RECOMPUTE = 0.15
@@ -180,13 +180,13 @@ def _engine(plan: RunPlan) -> Iterator[str]:
     config, rollout, engine = plan.config, plan.config.rollout, plan.engine
     assert engine is not None
     ranks, heads = rollout.engine_tensor, plan.model.num_kv_heads
-    wanted = rollout.max_running_requests * TYPICAL * rollout.max_model_tokens
+    mean = sum(typical_tokens(rollout)) / 2
+    wanted = engine.requests * mean
     if engine.kv_tokens < wanted:
-        fitting = max(1, int(engine.kv_tokens / (TYPICAL * rollout.max_model_tokens)))
         yield (
             f"rollout.kv_cache_gib={rollout.kv_cache_gib} holds {engine.kv_tokens:,} tokens, "
-            f"rollout.max_running_requests={rollout.max_running_requests} of half the longest take {wanted:,.0f}: "
-            f"requests are put back and computed again. Raise the first, or set the other to {fitting}."
+            f"rollout.max_running_requests={engine.requests} at {mean:,.0f} tokens take {wanted:,.0f}: requests are "
+            "put back and computed again. Raise the first, or set the other to null: as many as fit."
         )
     if ranks > heads:
         yield (

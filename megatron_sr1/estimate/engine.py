@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sr1.config import Config, LayoutConfig, kv_token_bytes
+from megatron_sr1.config import BATCHED_TOKENS, Config, LayoutConfig, graph_sizes, kv_token_bytes, running_requests
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.parameter_counts import count_stages
 
-BATCHED_TOKENS = 8192  # of one forward pass at least, as rollout/vllm/arguments.py asks vLLM for
 _LOGIT_COPIES = 3  # logits, processed logits and log-probs of a step
+_GRAPH_BYTES = 16 << 20  # of a captured decoding step: what its launches take; taken as given, not derived
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class EngineBytes:
     weights: int
     kv_cache: int
     kv_tokens: int  # that the cache of the whole engine holds
+    requests: int  # that it decodes at a time
     forward: int
+    graphs: int  # captured decoding steps, which stay when the engine sleeps
     sync: int  # beside the weights, while new ones arrive
 
 
@@ -41,17 +43,22 @@ def engine_bytes(model: Architecture, config: Config, *, element: int = 2) -> En
     ranks = rollout.engine_tensor
     weights = engine_parameters(config.model.hf_dir, model, ranks) * element
     kv_cache = int(rollout.kv_cache_gib * 2**30)
+    cached = kv_token_bytes(model, ranks, element=element)
+    requests = running_requests(rollout, cached)
     batched = rollout.engine.get("max_num_batched_tokens", max(BATCHED_TOKENS, rollout.max_model_tokens))
     hidden = 6 * model.hidden_size + (1 + len(model.deepstack_layers)) * model.hidden_size
     width = model.ffn_size if not model.num_experts else model.expert_ffn_size * model.experts_per_token
     forward = batched * (hidden + 3 * width // ranks) * element
     forward += _encoder_bytes(model, batched * element) // ranks
-    forward += _LOGIT_COPIES * 4 * rollout.max_running_requests * model.vocab_size
+    forward += _LOGIT_COPIES * 4 * requests * model.vocab_size
+    graphs = 0
+    if rollout.cuda_graphs:  # one pool serves all sizes: that of the largest step
+        graphs = _GRAPH_BYTES * len(graph_sizes(requests)) + requests * (hidden + 3 * width // ranks) * element
     # a bucket, or the largest tensor where that is more, as the parts that arrive and as the whole; and one layer of
     # the engine, which is filled beside the old one
     largest = model.vocab_size * model.hidden_size * element
     sync = 2 * max(rollout.sync_bucket_mib << 20, largest) + weights // model.num_layers
-    return EngineBytes(weights, kv_cache, kv_cache // kv_token_bytes(model, ranks, element=element), forward, sync)
+    return EngineBytes(weights, kv_cache, kv_cache // cached, requests, forward, graphs, sync)
 
 
 def _encoder_bytes(model: Architecture, values: int) -> int:

@@ -15,16 +15,21 @@ class Machine:
 
     gpu_gib: float = 80.0  # memory of one GPU: 80 for an H100, in GiB
     gpus_per_node: int = 8
+    host_gib: float = 1800.0  # memory of a node beside its GPUs: what an H100 node of 2 TB leaves
 
     def __post_init__(self) -> None:
         """
         Raises:
             ConfigError: a size that is not positive.
         """
-        for option, value in (("--gpu-gib", self.gpu_gib), ("--gpus-per-node", self.gpus_per_node)):
-            if value <= 0:
+        for option, value in (
+            ("--gpu-gib", self.gpu_gib),
+            ("--gpus-per-node", self.gpus_per_node),
+            ("--host-gib", self.host_gib),
+        ):
+            if not value > 0:
                 raise ConfigError(
-                    f"{option}={value} is not allowed: it must be greater than 0. 80 and 8 are an H100's."
+                    f"{option}={value} is not allowed: it must be greater than 0. 80, 8 and 1800 are an H100 node's."
                 )
 
     def nodes(self, num_ranks: int) -> int:

@@ -18,9 +18,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_sr1.config import Command, Config, ConfigError, row_tokens
+from megatron_sr1.config import Command, Config, ConfigError, row_tokens, typical_tokens
 from megatron_sr1.estimate.activations import StageActivations, stage_activations
 from megatron_sr1.estimate.engine import EngineBytes, engine_bytes
+from megatron_sr1.estimate.host import host_bytes
 from megatron_sr1.estimate.machine import GIB, Machine
 from megatron_sr1.estimate.state import TrainerState, gathered_bytes, trainer_state
 from megatron_sr1.objective import preset_from_config
@@ -29,7 +30,6 @@ from megatron_sr1.policy.parameter_counts import StageCount, count_stages
 from megatron_sr1.policy.read import read_architecture
 
 RUNTIME_GIB = 4.0  # device context, communication buffers, library workspaces, fragments: taken as given, not derived
-TYPICAL = 0.5  # of the longest sequence: what a sequence is taken to be long
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class RunPlan:
     stages: tuple[StagePlan, ...]
     engine: EngineBytes | None
     phases: tuple[Phase, ...]
+    host: Mapping[str, float]  # named bytes of a node's host memory
 
     @property
     def fullest(self) -> Phase:
@@ -101,16 +102,26 @@ def make_plan(command: Command, config: Config, machine: Machine) -> RunPlan:
     engine = None if command == "sft" else engine_bytes(model, config)
     phases = tuple(_phases(config, stages, engine))
     nodes = machine.nodes(config.nproc)
-    return RunPlan(command, config, machine, model, nodes, rows, length, num_rows, stages, engine, phases)
+    states = [stage.state for stage in stages]
+    host = host_bytes(config, machine, model, states, generates=engine is not None)
+    return RunPlan(command, config, machine, model, nodes, rows, length, num_rows, stages, engine, phases, host)
 
 
 def check_fits(plan: RunPlan) -> None:
     """
     Raises:
-        ConfigError: a phase takes more than a GPU has; the message names what is largest and what would help.
+        ConfigError: a phase takes more than a GPU has, or the ranks of a node more than its host memory; the message
+            names what is largest and what would help.
     """
-    phase = plan.fullest
+    phase, host = plan.fullest, sum(plan.host.values())
     if phase.peak <= plan.machine.gpu_gib * GIB:
+        if host > plan.machine.host_gib * GIB:
+            largest = max(plan.host, key=lambda name: plan.host[name])
+            raise ConfigError(
+                f"the ranks of a node take about {host / GIB:.0f} GiB of host memory, more than its "
+                f"{plan.machine.host_gib:g} GiB (--host-gib). Most of it: {largest}, "
+                f"{plan.host[largest] / GIB:.0f} GiB. {_HOST_REMEDIES[largest]}"
+            )
         return
     parts = phase.stages[phase.fullest]
     largest = max(parts, key=lambda name: parts[name])
@@ -136,9 +147,17 @@ _REMEDIES = {
     "engine weights": "Raise rollout.engine_tensor.",
     "KV cache": "Lower rollout.kv_cache_gib.",
     "engine forward": "Lower rollout.max_running_requests, or raise rollout.engine_tensor.",
+    "decoding graphs": "Lower rollout.max_running_requests, or set rollout.cuda_graphs to false.",
     "weight sync": "Lower rollout.sync_bucket_mib.",
     "gathered": _SPREAD,
     "runtime": "No model fits such a GPU.",
+}
+_HOST_REMEDIES = {
+    "offload": "Set offload.optimizer or offload.reference to false where the GPUs have room.",
+    "checkpoint": "Raise layout.pipeline, with nproc where that is needed.",
+    "images": "Lower rollout.prompts_per_step or rollout.max_model_tokens.",
+    "read ahead": "Lower data.prefetch_mib.",
+    "processes": "Run fewer ranks on a node.",
 }
 
 
@@ -150,8 +169,7 @@ def offloaded(config: Config) -> list[str]:
 def _sequences(command: str, config: Config) -> tuple[float, int]:
     """Mean length, and number, of the sequences of one optimizer step."""
     rollout = config.rollout
-    first = TYPICAL * rollout.max_model_tokens
-    second = TYPICAL * (rollout.max_description_tokens + rollout.max_response_tokens)
+    first, second = typical_tokens(rollout)
     if command == "sft":  # half of the demonstrations see an image
         return (first + second) / 2, config.train.batch_size
     preset = preset_from_config(config.objective)
@@ -167,7 +185,7 @@ def _stage(model: Architecture, config: Config, count: StageCount, command: str,
 
 
 def _phases(config: Config, stages: tuple[StagePlan, ...], engine: EngineBytes | None) -> list[Phase]:
-    runtime = {"runtime": RUNTIME_GIB * GIB}
+    runtime = {"runtime": RUNTIME_GIB * GIB} | ({"decoding graphs": float(engine.graphs)} if engine else {})
     serving: dict[str, float] = {}
     if engine is not None:
         serving = {"engine weights": engine.weights, "KV cache": engine.kv_cache, "engine forward": engine.forward}

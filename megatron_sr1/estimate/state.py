@@ -6,10 +6,11 @@
     optimizer  m / d * 12      fp32 weights and AdamW's two moments; 8 where the weights are fp32 themselves
     reference  n * w           the starting weights, beside the others (policy.py); not shared by data parallelism
 
-    checkpoint m * 4 * (2 + 1 / d) while it is written, on the rank that gathers what d ranks share: one kind of state
-               at a time, as it arrives, as it is sent, and as the collective may copy it flat
+    checkpoint b * 4 * (2 + 1 / d) while it is written, on the rank that gathers what d ranks share: a bucket of one
+               kind of state at a time, as it arrives, as it is sent, and as the collective may copy it flat
 
-n parameters of a rank, m of them trained, q in fp8 products, d ranks that share optimizer state.
+n parameters of a rank, m of them trained, q in fp8 products, d ranks that share optimizer state. A bucket's b elements
+end with the parameter that fills it; stages after the first, and chunks after a stage's first, have one bucket.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from megatron_sr1.config import Config
 from megatron_sr1.policy.parameter_counts import StageCount
 
 GRADIENT_BYTES = 4
+_BUCKET, _BUCKET_PER_REPLICA = 40_000_000, 1_000_000  # elements, as Megatron has them
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,25 @@ def trainer_state(count: StageCount, config: Config, *, keep_reference: bool) ->
 
 
 def gathered_bytes(count: StageCount, config: Config) -> int:
-    """What writing a checkpoint takes beside the state. Without overlapped reduction Megatron's buffer is one bucket,
-    which the distributed optimizer's fully reshardable format gathers whole."""
+    """What writing a checkpoint takes beside the state: the distributed optimizer's fully reshardable format gathers
+    a bucket whole."""
     if not config.layout.distributed_optimizer:
         return 0
     experts = count.experts
     dense = (count.total if config.model.train_vision else count.language) - experts
     shares = ((dense, dense_shards(config)), (experts, expert_shards(config)))  # a buffer each
-    return max(int(part * GRADIENT_BYTES * (2 + 1 / shards)) for part, shards in shares)
+    return max(
+        int(_largest_bucket(part, shards, count, config) * GRADIENT_BYTES * (2 + 1 / shards)) for part, shards in shares
+    )
+
+
+def _largest_bucket(part: int, shards: int, count: StageCount, config: Config) -> int:
+    """Elements, of the `part` of a rank's parameters that is one buffer."""
+    filled = (config.layout.gradient_bucket or max(_BUCKET, _BUCKET_PER_REPLICA * shards)) + count.largest
+    chunk = -(-part // config.layout.virtual)
+    if count.stage > 0:
+        return chunk
+    return min(part, filled if config.layout.virtual == 1 else max(filled, chunk))
 
 
 def _fp8_weights(count: StageCount, config: Config) -> int:

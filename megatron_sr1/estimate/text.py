@@ -13,6 +13,7 @@ def plan_text(plan: RunPlan, warnings: Sequence[str]) -> str:
     lines = [*_heading(plan)]
     for phase in plan.phases:
         lines += ["", *_phase(plan, phase)]
+    lines += ["", _host(plan)]
     lines.append("")
     lines += [f"warning: {warning}" for warning in warnings] or ["no warnings"]
     return "\n".join(lines)
@@ -33,7 +34,7 @@ def _heading(plan: RunPlan) -> Iterator[str]:
         rollout = config.rollout
         yield (
             f"engines: {config.nproc // rollout.engine_tensor} of {rollout.engine_tensor} ranks, each with a KV cache "
-            f"of {plan.engine.kv_tokens:,} tokens for {rollout.max_running_requests} requests"
+            f"of {plan.engine.kv_tokens:,} tokens for {plan.engine.requests} requests"
         )
         if plan.stages and (away := offloaded(plan.config)):
             freed = max(sum(getattr(stage.state, name) for name in away) for stage in plan.stages)
@@ -85,6 +86,12 @@ def _phase(plan: RunPlan, phase: Phase) -> Iterator[str]:
     totals = [phase.total(stage) for stage in stages]
     yield _row("  total", [f"{total / GIB:.1f}" for total in totals])
     yield _row("  free", [f"{plan.machine.gpu_gib - total / GIB:.1f}" for total in totals])
+
+
+def _host(plan: RunPlan) -> str:
+    parts = ", ".join(f"{name} {value / GIB:.0f}" for name, value in plan.host.items() if value)
+    total = sum(plan.host.values()) / GIB
+    return f"host memory of a node: {total:.0f} of {plan.machine.host_gib:g} GiB: {parts}"
 
 
 def _row(label: str, values: list[str]) -> str:

@@ -23,6 +23,7 @@ class StageCount:
     vision: int
     experts: int  # of `language`, those of routed experts: other ranks share their optimizer state
     linear: int  # of `language`, the weights of the layers' matrix products, which fp8 casts
+    largest: int  # the parameter that has most
 
     @property
     def total(self) -> int:
@@ -68,7 +69,8 @@ def _count_rank(config: Config, stage: int, rank: int) -> StageCount:
     experts = sum(size for name, size in sizes if ".experts." in name)
     layers_of_decoder = [(name, size) for name, size in sizes if name.startswith("decoder.layers.")]
     linear = sum(size for name, size in layers_of_decoder if ".linear_" in name and name.endswith(".weight"))
-    return StageCount(stage, layers, sum(size for _, size in sizes) - vision, vision, experts, linear)
+    language, largest = sum(size for _, size in sizes) - vision, max(size for _, size in sizes)
+    return StageCount(stage, layers, language, vision, experts, linear, largest)
 
 
 def count_table(hf_dir: str, layout: LayoutConfig, num_ranks: int) -> str:

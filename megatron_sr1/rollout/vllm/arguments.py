@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sr1.config import HfConfig
+from megatron_sr1.config import BATCHED_TOKENS, HfConfig, graph_sizes
 
 _GIB = 2**30
-_MIN_BATCHED_TOKENS = 8192  # of one forward pass
-_FEW, _STEP = (1, 2, 4), 8  # requests of a decoding step for which a graph is captured: these, and multiples of 8
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def engine_arguments(
         "tensor_parallel_size": limits.tensor_parallel,
         "max_model_len": limits.max_model_tokens,
         "max_num_seqs": limits.max_running_requests,
-        "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS, limits.max_model_tokens),
+        "max_num_batched_tokens": max(BATCHED_TOKENS, limits.max_model_tokens),
         "limit_mm_per_prompt": {"image": limits.max_images, "video": 0},
         "distributed_executor_backend": "external_launcher" if in_job else None,
         "enable_sleep_mode": can_sleep,
@@ -72,14 +70,12 @@ def _eager() -> dict[str, Any]:
 def _graphs(max_requests: int) -> dict[str, Any]:
     """Graphs of decoding steps, captured of the same kernels that an eager step launches: nothing is compiled, so that
     the log-probs stay."""
-    sizes = [size for size in _FEW if size <= max_requests]
-    sizes += [*range(_STEP, max_requests, _STEP), max_requests]
     return {
         "enforce_eager": False,
         "compilation_config": {
             "mode": 0,  # CompilationMode.NONE: no inductor
             "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": sorted(set(sizes)),
+            "cudagraph_capture_sizes": graph_sizes(max_requests),
         },
     }
 

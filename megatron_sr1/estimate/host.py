@@ -1,0 +1,49 @@
+"""What a node's ranks hold in host memory.
+
+offload     optimizer state and reference, pinned, once a first rollout has sent them there (config.offload)
+checkpoint  fp32 weights and both moments of what the first of its replicas gathers to write: m * 12 bytes a rank
+images      of a step's prompts, decoded, on every rank: as if half of the longest sequence were visual tokens
+read ahead  data.prefetch_mib a rank
+processes   interpreter, libraries, CUDA's own, worker threads: taken as given, not derived
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from megatron_sr1.config import Config, typical_tokens
+from megatron_sr1.estimate.machine import GIB, Machine
+from megatron_sr1.estimate.state import GRADIENT_BYTES, TrainerState
+from megatron_sr1.policy.architecture import Architecture
+
+PROCESS_GIB = 8.0
+_WRITTEN = 3  # fp32 weights and two moments
+
+
+def host_bytes(
+    config: Config, machine: Machine, model: Architecture, states: Sequence[TrainerState], *, generates: bool
+) -> Mapping[str, float]:
+    """Named bytes of the node that holds most.
+
+    Args:
+        states: of a rank of every pipeline stage; none where nothing is trained.
+    """
+    ranks = min(config.nproc, machine.gpus_per_node)
+    found: dict[str, float] = {}
+    if states and generates:
+        names = [name for name in ("optimizer", "reference") if getattr(config.offload, name) is not False]
+        found["offload"] = ranks * max(sum(getattr(state, name) for name in names) for state in states)
+    if states:
+        layout = config.layout  # the first replicas are the first ranks of a stage; of experts every rank may be one
+        alone = layout.distributed_optimizer and layout.expert == 1
+        writers = min(ranks, layout.tensor) if alone else ranks
+        trained = max(state.gradients for state in states) / GRADIENT_BYTES
+        found["checkpoint"] = writers * trained * 4 * _WRITTEN
+    if generates:
+        vision = model.hf.vision_config
+        token_pixels = (vision.patch_size * vision.spatial_merge_size) ** 2
+        first, _ = typical_tokens(config.rollout)
+        found["images"] = ranks * config.rollout.prompts_per_step * first * 3 * token_pixels
+    found["read ahead"] = ranks * (config.data.prefetch_mib << 20)
+    found["processes"] = ranks * PROCESS_GIB * GIB
+    return found
