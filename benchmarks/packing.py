@@ -35,8 +35,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from megatron_sr1.ahead import Later
 from megatron_sr1.packing.bins import fill_rows, sequence_length
-from megatron_sr1.types import EncodedImage, TokenSequence
+from megatron_sr1.types import EncodedImage, Normalisation, TokenSequence
 
 PATCH, MERGE = 14, 2
 MIN_PIXELS, MAX_PIXELS, MAX_RESPONSE = 262_144, 4_194_304, 2048
@@ -71,7 +72,8 @@ def _image(draw: random.Random) -> EncodedImage:
     pixels = min(MAX_PIXELS, max(MIN_PIXELS, 600_000 * draw.lognormvariate(0.0, 0.8)))
     aspect = 1.2 * draw.lognormvariate(0.0, 0.35)
     height, width = (pixels / aspect) ** 0.5, (pixels * aspect) ** 0.5
-    return EncodedImage((1, *(MERGE * int(side / (PATCH * MERGE)) for side in (height, width))), _never)
+    grid = (1, *(MERGE * int(side / (PATCH * MERGE)) for side in (height, width)))
+    return EncodedImage(grid, Later(_never), Normalisation(1.0, (0.0,), (1.0,)))
 
 
 def _never() -> Tensor:

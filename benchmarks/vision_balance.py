@@ -33,8 +33,9 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
+from megatron_sr1.ahead import Later
 from megatron_sr1.platform import start_platform
-from megatron_sr1.types import EncodedImage
+from megatron_sr1.types import EncodedImage, Normalisation
 
 MIN_PIXELS, MAX_PIXELS = 262_144, 4_194_304
 FULL_SIZE = {"Qwen2.5-VL": {"hidden_size": 1280, "intermediate_size": 3420}, "Qwen3-VL": {}}
@@ -145,7 +146,10 @@ def _measure(
     for repeat in range(arguments.repeats + 1):
         grids = draw_grids(generator, num_images, tower.patch_size, arguments.scale)
         pixels = [torch.randn(height * width, channels) for _, height, width in grids]
-        images = [EncodedImage(grid, lambda p=p: p) for grid, p in zip(grids, pixels, strict=True)]
+        images = [
+            EncodedImage(grid, Later(lambda p=p: p), Normalisation(1.0, (0.0,), (1.0,)))
+            for grid, p in zip(grids, pixels, strict=True)
+        ]
         plans = {"replicated": (alone, make_plans(tower, grids, 1)["by count"])}
         plans |= {name: (world, plan) for name, plan in make_plans(tower, grids, world.size()).items()}
         for strategy, (group, plan) in plans.items():

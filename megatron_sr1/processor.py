@@ -10,15 +10,18 @@ import codecs
 import json
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_sr1.ahead import Later
 from megatron_sr1.chat_template import TEMPLATE_ERRORS, check_it_ends
-from megatron_sr1.types import MAX_ASPECT, EncodedImage
+from megatron_sr1.types import MAX_ASPECT, EncodedImage, Normalisation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,6 +34,7 @@ IMAGE = "<|image_pad|>"
 REQUIRED_TOKENS = (END_OF_TURN, IMAGE, "<|vision_start|>", "<|vision_end|>")
 MEDIA_TOKENS = (IMAGE, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
 
+KEPT_PATCHES = 800_000  # about 1 GiB at 1,176 bytes each: what waits between an engine's use and the trainer's
 _ROLE = re.compile(r"<\|im_start\|>\s*assistant")
 _BEFORE_TEXT = re.compile(r"[^{}\[\]'\"]*")  # no Python list or JSON that the text stands in
 _USER_TEXT = "@user-text@"  # stands for the user's text while the chat template is rendered
@@ -49,9 +53,17 @@ codecs.register_error("megatron_sr1.mark", _mark_undecodable)
 class Processor:
     """The tokenizer, chat template and image processor of a Qwen-VL model."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_processor: Qwen2VLImageProcessorPil) -> None:
-        """Raises ValueError where the tokenizer lacks a special token or a chat template, or the template does not end,
-        does not hold the user's text once, or begins the answer."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, image_processor: Qwen2VLImageProcessorPil, *, num_threads: int = 2
+    ) -> None:
+        """
+        Args:
+            num_threads: that make patches ahead of their use.
+
+        Raises:
+            ValueError: the tokenizer lacks a special token or a chat template, or the template does not end, does not
+                hold the user's text once, or begins the answer.
+        """
         vocabulary = tokenizer.get_vocab()
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         missing = [token for token in REQUIRED_TOKENS if token not in special]
@@ -66,6 +78,9 @@ class Processor:
             )
         self._tokenizer = tokenizer
         self._image_processor = image_processor
+        self._num_threads = num_threads
+        self._encoded: OrderedDict[int, tuple[Image, EncodedImage]] = OrderedDict()  # by the identity of the image
+        self._num_kept = 0  # patches of these
         self._frames: dict[int, tuple[tuple[int, ...], str, str, tuple[int, ...]]] = {}
         self.end_of_turn_id: int = vocabulary[END_OF_TURN]
         self.image_token_id: int = vocabulary[IMAGE]
@@ -75,7 +90,7 @@ class Processor:
         self._frame(1)  # what is wrong with the template is told before anything else is made
 
     @classmethod
-    def from_pretrained(cls, hf_dir: str) -> Processor:
+    def from_pretrained(cls, hf_dir: str, *, num_threads: int = 2) -> Processor:
         """Reads the tokenizer and preprocessor files of `hf_dir`; runs no code from there.
 
         transformers decides as it is imported whether torchvision and torchaudio are there to be used, hence here and
@@ -110,7 +125,7 @@ class Processor:
                     f"{legacy_template} has no chat_template: {_first_line(error)}. Copy it again."
                 ) from error
         try:
-            return cls(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(hf_dir))
+            return cls(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(hf_dir), num_threads=num_threads)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{hf_dir}: its image processor cannot be read, {_first_line(error)}. Copy preprocessor_config.json "
@@ -180,13 +195,23 @@ class Processor:
         return 1, rows // patch, columns // patch
 
     def encode_image(self, image: Image) -> EncodedImage:
-        """The image as the vision tower reads it; it is resized and cut when its patches are first asked for.
+        """The image as the vision tower reads it; it is resized and cut when its patches are started or first asked
+        for. The same object for the same image, while it is among the last ones that were asked for.
 
         Raises:
             ValueError: an image of such a size cannot be encoded (see `grid`).
         """
-        grid = self.grid(image.size)
-        return EncodedImage(grid_thw=grid, make_patches=partial(self._patches, image, grid))
+        known = self._encoded.pop(id(image), None)
+        if known is None:
+            grid = self.grid(image.size)
+            make = Later(partial(self._patches, image, grid), self._pool)
+            known = image, EncodedImage(grid, make, self._normalisation)
+            self._num_kept += math.prod(grid)
+        self._encoded[id(image)] = known
+        while self._num_kept > KEPT_PATCHES and len(self._encoded) > 1:
+            _, (_, oldest) = self._encoded.popitem(last=False)
+            self._num_kept -= math.prod(oldest.grid_thw)
+        return known[1]
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """Ids of `text` as data: no special id, whatever it spells."""
@@ -224,13 +249,15 @@ class Processor:
 
     # ------------------------------------------------------------ inside
     def _patches(self, image: Image, grid: tuple[int, int, int]) -> Tensor:
-        """[P, C] float32: resized, normalised and cut as the model's own processor does.
+        """[P, C] uint8: resized and cut as the model's own processor does.
 
         Raises:
             ValueError: they are not the patches of `grid`, by which prompts and rows were laid out.
         """
-        features = self._image_processor(images=[image], return_tensors="pt")
-        found, patches = tuple(features["image_grid_thw"][0].tolist()), features["pixel_values"].float()
+        import torch
+
+        features = self._image_processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="pt")
+        found, patches = tuple(features["image_grid_thw"][0].tolist()), features["pixel_values"].to(torch.uint8)
         if found != grid or len(patches) != math.prod(grid):
             raise ValueError(
                 f"the image processor makes {len(patches)} patches, grid (time, height, width) = {found}, of an image "
@@ -238,6 +265,16 @@ class Processor:
                 "of the Qwen-VL model as released, with do_resize true."
             )
         return patches
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._num_threads, thread_name_prefix="patches")
+
+    @cached_property
+    def _normalisation(self) -> Normalisation:
+        settings = self._image_processor
+        mean, std = (settings.image_mean, settings.image_std) if settings.do_normalize else ([0.0] * 3, [1.0] * 3)
+        return Normalisation(settings.rescale_factor if settings.do_rescale else 1.0, tuple(mean), tuple(std))
 
     def _tokenise(self, text: str, split_special_tokens: bool) -> tuple[int, ...]:
         encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)

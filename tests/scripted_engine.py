@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from megatron_sr1.ahead import Later
 from megatron_sr1.rollout.plan import Limits, Planner
-from megatron_sr1.rollout.request import Draw, Generation
+from megatron_sr1.rollout.request import Draw, Generation, OwnView
 from megatron_sr1.rollout.two_pass import TwoPassGenerator
-from megatron_sr1.types import EncodedImage, Prompt, Sampling
+from megatron_sr1.types import EncodedImage, Normalisation, Prompt, Sampling
 
 EOT, IMAGE = 1, 2
 PATCHES = torch.arange(24.0).reshape(12, 2)  # of every image
@@ -45,7 +46,7 @@ class Letters:
         return 1, 2, 6
 
     def encode_image(self, image: Any) -> EncodedImage:
-        return EncodedImage((1, 2, 6), lambda: PATCHES)
+        return EncodedImage((1, 2, 6), Later(lambda: PATCHES.byte()), Normalisation(1.0, (0.0,), (1.0,)))
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         return tuple(ord(letter) for letter in text)
@@ -72,11 +73,12 @@ class ScriptedEngine:
 
     def prepare(self, prompt_ids: Sequence[int], images: Sequence[Any]) -> object:
         self.log.append("prepare")
-        return Letters().expand(prompt_ids, images)
+        return prompt_ids
 
-    def pixels(self, prompt_ids: Sequence[int], images: Sequence[Any]) -> list[tuple[tuple[int, ...], torch.Tensor]]:
-        self.log.append("pixels")
-        return [(Letters().encode_image(image).grid_thw, self.sees) for image in images]
+    def own_view(self, prompt_ids: Sequence[int], images: Sequence[Any]) -> OwnView:
+        self.log.append("own_view")
+        seen = [(Letters().encode_image(image).grid_thw, self.sees) for image in images]
+        return OwnView(Letters().expand(prompt_ids, images), seen)
 
     def add(self, request_id: str, prepared: Any, draw: Draw) -> None:
         self.log.append(f"add {request_id}")

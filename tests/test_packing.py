@@ -12,6 +12,7 @@ from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from benchmarks.packing import families, length_mix, quality, singles
+from megatron_sr1.ahead import Later
 from megatron_sr1.packing import (
     empty_row,
     gather_rows,
@@ -23,7 +24,7 @@ from megatron_sr1.packing import (
 )
 from megatron_sr1.packing.bins import fill_rows
 from megatron_sr1.packing.context import context_index
-from megatron_sr1.types import EncodedImage, MicroBatch, TokenSequence
+from megatron_sr1.types import EncodedImage, MicroBatch, Normalisation, TokenSequence
 
 IMAGE, MERGE = 9, 2
 GRIDS = ((1, 2, 2), (1, 4, 6), (1, 8, 2), (1, 6, 6))
@@ -34,7 +35,7 @@ def no_pixels() -> torch.Tensor:
 
 
 def make_image(grid: tuple[int, int, int]) -> EncodedImage:
-    return EncodedImage(grid, no_pixels)
+    return EncodedImage(grid, Later(no_pixels), Normalisation(1.0, (0.0,), (1.0,)))
 
 
 def make_sequence(images: tuple[EncodedImage, ...], text: list[int], response: list[int]) -> TokenSequence:

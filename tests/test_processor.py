@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerFast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from megatron_sr1.processor import REQUIRED_TOKENS, Processor
 
@@ -149,6 +151,26 @@ def test_sizes_that_no_tower_takes(processor: Processor, size: tuple[int, int]):
         processor.encode_image(Image.new("RGB", size))
 
 
+def test_patches_are_bytes_that_normalise_to_what_transformers_makes(tiny_model_dir: str, tmp_path: Path):
+    image = Image.effect_noise((150, 97), 90).convert("RGB")
+    other = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.4, 0.3], "rescale_factor": 1 / 128}
+    for number, changes in enumerate(({}, {"do_normalize": False}, other)):
+        ours, _ = with_preprocessor(tiny_model_dir, tmp_path / str(number), **changes)
+        encoded = ours.encode_image(image)
+        theirs = Qwen2VLImageProcessorPil.from_pretrained(tmp_path / str(number))
+        expected = theirs(images=[image], return_tensors="pt")["pixel_values"]
+        assert encoded.patches().dtype == torch.uint8
+        torch.testing.assert_close(encoded.pixel_values, expected.float(), atol=2e-6, rtol=1e-6)
+
+
+def test_only_the_last_patches_are_kept(processor: Processor, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("megatron_sr1.processor.KEPT_PATCHES", 50)
+    images = [Image.new("RGB", (56, 84)) for _ in range(4)]  # of 24 patches
+    first, *_, last = [processor.encode_image(image) for image in images]
+    assert processor.encode_image(images[3]) is last and processor.encode_image(images[0]) is not first
+    assert processor._num_kept == 48 == sum(math.prod(each.grid_thw) for _, each in processor._encoded.values())
+
+
 def test_patches_are_made_late_and_once(processor: Processor, tmp_path: Path):
     """The file's header gives the size; its pixels are cut off, and nobody misses them until patches are asked for."""
     whole = Image.effect_noise((84, 56), 90).convert("RGB")
@@ -159,7 +181,8 @@ def test_patches_are_made_late_and_once(processor: Processor, tmp_path: Path):
     with pytest.raises(OSError, match="truncated"):
         _ = cut.pixel_values
     encoded = processor.encode_image(whole)
-    assert encoded.pixel_values is encoded.pixel_values
+    assert not encoded.patches.started and encoded.patches() is encoded.patches()
+    assert processor.encode_image(whole) is encoded
 
 
 def test_a_processor_that_does_not_resize_is_refused(tiny_model_dir: str, tmp_path: Path):

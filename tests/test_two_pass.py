@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_sr1.prompts import render_see_think
 from megatron_sr1.rollout.balance import assign_prompts, expected_tokens
+from megatron_sr1.rollout.passes import SUBMITTED_AT_A_TIME
 from megatron_sr1.rollout.plan import Limits, PassPrompt, Planner, check_same_ids, cut_description, refusal
 from megatron_sr1.rollout.request import EngineFault, Generation
 from megatron_sr1.rollout.seeds import request_seed
@@ -53,7 +55,7 @@ def test_other_pixels_in_the_engine_stop_the_run_before_the_first_answer() -> No
     ours = generator(engine)
     for step in range(2):
         ours.generate([prompt(f"{key}", num_images=key % 3) for key in range(9)], sampling(), step)
-    assert engine.log.count("pixels") == NUM_COMPARED
+    assert engine.log.count("own_view") == NUM_COMPARED
     wrong = [
         (PATCHES.flip(0), "in another order"),
         (PATCHES / 2, "another resizing, image_mean"),
@@ -219,6 +221,20 @@ def test_an_error_of_who_takes_the_groups_is_no_fault_of_the_engine() -> None:
     with pytest.raises(RuntimeError, match="no room"):
         generator(engine).generate([prompt("a")], sampling(), 0, on_group=refuse)
     assert "restart" not in engine.log
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_the_engine_steps_while_images_of_later_prompts_are_prepared(num_samples: int) -> None:
+    """A few requests at a time; how many does not depend on which patches are ready."""
+    engine = ScriptedEngine()
+    prompts = [prompt(str(key)) for key in range(40)]
+    generator(engine).generate(prompts, sampling(num_samples=num_samples, second_pass=False), 0)
+    events = [line.split()[0] for line in engine.log if line.startswith(("add", "end"))]
+    first_step = events.index("end")
+    assert first_step == math.ceil(SUBMITTED_AT_A_TIME / num_samples) * num_samples
+    between = "".join("a" if event == "add" else "e" for event in events[first_step:]).rstrip("e").split("e")
+    assert set(map(len, between)) <= {0, first_step, 40 * num_samples % first_step}, between
+    assert engine.log.count("prepare") == 40 and events.count("end") == 40 * num_samples
 
 
 def test_a_prompt_is_prepared_once_for_its_samples() -> None:

@@ -16,7 +16,8 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_sr1.types import EncodedImage, MicroBatch
+from megatron_sr1.ahead import Later
+from megatron_sr1.types import EncodedImage, MicroBatch, Normalisation
 from tests.ranks import run_ranks
 
 TOLERANCE = 1e-6  # relative, fp32, of the visual tokens
@@ -64,6 +65,9 @@ def _tower(name: str) -> torch.nn.Module:
     return tower
 
 
+PLAIN = Normalisation(1.0, (0.0,), (1.0,))
+
+
 class _Pictures:
     """A micro-batch of random images, and how many of them this rank has made patches of."""
 
@@ -78,7 +82,7 @@ class _Pictures:
             self.num_made += 1
             return self.pixels[index]
 
-        images = tuple(EncodedImage(grid, lambda i=i: make(i)) for i, grid in enumerate(self.grids))
+        images = tuple(EncodedImage(grid, Later(lambda i=i: make(i)), PLAIN) for i, grid in enumerate(self.grids))
         empty = torch.zeros(0, dtype=torch.int64)
         return MicroBatch(empty, empty, empty, 0, empty, images, empty, empty, empty, empty)
 

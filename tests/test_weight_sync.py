@@ -106,7 +106,9 @@ def _answers(engine: Any, processor: Processor, temperature: float, num_samples:
 
     for number in range(4):
         images = _images(number)
-        prepared = engine.prepare(processor.prompt_ids(TEXTS[number % 2], len(images)), images)
+        encoded = [processor.encode_image(image) for image in images]
+        ids = processor.prompt_ids(TEXTS[number % 2], len(images))
+        prepared = engine.prepare(processor.expand(ids, [image.grid_thw for image in encoded]), encoded)
         for sample in range(num_samples):
             tokens = MAX_TOKENS if num_samples == 1 else 24
             draw = Draw(temperature, tokens, 100 * number + sample, processor.end_of_turn_id, processor.media_ids)

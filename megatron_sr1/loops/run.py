@@ -45,7 +45,7 @@ class Run:
         Raises:
             ValueError: see `Processor.from_pretrained`.
         """
-        return Processor.from_pretrained(self.config.model.hf_dir)
+        return Processor.from_pretrained(self.config.model.hf_dir, num_threads=self.config.data.workers)
 
     @cached_property
     def planner(self) -> Planner:

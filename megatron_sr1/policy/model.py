@@ -5,6 +5,8 @@ T_local   tokens of the row on this context-parallel rank (T without context par
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -76,6 +78,11 @@ class QwenVLModel(GPTModel):
                 trained=config.model.train_vision,
                 recompute=config.recompute.vision,
             )
+
+    def start_images(self, batches: Sequence[MicroBatch]) -> None:
+        """Has the patches made that this rank will encode when these micro-batches come, while earlier ones run."""
+        if self.pre_process:
+            self.shared_vision.start(batches)
 
     def forward(self, batch: MicroBatch, scoring: Scoring) -> Tensor:
         """See the class."""

@@ -82,6 +82,7 @@ class Policy(Scorer):
         """
         self._must_be_here()
         zero_gradients(self.model)
+        self.chunks[0].start_images(batches)
         self.optimizer.zero_grad()
         no_tokens = torch.zeros((), dtype=torch.int)  # the schedule's own normalisation, which is not used
 

@@ -63,6 +63,7 @@ class Scorer:
 
     def logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
         """Scores of each micro-batch's R rows, without gradient, on every rank of the pipeline."""
+        self.chunks[0].start_images(batches)
         scores = self._schedule.run(
             batches, scoring, forward_only=True, collect=lambda _, output: output, discard=lambda output: output
         )

@@ -8,6 +8,7 @@ leaves free. Among passes of one kind the groups go in order, so that whole grou
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from megatron_sr1.rollout.plan import PassPrompt, Planner, check_same_ids
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation, TokenEngine
 from megatron_sr1.rollout.seeds import request_seed
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, Sampling
+
+SUBMITTED_AT_A_TIME = 16  # requests, between two steps of the engine
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,9 @@ class PassRequests:
             ValueError: the engine expanded a prompt otherwise than the processor, or a description that was cut to its
                 limit became longer again as a part of the prompt, and too long for the engine.
         """
-        self._submit_possible(engine, list(self._open.values()))
-        while engine.has_unfinished():
+        waiting = self._possible()
+        while waiting or engine.has_unfinished():
+            self._submit_some(engine, waiting)
             with _engine_call():
                 generations = engine.step()
             for generation in generations:
@@ -88,24 +92,45 @@ class PassRequests:
                 if second is not None:
                     self._open[second.request_id] = second
                     if self._streamed:
-                        self._submit(engine, second, _prepare(engine, second.plan))
-            if not self._streamed and not engine.has_unfinished():
-                self._submit_possible(engine, list(self._open.values()))
+                        self._submit_all(engine, [second])
+            if not self._streamed and not waiting and not engine.has_unfinished():
+                waiting = self._possible()
 
     def pairs(self) -> dict[int, tuple[RolloutPair, ...]]:
         """All samples of each group of this engine, in order."""
         assert not self._open, "run() has not ended"
         return {group: self._group_pairs(group) for group in self._left}
 
-    def _submit_possible(self, engine: TokenEngine, requests: list[_Request]) -> None:
-        """Everything, or behind a barrier the first passes alone while there are some."""
+    def _possible(self) -> deque[list[_Request]]:
+        """Everything that is open, or behind a barrier the first passes alone while there are some; the requests of a
+        plan together. Their images are begun to be prepared, in this order."""
+        requests = list(self._open.values())
         firsts = [request for request in requests if request.plan.pass_name == "first"]
-        prepared: dict[int, object] = {}  # one per plan: siblings share the processed images
+        siblings: dict[int, list[_Request]] = {}
         for request in firsts if firsts and not self._streamed else requests:
-            identity = id(request.plan)
-            if identity not in prepared:
-                prepared[identity] = _prepare(engine, request.plan)
-            self._submit(engine, request, prepared[identity])
+            siblings.setdefault(id(request.plan), []).append(request)
+        for first, *_ in siblings.values():
+            for image in first.plan.images:
+                self._processor.encode_image(image).patches.start()
+        return deque(siblings.values())
+
+    def _submit_some(self, engine: TokenEngine, waiting: deque[list[_Request]]) -> None:
+        """The next ones, so that the engine decodes while images are prepared. How many does not depend on what is
+        ready: the ranks of an engine must submit the same before a step."""
+        submitted = 0
+        while waiting and submitted < SUBMITTED_AT_A_TIME:
+            requests = waiting.popleft()
+            self._submit_all(engine, requests)
+            submitted += len(requests)
+
+    def _submit_all(self, engine: TokenEngine, requests: Sequence[_Request]) -> None:
+        """Requests of one plan, which share its images."""
+        plan = requests[0].plan
+        images = [self._processor.encode_image(image) for image in plan.images]
+        with _engine_call():
+            prepared = engine.prepare(plan.expanded_ids, images)
+        for request in requests:
+            self._submit(engine, request, prepared)
 
     def _submit(self, engine: TokenEngine, request: _Request, prepared: object) -> None:
         plan = request.plan
@@ -164,11 +189,6 @@ class PassRequests:
             queued_at=self._queued[request.request_id],
             finished_at=time.perf_counter() - self._start,
         )
-
-
-def _prepare(engine: TokenEngine, plan: PassPrompt) -> object:
-    with _engine_call():
-        return engine.prepare(plan.ids, plan.images)
 
 
 @contextmanager

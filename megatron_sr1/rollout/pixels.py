@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from megatron_sr1.processor import Processor
-from megatron_sr1.rollout.plan import PassPrompt
+from megatron_sr1.rollout.plan import PassPrompt, id_difference
 from megatron_sr1.rollout.request import TokenEngine
 from megatron_sr1.types import EncodedImage
 
@@ -18,16 +18,18 @@ TOLERANCE = 1e-3  # of a normalised value; a grey level of 8 bit is about 0.015
 
 
 def pixel_differences(engine: TokenEngine, processor: Processor, plans: Sequence[PassPrompt]) -> list[str]:
-    """Compares every image of `plans` as the engine prepares it with the trainer's: its grid and every value of its
-    patches, in their order.
+    """Compares every prompt of `plans` as the engine by itself prepares it with the trainer's: its ids, and of every
+    image the grid and every value of its patches, in their order.
 
     Returns:
-        For each image that differs its sample's key, how it differs and what to look at.
+        For each image that differs its sample's key, how it differs and what to look at; the same for other ids.
     """
     texts = []
     for plan in plans:
-        prepared = engine.pixels(plan.ids, plan.images)
-        for number, (image, (grid, patches)) in enumerate(zip(plan.images, prepared, strict=True)):
+        view = engine.own_view(plan.ids, plan.images)
+        if not texts and (text := id_difference(plan, view.prompt_ids)) is not None:
+            texts.append(text)
+        for number, (image, (grid, patches)) in enumerate(zip(plan.images, view.images, strict=True)):
             difference = _difference(processor.encode_image(image), grid, patches)
             if difference is not None:
                 texts.append(

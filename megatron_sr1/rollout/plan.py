@@ -132,12 +132,19 @@ def check_same_ids(plan: PassPrompt, engine_ids: Sequence[int]) -> None:
     Raises:
         ValueError: naming the sample, both lengths and the first position where they differ.
     """
+    text = id_difference(plan, engine_ids)
+    if text is not None:
+        raise ValueError(text)
+
+
+def id_difference(plan: PassPrompt, engine_ids: Sequence[int]) -> str | None:
+    """How the ids that an engine makes of a prompt differ from the processor's; None where they do not."""
     if tuple(engine_ids) == plan.expanded_ids:
-        return
+        return None
     pairs = zip(plan.expanded_ids, engine_ids, strict=False)
     shorter = min(len(plan.expanded_ids), len(engine_ids))
     position = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), shorter)
-    raise ValueError(
+    return (
         f"sample {plan.key!r}, {plan.pass_name} pass: the processor makes {len(plan.expanded_ids)} prompt ids, "
         f"the engine used {len(engine_ids)}; they differ first at position {position}. "
         "Processor and engine must read the same preprocessor_config.json (pixel limits, merge size)."

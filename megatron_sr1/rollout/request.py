@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from megatron_sr1.types import WeightSink
+from megatron_sr1.types import EncodedImage, WeightSink
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,14 +36,22 @@ class Generation:
     finish_reason: Literal["stop", "length"]
 
 
+@dataclass(frozen=True)
+class OwnView:
+    """A prompt with images as an engine prepares it."""
+
+    prompt_ids: tuple[int, ...]  # image placeholders expanded
+    images: list[tuple[tuple[int, ...], Tensor]]  # of each its grid (time, height, width), and patches [P, C] float32
+
+
 class EngineFault(RuntimeError):
     """The engine failed; its requests are lost, and so is what it holds."""
 
 
 class TokenEngine(WeightSink, Protocol):
-    """Continuous batching over one copy of the weights. What `prepare` returns is opaque, and may be added often.
-    `pixels` is what the vision tower would be given of each image: its grid (time, height, width), and its patches
-    [P, C] float32 on the CPU.
+    """Continuous batching over one copy of the weights. What `prepare` makes of a prompt, whose image placeholders are
+    expanded already, and of its images is opaque, and may be added often. `own_view` is how the engine by itself would
+    prepare a prompt with one placeholder an image.
 
     `restart` drops all requests and everything held and reloads the model directory, as version 0; all ranks call it
     together. Before it the ranks of one engine meet in `meet_after_fault`. `sleep` gives memory back until the next
@@ -56,9 +64,9 @@ class TokenEngine(WeightSink, Protocol):
     @property
     def weight_version(self) -> int: ...
 
-    def prepare(self, prompt_ids: Sequence[int], images: Sequence[Image]) -> object: ...
+    def prepare(self, prompt_ids: Sequence[int], images: Sequence[EncodedImage]) -> object: ...
 
-    def pixels(self, prompt_ids: Sequence[int], images: Sequence[Image]) -> list[tuple[tuple[int, ...], Tensor]]: ...
+    def own_view(self, prompt_ids: Sequence[int], images: Sequence[Image]) -> OwnView: ...
 
     def add(self, request_id: str, prepared: object, draw: Draw) -> None: ...
 

@@ -55,7 +55,9 @@ def stale_vision_canary(
 
 
 def _look(engine: TokenEngine, processor: Processor, image: Image, name: str) -> tuple[object, ...]:
-    prepared = engine.prepare(processor.prompt_ids("?", num_images=1), (image,))
+    encoded = processor.encode_image(image)
+    ids = processor.expand(processor.prompt_ids("?", num_images=1), [encoded.grid_thw])
+    prepared = engine.prepare(ids, [encoded])
     draw = Draw(
         temperature=0.0,
         max_tokens=_NUM_TOKENS,

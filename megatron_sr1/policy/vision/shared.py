@@ -75,8 +75,18 @@ class SharedVision:
             weakref.finalize(batch, self._kept.pop, id(batch)).atexit = False
         return self._kept[id(batch)]
 
+    def start(self, batches: Sequence[MicroBatch]) -> None:
+        """Has the patches that this rank will encode made ahead, in the order of the micro-batches."""
+        for batch in batches:
+            if batch.images and id(batch) not in self._kept:
+                for piece in self._plan(batch.images).parts[self._group.rank()]:
+                    batch.images[piece.image].patches.start()
+
+    def _plan(self, images: Sequence[EncodedImage]) -> VisionPlan:
+        return plan_grids(self._tower, [image.grid_thw for image in images], self._group.size(), self._costs)
+
     def _encode(self, images: Sequence[EncodedImage]) -> Tensor:
-        plan = plan_grids(self._tower, [image.grid_thw for image in images], self._group.size(), self._costs)
+        plan = self._plan(images)
         self.num_encoded_patches += plan.patches[self._group.rank()]
         return encode_images(self._tower, images, plan, self._group, self._context_group, recompute=self._recompute)
 

@@ -38,7 +38,7 @@ from megatron_sr1.types import EncodedImage
 class TowerInputs:
     """A rank's patches, in the tower's kept order, on its device."""
 
-    pixels: Tensor  # [T, C]
+    pixels: Tensor  # [T, C] float32, normalised there: a byte a value travels
     positions: Tensor  # [T, 2] int64
     taps: tuple[Tensor, Tensor] | None  # [T, 4] indices and weights of learned positions
     rows: RankRows
@@ -54,12 +54,12 @@ def tower_inputs(
     """Makes the patches of `pieces` (of no other image) and what the tower needs to know of them."""
     config, device = tower.config, tower.device
     num_values = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    pixels, places = [torch.zeros(0, num_values)], [torch.zeros(0, 2, dtype=torch.int64)]
+    pixels, places = [torch.zeros(0, num_values, dtype=torch.uint8)], [torch.zeros(0, 2, dtype=torch.int64)]
     indices, weights = [torch.zeros(0, 4, dtype=torch.int64)], [torch.zeros(0, 4)]
     for piece in pieces:
         image = images[piece.image]
         patches = orders[piece.image].patch_rows(piece.start, piece.stop)
-        pixels.append(image.pixel_values[patches])
+        pixels.append(image.patches()[patches])
         places.append(positions(tower, image.grid_thw)[patches])
         if not has_windows(tower):
             index, weight = learned_position_taps(tower, image.grid_thw)
@@ -71,11 +71,13 @@ def tower_inputs(
         rows = replace(rows, windows=windows)
 
     def place(parts: list[Tensor]) -> Tensor:
-        together = torch.cat(parts).to(device)
+        together = torch.cat(parts)
+        together = together if device.type == "cpu" else together.pin_memory().to(device, non_blocking=True)
         return together if windows is None else together[windows.kept]
 
     taps = None if has_windows(tower) else (place(indices), place(weights))
-    return TowerInputs(place(pixels), place(places), taps, rows)
+    values = images[0].normalisation.applied(place(pixels))
+    return TowerInputs(values, place(places), taps, rows)
 
 
 def run_tower(tower: VisionTower, inputs: TowerInputs, group: ProcessGroup, *, recompute: bool) -> Tensor:

@@ -45,6 +45,7 @@ def engine_arguments(
         "kv_cache_memory_bytes": int(limits.kv_cache_gib * _GIB),
         "scheduling_policy": "priority",
         "enable_prefix_caching": True,
+        "mm_processor_cache_gb": 0,  # images come prepared (prompts.py)
         # PIL's resizing, as in processor.py: torchvision's differs by up to 0.2 in normalised pixel values.
         "mm_processor_kwargs": {"use_fast": False},
         "logprobs_mode": "processed_logprobs",  # of the distribution that was drawn from

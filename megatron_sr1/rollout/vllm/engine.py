@@ -22,7 +22,7 @@ import torch.distributed
 from megatron_sr1.config import read_hf_config
 from megatron_sr1.platform.torch_private import all_gather_within
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
-from megatron_sr1.rollout.request import Draw, EngineFault, Generation
+from megatron_sr1.rollout.request import Draw, EngineFault, Generation, OwnView
 from megatron_sr1.rollout.vllm.arguments import EngineLimits, engine_arguments
 from megatron_sr1.rollout.vllm.checksums import WeightCheck
 from megatron_sr1.rollout.vllm.private import (
@@ -32,8 +32,9 @@ from megatron_sr1.rollout.vllm.private import (
     silence_reload_warnings,
     stop_worker,
 )
+from megatron_sr1.rollout.vllm.prompts import prepared_prompt
 from megatron_sr1.rollout.vllm.reload import check_reloadable, reload_weights
-from megatron_sr1.types import BANNED_LOGIT_BIAS
+from megatron_sr1.types import BANNED_LOGIT_BIAS, EncodedImage
 from megatron_sr1.weights import HfTensors
 
 if TYPE_CHECKING:
@@ -182,31 +183,33 @@ class Engine:
     def weight_version(self) -> int:
         return self._weight_version
 
-    def prepare(self, prompt_ids: Sequence[int], images: Sequence[Image]) -> object:
-        """Runs the model's image processor and expands the image placeholders, one per image in `prompt_ids`.
+    def prepare(self, prompt_ids: Sequence[int], images: Sequence[EncodedImage]) -> object:
+        """Takes a prompt with a run of placeholders for each image, and the images' patches as they are.
 
-        The result may be added any number of times before the next `update_weights`.
+        The result may be added any number of times.
+
+        Raises:
+            ValueError: there are not as many runs as images.
         """
-        prompt: dict[str, Any] = {"prompt_token_ids": list(prompt_ids)}
         if images:
-            prompt["multi_modal_data"] = {"image": list(images)}
-        (prepared,) = self._engine.renderer.render_cmpl([prompt])
+            return prepared_prompt(prompt_ids, images, self._model.config.image_token_id)
+        (prepared,) = self._engine.renderer.render_cmpl([{"prompt_token_ids": list(prompt_ids)}])
         return prepared
 
-    def pixels(self, prompt_ids: Sequence[int], images: Sequence[Image]) -> list[tuple[tuple[int, ...], Tensor]]:
-        """What the vision tower would be given of each image: grid (time, height, width) and patches [P, C] float32."""
-        engine: Any = self._engine
-        engine.reset_mm_cache()  # it gives an image out once
-        prepared: Any = self.prepare(prompt_ids, images)
-        engine.reset_mm_cache()  # it believes that the model has them now
-        items = prepared["mm_kwargs"]["image"]
-        return [
-            (
-                tuple(item["image_grid_thw"].data.tolist()),
-                normalised_pixels(self._model, item["pixel_values"].data),
-            )
-            for item in items
-        ]
+    def own_view(self, prompt_ids: Sequence[int], images: Sequence[Image]) -> OwnView:
+        """What vLLM's own processing makes of a prompt with one placeholder an image, and of its images."""
+        prompt = {"prompt_token_ids": list(prompt_ids), "multi_modal_data": {"image": list(images)}}
+        (prepared,) = self._engine.renderer.render_cmpl([prompt])
+        return OwnView(
+            tuple(prepared["prompt_token_ids"]),
+            [
+                (
+                    tuple(item["image_grid_thw"].data.tolist()),
+                    normalised_pixels(self._model, item["pixel_values"].data),
+                )
+                for item in prepared["mm_kwargs"]["image"]
+            ],
+        )
 
     def add(self, request_id: str, prepared: Any, draw: Draw) -> None:
         """Queues a request; it starts with the next `step`.
@@ -270,7 +273,6 @@ class Engine:
                 f"weight update {version}: vLLM kept KV prefixes of the old weights, though no request is running. "
                 "The next responses would be continued from them."
             )
-        engine.reset_mm_cache()
         engine.reset_encoder_cache()
         wrong = [] if check is None else check.differences()
         if wrong:
