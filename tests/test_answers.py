@@ -2,7 +2,8 @@
 
 `answers/graded.jsonl` are pairs graded by hand; `answers/heldout.jsonl` and `answers/unseen.jsonl` are more of each
 kind, written before the rules were tuned to them; `answers/near_misses.jsonl` are pairs that a loose rule once called
-equal, and beside them what that rule is for.
+equal, and beside them what that rule is for; `answers/habits.jsonl` are answers as models write them, half of them
+wrong by one digit, letter, unit or word, many with the choices of their sample.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +33,7 @@ class Row:
     gold: str
     equal: bool
     kind: str
+    choices: Sequence[str] = ()
 
     @property
     def rounded(self) -> bool:
@@ -44,15 +46,17 @@ def read_rows(name: str) -> list[Row]:
 
 
 GRADED, HELDOUT, UNSEEN = (read_rows(name) for name in ("graded.jsonl", "heldout.jsonl", "unseen.jsonl"))
-NEAR_MISSES = read_rows("near_misses.jsonl")
+NEAR_MISSES, HABITS = read_rows("near_misses.jsonl"), read_rows("habits.jsonl")
 ROWS = GRADED + HELDOUT + UNSEEN
 
 
 def wrong(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if grade(row.answer, row.gold, rounded=row.rounded) != row.equal]
+    return [row for row in rows if grade(row.answer, row.gold, row.choices, rounded=row.rounded) != row.equal]
 
 
-@pytest.mark.parametrize("rows", [GRADED, HELDOUT, NEAR_MISSES], ids=["graded", "heldout", "near_misses"])
+@pytest.mark.parametrize(
+    "rows", [GRADED, HELDOUT, NEAR_MISSES, HABITS], ids=["graded", "heldout", "near_misses", "habits"]
+)
 def test_graded_pairs(rows: list[Row]) -> None:
     assert wrong(rows) == []
 
@@ -224,6 +228,7 @@ CHOICES = ("12 cm", "15 cm", "Paris", "the red circle")
         ("12 cm", "B", False),
         ("A", "B", False),
         ("A", "15 cm", False),
+        ("(A) 15 cm", "B", False),
         ("(A) 15 cm", "A", False),  # neither this letter nor this text alone
         ("London", "C", False),
         ("Paris or 15 cm", "C", False),
@@ -272,7 +277,8 @@ HOSTILE = (
     "\\binom{" + "9" * 100 + "}{" + "8" * 99 + "}", "(" * 200 + "1" + ")" * 200, r"\sqrt{" * 60 + "2" + "}" * 60,
     "\\frac{1}{" * 60 + "2" + "}" * 60, "(1," * 120, "2^{" * 120 + "2" + "}" * 120, "5 m^(10^9)", "5 " + "m " * 250,
     "5 " + "kg·" * 120 + "m", "\\text{" * 80, "1 or " * 120, "the answer is " * 30, "A. a B. b " * 50, "±" * 500,
-    "x=1," * 120, "**" * 250, "*a*" * 150, "万" * 250, "百分之" * 160, "twenty " * 70, "5 " + "million " * 60,
+    "x=1," * 120, "x=1 or " * 70 + "y=2", "1. a 2. b " * 50, "A + " * 120 + "B → C", "A1" * 200 + "+→", "1h30m" * 90,
+    "**" * 250, "*a*" * 150, "万" * 250, "百分之" * 160, "twenty " * 70, "5 " + "million " * 60,
     "½" * 500, "√" * 500, "'" * 500, "\ud800", "\\0\x00\n", "<" * 500, "|" * 500,
 )  # fmt: skip
 

@@ -20,6 +20,7 @@ import re
 from collections.abc import Sequence
 
 from megatron_sr1.rewards.answers import phrasing
+from megatron_sr1.rewards.answers.chemistry import same_chemistry
 from megatron_sr1.rewards.answers.lists import Items, read_items, same_items
 from megatron_sr1.rewards.answers.moments import same_moment
 from megatron_sr1.rewards.answers.number_words import spell_digits
@@ -27,18 +28,15 @@ from megatron_sr1.rewards.answers.options import numbered, same_options, with_ow
 from megatron_sr1.rewards.answers.quantity import read_quantity, same_quantity
 from megatron_sr1.rewards.answers.ratios import same_range, same_ratio
 from megatron_sr1.rewards.answers.relations import result_of, same_assignments, same_intervals, same_relation
-from megatron_sr1.rewards.answers.sayings import customary, ordinals_as_words
+from megatron_sr1.rewards.answers.sayings import customary, in_the_form_of, ordinals_as_words
 from megatron_sr1.rewards.answers.spelling import clean, squeeze
 from megatron_sr1.rewards.answers.words import same_words
 from megatron_sr1.types import MAX_ANSWER_CHARACTERS
 
 MAX_NESTING = 4  # lists of lists, texts of options
-_COUNT = r"(?:_?(?:\d+|\{\d+\}))?"
-_FORMULA = re.compile(rf"(?:\(?[A-Z][a-z]?{_COUNT}(?:\){_COUNT})? ?)+(?:\^?\{{?\d*[+-]\}}?)?")
 _NUMERIC = frozenset("0123456789.$€£¥₹")
 _NO_QUANTITY = re.compile(r"\b(?:to|vs|versus)\b|^\d+(?: ?- ?\d+)+$")  # a way, a match; a score, years, a telephone
 _NUMERALS = re.compile("[A-Z]{2,8}")
-_SCRIPT = re.compile(r"[\^_{} ]")
 
 
 def grade(answer: str, gold: str, choices: Sequence[str] = (), *, rounded: bool = False) -> bool:
@@ -63,7 +61,7 @@ def grade(answer: str, gold: str, choices: Sequence[str] = (), *, rounded: bool 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _grade(answer: str, gold: str, choices: tuple[str, ...], rounded: bool) -> bool:
-    same = _Comparison(rounded)
+    same = _Comparison(rounded, has_choices=bool(choices))
     first, second = clean(answer), clean(gold)
     if choices:
         first, second = with_own_text(first, choices), with_own_text(second, choices)
@@ -71,11 +69,12 @@ def _grade(answer: str, gold: str, choices: tuple[str, ...], rounded: bool) -> b
         first, second = _without_asides(first), _without_asides(second)
     if not first or not second:
         return False
+    first, second = in_the_form_of(second, first), in_the_form_of(first, second)
     if choices:
         texts = tuple(_without_asides(clean(choice)) for choice in choices)
         chosen, wanted = numbered(first, texts, same), numbered(second, texts, same)
         if chosen is not None and wanted is not None:
-            return chosen == wanted
+            return chosen == wanted and chosen >= 0
     return same(first, second)
 
 
@@ -86,8 +85,9 @@ def _without_asides(text: str) -> str:
 class _Comparison:
     """Compares two plain texts; the parts of lists, named values and options are compared by it again."""
 
-    def __init__(self, rounded: bool, depth: int = 0) -> None:
+    def __init__(self, rounded: bool, has_choices: bool, depth: int = 0) -> None:
         self._rounded = rounded
+        self._has_choices = has_choices
         self._depth = depth
 
     def __call__(self, answer: str, gold: str) -> bool:
@@ -95,16 +95,16 @@ class _Comparison:
             return True
         if not answer or not gold or self._depth > MAX_NESTING:
             return False
-        inner = _Comparison(self._rounded, self._depth + 1)
+        inner = _Comparison(self._rounded, self._has_choices, self._depth + 1)
         said, wanted = phrasing.polarity(answer), phrasing.polarity(gold)
         if said and wanted:
             (word, more), (other, beside) = said, wanted
             return word == other and (not more or not beside or inner(more, beside))
         for verdict in (
-            same_options(answer, gold, inner),
+            same_options(answer, gold, inner, self._has_choices),
             same_moment(answer, gold),
             self._same_measured(answer, gold),
-            same_words(answer, gold) or _same_formula(answer, gold) or None,
+            same_words(answer, gold) or same_chemistry(answer, gold) or None,
             same_intervals(answer, gold, inner),
             same_assignments(answer, gold, inner),
             _same_lists(answer, gold, inner),
@@ -136,10 +136,13 @@ class _Comparison:
 
 
 def _same_lists(answer: str, gold: str, same: _Comparison) -> bool | None:
-    """None where neither is a list; a list never equals a single answer."""
+    r"""None where neither is a list; a list never equals a single answer, but a set of one, `\{3\}`, is its element."""
     first, second = read_items(answer), read_items(gold)
     if first is None and second is None:
         return None
+    for found, other, text in ((first, second, gold), (second, first, answer)):
+        if found is not None and found.brackets == "{}" and len(found.items) == 1 and other is None:
+            return same(found.items[0], text) if text == gold else same(text, found.items[0])
     first, second = first or _split_again(answer, second), second or _split_again(gold, first)
     return first is not None and second is not None and same_items(first, second, same)
 
@@ -147,9 +150,3 @@ def _same_lists(answer: str, gold: str, same: _Comparison) -> bool | None:
 def _split_again(text: str, other: Items | None) -> Items | None:
     """`1,234` beside a list is two numbers."""
     return read_items(text, split_thousands=True) if other is not None and not other.brackets else None
-
-
-def _same_formula(answer: str, gold: str) -> bool:
-    r"""`H_2O` and `H2O`, `Fe^{3+}` and `Fe3+`."""
-    both = _FORMULA.fullmatch(answer) and _FORMULA.fullmatch(gold)
-    return bool(both) and _SCRIPT.sub("", answer) == _SCRIPT.sub("", gold)

@@ -20,7 +20,8 @@ _MATHEMATICAL = re.compile(r"[\d=π∞\\]|^[a-z]$")
 
 @dataclass(frozen=True)
 class Items:
-    """`brackets` is "" for a bare list, "{}" for a set, else the two around it, such as "(]"."""
+    """`brackets` is "" for a bare list, "{}" for a set, "1." where its items are numbered, else the two around it, such
+    as "(]"."""
 
     items: tuple[str, ...]
     brackets: str = ""
@@ -31,6 +32,7 @@ class Items:
         return self.brackets not in ("", "{}")
 
 
+_NUMBER = re.compile(r"(?:^|(?<=[\s,;]))\(?(\d{1,2})[.)]\s")
 _ZEROS = re.compile(r",0\d\d(?!\d)")  # (1,000) is a number in brackets: nobody writes a pair so
 
 
@@ -40,6 +42,8 @@ def read_items(text: str, split_thousands: bool = False) -> Items | None:
         return Items((), "{}")
     if "∥" in text:
         return _matrix(text)
+    if numbered := _numbered(text):
+        return Items(numbered, "1.")
     inner, brackets = _bracketed(text)
     items, either = split_items(
         inner, split_thousands or bool(brackets and not _spaced_comma(inner) and not _ZEROS.search(inner))
@@ -100,6 +104,16 @@ def _bracketed(text: str) -> tuple[str, str]:
         return text, ""
     brackets = body[0] + body[-1]
     return body[1:-1].strip(), {"⦃⦄": "{}", "⟨⟩": "()"}.get(brackets, brackets)
+
+
+def _numbered(text: str) -> tuple[str, ...]:
+    """The items of `1. red 2. blue`, whose numbers give their order; () where they do not count from 1."""
+    markers = list(_NUMBER.finditer(text))
+    if len(markers) < 2 or markers[0].start() != 0 or [int(m[1]) for m in markers] != [*range(1, len(markers) + 1)]:
+        return ()
+    ends = [marker.start() for marker in markers[1:]] + [len(text)]
+    items = tuple(text[m.end() : end].strip(" ,;") for m, end in zip(markers, ends, strict=True))
+    return items if all(items) and len(items) <= MAX_ITEMS else ()
 
 
 def _spaced_comma(text: str) -> bool:

@@ -1,13 +1,16 @@
 """Option letters: `B`, `(b)`, `Option B`, `(B) Paris`, `A and C`, `A、C`, `AC`, `I and III only`.
 
 A letter decides where one side is bare and the other names that one option; where both carry text, the texts must agree
-as well. `A. True B. False` names two options.
+as well. `A. True B. False` names two options. In a sample without choices `AB` beside `BA` is a name (a line, a vector)
+and `A/B` a fraction; with choices they are sets of options.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+
+from megatron_sr1.rewards.answers.quantity import read_quantity
 
 Options = Mapping[str, str]  # letter or numeral in lower case -> its text, "" where bare
 
@@ -18,8 +21,10 @@ _NUMERAL = r"(?:I{1,3}|IV|VI{0,3}|IX|X)"
 _MEMBER = rf"(?:[A-Z]|{_NUMERAL}|\([A-Za-z]\)|\({_NUMERAL}\))\.?"
 _SEPARATOR = r"(?:\s?[,;/&+、|·]\s?(?:and\s)?|\s(?:and|plus)\s|\s?[和与及]\s?|\s|(?<=\))(?=\())"
 _ASIDE = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:]? ?[(\[](.+)[)\]]")
+_BEHIND = re.compile(r"(.+?) ?[(\[]([A-Z])[)\]]")
 _SEVERAL = re.compile(rf"[⦃\[(]?\s?{_MEMBER}(?:{_SEPARATOR}{_MEMBER})+\s?[⦄\])]?")
 _GLUED = re.compile(r"[A-H]{2,8}")
+_FRACTION = re.compile(r"[A-Z]\s?/\s?[A-Z]")
 _MARKER = re.compile(
     r"(?:^|(?<=[\s,;]))(?:\(([A-Ja-j])\)\s|\(([A-J])\)|([A-J])[.:)]\s?|([a-j])\)\s|([A-J])\s-\s)(?=[^\s=+*/^])"
 )
@@ -55,8 +60,10 @@ def is_glued(text: str) -> bool:
     return _GLUED.fullmatch(text) is not None
 
 
-def same_options(answer: str, gold: str, same: Callable[[str, str], bool]) -> bool | None:
+def same_options(answer: str, gold: str, same: Callable[[str, str], bool], has_choices: bool) -> bool | None:
     """Whether both name the same options; None where letters do not decide. `same` compares their texts."""
+    if not has_choices and any(map(_FRACTION.fullmatch, (answer, gold))):
+        return None
     first, second = read_options(answer), read_options(gold)
     if first is None or second is None:
         read, other = (first, gold) if first is not None else (second, answer)
@@ -64,8 +71,8 @@ def same_options(answer: str, gold: str, same: Callable[[str, str], bool]) -> bo
         return True if text and same(text, other) else None
     if first.keys() != second.keys():
         return False
-    if is_glued(answer) and is_glued(gold) and list(answer) != sorted(answer) and list(gold) != sorted(gold):
-        return False
+    if is_glued(answer) and is_glued(gold) and not has_choices:
+        return answer == gold
     bare = not any(first.values()), not any(second.values())
     return (
         all(bare)
@@ -75,16 +82,19 @@ def same_options(answer: str, gold: str, same: Callable[[str, str], bool]) -> bo
 
 
 def with_own_text(text: str, choices: Sequence[str]) -> str:
-    """`A (dog)` as `(A) dog`, where `dog` is one of the choices: it says of itself what A is."""
-    match = _ASIDE.fullmatch(text)
-    said = match is not None and any(match[2].strip().casefold() == choice.strip().casefold() for choice in choices)
-    return f"({match[1]}) {match[2]}" if match is not None and said else text
+    """`A (dog)` and `dog (A)` as `(A) dog`, where `dog` is one of the choices: it says of itself what A is."""
+    known = {choice.strip().casefold() for choice in choices}
+    for match, letter, own in ((_ASIDE.fullmatch(text), 1, 2), (_BEHIND.fullmatch(text), 2, 1)):
+        if match is not None and match[own].strip().casefold() in known:
+            return f"({match[letter]}) {match[own]}"
+    return text
 
 
 def numbered(text: str, choices: tuple[str, ...], same: Callable[[str, str], bool]) -> int | None:
     """Which of the sample's choices is meant: by its letter (with its own text or none), or by its text alone.
 
-    None where that is none of them, or not one alone.
+    None where that is none of them, or not one alone; -1 where the letter is one's and the text another's, or another
+    number.
     """
     read = read_options(text)
     exact = [index for index, choice in enumerate(choices) if choice == text]
@@ -95,4 +105,6 @@ def numbered(text: str, choices: tuple[str, ...], same: Callable[[str, str], boo
     index = ord(letter[0]) - ord("a") if len(letter) == 1 else len(choices)
     if index < len(choices) and (not said or same(said, choices[index])):
         return index
+    if index < len(choices) and not exact and (texts or (read_quantity(said) and read_quantity(choices[index]))):
+        return -1
     return texts[0] if len(texts) == 1 else None

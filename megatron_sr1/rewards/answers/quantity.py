@@ -32,6 +32,7 @@ _SCALED = re.compile(rf"(.*\d)\s?({'|'.join(SCALES)})\b\s?(.*)", re.IGNORECASE)
 _PART = re.compile(r"(\d+(?:\.\d+)?)\s?([A-Za-z一-鿿]+|['\"])\s?(?:,|and\s)?\s?")
 _ANGULAR = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])")  # the angle is theirs
 _THOUSANDS = re.compile(r"^(\d+(?:\.\d+)?)[kK]$")
+_OF_TIME, _MINUTES = frozenset(("h", "hr", "hrs", "s", "sec", "secs")), {"m": "min"}  # 1h30m
 _ZERO = frozenset(("none", "无", "没有"))
 
 
@@ -131,8 +132,9 @@ def _compound(text: str) -> Quantity | None:
         position = len(text)
     if len(parts) < 2 or position != len(text):
         return None
-    for first in read_unit(parts[0][1]):
-        units = [_of_dimension(name, first) for _, name in parts]
+    is_time = not _OF_TIME.isdisjoint(name for _, name in parts)
+    for first in read_unit(_MINUTES.get(parts[0][1], parts[0][1]) if is_time else parts[0][1]):
+        units = [_of_dimension(_MINUTES.get(name, name) if is_time else name, first) for _, name in parts]
         scales = [unit.scale for unit in units if unit is not None]
         if len(scales) == len(parts) and all(map(gt, scales, scales[1:])):
             total = sum((value * scale for (value, _), scale in zip(parts, scales, strict=True)), Fraction(0))
@@ -197,14 +199,21 @@ def _same_bare_angle(answer: Quantity, gold: Quantity, rounded: bool) -> bool:
 
 
 def _same_percent(answer: Quantity, gold: Quantity, rounded: bool) -> bool:
+    """`50%` is the part 0.5, or 50 where the sign was left out; 1/2 is a part, not the number of `0.50%`."""
     if answer.units or gold.units:
         return False
     if answer.percent and gold.percent:
         return _same(answer.value, gold.value, rounded)
     percent, bare = (answer, gold) if answer.percent else (gold, answer)
-    return _same(percent.value, bare.value, rounded) or _same(
+    sign_left_out = not _is_fraction(bare.value) or _is_fraction(percent.value)
+    return (sign_left_out and _same(percent.value, bare.value, rounded)) or _same(
         percent.value, _times(bare.value, Number(Fraction(100))), rounded
     )
+
+
+def _is_fraction(node: Node) -> bool:
+    """Written as one, `1/2`, not as a decimal."""
+    return isinstance(node, Number) and node.decimals is None and node.value.denominator != 1
 
 
 def _same(first: Node, second: Node, rounded: bool) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from megatron_sr1.rewards.answers.expression import parse_expression
 from megatron_sr1.rewards.answers.lists import Items, read_items, split_items
 from megatron_sr1.rewards.answers.numeric import ratio_sign, same_value
-from megatron_sr1.rewards.answers.spelling import strip_ends
+from megatron_sr1.rewards.answers.spelling import squeeze, strip_ends
 from megatron_sr1.rewards.answers.tree import Apply, Node, symbols
 
 Same = Callable[[str, str], bool]
@@ -68,6 +68,8 @@ def same_assignments(answer: str, gold: str, same: Same) -> bool | None:
     first, second = assignments(answer), assignments(gold)
     if not first and not second:
         return None
+    if _joined_otherwise(answer, gold, first, second) or _is_other_formula(first, second, answer, gold):
+        return False
     if first and second:
         if len(first) != len(second):
             return None
@@ -90,8 +92,26 @@ def same_assignments(answer: str, gold: str, same: Same) -> bool | None:
 
 
 def _key(name: str) -> str:
-    """Words are names without their case; of single letters, `r` and `R` are two."""
-    return name.casefold() if len(name) > 2 else name
+    """Words are names without their case, and so are the unknowns x, y, z; of other letters, `r` and `R` are two."""
+    return name.casefold() if len(name) > 2 or name in ("X", "Y", "Z") else name
+
+
+def _joined_otherwise(answer: str, gold: str, *named: tuple[tuple[str, str], ...]) -> bool:
+    """`x = 1 or y = 2` is not `x = 1, y = 2`; of one name `or` and `and` join the same solutions."""
+    distinct = any(len(pairs) > 1 and len({_key(name) for name, _ in pairs}) == len(pairs) for pairs in named)
+    return distinct and split_items(answer)[1] != split_items(gold)[1]
+
+
+def _is_other_formula(
+    first: tuple[tuple[str, str], ...], second: tuple[tuple[str, str], ...], answer: str, gold: str
+) -> bool:
+    """Whether what a letter is equal to differs in case alone, and is a formula: `F = ma` is not `F = Ma`."""
+    if not all(len(name) <= 2 for name, _ in first + second):
+        return False
+    one, other = _values(first) or answer, _values(second) or gold
+    differs = squeeze(one) != squeeze(other) and squeeze(one).casefold() == squeeze(other).casefold()
+    node = parse_expression(one) if differs else None
+    return node is not None and bool(symbols(node))
 
 
 def _values(named: tuple[tuple[str, str], ...]) -> str:

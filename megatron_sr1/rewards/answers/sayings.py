@@ -55,6 +55,7 @@ _ORDINAL = re.compile(
     re.IGNORECASE,
 )
 _WHOLE = Rewrites.of(
+    (r"^(\d+),? ?(?:R|(?:with )?(?:a )?(?:remainder(?: of)?|rem\.?|(?<=\d )r)) ?(\d+)$", r"\1 R \2"),
     (r"^(\d+) (?:in|out of) (\d+)$", r"\1/\2"),
     (r"(?<=\d) ?N[ -]?m$", " N·m"),
     (r"^(?:#|No\. ?|Number |number )(?=\d+$)", ""),
@@ -67,6 +68,27 @@ _ROMAN = ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX")
 _SCALES = {"k": 10**3, "M": 10**6, "B": 10**9}
 # 2.5k, $1.2M; 1.5M alone is a concentration
 _SCALED = re.compile(r"([$€£¥]?)(\d{1,6}(?:\.\d{1,3})?)k|([$€£¥])(\d{1,6}(?:\.\d{1,3})?)([kMB])")
+
+
+_MILLIONS = re.compile(r"(\d{1,6}(?:\.\d{1,6})?) ?([MB])")
+_LARGE = re.compile(r"\d\s?(?:million|billion)\b|(?<![\d.])\d{1,3}(?:,\d{3}){2,}|(?<![\d.])\d{7,}")
+_DEGREES = re.compile(r"([-+]?\d+(?:\.\d+)?) ?([CF])")
+_OF_HEAT = re.compile(r"° ?[CF]\b|\bdegrees? (?:[CF]\b|centigrade)|celsius|fahrenheit", re.IGNORECASE)
+
+
+def in_the_form_of(other: str, text: str) -> str:
+    """What may mean several things, as what the other side speaks of; any other text as it is.
+
+    `1.5M` is millions beside `1.5 million` or 1500000, else a concentration; `25 C` is a temperature beside one, else
+    a charge; `T` is true beside `True`, else a name.
+    """
+    if (match := _MILLIONS.fullmatch(text)) and _LARGE.search(other):
+        return str(Fraction(match[1]) * _SCALES[match[2]])
+    if (match := _DEGREES.fullmatch(text)) and _OF_HEAT.search(other):
+        return f"{match[1]} °{match[2]}"
+    if text in ("T", "F") and other.lower() in ("true", "false"):
+        return "True" if text == "T" else "False"
+    return text
 
 
 def ordinals_as_words(text: str) -> str:

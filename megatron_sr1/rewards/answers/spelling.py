@@ -27,7 +27,7 @@ _SYMBOLS = _GREEK | {
     "pounds": "£", "quad": " ", "qquad": " ", "newline": " ", "left": "", "right": "", "big": "", "Big": "", "bigl": "",
     "bigr": "", "displaystyle": "", "textstyle": "", "limits": "", "large": "", "Large": "", "huge": "", "small": "",
     "parallel": "∥", "perp": "⊥", "cong": "≅", "rightarrow": "→", "longrightarrow": "→", "to": "→",
-    "therefore": "", "dfrac": r"\frac", "tfrac": r"\frac",
+    "rightleftharpoons": "⇌", "therefore": "", "dfrac": r"\frac", "tfrac": r"\frac",
     "cfrac": r"\frac", "arcsin": r"\asin", "arccos": r"\acos", "arctan": r"\atan",
 }  # fmt: skip
 _WRAPPERS = re.compile(
@@ -101,7 +101,7 @@ _LAST_REWRITES = Rewrites.of(
     (r"(?<=\d)\s?[xX]\s?(?=10\s?\^)", "×"),
     (r"\s+", " "),
 )
-_FACTORIAL_FREE = re.compile(r"(?<=[^\W\d_]{2})!+$|[\s.,;:?。]+$")
+_FACTORIAL_FREE = re.compile(r"(?<=[^\W\d_]{2})!+$|[\s.,;:?。、]+$")
 _DIGIT_FREE_SPACE = re.compile(r"(?<!\d) | (?!\d)")
 
 

@@ -12,6 +12,8 @@ _MATHEMATICS = re.compile(
 _MARKS = "\u064b-\u065f\u0900-\u0e4e\u3099\u309a"  # of Arabic, of India's scripts, Thai, kana: parts of a letter
 _TOKEN = re.compile(rf"\d+(?:[.,:]\d+)+|(?:[^\W_]|[{_MARKS}])+")
 _APOSTROPHE = re.compile(r"(?<=\w)['’](?=\w)|(?<=\b[^\W\d_])\.(?=[^\W\d_]\b|$|\s)")
+_SURNAME_FIRST = re.compile(r"[A-Z][\w'-]{2,}, [A-Z][\w'-]{2,}")
+_NAME = re.compile(r"[A-Z][\w'-]{2,} [A-Z][\w'-]{2,}")  # a list of two has its comma or `and` on both sides
 _ACCENT = re.compile("(?<=[a-z])[\u0300-\u036f]+")  # of Latin letters; elsewhere a mark makes another letter
 _SYMBOL = re.compile("[A-Z][A-Za-z]")
 _PREFIXED = re.compile("[a-z][A-Z]")
@@ -55,8 +57,9 @@ def same_words(answer: str, gold: str) -> bool:
         return False
     if first == second or (longest > 2 and "".join(first) == "".join(second)):
         return True
-    if len(first) == 2 and first == second[::-1] and (_CLASSES | _SIDES) & set(first):
-        return True  # Lake Victoria, Victoria Lake
+    if len(first) == 2 and first == second[::-1]:  # Lake Victoria, Victoria Lake; Obama, Barack
+        comma = [bool(_SURNAME_FIRST.fullmatch(text)) for text in (answer, gold)]
+        return bool((_CLASSES | _SIDES) & set(first)) or (any(comma) and any(map(_NAME.fullmatch, (answer, gold))))
     if len(first) == len(second):
         return all(map(same_word, first, second))
     longer, shorter = sorted((first, second), key=len, reverse=True)
