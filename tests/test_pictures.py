@@ -84,24 +84,76 @@ def test_a_16_bit_picture_with_white_as_zero_and_one_with_a_transparent_grey() -
     assert (seen[0, 0], seen[0, 1], seen[-1, -1]) == (255, 0, 255)
 
 
+def _chunk(name: bytes, data: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 @pytest.mark.parametrize(("bits", "colour"), [(2, 0), (4, 0), (16, 2)])
 def test_the_transparent_colour_of_a_png_of_any_depth_is_white(bits: int, colour: int) -> None:
     """Written here after the PNG specification: Pillow writes 8 and 16 bit."""
-    values, scale = [0, 1, 2, 3], 4096 if bits == 16 else 1
+    values, scale = [0, 1, 2, 3], 16384 if bits == 16 else 1
     fields = [value * scale for value in values for _ in range(1 if colour == 0 else 3)]
     packed = int("".join(f"{field:0{bits}b}" for field in fields), 2).to_bytes(len(fields) * bits // 8, "big")
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     key = struct.pack(">H", scale) * (1 if colour == 0 else 3)
     parts = [
-        chunk(b"IHDR", struct.pack(">IIBBBBB", len(values), 1, bits, colour, 0, 0, 0)),
-        *(chunk(b"tRNS", key), chunk(b"IDAT", zlib.compress(b"\0" + packed)), chunk(b"IEND", b"")),
+        _chunk(b"IHDR", struct.pack(">IIBBBBB", len(values), 1, bits, colour, 0, 0, 0)),
+        *(_chunk(b"tRNS", key), _chunk(b"IDAT", zlib.compress(b"\0" + packed)), _chunk(b"IEND", b"")),
     ]
     seen = np.asarray(decode_picture(b"\x89PNG\r\n\x1a\n" + b"".join(parts), SHARD_FORMATS))[0, :, 0]
     levels = [round(value * scale * 255 / (2**bits - 1)) for value in values]
     assert abs(seen.astype(int) - [levels[0], 255, *levels[2:]]).max() <= 1
+
+
+def _png_of_16_bit(colours: np.ndarray) -> bytes:
+    height, width, channels = colours.shape
+    kind = {2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
+    parts = [_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))]
+    parts += [_chunk(b"IDAT", zlib.compress(rows)), _chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def _tiff_of_16_bit(colours: np.ndarray, order: str) -> bytes:
+    """After TIFF 6.0: one strip, not compressed."""
+    height, width, _ = colours.shape
+    data = colours.astype(f"{order}u2").tobytes()
+    behind = 8 + 2 + 9 * 12 + 4
+    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, behind), (259, 3, 1, 1), (262, 3, 1, 2)]
+    tags += [(273, 4, 1, behind + 6), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(data))]
+    file = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
+    for tag, kind, count, value in tags:
+        short = kind == 3 and count == 1
+        written = struct.pack(f"{order}HH", value, 0) if short else struct.pack(f"{order}I", value)
+        file += struct.pack(f"{order}HHI", tag, kind, count) + written
+    return file + bytes(4) + struct.pack(f"{order}HHH", 16, 16, 16) + data
+
+
+def test_colours_of_16_bit_are_seen_by_their_range_or_refused() -> None:
+    """Pillow keeps their high byte without a word: 12-bit values in 16 bits would be seen black."""
+    full = blocks(np.random.default_rng(0), 32, 24, 3).astype(np.uint16) * np.uint16(257)
+    opaque = np.full((24, 32, 1), 65535, dtype=np.uint16)
+
+    def ppm(colours: np.ndarray) -> bytes:
+        return b"P6\n32 24\n65535\n" + colours.astype(">u2").tobytes()
+
+    def files(colours: np.ndarray) -> list[tuple[bytes, int]]:
+        return [
+            (_png_of_16_bit(colours), 3),
+            (_png_of_16_bit(np.dstack([colours, opaque])), 3),
+            (_png_of_16_bit(np.dstack([colours[..., :1], opaque])), 1),
+            (_tiff_of_16_bit(colours, "<"), 3),
+            (_tiff_of_16_bit(colours, ">"), 3),
+            (ppm(colours), 3),
+        ]
+
+    for data, channels in files(full):
+        seen = np.asarray(decode_picture(data, SOURCE_FORMATS))
+        wanted = full[..., :channels].astype(int) // 257
+        assert np.abs(seen[..., :channels].astype(int) - wanted).max() <= 1
+    for data, _ in files(full // 16):  # 12 bit
+        with pytest.raises(ValueError, match="stay below 4096 of 65535"):
+            decode_picture(data, SOURCE_FORMATS)
 
 
 def test_a_picture_that_is_transparent_everywhere_is_refused() -> None:

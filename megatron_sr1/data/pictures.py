@@ -2,7 +2,8 @@
 
     orientation      the turn that EXIF or XMP asks for is made, and the mark goes
     transparency     on white
-    16 bit, float    scaled to 8 bit by their range, see `_eight_bit`
+    16 bit, float    grey: scaled to 8 bit by their range, see `_eight_bit`; colours: by their high byte, and refused
+                     where that is not their range, see `_check_reach`
     other modes      palette, CMYK, grey and so on: as Pillow converts them; of an animation, the first frame
 
 The result is plain 8-bit RGB without metadata, so that nothing can turn or blend it a second time.
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 SHARD_FORMATS = ("PNG", "JPEG", "WEBP")  # of a shard's images; no other decoder of Pillow is ever tried there
 SOURCE_FORMATS = (*SHARD_FORMATS, "GIF", "BMP", "TIFF", "PPM")  # what shards are built from
@@ -35,6 +36,7 @@ _SIDEWAYS = (5, 6, 7, 8)
 _PNG_MARKS = (b"eXIf", b"iTXt", b"Raw profile type")  # chunks of a PNG without which it has no orientation
 _WHITE = ((255, 255),) * 3  # least and most of each colour
 _PNG_BITS = 24  # where its header has the bits of a value
+_LEAST_REACH = 2**14  # of 16-bit colours; below, the file holds values of fewer bits
 _DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners give, whatever holds them
 
 
@@ -46,7 +48,10 @@ def decode_picture(data: bytes, formats: tuple[str, ...]) -> Image.Image:
             be scaled.
     """
     with _opened(data, formats) as image:
+        is_wide = _has_wide_colours(image, data)
         image.load()
+        if is_wide:
+            _check_reach(image)
         if image.format == "PNG" and "transparency" in image.info:
             _scale_key(image, bits=data[_PNG_BITS])
         return as_seen(image, _orientation(image, data))
@@ -106,6 +111,30 @@ def as_seen(image: Image.Image, orientation: int = 1) -> Image.Image:
         seen = seen.transpose(_UPRIGHT[orientation])
     seen.info.clear()
     return seen
+
+
+def _has_wide_colours(image: Image.Image, data: bytes) -> bool:
+    """Whether colours are stored in 16 bit each, of which Pillow keeps the high byte; it says so nowhere. Before it
+    loads the image."""
+    if image.mode not in ("RGB", "RGBA", "LA"):
+        return False
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (8,))) > 8
+    if isinstance(image, ImageFile.ImageFile) and image.format == "PPM":
+        return any(tile.args[-1:] == (2**16 - 1,) for tile in image.tile if isinstance(tile.args, tuple))
+    return image.format == "PNG" and data[_PNG_BITS] == 16
+
+
+def _check_reach(image: Image.Image) -> None:
+    """Raises ValueError where 16-bit colours are all so low that they are values of 8 to 14 bit, as cameras give: they
+    would be seen nearly black, and what would tell them apart is gone."""
+    bands = ["L"] if image.mode == "LA" else ["R", "G", "B"]
+    highest = max(int(image.getchannel(band).getextrema()[1]) for band in bands)  # pyright: ignore[reportArgumentType]
+    if highest < _LEAST_REACH >> 8:
+        raise ValueError(
+            f"its colours of 16 bit stay below {(highest + 1) << 8} of 65535, and would be seen nearly black: scale "
+            "them to 8 bit by their range"
+        )
 
 
 def _scale_key(image: Image.Image, bits: int) -> None:
