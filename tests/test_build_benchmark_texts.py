@@ -20,7 +20,7 @@ from megatron_sr1.data.benchmarks.options import (
     split_lettered_lines,
     split_parenthesised,
 )
-from megatron_sr1.data.choices import MAX_LIST_CHARACTERS
+from megatron_sr1.data.option_lists import MAX_LIST_CHARACTERS
 from megatron_sr1.rewards import grade
 
 anything = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)

@@ -132,7 +132,7 @@ def test_jsonl_with_an_image_folder(tool: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "in" / "link.png").symlink_to(tmp_path / "secret.png")  # put there on purpose
     rows = [
         {"problem": "many", "answer": "1", "images": [*images], "source": "s", "metadata": {"a": [1]}},
-        {"problem": "none", "answer": 2.5},
+        {"problem": "text alone", "answer": 2.5},
         "",
         {"problem": "outside", "answer": "1", "images": ["../secret.png"]},
         {"problem": "root", "answer": "1", "images": [str(tmp_path / "secret.png")]},
@@ -278,7 +278,7 @@ VALID = {"problem": "How many?", "answer": "3", "images": ["a.png"]}
         ({"problem": None}, "field"),
         ({"choices": "AB"}, "field"),
         ({"metadata": "text"}, "field"),
-        ({"answer": ["3"]}, "field"),
+        ({"answer": ["3", "4"]}, "field"),
         ({"problem": "\ud800"}, "field"),
         ({"key": "a.b"}, "field"),
         ({"key": "../a"}, "field"),

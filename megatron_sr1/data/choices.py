@@ -6,80 +6,15 @@ letter, as an index from 0, or as the text of the option; where it can be read i
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 import string
-from collections.abc import Mapping, Sequence
-
-from megatron_sr1.data.json_values import is_number, number_text
+from collections.abc import Callable, Sequence
+from decimal import Decimal
 
 ANSWER_WITH_LETTER = "Answer with the letter of the correct option."
-MAX_LIST_CHARACTERS = 100_000  # of a list that is written as text
-_LABEL = re.compile(r"\(?([A-Za-z]|\d{1,2})(?:[.:)]\s+|\)|、\s*)(?=\S)")
+_NAME = re.compile(r"([A-Za-z])[.:)]\s*\S")  # J. Biden
+_NUMBER = re.compile(r"(?=[+-]?\.?\d)[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,20})?(?:\.\d{1,20})?(?:[eE][+-]?\d{1,3})?")
 _LETTER = re.compile(r"(?:\(\s?([A-Za-z])\s?\)|([A-Za-z])[.:)])(?:\s+(.*))?|([A-Za-z])", re.DOTALL)
-
-
-def read_options(value: object) -> tuple[str, ...]:
-    """A list, or one that is written as text, in the way of Python or JSON: "['$6', '$7']". () for null and "".
-
-    Also {"A": one, "B": two}, and {"label": ["A", "B"], "text": [one, two]}.
-
-    Raises:
-        ValueError: it is something else, or an option is neither text nor a number.
-    """
-    if isinstance(value, str):
-        value = _read_list(value)
-    if value is None:
-        return ()
-    if isinstance(value, Mapping):
-        value = _of_mapping(value)
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"its options {value!r} are no list")
-    for option in value:
-        if isinstance(option, bool) or not isinstance(option, str | int | float):
-            raise ValueError(f"its option {option!r} is a {type(option).__name__}, not text")
-    return _unlabelled([number_text(option) if is_number(option) else str(option).strip() for option in value])
-
-
-def _unlabelled(options: Sequence[str]) -> tuple[str, ...]:
-    """The options without labels of their own, `A. cat`. Raises ValueError where these are no A, B, C ..., in order: an
-    answer could mean the label or the place."""
-    labels = [_LABEL.match(option) for option in options]
-    if len(options) < 2 or not all(labels):
-        return tuple(options)
-    found = [label[1].upper() for label in labels if label]
-    if found == list(string.ascii_uppercase[: len(options)]):
-        return tuple(option[label.end() :] for option, label in zip(options, labels, strict=True) if label)
-    if sorted(found) == sorted(set(found)):
-        raise ValueError(
-            f"its options have labels of their own, {', '.join(found)}: write them as A, B, C ... in order"
-        )
-    return tuple(options)
-
-
-def _read_list(written: str) -> object:
-    if not written.strip():
-        return None
-    if len(written) > MAX_LIST_CHARACTERS:
-        raise ValueError(f"its options have {len(written)} characters; {MAX_LIST_CHARACTERS} are allowed")
-    try:
-        return json.loads(written)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(written.strip())  # literals only: nothing is run
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"its options are no list: {written[:80]!r}") from error
-
-
-def _of_mapping(value: Mapping[object, object]) -> object:
-    labels, texts = (
-        (value["label"], value["text"]) if set(value) == {"label", "text"} else (list(value), [*value.values()])
-    )
-    if not isinstance(labels, list) or not isinstance(texts, list) or len(labels) != len(texts):
-        return value
-    return texts if labels == list(string.ascii_uppercase[: len(labels)]) else value
 
 
 def ask(question: str, options: Sequence[str], instruct: bool = True) -> str:
@@ -122,6 +57,7 @@ def ask_with_letter(question: str, options: Sequence[str], answer: str, instruct
     twice = next((option for option in options if option and options.count(option) > 1), None)
     if twice is not None:
         raise ValueError(f"two of its options are {twice!r}: its answer can be either")
+    _refuse_other_options(question, options)
     if not is_asked(question, options):
         written = [re.search(rf"(?<!\w)[A-Z]\s?[.:)\]]\s*{re.escape(option)}(?!\w)", question) for option in options]
         if all(written) and all(options):
@@ -131,19 +67,50 @@ def ask_with_letter(question: str, options: Sequence[str], answer: str, instruct
     return question, answer if is_letter else letter_of(answer, options)
 
 
+def _refuse_other_options(question: str, options: Sequence[str]) -> None:
+    """Raises ValueError where the question lists more options than there are, or some of them otherwise: `D. pink`
+    behind A, B and C. The letter of the answer would be one of another list."""
+    if ANSWER_WITH_LETTER in question:
+        return
+    end, style, number = 0, "", 0
+    for letter, option in zip(string.ascii_uppercase, options, strict=False):
+        text = "" if option == letter else re.escape(option)
+        found = re.compile(rf"(?<!\w){letter}\s?([.:)\]])\s*{text}", re.IGNORECASE).search(question, end)
+        if found is None or not option:
+            break
+        end, style, number = found.end(), found[1], number + 1
+    if number < 2 or number == len(string.ascii_uppercase):
+        return
+    letter = string.ascii_uppercase[number]
+    if number == len(options):
+        begins = rf"(?:\n\s*|\A[\s,;.]*)\(?{letter}\s?{re.escape(style)}\s*\S"  # a line, or what follows at once
+        if re.search(begins, question[end:], re.IGNORECASE):
+            raise ValueError(f"its question lists an option {letter}, and its choices are only {number}: give all")
+    elif not is_asked(question, options):
+        raise ValueError(f"its question lists options, but not the option {letter} of its choices, {options[number]!r}")
+
+
 def letter_of(answer: str, options: Sequence[str]) -> str:
-    """The letter of an answer that is a letter, an index from 0, or the text of an option.
+    """The letter of an answer that is a letter, an index from 0, or the text of an option, which may lack its final
+    point or write a number otherwise (1000 for `1e3`).
 
     Raises:
         ValueError: it is none of them, or could be several.
     """
     answer = answer.strip()
-    same = [number for number, option in enumerate(options) if option.strip() == answer]
-    found = set(same or [n for n, option in enumerate(options) if option.strip().casefold() == answer.casefold()])
+    found = set[int]()
+    for like in _LIKE:
+        found = found or {number for number, option in enumerate(options) if like(option) == like(answer)}
     match = _LETTER.fullmatch(answer)
     if match is not None:
         number = string.ascii_uppercase.index((match[1] or match[2] or match[4]).upper())
         repeated = (match[3] or "").strip().casefold()  # "(b) Paris": the option's text behind its letter
+        named = [n for n, o in enumerate(options) if (name := _NAME.match(o)) and name[1].upper() == answer.upper()]
+        if named and number < len(options) and named != [number]:
+            raise ValueError(
+                f"its answer {answer!r} can be the option {string.ascii_uppercase[number]} or the one that begins so, "
+                f"{options[named[0]]!r}: give its text"
+            )
         if number < len(options) and repeated in ("", options[number].strip().casefold()):
             found.add(number)
     if answer.isascii() and answer.isdigit() and int(answer) < len(options):
@@ -157,3 +124,22 @@ def letter_of(answer: str, options: Sequence[str]) -> str:
             "give it as a letter"
         )
     return letters[0]
+
+
+def _without_end(text: str) -> str:
+    return text.strip().rstrip(" .,;。").casefold()
+
+
+def _value(text: str) -> str | Decimal:
+    """Of a number; any other text is itself."""
+    text = text.strip()
+    return Decimal(text.replace(",", "")) if _NUMBER.fullmatch(text) else _without_end(text)
+
+
+# how an answer may be like an option: the first way in which it is like any decides
+_LIKE: tuple[Callable[[str], str | Decimal], ...] = (
+    str.strip,
+    lambda text: text.strip().casefold(),
+    _without_end,
+    _value,
+)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from megatron_sr1.data import choices
 from megatron_sr1.data.benchmarks.item import BadRow
 from megatron_sr1.data.choices import ANSWER_WITH_LETTER
+from megatron_sr1.data.option_lists import read_options
 
 __all__ = [
     "ANSWER_WITH_LETTER",
@@ -28,9 +29,9 @@ _GOLD = re.compile(r"(?:\(\s?([A-Za-z])\s?\)|([A-Za-z])[.:)])(?:\s.*)?|([A-Za-z]
 
 
 def parse_options(value: object) -> tuple[str, ...]:
-    """As `choices.read_options`; raises BadRow."""
+    """As `read_options`; raises BadRow."""
     try:
-        return choices.read_options(value)
+        return read_options(value)
     except ValueError as error:
         raise BadRow("field", str(error)) from error
 

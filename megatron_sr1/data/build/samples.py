@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megatron_sr1.data.build.named_images import mark_named_images
 from megatron_sr1.data.choices import ask_with_letter
 from megatron_sr1.data.image_marks import IMAGE_MARK, place_images
 from megatron_sr1.data.index import content_checksum
@@ -21,6 +22,7 @@ from megatron_sr1.types import MAX_ANSWER_CHARACTERS, MAX_ASPECT, Template
 _BLANK = " \t\r\n\u00a0\u200b\u200c\u200d\u2060\ufeff"
 _SOLUTION = re.compile(r"####|\\boxed|</?(?:answer|think)>")
 _FINAL_ANSWER = re.compile(r"####[^\n]+|\$?\\boxed\s?\{[^\n]*\}\$?|<answer>[^<>]*</answer>")
+_NO_PROBLEMS = ("nan", "none", "null", "<na>", "n/a", "-", "--", "[]")
 _NO_ANSWERS = ("", "nan", "<na>", "n/a", "-", "--", "?", "[]")  # the others are what tables write for the first
 # Pillow's name of a format -> extension of the member, whose bytes stay as they are; every other one becomes PNG
 _KEPT_FORMATS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
@@ -99,6 +101,9 @@ def _build(raw: RawSample, rules: TextRules) -> BuiltSample:
         raise _Unfit("empty_answer", "it has no answer" if not answer else f"its answer is {answer!r}")
     if isinstance(answer, str) and "response" not in fields:
         _check_gold(answer)
+    problem = fields.get("problem")
+    if isinstance(problem, str) and problem.strip(_BLANK).casefold() in _NO_PROBLEMS:
+        raise _Unfit("field", f"its problem is {problem!r}, which asks nothing")
     changes = list(raw.changes)
     if raw.marked:
         changes += _place_images(fields, raw)
@@ -169,7 +174,15 @@ def _complete(raw: Mapping[str, Any], rules: TextRules) -> dict[str, Any]:
 def _place_images(fields: dict[str, Any], raw: RawSample) -> list[ChangeKind]:
     """Takes the marks of images out of the text and its options (see `image_marks`)."""
     problem, options = fields.get("problem"), tuple(fields.get("choices", ()))
-    if not isinstance(problem, str) or not any(IMAGE_MARK in text for text in (problem, *options)):
+    if not isinstance(problem, str) or not all(isinstance(option, str) for option in options):
+        return []
+    try:
+        marked = mark_named_images((problem, *options), len(raw.images))
+    except ValueError as error:
+        raise _Unfit("placeholders", str(error)) from error
+    changes: list[ChangeKind] = ["image_marks"] if marked != (problem, *options) else []
+    problem, options = marked[0], marked[1:]
+    if not any(IMAGE_MARK in text for text in marked):
         return []
     if not raw.images and raw.lacks_image:
         raise _Unfit("placeholders", f"its text has {IMAGE_MARK}, and {raw.lacks_image}")
@@ -182,7 +195,7 @@ def _place_images(fields: dict[str, Any], raw: RawSample) -> list[ChangeKind]:
     fields["problem"] = placed[0]
     if options:
         fields["choices"] = list(placed[1])
-    return [] if problem.endswith(placed[0]) and placed[1] == options else ["image_marks"]
+    return changes if problem.endswith(placed[0]) and placed[1] == options else ["image_marks"]
 
 
 def _ask_options(fields: dict[str, Any]) -> list[ChangeKind]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_sr1.data.image_marks import IMAGE_MARK
 from megatron_sr1.data.json_values import as_json, is_missing, is_number, number_text
+from megatron_sr1.data.sources.answer_values import single_answer, worded_answer
 from megatron_sr1.data.sources.image_columns import overlooked_images
 from megatron_sr1.data.sources.option_columns import take_options
 from megatron_sr1.data.sources.source import (
@@ -164,7 +165,11 @@ def _fill(row: _Row, rename: Mapping[str, str], columns: Mapping[str, Any]) -> N
             for name, text in split_turns(column, others.pop(column)).items():
                 row.set(name, text, column)
             row.changes.append("conversation")
+        if "answer" in fields:
+            fields["answer"] = single_answer(fields["answer"])
         choices = take_options(fields, others, rename)
+        if "answer" in fields:
+            fields["answer"] = worded_answer(fields["answer"], choices)
     except ValueError as error:
         raise _Unclear("field", str(error)) from error
     if choices:

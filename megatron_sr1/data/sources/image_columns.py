@@ -15,6 +15,12 @@ _IMAGE_NAME = re.compile(
     re.IGNORECASE,
 )
 _NUMBERED = re.compile(rf".*\d|{_FURTHER}.*", re.DOTALL | re.IGNORECASE)
+_PIXEL_NAME = re.compile(
+    r"(?:(?:image|img|picture|pic|photo)s?[ _-]?(?:rgba?|bgr|gr[ae]y|arrays?|arr|tensors?|np|numpy|pixels?|values?)"
+    r"|pixel[ _-]?values?|pixels)",
+    re.IGNORECASE,
+)
+_LEAST_SIDE = 8  # of an array that is taken for a picture whatever it is called
 _MIN_BASE64 = 64  # characters
 _OTHER_MEDIA = re.compile(r"(?:video|audio)s?(?:[ _-]?(?:path|file|url)s?)?", re.IGNORECASE)
 _IMAGE_FILE = re.compile(
@@ -32,6 +38,12 @@ def overlooked_images(columns: Mapping[str, object], has_images: bool, named: Co
     for name, value in columns.items():
         if name in named or not value or not isinstance(value, str | bytes | list | Mapping):
             continue
+        if not has_images and _is_pixels(name, value):
+            return (
+                f"the column {name!r} holds pixels as numbers, which are not read: write the image to a file "
+                f"(PIL.Image.fromarray), leave it out with --rename {name}=, or keep it as metadata with --rename "
+                f"{name}={name}"
+            )
         if _OTHER_MEDIA.fullmatch(name):
             return f"the column {name!r} holds video or sound, which is not read; leave it out with --rename {name}="
         by_name = _IMAGE_NAME.fullmatch(name)
@@ -42,6 +54,18 @@ def overlooked_images(columns: Mapping[str, object], has_images: bool, named: Co
                 f"as metadata with --rename {name}={name}"
             )
     return ""
+
+
+def _is_pixels(name: str, value: object) -> bool:
+    """Numbers in rows (by the column's name), or in rows of 1, 3 or 4 colours; boxes and matrices are neither."""
+    depth, sizes, inner = 0, list[int](), value
+    while isinstance(inner, list) and inner:
+        depth, sizes, inner = depth + 1, [*sizes, len(inner)], inner[0]
+    if not isinstance(inner, int | float) or isinstance(inner, bool):
+        return False
+    if _PIXEL_NAME.fullmatch(name) or _IMAGE_NAME.fullmatch(name):
+        return depth > 1 or (depth == 1 and sizes[0] >= _LEAST_SIDE**2)
+    return depth == 3 and min(sizes[:2]) >= _LEAST_SIDE and sizes[2] in (1, 3, 4)
 
 
 def _is_image(value: object) -> bool:

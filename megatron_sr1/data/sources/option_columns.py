@@ -7,7 +7,7 @@ import string
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from megatron_sr1.data.choices import read_options
+from megatron_sr1.data.option_lists import read_options
 
 _LISTS = ("choices", "options", "candidates")
 _LOOKS_LIKE = re.compile("option|choice|candidate|possible.?answer|ending|distractor", re.IGNORECASE)
