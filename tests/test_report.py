@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from megatron_sr1.cli.command import main
 from megatron_sr1.config import dump_config, load_config
 from megatron_sr1.report import find_runs, print_table, summary_rows, write_report
 from megatron_sr1.report.plots import CHARTS, chart_names, running_mean, series
@@ -239,6 +240,60 @@ def test_damaged_evaluation_and_metrics_are_named(run_dir) -> None:
         file.write("\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl:31 is not JSON"):
         read_run(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"[1, 2]", "holds a list, not an object"),
+        (b"3", "holds a int, not an object"),
+        (b'{"step": 30, "reward/total": "high"}', "has reward/total='high', which is no number"),
+        (b'{"reward/total": 1.0}', "has no step"),
+        (b"\xff\xfe{}", "is no text in UTF-8"),
+        (b"\0\0\0\0", "is not JSON"),
+    ],
+)
+def test_a_damaged_line_of_metrics_is_named(
+    run_dir: Path, line: bytes, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command: one line, no traceback."""
+    with (run_dir / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(SystemExit):
+        main(["report", str(run_dir)])
+    written = capsys.readouterr().err.strip()
+    assert "\n" not in written and "metrics.jsonl" in written and reason in written
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ([], "holds a list"),
+        ({"summary": 3}, "summary is a int, not a dict"),
+        ({"summary": {"accuracy": "high"}}, "accuracy='high' is no number"),
+        ({"by_source": {"a": 1}}, "after.json is damaged"),
+        ({"examples": {"a": 1}}, "examples is a dict, not a list"),
+        ({"examples": ["a"]}, "after.json is damaged"),
+        ({"step": None}, "step is a NoneType, not a int"),
+    ],
+)
+def test_a_damaged_evaluation_is_named(
+    run_dir: Path, change: object, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run_dir / "eval" / "after.json"
+    tree = json.loads(file.read_text()) | change if isinstance(change, dict) else change
+    file.write_text(json.dumps(tree))
+    with pytest.raises(SystemExit):
+        main(["report", str(run_dir)])
+    written = capsys.readouterr().err.strip()
+    assert "\n" not in written and "after.json" in written and reason in written
+
+
+def test_a_run_that_is_given_twice_counts_once(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(run_dir)
+    twice = [run_dir, run_dir, run_dir / ".." / run_dir.name, tmp_path / "link"]
+    assert find_runs(twice) == [run_dir]
+    assert {path.resolve() for path in find_runs([run_dir, run_dir.parent])} == {run_dir.resolve()}
 
 
 def test_series_keeps_gaps_and_running_mean_skips_them(run_dir) -> None:

@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_sr1.config import load_config
 
+Kind = TypeVar("Kind")
 METRICS_FILE, CONFIG_FILE, EVAL_FOLDER = "metrics.jsonl", "config.yaml", "eval"
 
 
@@ -55,12 +56,12 @@ class ReportedRun:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """The run folders among `folders`; a folder that is no run stands for the runs directly inside it.
+    """The run folders among `folders`, each once; a folder that is no run stands for the runs directly inside it.
 
     Raises:
         ValueError: no run in one of the folders.
     """
-    found: list[Path] = []
+    found: dict[Path, Path] = {}  # by where it really is
     for folder in folders:
         inside = sorted(folder.iterdir()) if folder.is_dir() else []
         runs = [folder] if _is_run(folder) else [child for child in inside if _is_run(child)]
@@ -69,8 +70,9 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
                 f"{folder} holds no run: neither it nor a folder in it has {METRICS_FILE} or {EVAL_FOLDER}/*.json. "
                 "Give the run_dir of a finished or running command."
             )
-        found += runs
-    return found
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
 
 
 def _is_run(folder: Path) -> bool:
@@ -96,29 +98,67 @@ def read_run(path: Path) -> ReportedRun:
 
 
 def _read_metrics(path: Path) -> list[dict[str, float | None]]:
-    whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line still being written has no newline yet
-    return [_parse(path, number, line) for number, line in enumerate(whole_lines, start=1)]
+    whole_lines = _text(path).split("\n")[:-1]  # a line still being written has no newline yet
+    return [_metrics(path, number, line) for number, line in enumerate(whole_lines, start=1)]
+
+
+def _metrics(path: Path, number: int, line: str) -> dict[str, float | None]:
+    values = _parse(path, number, line)
+    wrong = next((name for name, value in values.items() if not _is_number(value)), None)
+    if wrong is not None or "step" not in values:
+        what = "has no step" if wrong is None else f"has {wrong}={values[wrong]!r}, which is no number"
+        raise ValueError(f"{path}:{number} {what}. Repair or remove it.")
+    return values
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error.reason}). Repair or remove it.") from error
 
 
 def _parse(path: Path, number: int, text: str) -> dict[str, Any]:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        tree = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}:{number} is not JSON: {error}. Repair or remove it.") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}:{number} holds a {type(tree).__name__}, not an object. Repair or remove it.")
+    return tree
 
 
 def _read_evaluation(run_path: Path, path: Path) -> Evaluation:
-    tree = _parse(path, 1, path.read_text(encoding="utf-8"))
+    tree = _parse(path, 1, _text(path))
     try:
-        return Evaluation(
-            label=tree["label"],
-            step=tree["step"],
-            summary=tree["summary"],
-            by_source=tree["by_source"],
-            examples=tuple(_example(run_path, example) for example in tree["examples"]),
+        evaluation = Evaluation(
+            label=_of(str, tree, "label"),
+            step=_of(int, tree, "step"),
+            summary=_of(dict, tree, "summary"),
+            by_source=_of(dict, tree, "by_source"),
+            examples=tuple(_example(run_path, example) for example in _of(list, tree, "examples")),
         )
+        for numbers in (evaluation.summary, *evaluation.by_source.values()):
+            wrong = [name for name, value in numbers.items() if not _is_number(value)]
+            if wrong:
+                raise TypeError(f"{wrong[0]}={numbers[wrong[0]]!r} is no number")
     except KeyError as error:
         raise ValueError(f"{path} lacks the key {error}. Evaluate again with this release.") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Evaluate again with this release.") from error
+    return evaluation
+
+
+def _of(kind: type[Kind], tree: Mapping[str, Any], name: str) -> Kind:
+    """Raises KeyError or TypeError where it is missing or of another kind."""
+    value = tree[name]
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is a {type(value).__name__}, not a {kind.__name__}")
+    return value
 
 
 def _example(run_path: Path, tree: dict[str, Any]) -> Example:
