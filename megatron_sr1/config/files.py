@@ -13,6 +13,7 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_sr1.config.credentials import URL_KEYS, without_credentials
 from megatron_sr1.config.declared import as_declared
 from megatron_sr1.config.paths import home_path
 from megatron_sr1.config.rules import ConfigError
@@ -124,5 +125,7 @@ def _known_keys(error: OmegaConfBaseException) -> str:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The resolved configuration as YAML; shard URLs without their credentials."""
+    lists = {key.removeprefix("data."): getattr(config.data, key.removeprefix("data.")) for key in URL_KEYS}
+    plain = {name: tuple(map(without_credentials, urls)) for name, urls in lists.items()}
+    return OmegaConf.to_yaml(OmegaConf.structured(replace(config, data=replace(config.data, **plain))))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from megatron_sr1.config.credentials import without_queries
+
 EXPECTED_ERRORS = (ValueError, OSError)
 MISTAKE_STATUS = 2  # of a command that ends with such a line
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota, a limit on files
@@ -20,7 +22,11 @@ _REMEDIES = {
 
 
 def one_line(error: BaseException) -> str:
-    """What, where, what to do."""
+    """What, where, what to do. URLs lose their queries, which may be signatures."""
+    return without_queries(_line(error))
+
+
+def _line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror is not None:
         where = f"{error.filename}: " if error.filename is not None else ""
         remedy = _REMEDIES.get(error.errno or 0)

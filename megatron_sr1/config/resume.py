@@ -6,7 +6,8 @@ change means, so that `config.yaml` never claims what is not so:
     takes effect   from the next step on
     refused        another run would be continued than was begun
     content        may be spelled otherwise, and what it leads to is compared: the weights by their bytes
-                   (`model_fingerprint`), training data by their index (`data.SampleStream.fingerprint`)
+                   (`model_fingerprint`), data by their index (`data.SampleStream.fingerprint`; what a run is
+                   evaluated on by `loops.evaluate`)
     free           changes no number of the run, beyond rounding where ranks share the work otherwise
 """
 
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
+from megatron_sr1.config.credentials import without_secrets
 from megatron_sr1.config.model_files import model_fingerprint
 from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.whole import Config
@@ -48,7 +50,7 @@ RULES: Mapping[str, Rule] = {
     "data.train_weights": "content",
     "data.cold_start": "content",
     "data.cold_start_weights": "content",
-    "data.heldout": "refused",
+    "data.heldout": "content",
     "data.shuffle_window": "content",
     "data.max_prompt_tokens": "content",
     "data.max_bad_samples": "takes effect",
@@ -123,7 +125,7 @@ def changes_of(config: Config) -> list[Change]:
     if not path.is_file():
         return []
     try:
-        kept, now = _flat(OmegaConf.to_container(read_mapping(path))), values_by_key(config)
+        kept, now = without_secrets(_flat(OmegaConf.to_container(read_mapping(path)))), values_by_key(config)
     except ConfigError as error:
         raise ConfigError(f"{path} is not a configuration: {error} Or choose another run_dir.") from error
     then = {key: kept.get(key, default) for key, default in values_by_key(Config()).items()}
@@ -131,8 +133,9 @@ def changes_of(config: Config) -> list[Change]:
 
 
 def values_by_key(config: Config) -> dict[str, Any]:
-    """Every value, under its key with all its sections: `optimizer.lr`. Lists are lists, as in YAML."""
-    return _flat(OmegaConf.to_container(OmegaConf.structured(config)))
+    """Every value, under its key with all its sections: `optimizer.lr`. Lists are lists, as in YAML; URLs are without
+    their credentials."""
+    return without_secrets(_flat(OmegaConf.to_container(OmegaConf.structured(config))))
 
 
 def check_resume(config: Config) -> None:

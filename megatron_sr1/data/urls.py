@@ -10,16 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, urlencode, urlsplit
 
-# of Amazon, Google, Tencent, Aliyun, CloudFront, Hugging Face; no part of a name, since `key=train.tar` may tell files
-_CREDENTIAL = re.compile(
-    r"x-(?:amz|goog|oss|cos|obs|tos)-.*|q-.*|(?:x-)?signature|sig|(?:aws|oss|goog(?:le)?)?access_?(?:key_?)?id|expir(?:e|es|y)"
-    r"|policy|key-pair-id|(?:\w+[_-])?token|auth(?:orization)?|api[_-]?key|(?:\w+[_-])?secret|password|credentials?|hmac",
-    re.IGNORECASE,
-)
-_AZURE_NAMES = "sv ss srt sr sp st se sip spr sdd ses saoid suoid scid skoid sktid skt ske sks skv"  # beside sig
-_OF_AZURE = frozenset(_AZURE_NAMES.split())
+from megatron_sr1.config.credentials import telling
+
 _IN_COMMAND = re.compile(r"\w+://[^\s'\"]+")  # of a `pipe:` to a command
 
 
@@ -53,7 +47,7 @@ def shown(shard: str) -> str:
 def same_file(url: str) -> str:
     """A text that is equal for URLs of the same file: what only lets one read it is left out."""
     parts = _split(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}?{urlencode(_telling(parts.query))}"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}?{urlencode(telling(parts.query))}"
 
 
 def shard_name(shard: str) -> str:
@@ -61,19 +55,12 @@ def shard_name(shard: str) -> str:
     if not is_url(shard):
         return os.path.basename(shard)
     parts = _split(shard)
-    name, telling = os.path.basename(parts.path), _telling(parts.query)
-    if name.endswith(".tar") or not telling:
+    name, kept = os.path.basename(parts.path), telling(parts.query)
+    if name.endswith(".tar") or not kept:
         return name
-    return f"{name}-{hashlib.sha256(urlencode(telling).encode()).hexdigest()[:8]}"
+    return f"{name}-{hashlib.sha256(urlencode(kept).encode()).hexdigest()[:8]}"
 
 
 def _split(url: str) -> SplitResult:
     command = _IN_COMMAND.search(url) if url.startswith("pipe:") else None
     return urlsplit(url if command is None else command.group())
-
-
-def _telling(query: str) -> list[tuple[str, str]]:
-    """The parts of a query that may tell files apart."""
-    parts = parse_qsl(query, True)
-    signed = _OF_AZURE if any(name == "sig" for name, _ in parts) else frozenset()
-    return sorted((name, value) for name, value in parts if not _CREDENTIAL.fullmatch(name) and name not in signed)

@@ -3,6 +3,7 @@
 from megatron_sr1.evaluation.identity import (
     Identity,
     check_identity,
+    check_same_data,
     digest_of,
     file_digests,
     keep_identity,
@@ -37,6 +38,7 @@ __all__ = [
     "Verdict",
     "append_records",
     "check_identity",
+    "check_same_data",
     "digest_of",
     "drop_unfinished",
     "file_digests",

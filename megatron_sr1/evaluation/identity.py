@@ -54,6 +54,26 @@ def check_identity(path: Path, identity: Identity) -> None:
         )
 
 
+def check_same_data(path: Path, fingerprint: str, run_dir: str) -> None:
+    """Whether the evaluation that was kept at `path` was of the data that a run is continued with; nothing is compared
+    where there is none.
+
+    Raises:
+        ValueError: it was of others, so what comes after could not be compared with it.
+    """
+    if not path.exists():
+        return
+    try:
+        then = json.loads(path.read_text(encoding="utf-8"))["the data"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Remove it: evaluations are then not compared.") from error
+    if then != fingerprint:
+        raise ValueError(
+            f"run_dir={run_dir!r} holds another run: data.heldout had other samples when it was evaluated before. Set "
+            "it back, or choose another run_dir."
+        )
+
+
 def keep_identity(path: Path, identity: Identity) -> None:
     """Writes it, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

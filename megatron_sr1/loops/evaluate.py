@@ -20,6 +20,7 @@ from megatron_sr1.evaluation import (
     Record,
     append_records,
     check_identity,
+    check_same_data,
     digest_of,
     drop_unfinished,
     file_digests,
@@ -149,6 +150,18 @@ def heldout_prompts(run: Run) -> Heldout:
     heldout = Heldout(dataset, quarantine, config.evaluate.max_prompts, check)
     heldout.check_images(config.rollout.max_images)
     return heldout
+
+
+def check_heldout(run: Run, heldout: Heldout) -> None:
+    """Whether a run that goes on is evaluated on the samples that it was evaluated on before, however `data.heldout` is
+    spelled. Collective.
+
+    Raises:
+        ValueError: they are others.
+    """
+    if run.progress is not None:
+        kept = EvaluationFiles(run.folder, "before").identity
+        run.platform.on_main(lambda: check_same_data(kept, heldout.fingerprint, run.config.run_dir))
 
 
 def _identity(config: Config, heldout: Heldout, model: str) -> Identity:

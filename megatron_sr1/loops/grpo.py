@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_sr1.config import Config
 from megatron_sr1.data import SampleFeed, only_prompts
-from megatron_sr1.loops.evaluate import Evaluations, NoEvaluations, heldout_prompts
+from megatron_sr1.loops.evaluate import Evaluations, NoEvaluations, check_heldout, heldout_prompts
 from megatron_sr1.loops.generation import build_generator, prompt_check, training_sampling
 from megatron_sr1.loops.preemption import watch_for_stop
 from megatron_sr1.loops.run import Run, check_verification, metrics_of, open_run
@@ -42,6 +42,7 @@ def run_grpo(
     with open_run(config, platform) as run:
         feed = run.feed("train", prompt_check(run.planner, preset.passes.of, leaves_out=True))
         heldout = heldout_prompts(run)
+        check_heldout(run, heldout)
         updates = config.rollout.prompts_per_step // config.train.batch_size * config.train.steps
         policy = Policy(config, platform, num_optimizer_steps=updates, keep_reference=preset.needs_reference)
         first = run.resume(policy)
