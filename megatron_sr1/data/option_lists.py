@@ -7,6 +7,7 @@ import json
 import re
 import string
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_sr1.data.json_values import is_number, number_text
 
@@ -73,7 +74,7 @@ def _run_on(letters: Sequence[str]) -> bool:
     return places == list(range(places[0], places[0] + len(places)))
 
 
-def _of_labelled(options: Sequence[Mapping[str, object]]) -> list[object]:
+def _of_labelled(options: Sequence[Mapping[str, Any]]) -> list[Any]:
     labels = [str(option["label"]).strip() for option in options]
     if labels != list(string.ascii_uppercase[: len(options)]):
         raise ValueError(f"its options have the labels {', '.join(labels)}: write them as A, B, C ... in order")
