@@ -161,3 +161,51 @@ def test_ranks_say_how_many_are_missing(tmp_path: Path) -> None:
         for rank in ranks:
             rank.kill()
             rank.communicate()
+
+
+PATIENCE = """
+import sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch
+from torch import distributed
+from megatron_sr1.platform import Platform, run_on_ranks
+from megatron_sr1.platform.accelerator import find_accelerator
+
+def work(folder, longest):
+    device = torch.device("cpu")
+    platform = Platform(device, distributed.get_rank(), 2, find_accelerator(device))
+    said = platform.on_main(lambda: time.sleep(6) or "done", longest=longest)
+    (Path(folder) / f"{longest}{platform.rank}").write_text(said)
+
+if __name__ == "__main__":
+    for longest in (timedelta(minutes=2), None):
+        run_on_ranks(work, 2, sys.argv[1], longest, timeout=timedelta(seconds=2))
+"""
+
+
+def test_ranks_wait_as_long_as_the_timeout_says_and_longer_for_what_is_known_to_take_long(tmp_path: Path) -> None:
+    script = tmp_path / "patience.py"
+    script.write_text(PATIENCE)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert {path.name: path.read_text() for path in tmp_path.glob("*:*")} == dict.fromkeys(
+        ("0:02:000", "0:02:001"), "done"
+    )
+    assert done.returncode != 0 and "Timed out waiting" in done.stderr, "without `longest` the timeout holds"
+
+
+def test_what_makes_a_process_deterministic_is_refused_where_the_environment_says_otherwise() -> None:
+    script = (
+        "import os, torch; from megatron_sr1.platform import make_deterministic; make_deterministic();"
+        "print(os.environ['NVTE_ALLOW_NONDETERMINISTIC_ALGO'], os.environ['CUBLAS_WORKSPACE_CONFIG'],"
+        "torch.are_deterministic_algorithms_enabled(), torch.empty(3).isnan().any().item())"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("NVTE_", "CUBLAS_"))}
+    run = [sys.executable, "-c", script]
+    options = {"capture_output": True, "text": True, "timeout": 120, "cwd": REPOSITORY}
+    assert subprocess.run(run, env=environment, **options).stdout.split() == ["0", ":4096:8", "True", "False"]
+    contrary = subprocess.run(run, env=environment | {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1"}, **options)
+    assert contrary.returncode and "NVTE_ALLOW_NONDETERMINISTIC_ALGO=1 contradict each other" in contrary.stderr

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -84,7 +85,8 @@ def start(command: Command, config: Config, args: argparse.Namespace) -> None:
     check_weights(config, weights=not (only_trained and config.model.megatron_dir))
     from megatron_sr1.platform import run_on_ranks
 
-    run_on_ranks(_run, config.nproc, command, config, parts, imports=IMPORTS[command])
+    timeout = timedelta(minutes=config.timeout_minutes)
+    run_on_ranks(_run, config.nproc, command, config, parts, imports=IMPORTS[command], timeout=timeout)
 
 
 def _warn_of_shared_shards(config: Config) -> None:
@@ -130,9 +132,11 @@ def _dry_run(command: Command, config: Config, args: argparse.Namespace, missing
 
 def _run(command: str, config: Config, parts: dict[str, Any]) -> None:
     """One rank. The platform comes first: Megatron-Core may be imported only after it is prepared."""
-    from megatron_sr1.platform import start_platform
+    from megatron_sr1.platform import make_deterministic, start_platform
 
-    platform = start_platform()
+    if config.precision.deterministic:
+        make_deterministic()
+    platform = start_platform(timedelta(minutes=config.timeout_minutes))
     match command:
         case "sft":
             from megatron_sr1.loops.sft import run_sft as run

@@ -95,6 +95,7 @@ class PrecisionConfig:
     fp8_recipe: Fp8Recipe = "blockwise"
     bf16_first_layers: int = 1  # with fp8: these layers, counted from the embedding, stay bf16
     bf16_last_layers: int = 1  # and these, counted from the head
+    deterministic: bool = False  # the same bits from the same input, at some cost; a CPU gives them anyway
 
     @property
     def row_alignment(self) -> int:

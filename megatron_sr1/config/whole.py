@@ -13,7 +13,7 @@ from megatron_sr1.config.rules import Range, check_numbers, require
 from megatron_sr1.config.tracking import TrackConfig
 from megatron_sr1.config.training import ObjectiveConfig, OptimizerConfig, TrainConfig
 
-_NUMBERS = {"seed": Range(0, 10**18), "nproc": Range(1, 10**6)}
+_NUMBERS = {"seed": Range(0, 10**18), "nproc": Range(1, 10**6), "timeout_minutes": Range(0, 10**6, above=True)}
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Config:
     run_dir: str = "runs/default"
     seed: int = 1
     nproc: int = 1  # ranks on this machine; under torchrun the world size counts
+    timeout_minutes: float = 10.0  # a rank that waits longer than this for another one ends the run
     model: ModelConfig = field(default_factory=ModelConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)

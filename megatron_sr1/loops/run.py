@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,8 @@ from megatron_sr1.rollout import Limits, Planner
 from megatron_sr1.training.checkpointer import Checkpointer, Progress
 from megatron_sr1.types import RolloutGroup
 from megatron_sr1.weights import write_hf_dir
+
+_LONGEST_VERIFICATION = timedelta(hours=12)  # transformers on one rank's CPU, whatever the model's size
 
 
 @dataclass(frozen=True)
@@ -171,11 +174,15 @@ class Run:
         Raises:
             ValueError: an answer differs; the message names its key and both texts.
         """
-        if answers and self.platform.is_main:
+        if not answers:
+            return
+
+        def compare() -> None:
             compare_greedy(str(self.export_dir), answers)
             report = {"identical_greedy_answers": len(answers), "keys": [group.prompt.key for group in answers]}
             (self.folder / "export.json").write_text(json.dumps(report, indent=1) + "\n")
-        self.platform.ranks.meet()
+
+        self.platform.on_main(compare, longest=_LONGEST_VERIFICATION)
 
 
 def check_verification(config: Config, platform: Platform) -> None:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -26,7 +27,7 @@ from megatron_sr1.config.mistakes import EXPECTED_ERRORS, MISTAKE_STATUS, one_li
 from megatron_sr1.platform.accelerator import Accelerator, find_accelerator
 from megatron_sr1.platform.cpu_shim import install_cpu_shim, patch_megatron
 from megatron_sr1.platform.fork_server import STOP_SIGNALS, begin_rank, held_back, start_fork_server, without_collecting
-from megatron_sr1.platform.joining import COLLECTIVE_TIMEOUT, join, open_store
+from megatron_sr1.platform.joining import TIMEOUT, join, open_store
 from megatron_sr1.platform.ranks import GroupRanks
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.types import Element
@@ -54,14 +55,22 @@ class Platform:
         """All ranks of the job."""
         return GroupRanks(device=self.device)
 
-    def on_main(self, work: Callable[[], Element]) -> Element:
-        """The main rank's result on every rank; so is its ValueError. Collective."""
+    def on_main(self, work: Callable[[], Element], *, longest: timedelta | None = None) -> Element:
+        """The main rank's result on every rank; so is its ValueError. Collective.
+
+        Args:
+            longest: how long the others may have to wait for it, where that is more than for anything else.
+        """
+        patient = None if longest is None else torch.distributed.new_group(backend="gloo", timeout=longest)
         outcome: list[tuple[Any, str]] = []
         if self.is_main:
             try:
                 outcome.append((work(), ""))
             except ValueError as error:
                 outcome.append((None, str(error)))
+        if patient is not None:
+            torch.distributed.barrier(patient)
+            torch.distributed.destroy_process_group(patient)
         ((result, refusal),) = self.ranks.gather(outcome)
         if refusal:
             raise ValueError(refusal)
@@ -72,7 +81,13 @@ class Platform:
         return self.device.type == "cpu"
 
 
-def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any, imports: Sequence[str] = ()) -> None:
+def run_on_ranks(
+    function: Callable[..., None],
+    num_ranks: int,
+    *arguments: Any,
+    imports: Sequence[str] = (),
+    timeout: timedelta = TIMEOUT,
+) -> None:
     """Calls `function(*arguments)` on `num_ranks` processes of this machine that form one process group.
 
     Under torchrun or srun, which have started the ranks already, it calls `function` here. Ranks that are started here
@@ -81,6 +96,7 @@ def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any,
 
     Args:
         imports: modules that `function` will import; on a CPU this is done first, once for all ranks (fork_server.py).
+        timeout: of the process group that is made here.
 
     Raises:
         ValueError: a rank ended with an error that a person can put right; its message.
@@ -101,7 +117,7 @@ def run_on_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any,
     if forked:
         start_fork_server(imports)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (num_ranks, folder, function, arguments)
+        arguments = (num_ranks, folder, timeout, function, arguments)
         with ExitStack() as stack:
             with held_back({signal.SIGINT}):  # by the ranks, too: Ctrl-C reaches them by this process
                 method = "forkserver" if forked else "spawn"
@@ -153,11 +169,16 @@ def _passing_on_signals(ranks: torch.multiprocessing.ProcessContext) -> Iterator
 
 
 def _run_rank(
-    rank: int, num_ranks: int, folder: str, function: Callable[..., None], arguments: tuple[Any, ...]
+    rank: int,
+    num_ranks: int,
+    folder: str,
+    timeout: timedelta,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
 ) -> None:
     begin_rank()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
-    join(FileStore(str(Path(folder) / "store"), num_ranks), rank, num_ranks, _backend())
+    join(FileStore(str(Path(folder) / "store"), num_ranks), rank, num_ranks, _backend(), timeout)
     status = 0
     try:
         function(*arguments)
@@ -173,11 +194,14 @@ def _run_rank(
     sys.exit(status)
 
 
-def start_platform() -> Platform:
+def start_platform(timeout: timedelta = TIMEOUT) -> Platform:
     """Prepares this process: patches Megatron-Core where there is no accelerator, joins the process group.
 
     A process that is in no group yet joins the one that torchrun's environment names; without that it is alone. Call it
     before anything imports Megatron-Core.
+
+    Args:
+        timeout: of the process group, where it is made here.
     """
     on_cpu = prepare_process()
     atexit.register(_end_quietly)
@@ -186,11 +210,11 @@ def start_platform() -> Platform:
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         if torch.distributed.is_torchelastic_launched():  # torchrun has waited for all ranks, and keeps their store
-            torch.distributed.init_process_group(_backend(), timeout=COLLECTIVE_TIMEOUT)
+            torch.distributed.init_process_group(_backend(), timeout=timeout)
         elif os.environ.get("RANK"):
             rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            store = open_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank)
-            join(store, rank, num_ranks, _backend())
+            store = open_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, timeout)
+            join(store, rank, num_ranks, _backend(), timeout)
         else:
             join_alone()
     if on_cpu:
@@ -219,7 +243,7 @@ def prepare_process() -> bool:
 def join_alone() -> None:
     """Makes a process group of this process only."""
     store = torch.distributed.HashStore()
-    torch.distributed.init_process_group(_backend(), timeout=COLLECTIVE_TIMEOUT, store=store, rank=0, world_size=1)
+    torch.distributed.init_process_group(_backend(), timeout=TIMEOUT, store=store, rank=0, world_size=1)
 
 
 def _quieten_transformers() -> None:

@@ -31,6 +31,7 @@ def transformer_config(architecture: Architecture, config: Config, *, spec: str,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=spec == "te",
         moe_grouped_gemm=spec == "te" and architecture.num_experts > 0,
+        deterministic_mode=config.precision.deterministic,
         perform_initialization=False,  # the weights are loaded
         use_cpu_initialization=on_cpu,
         calculate_per_token_loss=True,  # losses arrive divided by their global denominators: the schedule only adds
