@@ -419,6 +419,14 @@ class TestRoundedLogits:
 class TestBackends:
     def test_without_a_gpu_it_is_torch(self) -> None:
         assert backends.select_backend("auto", torch.zeros(1, 8)) is TORCH
+        for dtype, hidden, has_graph, expected in (
+            (torch.bfloat16, 3584, False, "fused"),
+            (torch.bfloat16, 3584, True, "triton"),
+            (torch.bfloat16, 5120, False, "triton"),
+            (torch.bfloat16, 3585, False, "triton"),
+            (torch.float64, 64, False, "torch"),
+        ):
+            assert backends.fastest(dtype, hidden, has_graph=has_graph) == expected
 
     @pytest.mark.parametrize("name", ["triton", "fused"])
     def test_what_cannot_run_is_refused(self, name: BackendName, monkeypatch: pytest.MonkeyPatch) -> None:
