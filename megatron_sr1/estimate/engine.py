@@ -5,7 +5,8 @@
     cache n (1 + L) H e, the vision tower's states and feed-forward part, fp32 logits and log-probs of every running
     request
 
-L DeepStack features. vLLM is given the bytes of the KV cache, and splits the vision tower like the language model.
+L DeepStack features. vLLM is given the bytes of the KV cache. Every rank of an engine has the whole vision tower,
+and some of the images.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from megatron_sr1.config import BATCHED_TOKENS, Config, LayoutConfig, graph_sizes, kv_token_bytes, running_requests
 from megatron_sr1.policy.architecture import Architecture
-from megatron_sr1.policy.parameter_counts import count_stages
+from megatron_sr1.policy.parameter_counts import count_model, count_stages
 
 _LOGIT_COPIES = 3  # logits, processed logits and log-probs of a step
 _GRAPH_BYTES = 16 << 20  # of a captured decoding step: what its launches take; taken as given, not derived
@@ -69,7 +70,8 @@ def _encoder_bytes(model: Architecture, values: int) -> int:
 
 def engine_parameters(hf_dir: str, model: Architecture, ranks: int) -> int:
     """Parameters on one of the `ranks` of an engine."""
+    whole = count_model(hf_dir)
     count = count_stages(hf_dir, LayoutConfig(tensor=ranks, sequence_parallel=ranks > 1), ranks)[0]
     experts = count.experts // ranks  # vLLM cuts every expert; Megatron counts them whole on each rank
     repeated = max(0.0, 1 - model.num_kv_heads / ranks) * 2 * model.head_dim * model.hidden_size * model.num_layers
-    return count.language - count.experts + experts + int(repeated) + -(-count.vision // ranks)
+    return count.language - count.experts + experts + int(repeated) + whole.vision  # the ranks share images, not layers

@@ -54,6 +54,7 @@ def engine_arguments(
         "use_tqdm_on_load": False,
         "seed": limits.seed,
         "tensor_parallel_size": limits.tensor_parallel,
+        "mm_encoder_tp_mode": "data" if limits.tensor_parallel > 1 else "weights",  # ranks share images, not layers
         "max_model_len": limits.max_model_tokens,
         "max_num_seqs": limits.max_running_requests,
         "max_num_batched_tokens": max(BATCHED_TOKENS, limits.max_model_tokens),

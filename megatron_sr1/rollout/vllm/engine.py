@@ -85,6 +85,8 @@ class Engine:
         if ranks % limits.tensor_parallel:
             raise ValueError(f"{ranks} ranks do not divide into engines of {limits.tensor_parallel}: choose a divisor.")
         on_cpu = current_platform.is_cpu()
+        if not on_cpu:  # else vLLM may fall back to its first model runner, which draws seeded tokens one by one
+            os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
         self._can_sleep = sleeps and current_platform.is_sleep_mode_available()
         where = {"on_cpu": on_cpu, "in_job": self._in_job, "can_sleep": self._can_sleep}
         self._arguments = engine_arguments(hf_dir, model, limits, **where)
