@@ -206,13 +206,15 @@ CASES = [  # model, layout, ranks
 
 
 @contextmanager
-def _chunks(model_dir: str, layout: LayoutConfig, rank: int, num_ranks: int, spec: str) -> Iterator[list[Any]]:
+def _chunks(
+    model_dir: str, layout: LayoutConfig, rank: int, num_ranks: int, spec: str, *, fused: bool = True
+) -> Iterator[list[Any]]:
     from megatron_sr1.platform.fake_ranks import fake_ranks
     from megatron_sr1.policy.build import build_chunks
     from megatron_sr1.policy.groups import build_groups
     from megatron_sr1.policy.read import read_architecture
 
-    model = ModelConfig(hf_dir=model_dir, layer_spec=spec)
+    model = ModelConfig(hf_dir=model_dir, layer_spec=spec, fused=fused)
     config = Config(model=model, layout=layout, nproc=num_ranks, precision=PrecisionConfig(dtype="bf16"))
     with fake_ranks(rank, num_ranks):
         groups = build_groups(layout)
@@ -260,11 +262,27 @@ def _compare_specs(model_dir: str, layout: LayoutConfig, num_ranks: int) -> None
                     assert type(layer) is DeepstackLayer and type(layer.self_attention) is PackedSelfAttention
                     linear = layer.self_attention.linear_qkv
                     assert isinstance(linear, TELayerNormColumnParallelLinear) == (spec == "te")
+                _check_fusion(chunks, fused=spec == "te")
         for (plain, plain_entries), (fused, fused_entries) in zip(found["torch"], found["te"], strict=True):
             assert plain == fused
             differing = set(plain_entries.items()) ^ set(fused_entries.items())
             # Transformer Engine's modules also keep what delayed scaling remembers
             assert all(entry[0].endswith("_extra_state") for entry, _ in differing), differing
+
+
+def _check_fusion(chunks: list[Any], *, fused: bool) -> None:
+    """All layers fuse, and the head does not, which would need apex."""
+    for chunk in chunks:
+        assert (chunk.config.bias_activation_fusion, chunk.config.gradient_accumulation_fusion) == (fused, False)
+        for layer in chunk.decoder.layers:
+            assert layer.mlp.config.bias_activation_fusion == fused
+            assert layer.config.gradient_accumulation_fusion == fused
+            assert layer.self_attention.linear_qkv.config.gradient_accumulation_fusion == fused
+
+
+def _check_fusion_can_be_left_out(model_dir: str) -> None:
+    with _chunks(model_dir, LayoutConfig(), 0, 1, "te", fused=False) as chunks:
+        _check_fusion(chunks, fused=False)
 
 
 def _check_recipes() -> None:
@@ -298,6 +316,7 @@ def _stand_in_checks(rank: int, num_ranks: int, folder: str) -> None:
 
     start_platform()
     _check_recipes()
+    _check_fusion_can_be_left_out(_small_config(CASES[0][0], folder))
     for name, layout, ranks in CASES:
         _compare_specs(_small_config(name, folder), layout, ranks)
 
@@ -342,7 +361,7 @@ class _Numbers:
     exported: set[torch.dtype]
 
 
-def _numbers(model_dir: str, *overrides: str, row_multiple: int | None = None) -> _Numbers:
+def _numbers(model_dir: str, *overrides: str, row_multiple: int | None = None, max_tokens: int = 256) -> _Numbers:
     """Log-probs, one training step and the dtypes of the weights that are exported after it."""
     processor = Processor.from_pretrained(model_dir)
     sequences = make_sequences(processor)
@@ -350,7 +369,7 @@ def _numbers(model_dir: str, *overrides: str, row_multiple: int | None = None) -
     with built(model_dir, overrides) as (policy, config):
         batches = pack(
             sequences,
-            max_tokens=256,
+            max_tokens=max_tokens,
             row_multiple=row_multiple or config.row_multiple,
             sequence_multiple=config.sequence_multiple,
             image_token_id=processor.image_token_id,
@@ -423,6 +442,16 @@ def test_both_layer_specs_give_the_same_numbers(wide_model: str) -> None:
         _numbers(wide_model, BF16, "model.layer_spec=torch"),
         BF16_ERROR,
     )
+
+
+@gpu
+@needs_gpu
+def test_fused_layers_give_the_same_numbers(wide_model: str) -> None:
+    """Rows of one sequence or two: gradients are added over several micro-batches."""
+    _te_or_skip(PrecisionConfig(dtype="bf16"))
+    te = (BF16, "model.layer_spec=te")
+    fused, plain = (_numbers(wide_model, *te, f"model.fused={word}", max_tokens=96) for word in ("true", "false"))
+    _assert_close(fused, plain, BF16_ERROR)
 
 
 @gpu

@@ -27,6 +27,7 @@ class ModelConfig:
     train_vision: bool = True
     max_position: int = 4096  # longest packed sequence the policy is built for, tokens
     layer_spec: LayerSpec = "auto"  # te: Transformer Engine's layers; torch: plain ones; auto: te on GPUs
+    fused: bool = True  # with te: SwiGLU is one kernel, and products add weight gradients where they are kept
 
     def __post_init__(self) -> None:
         one_of("model.layer_spec", self.layer_spec, get_args(LayerSpec))

@@ -41,6 +41,7 @@ RULES: Mapping[str, Rule] = {
     "model.train_vision": "refused",
     "model.max_position": "free",
     "model.layer_spec": "free",
+    "model.fused": "free",
     "layout": "free",
     "layout.distributed_optimizer": "refused",
     "precision": "refused",

@@ -36,6 +36,7 @@ def build_chunks(
             block = block_spec(spec, megatron_config, layers, vp_stage)
             for layer in block.layer_specs:
                 layer.module = DeepstackLayer
+                layer.params = {**layer.params, "adds_gradients": spec == "te" and config.model.fused}
                 layer.submodules.self_attention.module = PackedSelfAttention
             chunks.append(
                 QwenVLModel(

@@ -20,15 +20,16 @@ def transformer_config(architecture: Architecture, config: Config, *, spec: str,
     Args:
         spec: "te" or "torch", the layers that will be built.
     """
+    fused = spec == "te" and config.model.fused
     return TransformerConfig(
         **architecture_fields(architecture),
         **megatron_precision(config.precision),
         **_layout_fields(config.layout),
         **_recompute_fields(config.recompute, spec),
-        bias_activation_fusion=False,
+        bias_activation_fusion=fused,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # the layers' own: see DeepstackLayer
         apply_rope_fusion=spec == "te",
         moe_grouped_gemm=spec == "te" and architecture.num_experts > 0,
         deterministic_mode=config.precision.deterministic,

@@ -10,11 +10,13 @@ that remain.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -28,6 +30,18 @@ class PackedRow(PackedSeqParams):
 
 class DeepstackLayer(TransformerLayer):
     """A layer that adds the first of the features that ride along with its input. Without any it is a plain layer."""
+
+    def __init__(self, config: TransformerConfig, *arguments: Any, adds_gradients: bool, **options: Any) -> None:
+        """
+        Args:
+            adds_gradients: the products of Transformer Engine's linear layers add the gradients of weights to
+                `weight.main_grad` themselves. Said to the layers alone: Megatron-Core's own linear layers, of which the
+                head is one, need apex for it.
+        """
+        if adds_gradients:
+            config = copy(config)
+            config.gradient_accumulation_fusion = True
+        super().__init__(config, *arguments, **options)
 
     def forward(
         self, hidden_states: Tensor, *arguments: Any, packed_seq_params: PackedRow, **options: Any
