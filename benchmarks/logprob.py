@@ -41,6 +41,9 @@ Candidate = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, target
 COLUMNS = ("no-grad ms", "forward ms", "backward ms", "fwd+bwd ms", "memory MiB")
 PRODUCTS = (1, 1, 3, 4)  # matrix products of T*H*V behind each time, logits being made twice
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "verl")
+OWN = (None, "triton")  # packages of candidates that are ours or torch's: one that fails is an error
+# of another project's kernel, which may not fit what is installed here: it is named, and the others are measured
+PEER_FAILURES = (ImportError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError)
 TILE = 8192  # columns of one product when the floor is measured
 
 
@@ -246,6 +249,10 @@ def measure(shape: Shape, repeats: int) -> Table:
                 steps[name] = []
             except torch.OutOfMemoryError:
                 rows[name] = "out of memory"
+            except PEER_FAILURES as error:
+                if entry.package in OWN:
+                    raise
+                rows[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     products = []
     for _ in range(repeats):
         products.append(product_time(inputs))

@@ -10,8 +10,10 @@ into vLLM engines on the same ranks, and measures, the slowest rank each:
     save        the main rank writes the tensors as a Hugging Face directory
     reload      every engine reads that directory (from the page cache: it was just written)
 
-Memory is how much the peak resident set (VmHWM) of a rank grows during the part, the largest over the ranks. It holds
-one bucket, the tensors of one parameter, and what vLLM keeps of a layer until it is complete.
+A time ends when the device is done. GB are those that the trainer sends: half of fp32's with `--dtype bf16`.
+Memory is how much the peak resident set (VmHWM) of a rank grows during the part, the largest over the ranks; the
+device's own is not in it. It holds one bucket, the tensors of one parameter, and what vLLM keeps of a layer until it
+is complete.
 """
 
 from __future__ import annotations
@@ -48,19 +50,26 @@ def main() -> None:
     parser.add_argument("--engine-tensor", type=int, default=1, help="ranks of one engine")
     parser.add_argument("--bucket-mib", type=int, default=256)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the policy")
     parser.add_argument("--folder", type=Path, help="a new folder on the disk to use; default: in the system's own")
     args = parser.parse_args()
     with empty_folder(args.folder, "benchmark_weight_sync_") as folder:
-        _run(folder, args)
+        size, parts = measured(folder, args)
+    print(f"\n{size / 1e9:.2f} GB, nproc={args.nproc} tensor={args.tensor} pipeline={args.pipeline} " + args.dtype)
+    print(f"{'part':16}{'seconds':>10}{'GB/s':>10}{'peak MiB':>10}")
+    for part in parts:
+        print(f"{part.name:16}{part.seconds:10.2f}{size / 1e9 / part.seconds:10.2f}{part.memory_mib:10.0f}")
 
 
-def _run(folder: Path, args: argparse.Namespace) -> None:
+def measured(folder: Path, args: argparse.Namespace) -> tuple[int, list[Part]]:
+    """Bytes of all weights as they are sent, and the parts, each of the slowest and the fullest rank."""
     import torch.multiprocessing
 
     from megatron_sr1.platform.runtime import run_on_ranks
 
     options = (
         f"model.hf_dir={folder / 'model'}",
+        f"precision.dtype={args.dtype}",
         f"nproc={args.nproc}",
         f"layout.tensor={args.tensor}",
         f"layout.pipeline={args.pipeline}",
@@ -70,12 +79,12 @@ def _run(folder: Path, args: argparse.Namespace) -> None:
     torch.multiprocessing.spawn(make_model, args=(str(folder / "model"), args.layers), nprocs=1)
     run_on_ranks(measure, args.nproc, str(folder), options)
     ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
-    size = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
-    print(f"\n{size / 1e9:.2f} GB, " + " ".join(option.split(".")[-1] for option in options[1:]))
-    print(f"{'part':16}{'seconds':>10}{'GB/s':>10}{'peak MiB':>10}")
-    for parts in zip(*ranks, strict=True):
-        seconds, memory = max(part["seconds"] for part in parts), max(part["memory_mib"] for part in parts)
-        print(f"{parts[0]['name']:16}{seconds:10.2f}{size / 1e9 / seconds:10.2f}{memory:10.0f}")
+    size = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))  # in fp32
+    slowest = [
+        Part(parts[0]["name"], max(part["seconds"] for part in parts), max(part["memory_mib"] for part in parts))
+        for parts in zip(*ranks, strict=True)
+    ]
+    return (size // 2 if args.dtype == "bf16" else size), slowest
 
 
 def make_model(_: int, model_dir: str, layers: int) -> None:
@@ -125,14 +134,21 @@ def _drain(weights: Iterator[Any]) -> None:
 
 @contextmanager
 def _measured(name: str, parts: list[Part]) -> Iterator[None]:
-    import torch.distributed
-
-    torch.distributed.barrier()
+    _meet()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from what is resident now
     before, start = _status("VmRSS"), time.perf_counter()
     yield
-    torch.distributed.barrier()
+    _meet()
     parts.append(Part(name, time.perf_counter() - start, (_status("VmHWM") - before) / MIB))
+
+
+def _meet() -> None:
+    """All ranks, with all that was asked of their devices done."""
+    import torch.distributed
+
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    torch.distributed.barrier()
 
 
 def _status(key: str) -> int:
