@@ -93,6 +93,12 @@ ablation: $(COLD_START) ## GRPO with and without the self-reward, two seeds each
 	@echo
 	@echo "Next: open $(RUNS)/ablation/report.html, read examples/quickstart/ablation.yaml"
 
+# In the environment for cards where there is one.
+GPU_PYTHON := $(wildcard .venv-gpu/bin/python)
+.PHONY: gpu-check
+gpu-check: $(if $(GPU_PYTHON),,setup) ## check everything on a machine with a card: one result in benchmarks/results
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(ARGS)
+
 lint: setup ## ruff: rules and layout; basedpyright: types, about a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

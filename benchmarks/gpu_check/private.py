@@ -33,8 +33,8 @@ def scrubbed(text: str, environment: Mapping[str, str] = os.environ) -> str:
     text = _URL.sub("<address>", text)
     text = _ADDRESS.sub("<address>", text)
     for folder, stands_for in (
+        (sys.prefix, "<environment>"),  # it may be in the repository
         (str(REPOSITORY), "."),
-        (sys.prefix, "<environment>"),
         (sys.base_prefix, "<python>"),
         (tempfile.gettempdir(), "<temporary>"),
         (str(Path.home()), "~"),
