@@ -1,4 +1,4 @@
-"""The policy in FP8 beside itself in bf16: log-probs, gradient norm, speed. One process, the two taking turns."""
+"""The policy in FP8 against itself in bf16, in one process: log-probs, gradient norm, speed, memory."""
 
 from __future__ import annotations
 
