@@ -106,6 +106,28 @@ def test_a_check_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None
     assert _eventually(lambda: not _is_alive(child)) and found["passes"].status == "passed"
 
 
+def test_a_check_that_is_ended_ends_what_is_in_another_group(tmp_path: Path) -> None:
+    """As a run that is to be killed is, and with it all its ranks: SIGTERM lets its `finally` run."""
+    code = f"""
+import subprocess, sys, time, types
+from pathlib import Path
+from benchmarks.gpu_check import one
+def run(folder):
+    child = subprocess.Popen(["sleep", "600"], process_group=0)
+    Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
+    try:
+        time.sleep(600)
+    finally:
+        child.kill()
+sys.modules["benchmarks.gpu_check.sleeps"] = types.SimpleNamespace(run=run)
+sys.exit(one.main())
+"""
+    command = (sys.executable, "-c", code, "sleeps")
+    found, _ = _run([Check("sleeps", "", command, 2.0)], tmp_path / "work")
+    assert found["sleeps"].status == "out of time"
+    assert _eventually(lambda: not _is_alive(int((tmp_path / "child").read_text())))
+
+
 def test_what_a_check_leaves_behind_is_ended(tmp_path: Path) -> None:
     code = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True)"
     assert run_limited([sys.executable, "-c", code], tmp_path / "log", 60, tmp_path) == 0

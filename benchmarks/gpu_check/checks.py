@@ -20,7 +20,7 @@ CHECKS: Sequence[Check] = (
     _check("environment", "cards, driver, versions of packages, commit", 120),
     _check("gpu_tests", "every test that is marked gpu", 420, needs_cuda=True),
     _check("canary", "engine: sleep, wake, restart, stale images; decoding from graphs against eager", 240),
-    _check("quickstart", "20 steps of the quickstart after a short cold start", 420),
+    _check("quickstart", "20 steps of the quickstart after a short cold start", 600),
     _check("kernels", "log-probs and loss against the installed peers", 180),
     _check("fp8", "policy in FP8 against bf16: log-probs, gradients, speed", 150, needs_cuda=True),
     _check("weight_sync", "weights from the trainer to the engines, GB/s", 240),

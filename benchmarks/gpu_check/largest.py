@@ -111,6 +111,15 @@ def choose(folder: Path, machine: Machine) -> Choice:
         for recipe, tree in _recipes()
         for words in layouts(recipe, machine.gpus_per_node)
     ]
+    choice = first_that_fits(tried)
+    if choice is None:
+        cards = f"{machine.gpus_per_node} cards of {machine.gpu_gib:.0f} GiB"
+        raise Absent(f"by the estimate, no recipe fits {cards} with {MIN_PART:.0%} of its layers or more")
+    return choice
+
+
+def first_that_fits(tried: Sequence[_Fits]) -> Choice | None:
+    """A whole model before all that are cut; else the first of which MIN_PART fits, with as much of it as does."""
     for fits in tried:
         if fits(fits.whole):
             return fits.choice(fits.whole)
@@ -118,7 +127,7 @@ def choose(folder: Path, machine: Machine) -> Choice:
         lowest = math.ceil(MIN_PART * fits.whole)
         if fits(lowest):
             return fits.choice(_most(fits, lowest, fits.whole))
-    raise Absent(f"no recipe fits {machine.gpus_per_node} cards of {machine.gpu_gib:.0f} GiB, with {MIN_PART:g} of it")
+    return None
 
 
 def layouts(recipe: Path, num_cards: int) -> Iterator[list[str]]:

@@ -7,9 +7,11 @@ it finds wrong, and what it cannot look at here, is in the report and in the exi
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 
 from benchmarks.gpu_check.report import Absent, Report
 from benchmarks.gpu_check.runner import ABSENT_STATUS
@@ -22,6 +24,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, _leave)
     try:
         report: Report = import_module(f"benchmarks.gpu_check.{args.module}").run(args.folder)
     except Absent as lack:
@@ -31,6 +34,11 @@ def main() -> int:
     if report.absent:
         return ABSENT_STATUS
     return 1 if report.wrong else 0
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Ends by an exception, so that a check can end what it has put into process groups of their own."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -28,7 +30,7 @@ def run(folder: Path) -> Report:
             if on_card:
                 torch.cuda.synchronize()
         recorded.export_chrome_trace(str(folder / FILE))
-    totals = {event.key: (_own_us(event, on_card), event.count) for event in recorded.key_averages()}
+    totals = own_times(recorded.key_averages(), "CUDA" if on_card else "CPU")
     whole = sum(microseconds for microseconds, _ in totals.values())
     most = sorted(totals.items(), key=lambda item: -item[1][0])[:SHOWN]
     rows = [(name[:100], us / 1e3, us / max(whole, 1e-9), count) for name, (us, count) in most]
@@ -45,6 +47,9 @@ def run(folder: Path) -> Report:
     return Report(figures, [Table("what takes the time", columns, rows)], wrong)
 
 
-def _own_us(event: object, on_card: bool) -> float:
-    """Microseconds of an operation without those inside it; on a card, of its kernels."""
-    return event.self_device_time_total if on_card else event.self_cpu_time_total  # type: ignore[attr-defined]
+def own_times(events: Iterable[Any], device: str) -> dict[str, tuple[float, int]]:
+    """By name, microseconds without what is inside, and calls; of the CPU's operations or of the card's kernels. An
+    operation of the CPU has its kernels' time too, and a user's annotation what is below it: they would count twice."""
+    found = [event for event in events if event.device_type.name == device and not event.is_user_annotation]
+    times = ((e.key, e.self_cpu_time_total if device == "CPU" else e.self_device_time_total, e.count) for e in found)
+    return {key: (microseconds, count) for key, microseconds, count in times}
