@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace, checks: Sequence[Check], work: Path) -> int:
             print(f"{outcome.check.name:12} {outcome.status:12} {outcome.seconds:4.0f} s{why}", flush=True)
 
     outcomes, stopped = run_checks(wanted, work, budget, _has_cuda, after_each)
-    print(f"result: {stems[0].name}.md and .json in {args.out}")
+    print(f"result: {stems[0].name}.md and .json in {args.out}; logs: {work}")
     if stopped:
         return STOPPED
     return 0 if Result(day, args.only, budget.seconds, budget.used, outcomes).is_fine else 1

@@ -88,7 +88,7 @@ def build(model: Path, size: Size, *overrides: str) -> Trained:
     """Of one rank. `platform.start_platform()` was called before.
 
     Raises:
-        ConfigError: something that this machine does not have.
+        ConfigError: something that the machine does not have.
     """
     from megatron_sr1.config import load_config
     from megatron_sr1.packing import moved, pack

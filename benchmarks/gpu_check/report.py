@@ -47,7 +47,7 @@ class Report:
 
 
 class Absent(Exception):
-    """The check cannot be made on this machine; says why."""
+    """The check cannot be made here; says why."""
 
 
 def write_json(path: Path, tree: Any) -> None:
