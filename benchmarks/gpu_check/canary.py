@@ -144,8 +144,9 @@ def _answers(engine: Engine, processor: Processor) -> tuple[list[Any], float]:
     from megatron_sr1.rollout.request import Draw
 
     for number in range(NUM_REQUESTS):
-        images = (_image(),) if number % 2 else ()
-        prepared = engine.prepare(processor.prompt_ids(f"{TEXTS[0]} {number}", len(images)), images)
+        images = [processor.encode_image(_image())] if number % 2 else []
+        ids = processor.prompt_ids(f"{TEXTS[0]} {number}", len(images))
+        prepared = engine.prepare(processor.expand(ids, [image.grid_thw for image in images]), images)
         draw = Draw(0.0, NUM_TOKENS, 0, processor.end_of_turn_id, processor.media_ids)
         engine.add(f"{number}", prepared, draw)
     found, start, steps = {}, time.perf_counter(), 0
