@@ -1,25 +1,38 @@
-# An image for GPUs. Build it on your vendor's PyTorch image (Python 3.12 or newer, torch, Transformer Engine, apex):
-#   docker build --build-arg BASE_IMAGE=<registry>/<pytorch image>:<tag> -t megatron-sr1 .
+# An image for GPUs, of the versions in constraints-gpu.txt:
+#   docker build -t megatron-sr1 .
 #   docker run --gpus all --shm-size 16g -v "$PWD:/workspace" megatron-sr1 grpo CONFIG.yaml
-# BASE_IMAGE has no default on purpose: the torch in it must be the one that the vLLM release below is built for.
-ARG BASE_IMAGE
-FROM ${BASE_IMAGE}
+# The base is a plain release of the torch that vLLM is built for. Another will do, named by --build-arg BASE_IMAGE=..., if
+# it has Python 3.12, a C++ compiler, and that torch or none. NVIDIA's images have development versions of torch, which no
+# pin allows.
+ARG BASE_IMAGE=pytorch/pytorch:2.14.0-cuda13.0-cudnn9-devel
+FROM ${BASE_IMAGE} AS pinned
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/megatron-sr1
+ENV PIP_NO_CACHE_DIR=1 PIP_BREAK_SYSTEM_PACKAGES=1
 
-# What the base image compiled for its CUDA libraries stays as it is: the constraint makes pip fail rather than replace
-# it. Transformer Engine, where the image lacks it, builds against that torch, hence no build isolation.
-RUN python -c "import sys; assert sys.version_info >= (3, 12), 'the base image needs Python 3.12 or newer'" \
- && python -c "import setuptools as s; assert int(s.__version__.split('.')[0]) >= 77, 'it needs setuptools 77 or newer'" \
- && python -m pip list --format=freeze | grep -E '^(torch|transformer.engine.*|apex)==' > constraints.txt \
- && printf '%s\n' megatron-core==0.19.2 vllm==0.33.0 pint==0.25.3 webdataset==1.0.2 >> constraints.txt
+COPY constraints-gpu.txt ./
+COPY tools tools
+RUN python tools/check_gpu_base.py constraints-gpu.txt
+
+# Complete and hashed: pip has nothing to resolve. What the image has in the wanted version stays.
+RUN sed -e '/^# Tests/,$d' constraints-gpu.txt > pinned.txt \
+ && grep '^transformer-engine-torch==' constraints-gpu.txt > built.txt \
+ && python -m pip install --no-deps --require-hashes --requirement pinned.txt
+
+# Transformer Engine's part for torch is source: C++ against the torch above and the headers of NVIDIA's wheels. Without
+# FORCE_BUILD its setup.py takes a wheel from the web that no hash covers.
+FROM pinned AS transformer-engine
+RUN NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_BUILD_USE_NVIDIA_WHEELS=1 \
+    python -m pip wheel --no-deps --require-hashes --no-build-isolation --wheel-dir /wheels --requirement built.txt
+
+FROM pinned
+RUN --mount=type=bind,from=transformer-engine,source=/wheels,target=/wheels \
+    python -m pip install --no-deps /wheels/*.whl
 
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY megatron_sr1 megatron_sr1
-RUN python -m pip install --no-cache-dir --no-build-isolation --constraint constraints.txt '.[gpu,track]'
-
-COPY tools tools
+RUN python -m pip install --no-deps --no-build-isolation .
 COPY examples examples
 
 RUN useradd --create-home --uid 10001 sr1 && install --directory --owner=sr1 /workspace

@@ -4,6 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # NeMo-Run and vLLM want different versions of the same libraries: it has an environment of its own.
 LAUNCH := .venv-launch
+# What a machine with GPUs runs, and the same packages on one without, for `make contracts`.
+PYTHON_GPU ?= python3.12
+GPU := .venv-gpu
+CONTRACTS := .venv-contracts
+# uv is quicker; pip does as well. UV= for pip: uv does not read pip's settings.
+UV ?= $(shell command -v uv)
 INSTALLED := $(VENV)/.installed
 # Where pip finds the CPU build of torch. Empty: where pip looks anyway.
 TORCH_INDEX_URL ?=
@@ -15,26 +21,34 @@ TRAINED := $(RUNS)/quickstart/grpo/hf/config.json
 SR1 := $(BIN)/megatron-sr1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup launch-env test quickstart ablation lint format clean
+.PHONY: help setup setup-gpu launch-env test contracts quickstart ablation lint format clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 20
 	@echo
 	@echo "  PYTHON=$(PYTHON)  the Python 3.11 or newer that .venv is made with"
+	@echo "  PYTHON_GPU=$(PYTHON_GPU)  the Python 3.12 that .venv-gpu and .venv-contracts are made with"
 	@echo "  TORCH_INDEX_URL=$(TORCH_INDEX_URL)  a package index that has $(TORCH), if pip's own does not"
 
 setup: $(INSTALLED) ## make .venv with everything for CPU (again only if the dependencies change)
 
-# What a Python must be. One that is missing, broken or too old is told by its version before anything is made; an
+# What a Python must be. One that is missing, broken or another is told by its version before anything is made; an
 # environment of such a one is made anew, and one whose first installation fails does not stay.
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
-is_fine = $(shell $(1)/bin/python -c "import pip; $(NEW_ENOUGH)" 2>/dev/null && echo yes)
-new_venv = $(PYTHON) -c "$(NEW_ENOUGH)" 2>/dev/null \
-	  || { echo "== PYTHON=$(PYTHON) is $$($(PYTHON) -V 2>&1 | head -n 1): Python 3.11 or newer is needed." \
-	            "Run make $(2) PYTHON=<the command of one>"; exit 1; }; \
-	  rm -rf $(1); $(PYTHON) -m venv $(1) || { rm -rf $(1); exit 1; }
-STALE := $(if $(call is_fine,$(VENV)),,stale)
-STALE_LAUNCH := $(if $(call is_fine,$(LAUNCH)),,stale)
+PINNED := import sys; sys.exit(sys.version_info[:2] != (3, 12))
+# of: environment, condition
+is_fine = $(shell $(1)/bin/python -c "import pip; $(2)" 2>/dev/null && echo yes)
+# of: environment, target of make, name of make's variable, condition, the condition in words
+new_venv_of = $($(3)) -c "$(4)" 2>/dev/null \
+	  || { echo "== $(3)=$($(3)) is $$($($(3)) -V 2>&1 | head -n 1): $(5) is needed." \
+	            "Run make $(2) $(3)=<the command of one>"; exit 1; }; \
+	  rm -rf $(1); $($(3)) -m venv $(1) || { rm -rf $(1); exit 1; }
+new_venv = $(call new_venv_of,$(1),$(2),PYTHON,$(NEW_ENOUGH),Python 3.11 or newer)
+new_venv_gpu = $(call new_venv_of,$(1),$(2),PYTHON_GPU,$(PINNED),Python 3.12)
+STALE := $(if $(call is_fine,$(VENV),$(NEW_ENOUGH)),,stale)
+STALE_LAUNCH := $(if $(call is_fine,$(LAUNCH),$(NEW_ENOUGH)),,stale)
+STALE_GPU := $(if $(call is_fine,$(GPU),$(PINNED)),,stale)
+STALE_CONTRACTS := $(if $(call is_fine,$(CONTRACTS),$(PINNED)),,stale)
 .PHONY: stale
 
 # torch goes first and is then held by a constraint: no later requirement can replace the CPU build. The index of CPU
@@ -64,6 +78,41 @@ $(LAUNCH)/.installed: setup.py pyproject.toml $(STALE_LAUNCH)
 	$(LAUNCH)/bin/pip install --quiet --requirement $(LAUNCH)/requirements.txt
 	$(LAUNCH)/bin/pip install --quiet --no-deps --editable .
 	@touch $@
+
+setup-gpu: $(GPU)/.installed ## make .venv-gpu with everything for GPUs: Linux, Python 3.12, 10 GB
+
+# constraints-gpu.txt is complete and hashed: nothing is resolved, and what has another hash is refused.
+install = $(if $(UV),$(UV) pip install --python $(1)/bin/python,$(1)/bin/pip install) --no-deps
+install_pinned = $(install) --require-hashes
+install_project = $(install) --no-build-isolation --editable .
+IS_PINNED_MACHINE = [ "$$(uname -sm)" = "Linux x86_64" ] \
+	  || { echo "== this is $$(uname -sm): constraints-gpu.txt is for Linux x86_64"; exit 1; }
+check = $(if $(UV),$(UV) pip check --python $(1)/bin/python,$(1)/bin/pip check)
+not_filled = echo "== $(1) is not filled; the error is above.$(if $(UV), uv reads none of pip's settings: name the" \
+	  "package index in UV_DEFAULT_INDEX or run make $(2) UV=)"
+
+# Transformer Engine's part for torch is C++ alone, with the headers of NVIDIA's wheels: it takes a compiler and Python's
+# own headers, which are asked for before 10 GB are fetched. FORCE_BUILD: else its setup.py looks for a wheel on the web,
+# which no hash covers.
+BUILD_TE := NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_BUILD_USE_NVIDIA_WHEELS=1
+CAN_BUILD := import os, sys, sysconfig; sys.exit(not os.path.isfile(sysconfig.get_path('include') + '/Python.h'))
+$(GPU)/.installed: constraints-gpu.txt setup.py pyproject.toml $(STALE_GPU)
+	@$(IS_PINNED_MACHINE)
+	@$(if $(STALE_GPU),$(call new_venv_gpu,$(GPU),setup-gpu))
+	@$(CXX) --version >/dev/null 2>&1 || { echo "== CXX=$(CXX) is no C++ compiler: Transformer Engine is built with one." \
+	  "Install g++, or run make setup-gpu CXX=<the command of one>"; $(if $(STALE_GPU),rm -rf $(GPU);) exit 1; }
+	@$(GPU)/bin/python -c "$(CAN_BUILD)" || { echo "== $(PYTHON_GPU) has no Python.h: Transformer Engine is built with" \
+	  "it. Install the headers of Python 3.12 (python3.12-dev)"; $(if $(STALE_GPU),rm -rf $(GPU);) exit 1; }
+	@echo "== filling $(GPU): 10 GB, some minutes; then Transformer Engine is built, a quarter of an hour on eight cores"
+	@grep -v '^transformer-engine-torch==' constraints-gpu.txt > $(GPU)/first.txt
+	@grep '^transformer-engine-torch==' constraints-gpu.txt > $(GPU)/built.txt
+	$(call install_pinned,$(GPU)) --requirement $(GPU)/first.txt \
+	  && CXX="$(CXX)" PATH="$(CURDIR)/$(GPU)/bin:$$PATH" $(BUILD_TE) \
+	    $(call install_pinned,$(GPU)) --no-build-isolation --requirement $(GPU)/built.txt \
+	  && $(call install_project,$(GPU)) && $(call check,$(GPU)) \
+	  || { $(call not_filled,$(GPU),setup-gpu); $(if $(STALE_GPU),rm -rf $(GPU);) exit 1; }
+	@touch $@
+	@echo "== ready: $(GPU)/bin/megatron-sr1 --help"
 
 test: setup launch-env lint ## lint, then every test, about 25 minutes on two cores; GPU tests are skipped without a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
