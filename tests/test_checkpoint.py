@@ -137,7 +137,7 @@ def _check_damage(rank: int, checkpoints: Any) -> None:
     largest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size).name
     for name, part in (
         (largest, 0.5),
-        ("common.pt", 0.5),
+        *([("common.pt", 0.5)] if (newest / "common.pt").exists() else []),  # newer ones have it among the tensors
         (".metadata", 0.5),
         ("progress.json", 0.0),
         (".metadata", None),
@@ -172,6 +172,27 @@ class Intruder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path(self.path),)
+
+
+def test_a_checkpoint_of_a_newer_megatron_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_sr1.platform import start_platform
+
+    platform = start_platform()
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    from megatron_sr1.training import checkpointer
+
+    def load(folder: str) -> None:
+        raise CheckpointingException(f"Common file {folder}/common.pt does not exist")
+
+    monkeypatch.setattr(checkpointer, "check_megatron_dir", lambda path: None)
+    monkeypatch.setattr(dist_checkpointing, "load_common_state_dict", load)
+    made = checkpointer.Checkpointer(tmp_path, 1, platform)
+    with pytest.raises(ValueError, match=r"step_000003 was written by a newer Megatron-Core than \d.*common\.pt"):
+        made.restore(None, checkpointer.Progress(3, 24, "data", "model"))  # type: ignore[arg-type]
 
 
 def test_checkpoints_move_between_layouts(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_sr1.platform.torch_private import StorageInfo
-from megatron_sr1.weights import HfTensors, check_megatron_dir, write_hf_dir
+from megatron_sr1.weights import ForeignCode, HfTensors, check_megatron_dir, write_hf_dir
 from megatron_sr1.weights import hf_dir as module
 from megatron_sr1.weights.hf_dir import check_finite, row_blocks
 from megatron_sr1.weights.hf_shards import GrowingShards, PlannedShards
@@ -255,20 +255,23 @@ def test_an_export_takes_the_side_files_and_replaces_an_older_one(tmp_path: Path
 
 # ---------------------------------------------------------------- pickles
 def checkpoint(folder: Path, **changes: object) -> Path:
-    """What torch's own writer makes of a tensor and an object, and the two files Megatron adds."""
+    """What torch's own writer makes of a tensor and an object, and the two files Megatron adds; newer ones add one, and
+    have what is in the other as such an object."""
     folder.mkdir()
     with (folder / "data.distcp").open("wb") as stream:
         torch.save(torch.ones(2, 2), stream)
         end = stream.tell()
         torch.save(changes.get("stored", {"step": 1}), stream)
         places = [StorageInfo("data.distcp", 0, end), StorageInfo("data.distcp", end, stream.tell() - end)]
-    indices = [MetadataIndex("w", (0, 0)), MetadataIndex("scheduler")]
+    key = str(changes.get("key", "scheduler"))
+    indices = [MetadataIndex("w", (0, 0)), MetadataIndex(key)]
     chunk = ChunkStorageMetadata(torch.Size((0, 0)), torch.Size((2, 2)))
     entry = TensorStorageMetadata(TensorProperties(torch.bfloat16), torch.Size((2, 2)), [chunk])
-    metadata = Metadata({"w": entry, "scheduler": BytesStorageMetadata()}, planner_data=changes.get("planner_data"))
+    metadata = Metadata({"w": entry, key: BytesStorageMetadata()}, planner_data=changes.get("planner_data"))
     results = [WriteResult(index, place.length, place) for index, place in zip(indices, places, strict=True)]
     FileSystemWriter(folder).finish(metadata, [results])
-    torch.save(changes.get("common", {"iteration": 3}), folder / "common.pt")
+    if "key" not in changes:
+        torch.save(changes.get("common", {"iteration": 3}), folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": changes.get("backend", "torch_dist")}))
     return folder
 
@@ -287,6 +290,19 @@ def test_a_checkpoint_of_torchs_own_writer_passes(tmp_path: Path) -> None:
     found = check_megatron_dir(checkpoint(tmp_path / "x", planner_data={"w": ("model", "w")}))
     assert found.state_dict_metadata["w"].properties.dtype == torch.bfloat16
     assert found.storage_data[MetadataIndex("w", (0, 0))].relative_path == "data.distcp"
+
+
+def test_a_checkpoint_without_common_pt_passes_where_its_content_is_an_object(tmp_path: Path) -> None:
+    newer = "common_state/shard_0_1"
+    assert newer in check_megatron_dir(checkpoint(tmp_path / "x", key=newer)).state_dict_metadata
+    with pytest.raises(ForeignCode, match=r"data\.distcp asks for posix\.system"):
+        check_megatron_dir(checkpoint(tmp_path / "y", key=newer, stored=RunsCode(os.system, "touch hacked")))
+    evil = checkpoint(tmp_path / "z", key=newer)
+    torch.save(RunsCode(os.system, "touch hacked"), evil / "common.pt")  # Megatron-Core would read it first
+    with pytest.raises(ForeignCode, match=r"common\.pt asks for posix\.system"):
+        check_megatron_dir(evil)
+    with pytest.raises(ValueError, match=r"common\.pt is missing"):
+        check_megatron_dir(checkpoint(tmp_path / "w", key="common_states"))
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch.distributed
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
@@ -117,11 +119,18 @@ class Checkpointer:
         """Loads the weights and the optimizer's state of what `newest` has found.
 
         Raises:
-            ValueError: it belongs to another kind of optimizer, asks for code that no checkpoint has, or is truncated.
+            ValueError: it belongs to another kind of optimizer, asks for code that no checkpoint has, is truncated, or
+                was written by a newer Megatron-Core.
         """
         path = self._path(progress.step)
         check_megatron_dir(path)
-        then = dist_checkpointing.load_common_state_dict(str(path))["distributed_optimizer"]
+        try:
+            then = dist_checkpointing.load_common_state_dict(str(path))["distributed_optimizer"]
+        except CheckpointingException as error:
+            raise ValueError(
+                f"{path} was written by a newer Megatron-Core than {version('megatron-core')}, which does not read it "
+                f"({error}). Go on where it was written, or export its weights: megatron-sr1 convert megatron-to-hf."
+            ) from error
         now = policy.config.layout.distributed_optimizer
         if then != now:
             raise ValueError(

@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megatron_sr1.platform.torch_private import METADATA_CLASSES
 
 METADATA = ".metadata"
-COMMON = "common.pt"
+COMMON = "common.pt"  # what is no tensor; from 0.19 on Megatron-Core stores it among the tensors, as _COMMON_OBJECT
+_COMMON_OBJECT = "common_state/shard_"
 FORMAT = "metadata.json"
 BACKEND = "torch_dist"
 _CLASSES = (
@@ -79,12 +80,9 @@ def read_metadata(folder: Path) -> Metadata:
         ValueError: no such checkpoint, another format, a file that is corrupt or asks for a class it should not.
     """
     path = folder / METADATA
-    for file in (folder / FORMAT, path, folder / COMMON):
+    for file in (folder / FORMAT, path):
         if not file.is_file():
-            raise ValueError(
-                f"{folder} is no complete Megatron checkpoint: {file.name} is missing. Give a folder that "
-                "hf-to-megatron or a training run has written."
-            )
+            raise _incomplete(folder, file.name)
     try:
         backend = json.loads((folder / FORMAT).read_text(encoding="utf-8"))["sharded_backend"]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
@@ -98,7 +96,16 @@ def read_metadata(folder: Path) -> Metadata:
         raise ValueError(f"{path} is corrupt ({error!r}). Copy the checkpoint again.") from error
     if not isinstance(found, Metadata):
         raise ValueError(f"{path} holds a {type(found).__name__} where a checkpoint's metadata belongs.")
+    if not (folder / COMMON).is_file() and not any(key.startswith(_COMMON_OBJECT) for key in found.state_dict_metadata):
+        raise _incomplete(folder, COMMON)
     return found
+
+
+def _incomplete(folder: Path, name: str) -> ValueError:
+    return ValueError(
+        f"{folder} is no complete Megatron checkpoint: {name} is missing. Give a folder that hf-to-megatron or a "
+        "training run has written."
+    )
 
 
 def check_megatron_dir(folder: str | Path) -> Metadata:
@@ -110,7 +117,8 @@ def check_megatron_dir(folder: str | Path) -> Metadata:
     """
     folder = Path(folder)
     found = read_metadata(folder)
-    _check_object(folder / COMMON, (folder / COMMON).read_bytes())
+    if (folder / COMMON).is_file():  # Megatron-Core reads it wherever it is
+        _check_object(folder / COMMON, (folder / COMMON).read_bytes())
     for index, place in found.storage_data.items():
         path = folder / place.relative_path
         if Path(place.relative_path).name != place.relative_path:
