@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from importlib.metadata import version
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from tests.source_tree import PACKAGE, REPOSITORY, imports, private_names, read_modules
 
+_IS_NEWER = Version(version("megatron-core")) >= Version("0.19")
+_QUEUE_GETTER = "get_write_results_queue" if _IS_NEWER else "_get_write_results_queue"
 LIBRARIES = ("torch", "megatron", "vllm", "transformers", "triton")
 DEFINED = [  # module:name
     "torch.distributed.checkpoint.filesystem:_StorageInfo",
@@ -50,7 +54,7 @@ USED = [  # names that are replaced, or that instances alone have: module:functi
     ),
     ("megatron.core.transformer.moe.moe_utils:RouterGatingLinearFunction.forward", "te_general_gemm"),
     (
-        "megatron.core.dist_checkpointing.strategies.filesystem_async:_get_write_results_queue",
+        f"megatron.core.dist_checkpointing.strategies.filesystem_async:{_QUEUE_GETTER}",
         "_results_queue",
     ),
     ("vllm.distributed.device_communicators.cpu_communicator:_CPUSHMDistributed.__init__", "make_group_name"),

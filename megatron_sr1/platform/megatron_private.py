@@ -1,7 +1,8 @@
 """Names of Megatron-Core that are not its public interface, each with what it is for and why no public name does.
 
-Seen in megatron-core 0.16.1. No other file of the package uses such a name; tests/test_private_names.py finds the ones
-that an upgrade has moved. It imports Megatron-Core, so import it after, or while, `start_platform()` runs.
+Seen in megatron-core 0.16.1 and 0.19.2. No other file of the package uses such a name; tests/test_private_names.py
+finds the ones that an upgrade has moved. It imports Megatron-Core, so import it after, or while, `start_platform()`
+runs.
 """
 
 from __future__ import annotations

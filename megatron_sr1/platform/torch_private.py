@@ -1,7 +1,7 @@
 """Names of torch that are not its public interface, each with what it is for and why no public name does.
 
-Seen in torch 2.13.0. No other file of the package uses such a name; tests/test_private_names.py finds the ones that an
-upgrade has moved.
+Seen in torch 2.13.0 and 2.14.0. No other file of the package uses such a name; tests/test_private_names.py finds the
+ones that an upgrade has moved.
 """
 
 from __future__ import annotations

