@@ -82,7 +82,7 @@ $(LAUNCH)/.installed: setup.py pyproject.toml $(STALE_LAUNCH)
 setup-gpu: $(GPU)/.installed ## make .venv-gpu with everything for GPUs: Linux, Python 3.12, 10 GB
 
 # constraints-gpu.txt is complete and hashed: nothing is resolved, and what has another hash is refused.
-install = $(if $(UV),$(UV) pip install --python $(1)/bin/python,$(1)/bin/pip install) --no-deps
+install = $(if $(UV),$(UV) pip install --compile-bytecode --python $(1)/bin/python,$(1)/bin/pip install) --no-deps
 install_pinned = $(install) --require-hashes
 install_project = $(install) --no-build-isolation --editable .
 IS_PINNED_MACHINE = [ "$$(uname -sm)" = "Linux x86_64" ] \
@@ -113,6 +113,24 @@ $(GPU)/.installed: constraints-gpu.txt setup.py pyproject.toml $(STALE_GPU)
 	  || { $(call not_filled,$(GPU),setup-gpu); $(if $(STALE_GPU),rm -rf $(GPU);) exit 1; }
 	@touch $@
 	@echo "== ready: $(GPU)/bin/megatron-sr1 --help"
+
+contracts: $(CONTRACTS)/.installed ## what is used of the GPU packages, asked of them without a GPU: 10 GB, half an hour
+	TE_SOURCE=$(CONTRACTS)/te_source $(CONTRACTS)/bin/python -m tests.contracts --out docs/contracts.txt
+
+# The same packages but Transformer Engine, which without its part for torch breaks Megatron-Core's import: its Python
+# source lies beside, to be read.
+$(CONTRACTS)/.installed: constraints-gpu.txt setup.py pyproject.toml $(STALE_CONTRACTS)
+	@$(IS_PINNED_MACHINE)
+	@$(if $(STALE_CONTRACTS),$(call new_venv_gpu,$(CONTRACTS),contracts))
+	@echo "== filling $(CONTRACTS): 10 GB"
+	@grep -v '^transformer-engine' constraints-gpu.txt > $(CONTRACTS)/first.txt
+	@grep '^transformer-engine==' constraints-gpu.txt > $(CONTRACTS)/read.txt
+	@rm -rf $(CONTRACTS)/te_source
+	$(call install_pinned,$(CONTRACTS)) --requirement $(CONTRACTS)/first.txt \
+	  && $(call install_pinned,$(CONTRACTS)) --target $(CONTRACTS)/te_source --requirement $(CONTRACTS)/read.txt \
+	  && $(call install_project,$(CONTRACTS)) && $(call check,$(CONTRACTS)) \
+	  || { $(call not_filled,$(CONTRACTS),contracts); $(if $(STALE_CONTRACTS),rm -rf $(CONTRACTS);) exit 1; }
+	@touch $@
 
 test: setup launch-env lint ## lint, then every test, about 25 minutes on two cores; GPU tests are skipped without a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

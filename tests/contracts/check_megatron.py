@@ -1,0 +1,80 @@
+"""What the policy and the memory estimate rely on in the Megatron-Core for GPUs: the layers' configuration of every
+recipe, the rule of buckets, and what a checkpoint gathers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+
+from megatron_sr1.config import load_config
+from tests.model_zoo import create_family
+from tests.policy_cases import built
+from tests.ranks import run_ranks
+from tests.source_tree import REPOSITORY
+
+RECIPES = sorted((REPOSITORY / "examples" / "recipes").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.parent.name != "base"], ids=str)
+def test_a_recipe_s_layers_are_configured(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron-Core's own checks of the fields, as for Transformer Engine's layers."""
+    monkeypatch.chdir(REPOSITORY)
+    from megatron_sr1.platform import start_platform
+
+    start_platform()
+    from megatron_sr1.policy.read import read_architecture
+    from megatron_sr1.policy.transformer_config import transformer_config
+
+    config = load_config(path, [])
+    model = REPOSITORY / "examples" / "models" / Path(config.model.hf_dir).name
+    architecture = read_architecture(str(model))
+    made = transformer_config(architecture, config, spec="te", on_cpu=False)
+    assert made.num_layers == architecture.num_layers and made.bf16
+
+
+def _one_bucket_each(rank: int, num_ranks: int, model_dir: str) -> None:
+    with built(model_dir, ["layout.distributed_optimizer=true"]) as (policy, config):
+        from megatron_sr1.estimate.state import GRADIENT_BYTES, gathered_bytes
+        from megatron_sr1.policy.parameter_counts import count_model
+
+        (wrapped,) = policy.model
+        assert not wrapped.ddp_config.overlap_grad_reduce and wrapped.bucket_size is None
+        (buffer,) = wrapped.buffers
+        (bucket,) = buffer.buckets
+        assert bucket.grad_data.numel() == buffer.grad_data.numel() and not wrapped.expert_parallel_buffers
+        count = count_model(model_dir)
+        padding = buffer.grad_data.numel() / count.total
+        assert 1 <= padding < 1.05
+
+        gathered = []
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("gather", "all_gather"):
+                patch.setattr(torch.distributed, name, _noting(name, gathered))
+            policy.sharded_state(loading=False)
+        assert gathered, "the optimizer's state is gathered by a call of torch.distributed"
+        held = max(received + sent for received, sent in gathered)
+        assert held == GRADIENT_BYTES * buffer.grad_data.numel() * (1 + 1 / num_ranks), "all of it at once, and a share"
+        flat = GRADIENT_BYTES * count.total  # as the collective may copy it
+        assert gathered_bytes(count, config) == pytest.approx(held / padding + flat, rel=0.01)
+
+
+def _noting(name: str, gathered: list[tuple[int, int]]) -> Any:
+    """The collective, which also notes the bytes that it receives and sends."""
+    collective, is_tensor = getattr(torch.distributed, name), torch.is_tensor
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        given = (*arguments, *options.values())
+        received = sum(part.nbytes for value in given if isinstance(value, list) for part in value if is_tensor(part))
+        gathered.append((received, sum(value.nbytes for value in given if is_tensor(value))))
+        return collective(*arguments, **options)
+
+    return call
+
+
+def test_without_overlap_the_gradients_are_one_bucket_that_a_checkpoint_gathers_whole(tmp_path: Path) -> None:
+    """What `estimate/state.py` counts for the checkpoint phase, observed in a save of two ranks."""
+    run_ranks(2, _one_bucket_each, str(create_family(tmp_path, "qwen2_5_vl_tied")))
