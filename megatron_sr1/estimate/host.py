@@ -3,6 +3,7 @@
 offload     optimizer state and reference, pinned, once a first rollout has sent them there (config.offload)
 checkpoint  fp32 weights and both moments of what the first of its replicas gathers to write: m * 12 bytes a rank
 images      of a step's prompts, decoded, on every rank: as if half of the longest sequence were visual tokens
+patches     of the last images, which wait between an engine's use and the trainer's
 read ahead  data.prefetch_mib a rank
 processes   interpreter, libraries, CUDA's own, worker threads: taken as given, not derived
 """
@@ -15,6 +16,7 @@ from megatron_sr1.config import Config, typical_tokens
 from megatron_sr1.estimate.machine import GIB, Machine
 from megatron_sr1.estimate.state import GRADIENT_BYTES, TrainerState
 from megatron_sr1.policy.architecture import Architecture
+from megatron_sr1.processor import KEPT_PATCHES
 
 PROCESS_GIB = 8.0
 _WRITTEN = 3  # fp32 weights and two moments
@@ -44,6 +46,7 @@ def host_bytes(
         token_pixels = (vision.patch_size * vision.spatial_merge_size) ** 2
         first, _ = typical_tokens(config.rollout)
         found["images"] = ranks * config.rollout.prompts_per_step * first * 3 * token_pixels
+        found["patches"] = ranks * KEPT_PATCHES * 3 * vision.temporal_patch_size * vision.patch_size**2
     found["read ahead"] = ranks * (config.data.prefetch_mib << 20)
     found["processes"] = ranks * PROCESS_GIB * GIB
     return found

@@ -4,6 +4,9 @@ Megatron sends a bucket as soon as each of its parameters has had as many gradie
 tower has none in a row of text, which another replica's row at the same time need not be: its buckets are sent after
 backward instead, in one order on every rank. Only the first pipeline stage cuts its gradients in buckets; Megatron
 leaves the others', which nothing waits for, in one.
+
+Weights are gathered at the end of an update, not in the next forward: Megatron's hooks see the parameters of modules
+that are called, and the head's weight goes to a kernel.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from megatron_sr1.prompts import find_description
 from megatron_sr1.rollout.plan import PassPrompt, Planner, check_same_ids
@@ -20,6 +21,7 @@ from megatron_sr1.rollout.seeds import request_seed
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, Sampling
 
 SUBMITTED_AT_A_TIME = 16  # requests, between two steps of the engine
+PREPARED_AHEAD = 32  # plans whose images are begun; more would not be kept until they are submitted
 
 
 @dataclass(frozen=True)
@@ -103,20 +105,20 @@ class PassRequests:
 
     def _possible(self) -> deque[list[_Request]]:
         """Everything that is open, or behind a barrier the first passes alone while there are some; the requests of a
-        plan together. Their images are begun to be prepared, in this order."""
+        plan together."""
         requests = list(self._open.values())
         firsts = [request for request in requests if request.plan.pass_name == "first"]
         siblings: dict[int, list[_Request]] = {}
         for request in firsts if firsts and not self._streamed else requests:
             siblings.setdefault(id(request.plan), []).append(request)
-        for first, *_ in siblings.values():
-            for image in first.plan.images:
-                self._processor.encode_image(image).patches.start()
         return deque(siblings.values())
 
     def _submit_some(self, engine: TokenEngine, waiting: deque[list[_Request]]) -> None:
         """The next ones, so that the engine decodes while images are prepared. How many does not depend on what is
         ready: the ranks of an engine must submit the same before a step."""
+        for first, *_ in islice(waiting, PREPARED_AHEAD):
+            for image in first.plan.images:
+                self._processor.encode_image(image).patches.start()
         submitted = 0
         while waiting and submitted < SUBMITTED_AT_A_TIME:
             requests = waiting.popleft()
