@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
+import torch.utils.deterministic as allocations
 
 # Transformer Engine looks at the first when it chooses an attention kernel, and Megatron-Core asks for it; cuBLAS sums
 # in a fixed order only with a workspace of a fixed size
@@ -27,4 +29,5 @@ def make_deterministic() -> None:
                 f"{value!r}. Unset the variable, or set precision.deterministic to false."
             )
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # engines read caches of which they use a part
+    filling: Any = allocations
+    filling.fill_uninitialized_memory = False  # engines read caches of which they use a part

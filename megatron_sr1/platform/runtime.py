@@ -61,7 +61,7 @@ class Platform:
         Args:
             longest: how long the others may have to wait for it, where that is more than for anything else.
         """
-        patient = None if longest is None else torch.distributed.new_group(backend="gloo", timeout=longest)
+        patient: Any = None if longest is None else torch.distributed.new_group(backend="gloo", timeout=longest)
         outcome: list[tuple[Any, str]] = []
         if self.is_main:
             try:

@@ -46,7 +46,7 @@ def wrap_chunks(
         )
         for number, chunk in enumerate(chunks)
     ]
-    schedule = chunks[0].config
+    schedule: Any = chunks[0].config
     schedule.finalize_model_grads_func = partial(add_gradients, tensor_group=groups.tensor)
     no_sync = [model.no_sync for model in wrapped]
     schedule.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -77,14 +77,15 @@ def add_gradients(
     finalize_model_grads(model, num_tokens=None, **options)
     if tensor_group.size() == 1:
         return
-    shares = [parameter.main_grad for chunk in model for parameter in _vision(chunk)]
+    vision: Any = [parameter for chunk in model for parameter in _vision(chunk)]
+    shares = [parameter.main_grad for parameter in vision]
     requests = [torch.distributed.all_reduce(share, group=tensor_group, async_op=True) for share in shares]
     for request in requests:
         request.wait()
 
 
-def _vision(chunk: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
-    """The trained parameters of the vision tower."""
-    for name, parameter in chunk.module.named_parameters():
+def _vision(wrapped: Any) -> Iterator[torch.nn.Parameter]:
+    """The trained parameters of the vision tower, of a chunk that is wrapped."""
+    for name, parameter in wrapped.module.named_parameters():
         if name.startswith("vision.") and parameter.requires_grad:
             yield parameter

@@ -194,14 +194,17 @@ class Engine:
             ValueError: there are not as many runs as images.
         """
         if images:
-            return prepared_prompt(prompt_ids, images, self._model.config.image_token_id)
-        (prepared,) = self._engine.renderer.render_cmpl([{"prompt_token_ids": list(prompt_ids)}])
+            model: Any = self._model
+            return prepared_prompt(prompt_ids, images, model.config.image_token_id)
+        engine: Any = self._engine
+        (prepared,) = engine.renderer.render_cmpl([{"prompt_token_ids": list(prompt_ids)}])
         return prepared
 
     def own_view(self, prompt_ids: Sequence[int], images: Sequence[Image]) -> OwnView:
         """What vLLM's own processing makes of a prompt with one placeholder an image, and of its images."""
         prompt = {"prompt_token_ids": list(prompt_ids), "multi_modal_data": {"image": list(images)}}
-        (prepared,) = self._engine.renderer.render_cmpl([prompt])
+        engine: Any = self._engine
+        (prepared,) = engine.renderer.render_cmpl([prompt])
         return OwnView(
             tuple(prepared["prompt_token_ids"]),
             [
