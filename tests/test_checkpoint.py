@@ -97,14 +97,21 @@ def _check_moves(rank: int, num_ranks: int, folder: str) -> None:
 
 
 def _check_shares(rank: int, folder: str) -> None:
-    """Two replicas write half of the checkpoint each."""
+    """Two replicas write half of the checkpoint each, and go on with other settings."""
     from megatron_sr1.training.checkpointer import Checkpointer, Progress
 
     path = Path(folder) / "shares"
-    with built(f"{folder}/qwen2_5_vl_tied", ["layout.distributed_optimizer=false"]) as (policy, _):
+    model_dir = f"{folder}/qwen2_5_vl_tied"
+    with built(model_dir, ["layout.distributed_optimizer=false"]) as (policy, config):
+        _steps(policy, config, model_dir, 1)
         made = Checkpointer(path, 1, policy.platform).save(policy, Progress(1, 8, "data", "model"))
     written = [sum(file.stat().st_size for file in made.glob(f"__{rank}_*.distcp")) for rank in range(2)]
     assert min(written) > 0.8 * max(written), written
+    others = ["layout.distributed_optimizer=false", *OTHER_SETTINGS]
+    with built(model_dir, others, num_optimizer_steps=2) as (policy, config):
+        checkpoints = Checkpointer(path, 1, policy.platform)
+        checkpoints.restore(policy, Progress(1, 8, "data", "model"))
+        assert {group["max_lr"] for group in policy.optimizer.param_groups} == {config.optimizer.lr}
 
 
 # learning rates, schedule and all else of the optimizer, other than what the checkpoint was saved with

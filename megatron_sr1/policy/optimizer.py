@@ -20,6 +20,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_sr1.config import OptimizerConfig, PrecisionConfig
 from megatron_sr1.platform.precision import compute_dtype
 
+# what a group of parameters is, whatever its learning rate
+_KIND = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "default_config")
+
 
 def build_optimizer(
     config: OptimizerConfig,
@@ -105,6 +108,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
     parts = _parts(optimizer)
     states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
     for part, part_state in zip(parts, states, strict=True):
+        _give_own_settings(part, part_state)
         if not (isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW)):
             part.load_state_dict(part_state)
             continue
@@ -117,6 +121,21 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
     prepare_adam_state(optimizer)
+
+
+def _give_own_settings(part: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Has the saved groups of parameters say what the groups here say. From 0.19 on Megatron-Core finds one by the
+    other through learning rates and weight decay, too, which a configuration may change from one start to the next."""
+    state = state if "param_groups" in state else state["optimizer"]
+    saved = state["param_groups"]
+    if isinstance(part, DistributedOptimizer):  # saves them without parameters; all groups have taken the same steps
+        steps = [{"step": group["step"]} for group in saved if group.get("step") is not None]
+        state["param_groups"] = [_settings(group) | (steps[0] if steps else {}) for group in part.param_groups]
+        return
+    for group in saved:
+        same = [own for own in part.param_groups if all(own.get(key) == group.get(key) for key in _KIND)]
+        if len(same) == 1:
+            group.update(_settings(same[0]))
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
