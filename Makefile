@@ -114,7 +114,7 @@ $(GPU)/.installed: constraints-gpu.txt setup.py pyproject.toml $(STALE_GPU)
 	@touch $@
 	@echo "== ready: $(GPU)/bin/megatron-sr1 --help"
 
-contracts: $(CONTRACTS)/.installed ## what is used of the GPU packages, asked of them without a GPU: 10 GB, half an hour
+contracts: $(CONTRACTS)/.installed ## what is used of the GPU packages, asked of them without a GPU: 10 GB, a quarter of an hour
 	TE_SOURCE=$(CONTRACTS)/te_source $(CONTRACTS)/bin/python -m tests.contracts --out docs/contracts.txt
 
 # The same packages but Transformer Engine, which without its part for torch breaks Megatron-Core's import: its Python

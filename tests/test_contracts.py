@@ -141,3 +141,16 @@ def test_every_file_of_contracts_is_asked_and_none_is_collected_here() -> None:
     assert own <= set(asked) and len(set(asked)) == len(asked)
     assert all((REPOSITORY / file).is_file() for file in asked)
     assert not list((REPOSITORY / "tests" / "contracts").glob("test_*.py"))
+
+
+def test_the_kept_output_is_of_the_pinned_versions_and_nothing_in_it_is_broken() -> None:
+    text = (REPOSITORY / "docs" / "contracts.txt").read_text()
+    pins = dict(
+        line.split()[0].split("==")
+        for line in (REPOSITORY / "constraints-gpu.txt").read_text().splitlines()
+        if "==" in line
+    )
+    for name in (*contracts.PACKAGES, "transformer-engine"):
+        assert f"{name} {pins[name]}" in text, "run make contracts: constraints-gpu.txt has changed"
+    assert "BROKEN" not in text and text.rstrip().endswith(", 0 broken")
+    assert not any(word in text for word in ("/root", "/home", "/tmp", "/work"))

@@ -12,7 +12,6 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.contracts.te_source import FOLDER
+from tests.contracts.te_source import te_version
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 OWN, TESTS = "tests/contracts/check_{}.py", "tests/test_{}.py"
@@ -77,12 +76,6 @@ def ask(files: Iterable[str]) -> tuple[list[Contract], bool]:
         status = subprocess.run(words, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         found = contracts(xml.parse(report).getroot()) if report.is_file() else []
     return found, status in (0, 1) and bool(found)
-
-
-def te_version() -> str:
-    """Of the source that is read."""
-    (folder,) = FOLDER.glob("transformer_engine-*.dist-info")
-    return re.findall(r"-([\d.]+)\.dist-info", folder.name)[0]
 
 
 def report(groups: dict[str, list[Contract]], today: datetime.date) -> Iterator[str]:

@@ -9,44 +9,50 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
+from packaging.version import Version
 
 from megatron_sr1.config import load_config
+from tests.contracts.te_source import te_version
 from tests.model_zoo import create_family
 from tests.policy_cases import built
 from tests.ranks import run_ranks
 from tests.source_tree import REPOSITORY
 
-RECIPES = sorted((REPOSITORY / "examples" / "recipes").glob("*/*.yaml"))
+FOLDER = REPOSITORY / "examples" / "recipes"
+RECIPES = [str(path.relative_to(FOLDER)) for path in sorted(FOLDER.glob("*/*.yaml")) if path.parent.name != "base"]
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.parent.name != "base"], ids=str)
-def test_a_recipe_s_layers_are_configured(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron-Core's own checks of the fields, as for Transformer Engine's layers."""
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_s_layers_are_configured(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron-Core's own checks of the fields, as with the pinned Transformer Engine and its fused rotation."""
     monkeypatch.chdir(REPOSITORY)
     from megatron_sr1.platform import start_platform
 
     start_platform()
+    from megatron.core import utils
+    from megatron.core.models.common.embeddings import rope_utils
+
+    monkeypatch.setattr(utils, "get_te_version", lambda: Version(te_version()))
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", lambda: None)
     from megatron_sr1.policy.read import read_architecture
     from megatron_sr1.policy.transformer_config import transformer_config
 
-    config = load_config(path, [])
+    config = load_config(FOLDER / recipe, [])
     model = REPOSITORY / "examples" / "models" / Path(config.model.hf_dir).name
     architecture = read_architecture(str(model))
     made = transformer_config(architecture, config, spec="te", on_cpu=False)
-    assert made.num_layers == architecture.num_layers and made.bf16
+    assert made.num_layers == architecture.num_layers and made.bf16 and made.apply_rope_fusion
 
 
-def _one_bucket_each(rank: int, num_ranks: int, model_dir: str) -> None:
+def _one_bucket_each(rank: int, num_ranks: int, model_dir: str, count: Any) -> None:
     with built(model_dir, ["layout.distributed_optimizer=true"]) as (policy, config):
         from megatron_sr1.estimate.state import GRADIENT_BYTES, gathered_bytes
-        from megatron_sr1.policy.parameter_counts import count_model
 
         (wrapped,) = policy.model
         assert not wrapped.ddp_config.overlap_grad_reduce and wrapped.bucket_size is None
         (buffer,) = wrapped.buffers
         (bucket,) = buffer.buckets
         assert bucket.grad_data.numel() == buffer.grad_data.numel() and not wrapped.expert_parallel_buffers
-        count = count_model(model_dir)
         padding = buffer.grad_data.numel() / count.total
         assert 1 <= padding < 1.05
 
@@ -77,4 +83,7 @@ def _noting(name: str, gathered: list[tuple[int, int]]) -> Any:
 
 def test_without_overlap_the_gradients_are_one_bucket_that_a_checkpoint_gathers_whole(tmp_path: Path) -> None:
     """What `estimate/state.py` counts for the checkpoint phase, observed in a save of two ranks."""
-    run_ranks(2, _one_bucket_each, str(create_family(tmp_path, "qwen2_5_vl_tied")))
+    from megatron_sr1.policy.parameter_counts import count_model
+
+    model_dir = str(create_family(tmp_path, "qwen2_5_vl_tied"))
+    run_ranks(2, _one_bucket_each, model_dir, count_model(model_dir))

@@ -26,6 +26,12 @@ def read_module(name: str) -> ast.Module:
     raise ModuleNotFoundError(f"{name}: not in {FOLDER}")
 
 
+def te_version() -> str:
+    """The version whose source is read."""
+    (folder,) = FOLDER.glob("transformer_engine-*.dist-info")
+    return folder.name.removeprefix("transformer_engine-").removesuffix(".dist-info")
+
+
 def find(name: str) -> tuple[str, ast.ClassDef | ast.FunctionDef] | None:
     """The module and definition of a dotted name, followed through the imports of the modules between; None without."""
     module, _, last = name.rpartition(".")
