@@ -29,7 +29,10 @@ GROUPS = {
     "private names": [TESTS.format("private_names")],
     "vLLM": [OWN.format("vllm"), TESTS.format("engine_arguments")],
     "Transformer Engine's source": [OWN.format("transformer_engine")],
-    "Megatron-Core on a CPU": [OWN.format("megatron"), *map(TESTS.format, ("policy", "layouts", "checkpoint"))],
+    "Megatron-Core on a CPU": [
+        OWN.format("megatron"),
+        *map(TESTS.format, ("policy", "gradients", "layouts", "checkpoint")),
+    ],
 }
 PACKAGES = ("torch", "vllm", "megatron-core", "transformers", "triton")
 
