@@ -5,8 +5,9 @@ tower has none in a row of text, which another replica's row at the same time ne
 backward instead, in one order on every rank. Only the first pipeline stage cuts its gradients in buckets; Megatron
 leaves the others', which nothing waits for, in one.
 
-Weights are gathered at the end of an update, not in the next forward: Megatron's hooks see the parameters of modules
-that are called, and the head's weight goes to a kernel.
+Weights are gathered at the end of an update, not in the next forward (`overlap_param_gather`): Megatron's hooks would
+send them in the order in which a replica calls its modules, and a row of text calls no vision tower, so replicas would
+meet in different collectives. They do not see the head's weight either, which goes to a kernel.
 """
 
 from __future__ import annotations
