@@ -30,6 +30,8 @@ _DATES = tuple(
         rf"(?:the\s)?{_DAY}\s(?:of\s)?{_MONTH}(?:,?\s(?P<year>\d{{4}}))?",
         r"(?P<year>\d{4})[-/.年]\s?(?P<number>\d{1,2})[-/.月]\s?(?P<day>\d{1,2})日?",
         r"(?P<number>\d{1,2})/(?P<day>\d{1,2})/(?P<year>\d{4})",
+        rf"(?:in\s)?{_MONTH},?\s(?:of\s)?(?P<year>\d{{4}})",
+        r"(?P<year>\d{4})年\s?(?P<number>\d{1,2})月",
     )
 )
 
@@ -44,7 +46,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Date:
-    """`year` is 0 where it is not said."""
+    """`year` and `day` are 0 where they are not said."""
 
     year: int
     month: int
@@ -96,16 +98,16 @@ def _clock(hour: int, minute: int, second: int, half: str) -> Clock | None:
 
 
 def read_date(text: str) -> Date | None:
-    """Day and month, and the year where it is said. Of three numbers the first is the month where it can be."""
+    """The month, with its day, its year or both. Of three numbers the first is the month where it can be."""
     for pattern in _DATES:
         match = pattern.fullmatch(text)
         if match is None:
             continue
         fields = match.groupdict()
         month = _MONTHS[fields["month"][:3].lower()] if fields.get("month") else int(fields["number"])
-        day = int(fields["day"])
-        if month > 12 >= day:
+        day = int(fields.get("day", 0))
+        if month > 12 >= day > 0:
             month, day = day, month
-        if 1 <= month <= 12 and 1 <= day <= 31:
+        if 1 <= month <= 12 and ("day" not in fields or 1 <= day <= 31):
             return Date(int(fields["year"] or 0), month, day)
     return None

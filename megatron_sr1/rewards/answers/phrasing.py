@@ -11,15 +11,17 @@ from megatron_sr1.rewards.answers.rewrites import Rewrites
 from megatron_sr1.rewards.answers.spelling import strip_ends
 
 _SO = r"(?:(?:so|therefore|thus|hence|then|finally|in total)\b,? )?"
+_PICTURE = "(?:image|picture|photo|figure|diagram|chart|graph)"
 _INTRODUCTIONS = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         _SO + r"(?:the|my|our|this) (?:(?!(?:wrong|incorrect|false|not|never|least|except)\b)[a-z'-]+ ){1,6}?"
         r"(?:is|are|was|were|equals)\b:? ?",
         _SO + r"(?:(?:the|my) )?(?:(?:final|correct|right) )?answers?(?: is| are)?(?: ?[:=] ?| )",
-        _SO + r"(?:there (?:is|are|was|were)|it (?:is|was|equals)|it's|they are|i (?:count|see|choose|pick)"
+        _SO + r"(?:there (?:is|are|was|were)|it (?:is|was|equals)|it's|they are|i (?:can )?(?:count|see|choose|pick)"
         r"|we (?:get|have|find))\b ?",
         r"(?:about|approximately|approx\.?|around|roughly|circa|exactly|equal to|(?:a )?total of)(?![a-z]) ?",
+        rf"(?:the|this) {_PICTURE} (?:shows|contains|depicts|displays) (?!only\b)",
         r"(?:nearly|almost) (?=[\d$€£\\-])",
         r"[=≈~:] ?",
         r"(?:所以|因此|故|则)?,? ?(?:正确|最终)?的?(?:答案|结果|选项|答|解)(?:应该|应)?(?:是|为|选|[:=]| )+(?=.)",
@@ -31,6 +33,7 @@ _ENDINGS = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         r" ?\((?:approximately|approx\.?|about|exactly|rounded[^()]*)\)$",
+        rf" (?:is|are) (?:visible|shown|seen|pictured|depicted|displayed)(?: in the {_PICTURE})?$",
         r",? (?:approximately|in total|altogether|of (?:them|these|those)|左右)$",
         r"(?<=[\w)]) \((?!(?:or|and|wrong|incorrect|false|no|maybe)\b)"
         r"(?:not\b[^()]*|[^\W\d_][^()\d=<>]+)\)$",  # B (not A); Paris (France)

@@ -59,6 +59,7 @@ _WHOLE = Rewrites.of(
     (r"^(\d+) (?:in|out of) (\d+)$", r"\1/\2"),
     (r"(?<=\d) ?N[ -]?m$", " N·m"),
     (r"^(?:#|No\. ?|Number |number )(?=\d+$)", ""),
+    (r"^(?:[Ii]n )?(?:(?:[Tt]he )?[Yy]ear )?(?=[12]\d{3}$)", ""),
     (r"^Mt\.? (?=[A-Z])", "Mount "),
     (r"(?<=\d )BCE$", "BC"),
     (r"^AD (\d+)$", r"\1 AD"),

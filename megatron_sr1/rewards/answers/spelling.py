@@ -52,7 +52,7 @@ _BEFORE_NFKC = str.maketrans(
     | dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff", "")  # have no width
 )
 _UNIFY = str.maketrans(
-    dict.fromkeys("−–—‐‑‒―", "-") | dict.fromkeys("“”„«»「」『』《》", '"') | dict.fromkeys("‘’‚‛", "'")
+    dict.fromkeys("−–—‐‑‒―", "-") | dict.fromkeys("“”„«»「」『』《》", '"') | dict.fromkeys("‘’‚‛", "'") | {"∕": "/"}
 )
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 _VULGAR_FRACTION = re.compile("[¼½¾⅐-⅞]")
