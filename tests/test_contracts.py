@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import datetime
 import inspect
+import re
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
@@ -153,4 +154,4 @@ def test_the_kept_output_is_of_the_pinned_versions_and_nothing_in_it_is_broken()
     for name in (*contracts.PACKAGES, "transformer-engine"):
         assert f"{name} {pins[name]}" in text, "run make contracts: constraints-gpu.txt has changed"
     assert "BROKEN" not in text and text.rstrip().endswith(", 0 broken")
-    assert not any(word in text for word in ("/root", "/home", "/tmp", "/work"))
+    assert not re.search(r"(^|\s)/\w", text), "a place on the machine that wrote it"

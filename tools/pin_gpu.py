@@ -1,6 +1,6 @@
 """Writes constraints-gpu.txt: every version of the gpu extra, its dependencies and the tests', each with its hashes.
 
-uv resolves it, for Linux on x86-64 and Python 3.12, whatever this machine is:
+uv resolves it, for Linux on x86-64 and Python 3.12, wherever it runs:
 
     python tools/pin_gpu.py      # again when pyproject.toml changes; then `make contracts`
 """
