@@ -95,7 +95,7 @@ def _walk(rank: int, num_ranks: int, folder: str) -> None:
             torch.save(_train(place, ("layout.gradient_bucket=1000000000",)), f"{place}.pt")
             continue
         expected = torch.load(f"{place}.pt", weights_only=False)
-        for layout in LAYOUTS[num_ranks]:
+        for layout in LAYOUTS[num_ranks] if num_ranks == 2 or family != "qwen3_vl" else ():
             name = f"{family} {layout}"
             found = _train(place, (BUCKET, *layout))
             assert found["norms"] == pytest.approx(expected["norms"], rel=TOLERANCE), name
