@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from megatron_sr1.config import BATCHED_TOKENS, Config, LayoutConfig, graph_sizes, kv_token_bytes, running_requests
 from megatron_sr1.policy.architecture import Architecture
-from megatron_sr1.policy.parameter_counts import count_model, count_stages
+from megatron_sr1.policy.parameter_counts import count_stages
 
 _LOGIT_COPIES = 3  # logits, processed logits and log-probs of a step
 _GRAPH_BYTES = 16 << 20  # of a captured decoding step: what its launches take; taken as given, not derived
@@ -70,8 +70,7 @@ def _encoder_bytes(model: Architecture, values: int) -> int:
 
 def engine_parameters(hf_dir: str, model: Architecture, ranks: int) -> int:
     """Parameters on one of the `ranks` of an engine."""
-    whole = count_model(hf_dir)
     count = count_stages(hf_dir, LayoutConfig(tensor=ranks, sequence_parallel=ranks > 1), ranks)[0]
     experts = count.experts // ranks  # vLLM cuts every expert; Megatron counts them whole on each rank
     repeated = max(0.0, 1 - model.num_kv_heads / ranks) * 2 * model.head_dim * model.hidden_size * model.num_layers
-    return count.language - count.experts + experts + int(repeated) + whole.vision  # the ranks share images, not layers
+    return count.language - count.experts + experts + int(repeated) + count.vision  # the ranks share images, not layers
