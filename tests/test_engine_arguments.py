@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_sr1.config import ConfigError, RolloutConfig, load_config, read_hf_config
 from megatron_sr1.config.engine_arguments import _OWNED, _names_of_vllm, check_engine_arguments
 from megatron_sr1.estimate.engine import engine_bytes
 from megatron_sr1.rollout.vllm.arguments import EngineLimits, engine_arguments
+from megatron_sr1.rollout.vllm.reload import register_no_weights
 
 LIMITS = EngineLimits(8192, 100, kv_cache_gib=2.0, max_images=3, seed=7, tensor_parallel=2)
 
 
-def arguments(hf_dir: str, on_cpu: bool, **changes: Any) -> dict[str, Any]:
+def arguments(hf_dir: str, on_cpu: bool, *, filled_later: bool = False, **changes: Any) -> dict[str, Any]:
     limits = dataclasses.replace(LIMITS, **changes)
-    return engine_arguments(hf_dir, read_hf_config(hf_dir), limits, on_cpu=on_cpu, in_job=True, can_sleep=not on_cpu)
+    where = {"on_cpu": on_cpu, "in_job": True, "can_sleep": not on_cpu}
+    return engine_arguments(hf_dir, read_hf_config(hf_dir), limits, **where, filled_later=filled_later)
 
 
 def test_a_gpu_decodes_from_graphs_that_nothing_was_compiled_for(tiny_model_dir: str) -> None:
@@ -45,6 +48,21 @@ def test_the_same_is_asked_for_everywhere_but_for_what_a_platform_decides(tiny_m
     assert on_cpu["mm_encoder_tp_mode"] == "data" and on_cpu["mm_processor_cache_gb"] == 0
     assert arguments(tiny_model_dir, True, tensor_parallel=1)["mm_encoder_tp_mode"] == "weights"
     assert on_cpu["kv_cache_memory_bytes"] == 2 << 30 and on_cpu["limit_mm_per_prompt"] == {"image": 3, "video": 0}
+
+
+def test_weights_that_come_from_the_trainer_are_not_read_from_the_model_directory(tiny_model_dir: str) -> None:
+    formats = {later: arguments(tiny_model_dir, False, filled_later=later)["load_format"] for later in (False, True)}
+    assert formats[False] == "auto"
+
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+
+    register_no_weights()
+    loader = get_model_loader(LoadConfig(load_format=formats[True]))
+    model = torch.nn.BatchNorm1d(3)  # of two weights that are ones and zeros, and a buffer of ones
+    loader.download_model(None)
+    loader.load_weights(model, None)
+    assert not model.weight.any() and not model.bias.any() and bool(model.running_var.all())
 
 
 def test_the_installed_vllm_has_every_argument_and_knows_the_graphs(tiny_model_dir: str) -> None:

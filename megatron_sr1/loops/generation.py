@@ -23,12 +23,12 @@ _CANARY_SIDE = 56  # pixels: a few visual tokens for every family
 
 
 def build_generator(run: Run, weights: Callable[[], NamedTensors] | None = None) -> TwoPassGenerator:
-    """Engines on all ranks, each with the weights of `model.hf_dir` and a share of the prompts. Collective.
+    """Engines on all ranks, each with all weights and a share of the prompts. Collective.
 
     Args:
-        weights: streams the policy's present weights, collectively. They are loaded at once, and whether updates reach
-            the vision tower's images is tried (`stale_vision_canary`); later they refill engines that had to be
-            restarted. None: the engines keep those of `model.hf_dir`.
+        weights: streams the policy's present weights, collectively. The engines start with them, and whether updates
+            reach the vision tower's images is tried (`stale_vision_canary`); later they refill engines that had to be
+            restarted. None: the engines have those of `model.hf_dir`.
 
     Raises:
         ValueError: without `weights`: the tensors of `model.hf_dir` are not those of the model, see `open_tensors`, or
@@ -50,7 +50,13 @@ def build_generator(run: Run, weights: Callable[[], NamedTensors] | None = None)
         cuda_graphs=rollout.cuda_graphs,
         more=rollout.engine,
     )
-    engine = Engine(run.config.model.hf_dir, limits, checksum_every=rollout.checksum_every, sleeps=rollout.sleep)
+    engine = Engine(
+        run.config.model.hf_dir,
+        limits,
+        checksum_every=rollout.checksum_every,
+        sleeps=rollout.sleep,
+        filled_later=weights is not None,
+    )
     if weights is not None:
         engine.update_weights(weights(), 0)
         stale_vision_canary(engine, run.processor, _canary_image(), weights)

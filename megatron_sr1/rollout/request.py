@@ -53,7 +53,7 @@ class TokenEngine(WeightSink, Protocol):
     expanded already, and of its images is opaque, and may be added often. `own_view` is how the engine by itself would
     prepare a prompt with one placeholder an image.
 
-    `restart` drops all requests and everything held and reloads the model directory, as version 0; all ranks call it
+    `restart` drops all requests and everything held and starts as the engine was made, as version 0; all ranks call it
     together. Before it the ranks of one engine meet in `meet_after_fault`. `sleep` gives memory back until the next
     `update_weights`, where the platform can.
     """

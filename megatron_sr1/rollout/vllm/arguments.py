@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_sr1.config import BATCHED_TOKENS, HfConfig, graph_sizes
 
+NO_WEIGHTS = "no_weights"  # vLLM's load format of an engine whose weights come later (reload.py)
 _GIB = 2**30
 
 
@@ -26,16 +27,25 @@ class EngineLimits:
 
 
 def engine_arguments(
-    hf_dir: str, model: HfConfig, limits: EngineLimits, *, on_cpu: bool, in_job: bool, can_sleep: bool
+    hf_dir: str,
+    model: HfConfig,
+    limits: EngineLimits,
+    *,
+    on_cpu: bool,
+    in_job: bool,
+    can_sleep: bool,
+    filled_later: bool,
 ) -> dict[str, Any]:
     """The arguments of `vllm.EngineArgs`.
 
     Args:
         in_job: torch.distributed is initialised, and the engine's ranks are the job's.
         can_sleep: the engine gives its memory back between the steps.
+        filled_later: the weights of `hf_dir` are not read.
     """
     return {
         "model": hf_dir,
+        "load_format": NO_WEIGHTS if filled_later else "auto",
         "hf_overrides": _missing_keys(model),
         "dtype": "float32" if on_cpu else "bfloat16",
         **(_eager() if on_cpu or not limits.cuda_graphs else _graphs(limits.max_running_requests)),

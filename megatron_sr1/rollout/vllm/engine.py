@@ -33,7 +33,7 @@ from megatron_sr1.rollout.vllm.private import (
     stop_worker,
 )
 from megatron_sr1.rollout.vllm.prompts import prepared_prompt
-from megatron_sr1.rollout.vllm.reload import check_reloadable, reload_weights
+from megatron_sr1.rollout.vllm.reload import check_reloadable, register_no_weights, reload_weights
 from megatron_sr1.types import BANNED_LOGIT_BIAS, EncodedImage
 from megatron_sr1.weights import HfTensors
 
@@ -64,12 +64,21 @@ class Engine:
 
     fault_wait_seconds = 60.0  # for the other ranks of an engine, when one has failed
 
-    def __init__(self, hf_dir: str, limits: EngineLimits, *, checksum_every: int = 1, sleeps: bool = False) -> None:
+    def __init__(
+        self,
+        hf_dir: str,
+        limits: EngineLimits,
+        *,
+        checksum_every: int = 1,
+        sleeps: bool = False,
+        filled_later: bool = False,
+    ) -> None:
         """Loads the weights of `hf_dir`.
 
         Args:
             checksum_every: the first weight update is checked, and every n-th after it.
             sleeps: give the device memory back in `sleep`, where the platform can.
+            filled_later: read no weights; requests are refused until the first `update_weights`.
 
         Raises:
             ValueError: the ranks do not divide into engines. What vLLM raises for a bad model.
@@ -88,8 +97,9 @@ class Engine:
         if not on_cpu:  # else vLLM may fall back to its first model runner, which draws seeded tokens one by one
             os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
         self._can_sleep = sleeps and current_platform.is_sleep_mode_available()
+        self._filled_later = filled_later
         where = {"on_cpu": on_cpu, "in_job": self._in_job, "can_sleep": self._can_sleep}
-        self._arguments = engine_arguments(hf_dir, model, limits, **where)
+        self._arguments = engine_arguments(hf_dir, model, limits, **where, filled_later=filled_later)
         # vLLM compiles a few small functions even when it runs eagerly. On a CPU that takes 20 s and a C++ compiler.
         self._stance = "force_eager" if on_cpu else "default"
         self._weight_names = set(HfTensors(hf_dir, model.family).tensors)
@@ -99,11 +109,13 @@ class Engine:
         self._engine = self._start()
 
     def _start(self) -> Any:
-        """A new vLLM engine with the weights of the model directory, as version 0."""
+        """A new vLLM engine with the weights of the model directory, or none yet, as version 0."""
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
         _register_architecture(self._class_name)
+        if self._filled_later:
+            register_no_weights()
         if self._in_job and self._tensor_parallel > 1:
             _name_shared_memory()
         silence_reload_warnings()  # _complete() watches what matters
@@ -115,12 +127,13 @@ class Engine:
         (self._model,) = engine.collective_rpc("get_model")
         check_reloadable(self._model)
         self._asleep = False
+        self._is_filled = not self._filled_later
         self._weight_version = 0
         return engine
 
     def restart(self) -> None:
-        """Drops all requests and everything held, and reloads the model directory, as version 0. Collective: vLLM's
-        engines of one job agree on their memory when they start. Refill it with `update_weights`."""
+        """Drops all requests and everything held, and starts as it was made, as version 0. Refill it with
+        `update_weights`. Collective: vLLM's engines of one job agree on their memory when they start."""
         if self._in_job:
             stop_worker(self._engine)
         else:
@@ -220,8 +233,10 @@ class Engine:
         """Queues a request; it starts with the next `step`.
 
         Raises:
-            ValueError: the engine sleeps.
+            ValueError: the engine sleeps, or has no weights yet.
         """
+        if not self._is_filled:
+            raise ValueError(f"request {request_id!r} for an engine without weights. Call update_weights() first.")
         if self._asleep:
             raise ValueError(f"request {request_id!r} for an engine that sleeps. Wake it with update_weights() first.")
         from vllm import SamplingParams
@@ -286,6 +301,7 @@ class Engine:
                 f"were sent, first {wrong[0]!r}. The engine would sample from another policy."
             )
         self._num_updates += 1
+        self._is_filled = True
         self._weight_version = version
 
     def _complete(

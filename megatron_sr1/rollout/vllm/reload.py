@@ -8,9 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sr1.rollout.vllm.arguments import NO_WEIGHTS
 from megatron_sr1.rollout.vllm.private import pack_experts
 
 _CPU_EXPERT_MULTIPLE = 32  # vLLM pads an expert's width to it on a CPU
+
+
+def register_no_weights() -> None:
+    """Teaches vLLM the load format NO_WEIGHTS: parameters are zeros until `reload_weights`, and no file is read.
+
+    vLLM's own "dummy" format also draws the buffers, which no update brings back: the normalisation of pixels, the
+    scales of the KV cache. And it takes a model for tied that is not.
+    """
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    @register_model_loader(NO_WEIGHTS)
+    class _NoWeights(BaseModelLoader):
+        def download_model(self, model_config: Any) -> None:
+            """There is nothing to download."""
+
+        def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.zero_()
 
 
 def check_reloadable(model: torch.nn.Module) -> None:
