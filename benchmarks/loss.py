@@ -37,7 +37,7 @@ CANDIDATES: dict[str, Candidate] = {
     "fused triton": partial(fused_stream_loss, backend="triton"),
 }
 STREAMS = tuple(
-    RewardStream(name, "first", "response", (("acc", 1.0),), weight, 0.01, "k3")
+    RewardStream(name, "first", "response", (("acc", 1.0),), weight, clip=Clip(0.2, 0.28, 3.0))
     for name, weight in (("answer", 1.0), ("visual", 0.5))
 )
 
@@ -52,7 +52,7 @@ def make_inputs(num_tokens: int, device: str) -> LossInputs:
         "token_weights": torch.rand(len(STREAMS), num_tokens) / num_tokens,
     }
     constants = {name: value.to(device) for name, value in constants.items()}
-    return LossInputs(trainer.to(device).requires_grad_(), **constants, streams=STREAMS, clip=Clip(0.2, 0.28, 3.0))
+    return LossInputs(trainer.to(device).requires_grad_(), **constants, streams=STREAMS)
 
 
 def synchronize(inputs: LossInputs) -> None:

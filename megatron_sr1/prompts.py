@@ -31,6 +31,12 @@ TEMPLATES: Mapping[Template, str] = {
 # `cot` without an image
 TEXT_ONLY = "Reason between <think> and </think>. Finish with the answer alone inside \\boxed{}."
 
+TAGS: Mapping[Template, tuple[str, ...]] = {  # the blocks that a template asks for
+    "see_think": ("description", "think"),
+    "cot": ("think",),
+    "caption_reasoner": ("think",),
+}
+
 _TAGS = ("<description>", "</description>", "<think>", "</think>")
 _BOX = "\\boxed{"
 # A backslash takes the next character with it, so that \{ and \} are not braces.
@@ -125,19 +131,34 @@ def description_block(text: str) -> Span | None:
     return text.find("<description>"), text.find("</description>") + len("</description>")
 
 
+def tag_block(text: str, tag: str) -> Span | None:
+    """[start, end) of the one block of a tag, with its tags; None where a tag is missing, repeated or out of order."""
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    if text.count(opening) != 1 or text.count(closing) != 1:
+        return None
+    start, end = text.find(opening), text.find(closing)
+    return (start, end + len(closing)) if start < end else None
+
+
 def extract_boxed(text: str) -> str | None:
     r"""The stripped inside of the last `\boxed{}` whose braces balance, or None. Of nested boxes, the innermost."""
+    block = boxed_block(text)
+    return None if block is None else text[block[0] + len(_BOX) : block[1] - 1].strip()
+
+
+def boxed_block(text: str) -> Span | None:
+    r"""[start, end) of the box that `extract_boxed` reads, with `\boxed{` and `}`."""
     last: Span | None = None
-    open_braces: list[tuple[bool, int]] = []  # (opened by \boxed, where its inside begins)
+    open_braces: list[tuple[bool, int]] = []  # (opened by \boxed, where it begins)
     for match in _BRACE.finditer(text):
         token = match.group()
         if token == "}" and open_braces:
             is_box, start = open_braces.pop()
             if is_box and (last is None or start > last[0]):
-                last = (start, match.start())
+                last = (start, match.end())
         elif token in ("{", _BOX):
-            open_braces.append((token == _BOX, match.end()))
-    return None if last is None else text[slice(*last)].strip()
+            open_braces.append((token == _BOX, match.start()))
+    return last
 
 
 def _think_and_box(text: str, start: int) -> Reasoned | None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 PassName = Literal["first", "second"]
 Template = Literal["see_think", "cot", "caption_reasoner"]
-TokenSegment = Literal["response", "description", "reasoning"]
 Element = TypeVar("Element")
 BANNED_LOGIT_BIAS = -100.0  # the strongest that samplers accept
 MAX_ANSWER_CHARACTERS = 512  # that are graded
@@ -29,6 +28,10 @@ MAX_ASPECT = 200  # of an image's sides: transformers' `smart_resize` takes no m
 PresetName = Literal["vision_r1", "see_think", "summed", "gdpo", "vision_sr1", "perception_credit"]
 KlEstimator = Literal["k1", "k2", "k3"]
 AdvantageScope = Literal["group", "batch"]
+AdvantageKind = Literal["z_score", "centred", "leave_one_out", "batch_std"]
+Normalize = Literal["sum", "per_component"]
+Surrogate = Literal["ppo", "cispo", "sapo"]
+RatioLevel = Literal["token", "sequence"]
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 MismatchKind = Literal["none", "truncate", "mask"]
 MismatchLevel = Literal["token", "sequence"]
@@ -256,26 +259,32 @@ class LogProbs:
 
 # ---------------------------------------------------------------- the objective
 @dataclass(frozen=True)
-class RewardStream:
-    """A reward stream: which tokens are credited with which reward (Vision-SR1, eq. 6-9)."""
-
-    name: str
-    trajectory: PassName
-    tokens: TokenSegment
-    rewards: tuple[tuple[str, float], ...]  # (component of REWARDS, weight)
-    loss_weight: float = 1.0  # lambda
-    kl_coef: float = 0.01  # beta
-    kl_estimator: KlEstimator = "k3"
-    normalize: Literal["sum", "per_component"] = "sum"  # per_component: GDPO
-
-
-@dataclass(frozen=True)
 class Clip:
     """PPO ratio clipping: [1 - low, 1 + high]; `dual` (> 1) bounds the loss where the advantage is negative."""
 
     low: float = 0.2
     high: float = 0.2
     dual: float | None = None
+
+
+@dataclass(frozen=True)
+class RewardStream:
+    """A reward stream: which tokens are credited with which reward (Vision-SR1, eq. 6-9), and how."""
+
+    name: str
+    trajectory: PassName
+    tokens: str  # a segment, see `streams/segments.py`
+    rewards: tuple[tuple[str, float], ...]  # (name or import path, weight)
+    loss_weight: float = 1.0  # lambda
+    kl_coef: float = 0.01  # beta
+    kl_estimator: KlEstimator = "k3"
+    normalize: Normalize = "sum"  # per_component: GDPO
+    advantage: AdvantageKind = "z_score"
+    scope: AdvantageScope = "group"
+    aggregation: Aggregation = "token_mean"
+    surrogate: Surrogate = "ppo"
+    ratio: RatioLevel = "token"  # sequence: GSPO
+    clip: Clip = Clip()
 
 
 @dataclass(frozen=True)
@@ -289,7 +298,9 @@ class LossInputs:
     advantages: Tensor  # [S, R]
     token_weights: Tensor  # [S, R]
     streams: tuple[RewardStream, ...]
-    clip: Clip = Clip()
+    row_sequence: Tensor | None = None  # [R] int64, the response that each token is of, for ratios of whole responses
+    generator_logprobs: Tensor | None = None  # [R], of whoever drew the tokens; for losses of a user's own
+    entropy: Tensor | None = None  # [R] nats, without gradient; for losses of a user's own
 
 
 class LossFn(Protocol):
@@ -323,6 +334,3 @@ class Generator(WeightSink, Protocol):
     def sleep(self) -> None:
         """Gives its memory to the trainer until the next `update_weights`, where the platform can."""
         ...
-
-
-RewardFn = Callable[[RolloutPair, Prompt], float]

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from megatron_sr1.evaluation import Record, record_of
-from megatron_sr1.rewards.workers import grade_pairs
+from megatron_sr1.rewards import own_rewards, score_group
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, Template
 
 from .data_cases import picture
 
 MADE_OF = "0123456789abcdef"
-COMPONENTS = {"see_think": ["acc", "acc_vis", "fmt", "fmt_vis", "leak"], "cot": ["acc", "fmt_cot"]}
 
 
 def rollout(text: str, tokens: int = 5, finish_reason: Literal["stop", "length"] = "stop") -> Rollout:
@@ -48,4 +47,4 @@ def record(
         metadata["choices"] = list(choices)
     prompt = Prompt(key, f"Question {key}?", gold, images, source, metadata)
     group = RolloutGroup(0, prompt, tuple(pairs))
-    return record_of(group, template, grade_pairs(group.pairs, prompt, COMPONENTS[template]), MADE_OF, ends_chunk)
+    return record_of(group, template, score_group(group, own_rewards(template == "see_think")), MADE_OF, ends_chunk)

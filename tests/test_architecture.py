@@ -29,13 +29,14 @@ from tests.source_tree import (
 )
 
 LEVELS = {
-    0: {"__init__", "ahead", "config", "file_lock", "types"},
+    0: {"__init__", "ahead", "config", "file_lock", "import_path", "types"},
     1: {
         "data",
         "prompts",
         "rewards",
         "objective",
         "packing",
+        "streams",
         "processor",
         "chat_template",
         "metrics",
@@ -55,6 +56,7 @@ ALLOWED_SIDEWAYS = {  # within a level; a room that is not here imports no neigh
         "rewards",
     },  # what a description leads to is asked and graded as in the second pass
     "processor": {"chat_template"},
+    "streams": {"prompts", "rewards"},  # a stream is checked against what its rewards need and its pass writes
     "rewards": {"prompts"},  # one parser for the layouts, used by whoever looks into a response
     "platform": set(),
     "kernels": {"platform"},

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from megatron_sr1.config import Config, ConfigError, load_config
-from megatron_sr1.objective import PRESETS, Preset, preset_from_config
 from megatron_sr1.packing import gather_rows
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import render_cot, render_see_think
+from megatron_sr1.streams import PRESETS, Preset, preset_from_config
 from megatron_sr1.training.batches import Batcher, StreamBatch, rollout_advantages
 from megatron_sr1.types import ALONE, OneRank, Prompt, Ranks, RolloutGroup, SftSample, Template
 from tests.batch_cases import GOOD, SECOND, their_rewards, two_groups
@@ -33,7 +33,7 @@ def _streams(processor: Processor, config: Config, ranks: Ranks = ALONE) -> Stre
 def _packed(
     batcher: Batcher, config: Config, groups: list[RolloutGroup], rewards: dict[str, torch.Tensor], preset: Preset
 ) -> StreamBatch:
-    return batcher.streams(groups, rollout_advantages(groups, rewards, preset, config.objective), preset)
+    return batcher.streams(groups, rollout_advantages(groups, rewards, preset, config.objective.advantage_eps), preset)
 
 
 def _weights(batch: StreamBatch) -> list[torch.Tensor]:

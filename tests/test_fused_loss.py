@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +45,7 @@ BOTH_CLIPS = Clip(0.2, 0.3, 3.0)
 def make_inputs(
     num_tokens: int,
     streams: tuple[RewardStream, ...] = THREE,
-    clip: Clip = BOTH_CLIPS,
+    clips: Sequence[Clip] = (BOTH_CLIPS,),
     *,
     old: bool = True,
     reference: bool = True,
@@ -69,8 +70,10 @@ def make_inputs(
         ref_logprobs=trainer + 0.5 * normal(num_tokens) if reference else None,
         advantages=normal(*shape),
         token_weights=weights,
-        streams=streams if reference else tuple(replace(stream, kl_coef=0.0) for stream in streams),
-        clip=clip,
+        streams=tuple(
+            replace(stream, kl_coef=stream.kl_coef * reference, clip=clips[index % len(clips)])
+            for index, stream in enumerate(streams)
+        ),
     )
 
 
@@ -126,8 +129,12 @@ STREAMS = st.lists(
     min_size=1,
     max_size=4,
 ).map(lambda rows: tuple(make_stream(f"s{index}", *row) for index, row in enumerate(rows)))
-CLIPS = st.builds(
-    Clip, st.sampled_from([0.0, 0.2, 1.0]), st.sampled_from([0.0, 0.28, 5.0]), st.sampled_from([None, 1.3, 3.0])
+CLIPS = st.lists(  # of the streams in turn
+    st.builds(
+        Clip, st.sampled_from([0.0, 0.2, 1.0]), st.sampled_from([0.0, 0.28, 5.0]), st.sampled_from([None, 1.3, 3.0])
+    ),
+    min_size=1,
+    max_size=3,
 )
 
 
@@ -136,22 +143,22 @@ CLIPS = st.builds(
 @given(
     num_tokens=st.sampled_from([0, 1, 2, 37, 511, 513, 1100]),
     streams=STREAMS,
-    clip=CLIPS,
+    clips=CLIPS,
     old=st.booleans(),
     reference=st.booleans(),
     masked=st.sampled_from([0.0, 0.4, 1.0]),
     seed=st.integers(0, 2**31),
 )
 def test_equals_the_reference(
-    backend: LossBackend, num_tokens: int, streams: tuple, clip: Clip, **drawn: object
+    backend: LossBackend, num_tokens: int, streams: tuple, clips: list[Clip], **drawn: object
 ) -> None:
-    assert_matches_reference(make_inputs(num_tokens, streams, clip, **drawn), backend)
+    assert_matches_reference(make_inputs(num_tokens, streams, clips, **drawn), backend)
 
 
 @settings(deadline=None, max_examples=40)
-@given(streams=STREAMS, clip=CLIPS, old=st.booleans(), reference=st.booleans(), seed=st.integers(0, 2**31))
-def test_equals_the_reference_in_float64(streams: tuple, clip: Clip, **drawn: object) -> None:
-    assert_matches_reference(make_inputs(60, streams, clip, dtype=torch.float64, **drawn), "torch", 1e-13)
+@given(streams=STREAMS, clips=CLIPS, old=st.booleans(), reference=st.booleans(), seed=st.integers(0, 2**31))
+def test_equals_the_reference_in_float64(streams: tuple, clips: list[Clip], **drawn: object) -> None:
+    assert_matches_reference(make_inputs(60, streams, clips, dtype=torch.float64, **drawn), "torch", 1e-13)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_triton_kernels_in_the_interpreter")
@@ -201,8 +208,8 @@ def test_clipping_by_hand(
     old = torch.tensor([-2.0])
     weights = torch.ones(1, 1)
     trainer = (old + math.log(ratio)).requires_grad_()
-    streams = (make_stream("one", kl_coef=0.0),)
-    inputs = LossInputs(trainer, old, None, torch.tensor([[advantage]]), weights, streams, by_hand.CLIP)
+    streams = (replace(make_stream("one", kl_coef=0.0), clip=by_hand.CLIP),)
+    inputs = LossInputs(trainer, old, None, torch.tensor([[advantage]]), weights, streams)
     loss, metrics = fused_stream_loss(inputs, backend=backend)
     assert loss.item() == pytest.approx(value, rel=1e-6)
     assert gradient_of(loss, inputs).item() == pytest.approx(slope, rel=1e-6)
@@ -227,8 +234,10 @@ def test_two_streams_by_hand(backend: LossBackend) -> None:
         ref_logprobs=trainer.detach() + torch.tensor([LN2, 0.0, -LN2]),
         advantages=torch.tensor([[4.0, -1.0, 9.0], [9.0, 1.0, 1.0]]),
         token_weights=torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.5, 0.5]]),
-        streams=(make_stream("x", 2.0, 0.5, "k3"), make_stream("y", 1.0, 1.0, "k1")),
-        clip=Clip(0.6, 0.25),
+        streams=tuple(
+            replace(stream, clip=Clip(0.6, 0.25))
+            for stream in (make_stream("x", 2.0, 0.5, "k3"), make_stream("y", 1.0, 1.0, "k1"))
+        ),
     )
     loss, metrics = fused_stream_loss(inputs, backend=backend)
     expected = [1.0, 0.5, (1 - LN2) / 4, 1.75, 0.0, 0.0, 1.0, -0.875, LN2 / 2, 1.25, 0.5, 0.0]
@@ -291,8 +300,7 @@ def one_token(backend: LossBackend, log_ratio: float, advantage: float, weight: 
         ref_logprobs=None,
         advantages=torch.tensor([[advantage, 0.0]]),
         token_weights=torch.tensor([[weight, 0.0]]),
-        streams=(make_stream("one", kl_coef=0.0),),
-        clip=clip,
+        streams=(replace(make_stream("one", kl_coef=0.0), clip=clip),),
     )
     loss, metrics = fused_stream_loss(inputs, backend=backend)
     return loss.item(), gradient_of(loss, inputs)[0].item(), metrics["loss/one/ratio_mean"].item()
@@ -365,7 +373,7 @@ def test_keeps_one_tensor_for_backward_and_repeats_to_the_bit(backend: LossBacke
         ({"trainer_logprobs": torch.zeros(4, dtype=torch.bfloat16)}, "trainer_logprobs.*bfloat16"),
         ({"advantages": torch.zeros(3, 5)}, "advantages"),
         ({"ref_logprobs": None}, "ref_logprobs: None, but streams"),
-        ({"clip": Clip(dual=1.0)}, "clip="),
+        ({"streams": tuple(replace(each, clip=Clip(dual=1.0)) for each in THREE)}, "clip="),
         ({"streams": (*THREE[:2], make_stream("c", estimator="k4"))}, "'c' has kl_estimator='k4'"),
     ],
 )
@@ -420,8 +428,8 @@ def test_kernels_compile_for_a_gpu(capability: int, tmp_path: Path, monkeypatch:
     loss_of_blocks.device_caches.clear()
     add_blocks.device_caches.clear()
     x, weights, coefs = torch.zeros(1), (1.0, 0.5), (0.0, 0.1)
-    switches = {"HAS_DUAL": True, "HAS_REFERENCE": True, "ESTIMATORS": ("k1", "k3"), "BLOCK": 512}
-    numbers = (1, 1, weights, coefs, 0.8, 1.2, 3.0)
+    switches = {"HAS_DUAL": (True, False), "HAS_REFERENCE": True, "ESTIMATORS": ("k1", "k3"), "BLOCK": 512}
+    numbers = (1, 1, weights, coefs, (0.8, 0.9), (1.2, 1.3), (3.0, 0.0))
     first = loss_of_blocks.warmup(x, x, x, x.double(), x, x, x, *numbers, **switches, grid=(1,))
     second = add_blocks.warmup(x, x, x, 1, weights, coefs, STREAMS=2, BLOCK=128, grid=(1,))
     for kernel in (first, second):

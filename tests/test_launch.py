@@ -458,8 +458,8 @@ def test_a_launch_that_is_ended_asks_its_runs_to_stop(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- for real
 @needs_nemo_run
 def test_a_sweep_of_two_presets_for_real(workspace: Workspace) -> None:
-    """Through NeMo-Run's local executor: two runs of the digits task, each with its own preset and folder; four of them
-    are run by `tests/test_sweep.py`."""
+    """Through NeMo-Run's local executor: two runs of the digits task, each with its own preset and folder, and their
+    report. `tests/test_sweep.py` stops and continues a sweep."""
     words = workspace.command("grpo", "unused")[4:]
     overrides = [word for word in words[1:] if not word.startswith("run_dir=")]
     shrunk = ["nproc=1", "layout.tensor=1", "rollout.prompts_per_step=2", "rollout.samples_per_prompt=2"]
@@ -485,3 +485,11 @@ def test_a_sweep_of_two_presets_for_real(workspace: Workspace) -> None:
         json.loads((workspace.folder / "sweep" / name / "metrics.jsonl").read_text().splitlines()[0]) for name in names
     ]
     assert first[0]["reward/total"] != first[1]["reward/total"] or first[0]["grad_norm"] != first[1]["grad_norm"]
+
+    report = [sys.executable, "-m", "megatron_sr1.cli", "report", str(workspace.folder / "presets.yaml")]
+    printed = subprocess.run(report, cwd=REPOSITORY, check=True, text=True, capture_output=True).stdout
+    assert "Paired differences to see_think" in printed
+    _, group = json.loads((workspace.folder / "sweep" / "sweep.json").read_text())
+    assert "reward/acc_vis" in group["after"]
+    assert group["paired_differences_to_the_first"]["accuracy"]["num"] == 1
+    assert "sweep-paired" in (workspace.folder / "sweep" / "report.html").read_text()

@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 
 from megatron_sr1.config import PRESET_NAMES, ObjectiveConfig
 from megatron_sr1.objective import (
-    PRESETS,
-    Preset,
     group_advantages,
-    preset_from_config,
     stream_advantages,
     token_weights,
 )
 from megatron_sr1.rewards import score_pair
+from megatron_sr1.streams import PRESETS, Preset, preset_from_config
 from megatron_sr1.types import Prompt, RewardStream, Rollout, RolloutPair
 
 EPS = 1e-12
@@ -92,13 +90,13 @@ def test_preset_is_the_method_table(name: str) -> None:
     assert preset_from_config(ObjectiveConfig(preset=name)) == preset
 
 
-def test_components_are_listed_once() -> None:
-    assert PRESETS["vision_sr1"].components == ("acc", "fmt", "acc_vis", "fmt_vis")
+def test_rewards_are_listed_once() -> None:
+    assert PRESETS["vision_sr1"].rewards == ("acc", "fmt", "acc_vis", "fmt_vis")
     twice = (
         RewardStream("a", "first", "response", (("acc", 1.0),)),
         RewardStream("b", "first", "response", (("acc", 2.0),)),
     )
-    assert Preset("x", "cot", twice).components == ("acc",)
+    assert Preset("x", "cot", twice).rewards == ("acc",)
 
 
 @pytest.mark.parametrize("name", PRESET_NAMES)
@@ -120,9 +118,9 @@ def test_format_weight_out_of_range_is_named() -> None:
 @pytest.mark.parametrize(
     ("streams", "message"),
     [
-        ((), "streams is empty"),
+        ((), "no streams"),
         ((RewardStream("a", "first", "response", ()),), "no rewards"),
-        ((RewardStream("a", "second", "description", (("acc", 1.0),)),), "no description block"),
+        ((RewardStream("a", "second", "description", (("acc", 1.0),)),), "no segment of the second pass"),
         ((RewardStream("a", "first", "response", (("acc", 1.0),)),) * 2, "repeat"),
     ],
 )
@@ -224,30 +222,28 @@ def test_sum_and_per_component_by_hand() -> None:
     groups = ids(0, 0, 0)
     # sum: (1, 1, 0), mean 2/3, std sqrt((1/9 + 1/9 + 4/9) / 2) = 1/sqrt(3)
     third = 1 / math.sqrt(3)
-    torch.testing.assert_close(stream_advantages(SUMMED, rewards, groups, EPS, "group"), f64(third, third, -2 * third))
+    torch.testing.assert_close(stream_advantages(SUMMED, rewards, groups, EPS), f64(third, third, -2 * third))
     # each component alone is (2, -1, -1)/sqrt(3), in its own order: (2 - 1/2, -1 + 1, -1 - 1/2)/sqrt(3)
-    torch.testing.assert_close(
-        stream_advantages(DECOUPLED, rewards, groups, EPS, "group"), f64(1.5 * third, 0, -1.5 * third)
-    )
+    torch.testing.assert_close(stream_advantages(DECOUPLED, rewards, groups, EPS), f64(1.5 * third, 0, -1.5 * third))
 
 
 @pytest.mark.parametrize("scope", ["group", "batch"])
 def test_gdpo_of_one_component_is_the_sum(scope: str) -> None:
-    single = RewardStream("s", "first", "response", (("acc", 1.0),))
+    single = RewardStream("s", "first", "response", (("acc", 1.0),), scope=scope)
     rewards = {"acc": f64(1, 0, 1, 0.5, 0)}
     groups = ids(0, 0, 0, 1, 1)
-    summed = stream_advantages(single, rewards, groups, EPS, scope)
-    decoupled = stream_advantages(replace(single, normalize="per_component"), rewards, groups, EPS, scope)
+    summed = stream_advantages(single, rewards, groups, EPS)
+    decoupled = stream_advantages(replace(single, normalize="per_component"), rewards, groups, EPS)
     assert torch.equal(summed, decoupled)
     assert summed.abs().max() > 0.5
 
 
 def test_bad_components_are_named() -> None:
     with pytest.raises(ValueError, match=r"stream 's' needs \['fmt'\]"):
-        stream_advantages(SUMMED, {"acc": f64(1, 0)}, ids(0, 0), EPS, "group")
+        stream_advantages(SUMMED, {"acc": f64(1, 0)}, ids(0, 0), EPS)
     for bad in (ids(1, 0), f64(1)):
         with pytest.raises(ValueError, match=r"component_rewards\['fmt'\]"):
-            stream_advantages(SUMMED, {"acc": f64(1, 0), "fmt": bad}, ids(0, 0), EPS, "group")
+            stream_advantages(SUMMED, {"acc": f64(1, 0), "fmt": bad}, ids(0, 0), EPS)
 
 
 # ---------------------------------------------------------------- weights

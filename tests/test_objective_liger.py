@@ -12,7 +12,8 @@ import pytest
 import torch
 from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-from megatron_sr1.objective import PRESETS, stream_advantages, stream_loss, token_weights
+from megatron_sr1.objective import stream_advantages, stream_loss, token_weights
+from megatron_sr1.streams import PRESETS
 from megatron_sr1.types import Clip, LossInputs
 from tests.logprob_cases import assert_relative
 
@@ -59,9 +60,9 @@ REFERENCE = stream_loss  # what is under test may be put in the place of `stream
 def ours(
     batch: dict[str, torch.Tensor], aggregation: str, dual: float | None, *, exact: bool = False
 ) -> tuple[torch.Tensor, dict]:
-    stream = replace(PRESETS["see_think"].streams[0], kl_coef=BETA)
+    stream = replace(PRESETS["see_think"].streams[0], kl_coef=BETA, clip=Clip(LOW, HIGH, dual))
     mask = batch["mask"]
-    per_rollout = stream_advantages(stream, REWARDS, GROUPS, 1e-6, "group")
+    per_rollout = stream_advantages(stream, REWARDS, GROUPS, 1e-6)
     logits = batch["hidden"][mask] @ batch["matrix"].T  # [R, V]
     trainer = torch.log_softmax(logits, dim=-1).gather(-1, batch["targets"][mask][:, None])[:, 0]
     inputs = LossInputs(
@@ -71,7 +72,6 @@ def ours(
         advantages=per_rollout.repeat_interleave(LENGTHS)[None],
         token_weights=token_weights(LENGTHS, aggregation).repeat_interleave(LENGTHS)[None],
         streams=(stream,),
-        clip=Clip(LOW, HIGH, dual),
     )
     loss, metrics = (REFERENCE if exact else stream_loss)(inputs)
     return loss, dict(metrics)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sr1.config import PRESET_NAMES
-from megatron_sr1.objective import PRESETS, kl_estimate, sft_loss, stream_advantages, stream_loss, token_weights
+from megatron_sr1.objective import kl_estimate, sft_loss, stream_advantages, stream_loss, token_weights
+from megatron_sr1.streams import PRESETS
 from megatron_sr1.types import Clip, LossInputs, RewardStream
 
 LN2 = math.log(2)
@@ -88,7 +89,7 @@ def preset_inputs(name: str, aggregation: str = "token_mean") -> LossInputs:
     advantages, weights = [], []
     for stream in streams:
         segments = SEGMENTS[stream.trajectory, stream.tokens]
-        per_rollout = stream_advantages(stream, rewards, torch.tensor(GROUPS), 1e-12, "group")
+        per_rollout = stream_advantages(stream, rewards, torch.tensor(GROUPS), 1e-12)
         counts = torch.tensor([sum(NUM_TOKENS[segment][r] for segment in segments) for r in range(5)])
         weight = token_weights(counts, aggregation).double()
         advantages.append(torch.stack([per_rollout[r] for r, _ in TOKENS]))
@@ -148,7 +149,7 @@ def one_stream(ratio: list[float], advantages: list[float], clip: Clip, stream: 
     old = -torch.linspace(2.0, 3.0, len(ratio), dtype=torch.float64)
     trainer = (old + f64(*ratio).log()).requires_grad_()
     weights = torch.ones(1, len(ratio), dtype=torch.float64)
-    return LossInputs(trainer, old, None, f64(*advantages)[None], weights, (stream,), clip)
+    return LossInputs(trainer, old, None, f64(*advantages)[None], weights, (replace(stream, clip=clip),))
 
 
 CLIP = Clip(low=0.2, high=0.3, dual=3.0)
@@ -225,8 +226,10 @@ def test_gradcheck() -> None:
     advantages = torch.randn(3, num, generator=generator, dtype=torch.float64)
     weights = torch.rand(3, num, generator=generator, dtype=torch.float64)
 
+    clipped = tuple(replace(stream, clip=CLIP) for stream in streams)
+
     def loss(logprobs: torch.Tensor) -> torch.Tensor:
-        return stream_loss(LossInputs(logprobs, old, reference, advantages, weights, streams, CLIP))[0]
+        return stream_loss(LossInputs(logprobs, old, reference, advantages, weights, clipped))[0]
 
     assert torch.autograd.gradcheck(loss, (trainer,))
 
@@ -239,7 +242,7 @@ def test_first_step_has_ratio_one_and_kl_zero_exactly(dtype: torch.dtype) -> Non
     same = trainer.detach().clone()
     for old in (None, same):
         stream = replace(ONE, kl_coef=0.01, kl_estimator="k3")
-        inputs = LossInputs(trainer, old, same, advantages, weights, (stream,), Clip())
+        inputs = LossInputs(trainer, old, same, advantages, weights, (stream,))
         _, metrics = stream_loss(inputs)
         assert metrics["loss/one/ratio_mean"] == metrics["loss/one/weight"]
         assert metrics["loss/one/kl"] == 0
@@ -304,8 +307,8 @@ SHORT = torch.zeros(3, dtype=torch.float64)
         ({"advantages": torch.zeros(1, len(TOKENS))}, "advantages"),
         ({"token_weights": torch.zeros(len(TOKENS))}, "token_weights"),
         ({"streams": ()}, "streams: empty"),
-        ({"clip": Clip(dual=1.0)}, "clip="),
-        ({"clip": Clip(low=-0.1)}, "clip="),
+        ({"streams": (replace(ONE, clip=Clip(dual=1.0)),) * 2}, "clip="),
+        ({"streams": (ONE, replace(ONE, clip=Clip(low=-0.1)))}, "clip="),
     ],
 )
 def test_wrong_inputs_are_named(change: dict, message: str) -> None:

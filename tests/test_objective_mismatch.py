@@ -79,8 +79,9 @@ def test_shapes_must_agree() -> None:
 # ---------------------------------------------------------------- inside the loss
 def loss_gradient(advantages: torch.Tensor, old: torch.Tensor | None, kl_coef: float) -> torch.Tensor:
     trainer = TRAINER.clone().requires_grad_()
-    stream = RewardStream("s", "first", "response", (("acc", 1.0),), loss_weight=0.5, kl_coef=kl_coef)
-    inputs = LossInputs(trainer, old, GENERATOR, advantages[None], torch.full((1, 6), 1 / 6), (stream,), Clip(dual=3.0))
+    how = {"loss_weight": 0.5, "kl_coef": kl_coef, "clip": Clip(dual=3.0)}
+    stream = RewardStream("s", "first", "response", (("acc", 1.0),), **how)
+    inputs = LossInputs(trainer, old, GENERATOR, advantages[None], torch.full((1, 6), 1 / 6), (stream,))
     stream_loss(inputs)[0].backward()
     assert trainer.grad is not None
     return trainer.grad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from tests.workspace import REPOSITORY, Workspace, untimed
 
@@ -29,14 +31,19 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> No
 
 
 def stop_midway(
-    workspace: Workspace, name: str, run: str, overrides: tuple[str, ...], stop: Callable[[psutil.Process], None]
+    workspace: Workspace,
+    name: str,
+    run: str,
+    overrides: tuple[str, ...],
+    stop: Callable[[psutil.Process], None],
+    after: int = 2,
 ) -> tuple[int, str]:
-    """Asks a run to stop after its second step; its status and what it printed."""
+    """Asks a run to stop after so many steps; its status and what it printed."""
     command = workspace.command(name, run, *overrides)
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(command, cwd=REPOSITORY, text=True, start_new_session=True, **pipe)
     metrics = workspace.folder / run / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, process)
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= after, process)
     stop(psutil.Process(process.pid))
     printed, _ = process.communicate(timeout=DEADLINE)
     return process.returncode, printed
@@ -45,8 +52,7 @@ def stop_midway(
 def check_it_stopped(workspace: Workspace, run: str, status: int, printed: str, steps: int) -> None:
     assert status == STOPPED, printed[-4000:]
     assert "Traceback" not in printed and "asked to stop: saved after step" in printed
-    (saved,) = (workspace.folder / run / "checkpoints").iterdir()
-    done = int(saved.name.removeprefix("step_"))
+    done = max(int(path.name.removeprefix("step_")) for path in (workspace.folder / run / "checkpoints").iterdir())
     assert 2 <= done < steps and len(workspace.metrics(run)) == done
     assert not (workspace.folder / run / "hf").exists()
 
@@ -73,19 +79,68 @@ def run_as_srun(command: list[str], num_tasks: int) -> None:
         assert task.returncode == 0, printed[-4000:]
 
 
-def test_grpo_stops_at_a_word_to_one_rank(finished: Workspace) -> None:
-    """SIGUSR1, as before Slurm's time limit, to the rank that is not the main one."""
+REWARD = """
+from pathlib import Path
+from megatron_sr1.prompts import extract_boxed
+from megatron_sr1.rewards import grade
+
+def acc(pair, prompt):
+    if (Path(__file__).parent / "fails").exists() and pair.first.rollout_id.startswith("2/"):
+        raise RuntimeError("in the third step")
+    answer = extract_boxed(pair.first.response_text)
+    return float(answer is not None and grade(answer, prompt.answer, prompt.choices))
+"""
+STREAMS = """
+- {name: answer, rewards: {"%s:acc": 1.0, fmt: 0.1}, loss_weight: 0.5}
+- {name: visual, pass: second, rewards: {acc_vis: 1.0, fmt_vis: 0.1}, loss_weight: 0.5}
+"""
+
+
+def test_grpo_stops_at_a_reward_that_fails_at_a_word_to_one_rank_and_at_ctrl_c(
+    finished: Workspace, tmp_path: Path
+) -> None:
+    """The run is trained on `vision_sr1` as a list, with a reward out of a file, and ends with the bits of the preset.
+
+    The word is SIGUSR1, as before Slurm's time limit, to the rank that is not the main one. Ctrl-C is SIGINT to the
+    whole process group, as a terminal sends it; the graders and engines of a rank hear it, too.
+    """
+    file, fails = tmp_path / "mine.py", tmp_path / "fails"
+    file.write_text(REWARD)
+    streams = yaml.safe_dump(yaml.safe_load(STREAMS % file), default_flow_style=True, width=1000).strip()
+    grpo = (*GRPO, "objective.preset=null", f"objective.streams={streams}")
+
+    fails.touch()
+    command = finished.command("grpo", "asked", *grpo)
+    failed = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, timeout=DEADLINE)
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr, failed.stderr[-4000:]
+    last = failed.stderr.strip().splitlines()[-1]
+    assert f"the reward '{file}:acc' failed on response" in last and f"at {file}:8 in acc: RuntimeError: in the" in last
+    assert "saved after step 2" in failed.stdout and len(finished.metrics("asked")) == 2
+    fails.unlink()
 
     def tell_the_last_rank(launcher: psutil.Process) -> None:
         assert len(ranks_of(launcher)) == 2
         ranks_of(launcher)[-1].send_signal(signal.SIGUSR1)
 
-    status, printed = stop_midway(finished, "grpo", "asked", GRPO, tell_the_last_rank)
+    status, printed = stop_midway(finished, "grpo", "asked", grpo, tell_the_last_rank, after=3)
     check_it_stopped(finished, "asked", status, printed, steps=8)
+    assert "continuing after step 2" in printed
 
-    assert "continuing after step" in finished.run("grpo", "asked", *GRPO)
-    assert untimed(finished.metrics("asked")) == untimed(finished.metrics("whole"))
+    def press(launcher: psutil.Process) -> None:
+        os.killpg(launcher.pid, signal.SIGINT)
+
+    status, printed = stop_midway(finished, "grpo", "asked", grpo, press, after=5)
+    check_it_stopped(finished, "asked", status, printed, steps=8)
+    assert "KeyboardInterrupt" not in printed
+
+    assert "continuing after step" in finished.run("grpo", "asked", *grpo)
+    entries = untimed(finished.metrics("asked"))
+    assert all(entry.pop("reward/mine.acc") == entry["reward/acc"] for entry in entries)
+    assert entries == untimed(finished.metrics("whole"))
     assert weights(finished, "asked") == weights(finished, "whole")
+    assert finished.summary("asked", "after")["reward/mine.acc"] == finished.summary("whole", "after")["accuracy"]
+    (kept,) = json.loads((finished.folder / "asked" / "code" / "index.json").read_text()).values()
+    assert (finished.folder / "asked" / "code" / kept).read_text() == REWARD
 
 
 def test_sft_stops_when_every_process_is_signalled(workspace: Workspace) -> None:
@@ -101,17 +156,6 @@ def test_sft_stops_when_every_process_is_signalled(workspace: Workspace) -> None
     run_as_srun(workspace.command("sft", "sft_asked", *SFT), num_tasks=2)
     assert untimed(workspace.metrics("sft_asked")) == untimed(workspace.metrics("sft_whole"))
     assert weights(workspace, "sft_asked") == weights(workspace, "sft_whole")
-
-
-def test_ctrl_c_saves_as_sigterm_does(workspace: Workspace) -> None:
-    """SIGINT to the whole process group, as a terminal sends it; the graders and engines of a rank hear it, too."""
-
-    def press(launcher: psutil.Process) -> None:
-        os.killpg(launcher.pid, signal.SIGINT)
-
-    status, printed = stop_midway(workspace, "grpo", "pressed", GRPO, press)
-    check_it_stopped(workspace, "pressed", status, printed, steps=8)
-    assert "KeyboardInterrupt" not in printed
 
 
 DEAF = """

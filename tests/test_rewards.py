@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sr1.rewards import REWARDS, components, faithful, grade, leaks, score_pair
+from megatron_sr1.rewards import REWARDS, RewardError, components, faithful, grade, leaks, score_pair
 from megatron_sr1.types import Prompt, Rollout, RolloutPair
 
 PROMPT = Prompt(key="sum/0", problem="What is the sum of the digits?", answer="10", metadata={"facts": ["3", "7"]})
@@ -298,17 +298,19 @@ def test_defect_3_a_description_that_states_the_answer_is_reported() -> None:
 
 
 def test_unknown_component_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'accuracy': the known ones are acc, fmt, fmt_cot, acc_vis, fmt_vis, leak"):
-        score_pair(pair(SEE_THINK), PROMPT, ["acc", "accuracy"])
+    with pytest.raises(ValueError, match="'acuracy': ours are acc, acc_vis, fmt, fmt_vis, leak, fmt_cot"):
+        score_pair(pair(SEE_THINK), PROMPT, ["acc", "acuracy"])
 
 
-def test_an_exception_in_a_reward_propagates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_in_a_reward_is_an_error_that_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(answer: str, gold: str, choices: tuple[str, ...], *, rounded: bool) -> bool:
         raise ZeroDivisionError("broken reward")
 
     monkeypatch.setattr(components, "grade", broken)
-    with pytest.raises(ZeroDivisionError, match="broken reward"):
+    words = r"'acc' failed on response 0 to sample .* at .*components\.py:\d+ in _accuracy: ZeroDivisionError: broken"
+    with pytest.raises(RewardError, match=words) as told:
         score_pair(pair(SEE_THINK), PROMPT, ["acc"])
+    assert isinstance(told.value.__cause__, ZeroDivisionError)
 
 
 # ---------------------------------------------------------------- descriptions

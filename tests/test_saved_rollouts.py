@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from megatron_sr1.config import RewardsConfig
 from megatron_sr1.metrics.clock import Clock
-from megatron_sr1.objective import PRESETS
-from megatron_sr1.rewards import workers
-from megatron_sr1.rewards.workers import Graders, grade_pairs
+from megatron_sr1.rewards import RewardError, Ungraded, score_group, workers
+from megatron_sr1.rewards.workers import Graders
+from megatron_sr1.streams import PRESETS
 from megatron_sr1.training.live_rollouts import LiveRollouts
 from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file, write_rollouts
 from megatron_sr1.training.saved_rollouts import SavedRollouts
-from megatron_sr1.training.step_rewards import scored_components
+from megatron_sr1.training.step_rewards import scored_rewards
 from megatron_sr1.types import ALONE, Prompt, Rollout, RolloutGroup, RolloutPair, Sampling
 from tests.step_cases import scored
 
 PRESET = PRESETS["vision_sr1"]
-COMPONENTS = scored_components(PRESET)
+COMPONENTS = scored_rewards(PRESET)
 IMAGE = Image.new("RGB", (28, 28))
 SECOND = r"<think> 3 + 7 = 10 </think> \boxed{10}"
 
@@ -154,7 +156,7 @@ def test_rewards_from_workers_are_those_of_this_process(tmp_path: Path) -> None:
     """In the order of groups and samples, whatever the order of completion; across two steps; LaTeX included."""
     sampling, ranks = Sampling(2, 1.0, 10, 0), TwoOfOneEngine()
     for made in (groups(3), groups(2)):
-        with LiveRollouts(Handing(made), sampling, PRESET, ranks, tmp_path) as live:
+        with LiveRollouts(Handing(made), sampling, PRESET, RewardsConfig(), ranks, tmp_path) as live:
             clock = Clock()
             for step in range(2):
                 found, rewards = live.take([], step, clock)
@@ -172,19 +174,49 @@ def test_engines_sleep_from_a_step_to_the_weights_that_follow_it(tmp_path: Path)
     sampling, made = Sampling(2, 1.0, 10, 0), groups(1)
     for refreshed, log in ((True, ["sleep", "version 4"]), (False, [])):
         engine = Handing(made)
-        with LiveRollouts(engine, sampling, PRESET, ALONE, tmp_path, refreshed=refreshed) as live:
+        with LiveRollouts(engine, sampling, PRESET, RewardsConfig(), ALONE, tmp_path, refreshed=refreshed) as live:
             live.take([], 3, Clock())
             if refreshed:
                 live.refresh([], 4)
         assert engine.log == log
 
 
-def test_an_error_in_a_reward_reaches_the_caller() -> None:
-    graders = Graders(["acc", "no_such_reward"])
-    graders.submit(groups(1)[0])
+def test_graders_of_an_unknown_reward_are_not_made() -> None:
     with pytest.raises(ValueError, match="no_such_reward"):
-        graders.collect()
-    graders.close()
+        Graders(["acc", "no_such_reward"])
+
+
+class Failing(Handing):
+    """Its first group has a prompt whose facts are none."""
+
+    def generate(self, prompts: Any, sampling: Any, step: int, on_group: Any = None) -> Any:
+        first, *others = self._made
+        broken = replace(first, prompt=replace(first.prompt, metadata={"facts": "3"}))
+        for group in (broken, *others):
+            on_group(group)
+        return [broken, *others]
+
+
+def test_a_group_that_cannot_be_graded_ends_the_step_on_every_rank_or_is_skipped(tmp_path: Path) -> None:
+    sampling, made = Sampling(2, 1.0, 10, 0), groups(3)
+    words = r"'leak' failed on response 0 to sample 'p0' at .*components.py:\d+ in leak: ValueError: metadata"
+    engine = Failing(made)
+    with LiveRollouts(engine, sampling, PRESET, RewardsConfig(), TwoOfOneEngine(), tmp_path) as live:
+        with pytest.raises(RewardError, match=words):
+            live.take([], 0, Clock())
+        assert engine.log == ["sleep"], "the trainer may save"
+    skips = RewardsConfig(on_error="skip_group")
+    with LiveRollouts(Failing(made), sampling, PRESET, skips, TwoOfOneEngine(), tmp_path) as live:
+        kept, rewards = live.take([], 1, Clock())
+    expected = scored(made[1:], PRESET)
+    assert kept == made[1:] and all(torch.equal(rewards[name], value) for name, value in expected.items())
+    again = SavedRollouts(tmp_path, PRESET, 2).take([group.prompt for group in made], 1, Clock())
+    assert again[0] == kept and all(torch.equal(again[1][name], value) for name, value in rewards.items())
+    with (
+        LiveRollouts(Failing(made[:1]), sampling, PRESET, skips, ALONE, tmp_path) as live,
+        pytest.raises(RewardError, match="no group of step 2 could be graded"),
+    ):
+        live.take([], 2, Clock())
 
 
 def kill_grader(graders: Graders) -> int:
@@ -200,7 +232,7 @@ def test_a_killed_grader_is_replaced_and_the_rewards_are_the_same(caplog: pytest
         for group in groups():
             graders.submit(group)
         graded = graders.collect()
-        assert graded == [(group.group_id, grade_pairs(group.pairs, group.prompt, COMPONENTS)) for group in groups()]
+        assert graded == [(group.group_id, score_group(group, COMPONENTS)) for group in groups()]
         if number == 0:
             kill_grader(graders)
     assert "another takes over" in caplog.text
@@ -212,12 +244,12 @@ def test_a_grader_that_takes_too_long_is_replaced_and_named(monkeypatch: pytest.
     graders.submit(groups(1)[0])
     graders.collect()
     (worker,) = graders._workers
-    monkeypatch.setattr(workers, "GROUP_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "_seconds", 0.0)
     graders.submit(groups(1)[0])
-    with pytest.raises(RuntimeError, match="rewards of prompt 'p0' ended 2 grading processes"):
-        graders.collect()
+    ((_, ungraded),) = graders.collect()
+    assert isinstance(ungraded, Ungraded) and "acc of sample 'p0' ended 2 grading processes" in ungraded.reason
     assert worker._process_id == 0, "the last one is gone, too"
-    monkeypatch.setattr(workers, "GROUP_SECONDS", 60.0)
+    monkeypatch.setattr(worker, "_seconds", 60.0)
     graders.submit(groups(1)[0])
     assert len(graders.collect()) == 1
     graders.close()

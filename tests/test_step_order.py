@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,6 +44,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[str], l
         rollout=SimpleNamespace(prompts_per_step=1), train=SimpleNamespace(steps=num_steps)
     )
     run.platform = None  # type: ignore[attr-defined]
+    run.kept_before = lambda *arguments: nullcontext()  # type: ignore[attr-defined]
 
     def take(prompts: Any, step: int, clock: Clock) -> tuple[list[Any], dict[str, Any]]:
         assert "seconds/sync" in clock.seconds or step == 0 or not results, "what the rollouts waited for"
@@ -62,11 +64,12 @@ def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[str], l
 
     monkeypatch.setattr(grpo, "metrics_of", Within)
     monkeypatch.setattr(grpo, "watch_for_stop", Within)
-    monkeypatch.setattr(grpo, "step_metrics", lambda *arguments: {})
+    monkeypatch.setattr(grpo, "step_metrics", lambda *arguments, **options: {})
     source.needs_room = True  # type: ignore[attr-defined]
     policy, trainer = Policy(log), Recorder(log, update=results)
     try:
-        grpo._steps(run, 0, None, feed, policy, source, trainer, Recorder(log))  # type: ignore[arg-type]
+        preset = SimpleNamespace(rewards=())
+        grpo._steps(run, 0, preset, feed, policy, source, trainer, Recorder(log))  # type: ignore[arg-type]
     except SystemExit:
         log.append("leave")
     return log

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_sr1.objective import PRESETS
 from megatron_sr1.rewards.workers import Graders
+from megatron_sr1.streams import PRESETS
 from megatron_sr1.training.rollout_files import write_rollouts
 from megatron_sr1.training.step_metrics import summarise
-from megatron_sr1.training.step_rewards import join_rewards, scored_components, without_leaks
+from megatron_sr1.training.step_rewards import join_rewards, scored_rewards, without_leaks
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
 from tests.step_cases import graded, scored
 
@@ -81,7 +81,7 @@ def test_prompts_without_images_have_the_plain_layout_and_no_part_in_what_is_sai
     preset = PRESETS["vision_sr1"]
     plain = (_pair(0, None, "10", None), _pair(1, "The digits are 3 7 .", "10", None))
     both = [*groups, RolloutGroup(1, Prompt("t", "What is 3 + 7?", "10"), plain)]
-    with closing(Graders(scored_components(preset))) as graders:
+    with closing(Graders(scored_rewards(preset))) as graders:
         for group in both:
             graders.submit(group)
         rewards = join_rewards(graders.collect(), preset)

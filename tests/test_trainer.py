@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megatron_sr1.config import load_config
-from megatron_sr1.objective import preset_from_config
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
+from megatron_sr1.streams import preset_from_config
 from megatron_sr1.training.logprob_gap import check_logprob_gap, max_logprob_gap
 from megatron_sr1.training.trainer import Trainer
 from megatron_sr1.types import ALONE, LogProbs, LossFn, MicroBatch, Scoring

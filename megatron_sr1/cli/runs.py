@@ -51,6 +51,10 @@ def check_run(command: Command, config: Config) -> list[str]:
                 raise
             missing.append(str(error))
     check_command(command, config)
+    if command != "sft":
+        from megatron_sr1.streams import check_objective
+
+        check_objective(config.objective)
     if command != "evaluate":
         check_folders(config)
         check_resume(config)

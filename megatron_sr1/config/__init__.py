@@ -20,6 +20,7 @@ from megatron_sr1.config.model import LayoutConfig, ModelConfig, OffloadConfig, 
 from megatron_sr1.config.model_files import check_folders, check_weights, how_to_get, missing_files, model_fingerprint
 from megatron_sr1.config.paths import home_path
 from megatron_sr1.config.resume import Change, changes_of, check_resume, saved_steps, values_by_key
+from megatron_sr1.config.rewards import RewardsConfig
 from megatron_sr1.config.rollout import (
     BATCHED_TOKENS,
     RolloutConfig,
@@ -53,6 +54,7 @@ __all__ = [
     "OptimizerConfig",
     "PrecisionConfig",
     "RecomputeConfig",
+    "RewardsConfig",
     "RolloutConfig",
     "TrackConfig",
     "TrainConfig",

@@ -28,11 +28,11 @@ class DataConfig:
     belong to, which then is a dataset of its own; without weights all entries are one dataset.
     """
 
-    train: tuple[str, ...] = ()
-    train_weights: tuple[float, ...] = ()
-    cold_start: tuple[str, ...] = ()
-    cold_start_weights: tuple[float, ...] = ()
-    heldout: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()  # shards of prompts with answers, for grpo
+    train_weights: tuple[float, ...] = ()  # of the entries of train; empty: one dataset
+    cold_start: tuple[str, ...] = ()  # shards of demonstrations, for sft
+    cold_start_weights: tuple[float, ...] = ()  # of the entries of cold_start; empty: one dataset
+    heldout: tuple[str, ...] = ()  # shards of prompts that are evaluated on
     shuffle_window: int = 65_536  # samples shuffled together; smaller: reads stay within fewer shards
     max_prompt_tokens: int = 0  # longer prompts are left out, by the shards' index; 0: none
     max_bad_samples: int = 0  # samples that may be skipped, named in <run_dir>/quarantine/; one more stops the run

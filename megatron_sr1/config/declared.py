@@ -36,6 +36,9 @@ def as_declared(kind: Any, value: Any, key: str) -> Any:
         assert isinstance(value, dict)
         kinds = get_type_hints(kind)
         return {name: _inner(kinds, name, inner, key) for name, inner in value.items()}
+    if get_origin(kind) is list:
+        require(isinstance(value, list), key, value, "a list", f"Write {key}: [{{name: ...}}, {{name: ...}}].")
+        return value
     if get_origin(kind) is tuple:
         entries = value if isinstance(value, list) else [value]
         name, types = _ELEMENTS[get_args(kind)[0]]

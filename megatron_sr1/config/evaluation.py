@@ -44,6 +44,7 @@ class EvaluateConfig:
     judge_url: str = ""  # for example http://127.0.0.1:8000/v1; empty: no judge
     judge_model: str = ""  # the name that the endpoint knows it by
     judge_api_key_env: str = ""  # NAME of the environment variable that holds the key; empty: the endpoint needs none
+    # of each request, by the endpoint's own names; null leaves one out
     judge_parameters: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0, "max_tokens": 2048})
     judge_concurrency: int = 8  # requests at once
     judge_timeout: float = 120.0  # seconds that the endpoint may be silent

@@ -22,9 +22,9 @@ _FP8_ALIGNMENT: dict[Fp8Recipe, int] = {"delayed": 16, "current": 16, "blockwise
 class ModelConfig:
     """The policy's weights, in Hugging Face format (config, safetensors, tokenizer, processor)."""
 
-    hf_dir: str = ""
+    hf_dir: str = ""  # the folder of the model that the run starts from
     megatron_dir: str = ""  # the weights as `megatron-sr1 convert hf-to-megatron` wrote them; empty: those of hf_dir
-    train_vision: bool = True
+    train_vision: bool = True  # false: the vision tower and its merger stay as they are
     max_position: int = 4096  # longest packed sequence the policy is built for, tokens
     layer_spec: LayerSpec = "auto"  # te: Transformer Engine's layers; torch: plain ones; auto: te on GPUs
     fused: bool = True  # with te: SwiGLU is one kernel, and products add weight gradients where they are kept
@@ -38,14 +38,14 @@ class ModelConfig:
 class LayoutConfig:
     """How the ranks share the policy. Data parallelism is what remains: nproc / (tensor * pipeline * context)."""
 
-    tensor: int = 1
-    pipeline: int = 1
+    tensor: int = 1  # ranks that share every layer
+    pipeline: int = 1  # ranks that share the layers one after another
     virtual: int = 1  # pipeline chunks per rank (interleaved schedule)
     stage_layers: tuple[int, ...] = ()  # layers of each chunk in the order of the layers; empty: equal chunks
-    context: int = 1
+    context: int = 1  # ranks that share every sequence
     expert: int = 1  # ranks that share the experts of a mixture; they are taken from data and context parallelism
-    sequence_parallel: bool = False
-    distributed_optimizer: bool = True
+    sequence_parallel: bool = False  # with tensor: the ranks share norms and dropout along the sequence, too
+    distributed_optimizer: bool = True  # data-parallel ranks share the optimizer's state
     gradient_bucket: int | None = None  # elements that replicas add up at a time; null: 40M, or 1M a replica if more
 
     @property
@@ -91,9 +91,9 @@ class PrecisionConfig:
     and the output head included.
     """
 
-    dtype: Dtype = "fp32"
+    dtype: Dtype = "fp32"  # of the policy; fp8: the products of its layers by Transformer Engine, the rest in bf16
     logits: LogitsDtype = "fp32"  # bf16: round the output head's logits as a generator does that computes them in bf16
-    fp8_recipe: Fp8Recipe = "blockwise"
+    fp8_recipe: Fp8Recipe = "blockwise"  # how fp8 is scaled
     bf16_first_layers: int = 1  # with fp8: these layers, counted from the embedding, stay bf16
     bf16_last_layers: int = 1  # and these, counted from the head
     deterministic: bool = False  # the same bits from the same input, at some cost; a CPU gives them anyway
@@ -124,7 +124,7 @@ class RecomputeConfig:
     """Activations that are made again in backward instead of being kept."""
 
     mode: RecomputeMode = "none"  # selective: `modules` of every layer; full: every layer; block: a chunk's first
-    modules: tuple[str, ...] = ("core_attn",)
+    modules: tuple[str, ...] = ("core_attn",)  # of selective: core_attn, mlp, moe, moe_act, layernorm
     layers: int = 1  # full: layers of a unit that keeps only its input; block: layers that are recomputed
     vision: bool = False  # the blocks of the vision tower too
 

@@ -33,12 +33,12 @@ _NUMBERS = {
 class RolloutConfig:
     """Generation of training rollouts, by engines in the training ranks."""
 
-    prompts_per_step: int = 512
-    samples_per_prompt: int = 8
-    temperature: float = 1.0
+    prompts_per_step: int = 512  # that are answered before the policy is trained on the answers
+    samples_per_prompt: int = 8  # K: responses to each prompt, which are compared with each other
+    temperature: float = 1.0  # of both passes
     top_p: float = 1.0  # 1 and 0 alone: the trainer's log-probs are of the whole vocabulary, and so must the draws be
-    top_k: int = 0
-    max_response_tokens: int = 2048
+    top_k: int = 0  # see top_p
+    max_response_tokens: int = 2048  # of each pass; a longer response is cut, and graded as it is
     max_description_tokens: int = 1024  # a longer description is cut here, and counted
     max_model_tokens: int = 8192  # prompt + response, both passes
     max_running_requests: int | None = None  # of an engine; null: as many typical ones as its KV cache holds, to 512

@@ -18,9 +18,9 @@ class WandbConfig:
     """Weights & Biases. The key is its own business: WANDB_API_KEY, or `wandb login`."""
 
     mode: WandbMode = "disabled"  # offline: files in <run_dir>/wandb, which `wandb sync` uploads later; online
-    project: str = "megatron-sr1"
+    project: str = "megatron-sr1"  # that the run is filed under
     entity: str = ""  # user or team; empty: the account's default
-    group: str = ""
+    group: str = ""  # of runs that belong together
     name: str = ""  # of the run; empty: the last two parts of run_dir
 
     def __post_init__(self) -> None:
@@ -34,7 +34,7 @@ class MlflowConfig:
     """MLflow. A server's credentials are its own business: MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN."""
 
     uri: str = ""  # sqlite:///runs/mlflow.db, or a server's http(s)://host:port; empty: off
-    experiment: str = "megatron-sr1"
+    experiment: str = "megatron-sr1"  # that the run is filed under
     name: str = ""  # of the run; empty: the last two parts of run_dir
 
     def __post_init__(self) -> None:

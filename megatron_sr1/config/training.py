@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from megatron_sr1.config.rules import COUNT, COUNT_OR_NONE, Range, check_numbers, one_of, require
-from megatron_sr1.types import AdvantageScope, Aggregation, KlEstimator, MismatchKind, MismatchLevel, PresetName
+from megatron_sr1.config.streams import DUAL_CLIP, KL_COEF, RATIO, check_streams
+from megatron_sr1.types import (
+    AdvantageKind,
+    AdvantageScope,
+    Aggregation,
+    KlEstimator,
+    MismatchKind,
+    MismatchLevel,
+    PresetName,
+    RatioLevel,
+    Surrogate,
+)
 
 PRESET_NAMES: tuple[PresetName, ...] = get_args(PresetName)
 LrSchedule = Literal["constant", "cosine"]
@@ -22,17 +33,16 @@ _OPTIMIZER_NUMBERS = {
     "beta2": Range(0, 1, below=True),
     "eps": Range(0, 1, above=True),
 }
-_RATIO = Range(0, 1000, above=True)
 _OBJECTIVE_NUMBERS = {
     "format_weight": Range(0, 1),
-    "kl_coef": Range(0, 1000),  # 0 switches the reference model off
+    "kl_coef": KL_COEF,
     "advantage_eps": Range(0, 1, above=True),
-    "clip_low": _RATIO,
-    "clip_high": _RATIO,
-    "dual_clip": Range(1, 1000, above=True),
+    "clip_low": RATIO,
+    "clip_high": RATIO,
+    "dual_clip": DUAL_CLIP,
     "mismatch_low": Range(0, 1000),
-    "mismatch_high": _RATIO,
-    "max_logprob_gap": _RATIO,
+    "mismatch_high": RATIO,
+    "max_logprob_gap": RATIO,
 }
 
 
@@ -40,16 +50,16 @@ _OBJECTIVE_NUMBERS = {
 class OptimizerConfig:
     """AdamW with a linear warm-up, then a constant or cosine learning rate."""
 
-    lr: float = 1e-6
+    lr: float = 1e-6  # the highest, after the warm-up
     vision_lr: float | None = None  # of the vision tower and its merger; null: lr
-    min_lr: float = 0.0
-    schedule: LrSchedule = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.01
-    clip_grad: float = 1.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    min_lr: float = 0.0  # where the schedule ends
+    schedule: LrSchedule = "constant"  # after the warm-up
+    warmup_steps: int = 0  # optimizer steps from 0 to lr
+    weight_decay: float = 0.01  # of matrices; norms and biases have none
+    clip_grad: float = 1.0  # the norm of all gradients together, at most
+    beta1: float = 0.9  # AdamW's, of the mean gradient
+    beta2: float = 0.95  # AdamW's, of the mean square
+    eps: float = 1e-8  # AdamW's
 
     def __post_init__(self) -> None:
         check_numbers("optimizer", self, _OPTIMIZER_NUMBERS)
@@ -61,18 +71,28 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Which reward streams, and how advantages and losses are formed (method: Vision-SR1, eq. 6-9)."""
+    """Which reward streams, and how advantages and losses are formed (method: Vision-SR1, eq. 6-9).
 
-    preset: PresetName = "vision_sr1"
+    What a stream of `streams` does not say for itself, the keys here say for it.
+    """
+
+    preset: PresetName | None = "vision_sr1"  # null: the streams below are all
+    streams: list[Any] = field(default_factory=list)  # changes a preset's of that name; further ones join
+    template: Literal["see_think", "cot"] | None = None  # of the first pass; null: the preset's, else see_think
     format_weight: float = 0.1  # alpha
     kl_coef: float = 0.01  # beta, of every stream
-    kl_estimator: KlEstimator = "k3"
-    advantage_scope: AdvantageScope = "group"
-    advantage_eps: float = 1e-6
+    kl_estimator: KlEstimator = "k3"  # k2 has the gradient of the KL divergence; objective/losses.py has the formulas
+    advantage: AdvantageKind = "z_score"  # centred: Dr.GRPO; leave_one_out: RLOO; batch_std: REINFORCE++ baseline
+    advantage_scope: AdvantageScope = "group"  # whose mean and spread: of the responses to one prompt, or of the step
+    advantage_eps: float = 1e-6  # added to the spread
     aggregation: Aggregation = "token_mean"  # token_mean: DAPO; sequence_mean: GRPO; sequence_sum: the paper's 1/B
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    surrogate: Surrogate = "ppo"  # cispo, sapo: objective/surrogates.py
+    ratio: RatioLevel = "token"  # sequence: one probability ratio for all of a stream's tokens in a response (GSPO)
+    clip_low: float = 0.2  # the ratio of new to old probability is held above 1 - clip_low
+    clip_high: float = 0.2  # and below 1 + clip_high
+    # where the advantage is negative, the loss is at most this times its size; null: unbounded
     dual_clip: float | None = None
+    loss: str = ""  # import path of a function (LossInputs) -> (loss, metrics) in place of ours
     leak_filter: bool = False  # true: a description that states the answer earns no visual reward
     mismatch: MismatchKind = "none"  # else tokens weigh trainer / generator probability: objective/mismatch.py
     mismatch_level: MismatchLevel = "token"  # sequence: one weight for all tokens of a response
@@ -81,10 +101,15 @@ class ObjectiveConfig:
     max_logprob_gap: float | None = None  # nats a token, mean of a step, beyond which the run ends; null: by precision
 
     def __post_init__(self) -> None:
-        one_of("objective.preset", self.preset, PRESET_NAMES)
+        if self.preset is not None:
+            one_of("objective.preset", self.preset, PRESET_NAMES)
+        check_streams(self.streams)
+        one_of("objective.advantage", self.advantage, get_args(AdvantageKind))
         one_of("objective.kl_estimator", self.kl_estimator, get_args(KlEstimator))
         one_of("objective.advantage_scope", self.advantage_scope, get_args(AdvantageScope))
         one_of("objective.aggregation", self.aggregation, get_args(Aggregation))
+        one_of("objective.surrogate", self.surrogate, get_args(Surrogate))
+        one_of("objective.ratio", self.ratio, get_args(RatioLevel))
         one_of("objective.mismatch", self.mismatch, get_args(MismatchKind))
         one_of("objective.mismatch_level", self.mismatch_level, get_args(MismatchLevel))
         check_numbers("objective", self, _OBJECTIVE_NUMBERS)
@@ -96,16 +121,21 @@ class ObjectiveConfig:
             "0.5 with mismatch_high=2.0 to 5.0 is common.",
         )
 
+    @property
+    def name(self) -> str:
+        """The preset's; of a list that stands alone, `streams`."""
+        return self.preset or "streams"
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The training loop: how many steps, how large, saved how often."""
 
-    steps: int = 200
+    steps: int = 200  # of rollouts, each with prompts_per_step / batch_size optimizer steps; sft: optimizer steps
     batch_size: int = 128  # prompts per optimizer step (sft: samples)
     micro_batch_tokens: int = 8192  # token budget of one packed row
     save_every: int = 10  # steps; the last step is always saved
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest; older ones are removed
     evaluate_every: int = 0  # grpo: steps between evaluations; 0: only before the first and after the last
 
     def __post_init__(self) -> None:

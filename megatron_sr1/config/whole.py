@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from megatron_sr1.config.data import DataConfig
 from megatron_sr1.config.evaluation import EvaluateConfig
 from megatron_sr1.config.model import LayoutConfig, ModelConfig, OffloadConfig, PrecisionConfig, RecomputeConfig
+from megatron_sr1.config.rewards import RewardsConfig
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.rules import Range, check_numbers, require
 from megatron_sr1.config.tracking import TrackConfig
@@ -20,8 +21,8 @@ _NUMBERS = {"seed": Range(0, 10**18), "nproc": Range(1, 10**6), "timeout_minutes
 class Config:
     """One command's whole configuration."""
 
-    run_dir: str = "runs/default"
-    seed: int = 1
+    run_dir: str = "runs/default"  # the folder that the run keeps everything in
+    seed: int = 1  # of the order of the data, of every draw and of weights that are made
     nproc: int = 1  # ranks on this machine; under torchrun the world size counts
     timeout_minutes: float = 10.0  # a rank that waits longer than this for another one ends the run
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -32,6 +33,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -24,10 +24,10 @@ from megatron_sr1.estimate.engine import EngineBytes, engine_bytes
 from megatron_sr1.estimate.host import host_bytes
 from megatron_sr1.estimate.machine import GIB, Machine
 from megatron_sr1.estimate.state import TrainerState, gathered_bytes, trainer_state
-from megatron_sr1.objective import preset_from_config
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.parameter_counts import StageCount, count_stages
 from megatron_sr1.policy.read import read_architecture
+from megatron_sr1.streams import preset_from_config
 
 RUNTIME_GIB = 4.0  # device context, communication buffers, library workspaces, fragments: taken as given, not derived
 

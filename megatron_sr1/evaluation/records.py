@@ -43,7 +43,7 @@ class Sample:
     description: str | None
     description_cut: bool
     second: Response | None
-    rewards: Mapping[str, float]  # each 0.0 or 1.0
+    rewards: Mapping[str, float]  # ours, each 0.0 or 1.0, and those of the user that are trained on, any number
     faithful: bool | None  # None: it is not known what the image shows
     judge: Verdict | None = None
 

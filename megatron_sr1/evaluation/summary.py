@@ -8,6 +8,7 @@
     language_shortcut_rate_judged   as above, the judge tells; samples whose verdict is missing are in neither number
     faithful, leak            see `rewards/description.py`
     format                    the first response follows its layout
+    reward/<name>             the mean of a reward of the user's own
 
 Of prompts without images, and of templates that ask for no description, only accuracy, format, pass@k and lengths are
 measured: there is no description that could suffice, leak or be faithful. A share that no sample counts for is None.
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable
 
 from megatron_sr1.evaluation.records import Record, Response, Sample
 from megatron_sr1.evaluation.statistics import ks_of, pass_at_k, share_of
+from megatron_sr1.rewards import REWARDS
 
 Hit = bool | None  # None: the sample does not count
 Numbers = dict[str, float | None]
@@ -57,6 +59,7 @@ class Tally:
         self._right: list[tuple[int, int]] = []  # (samples, right ones) of each prompt
         self._lengths = {"first": _Lengths(), "second": _Lengths()}
         self._unjudged = 0
+        self._users: dict[str, list[float]] = {}  # values of the user's rewards
 
     def add(self, record: Record) -> None:
         """Counts a prompt in."""
@@ -70,6 +73,8 @@ class Tally:
             if sample.second is not None:
                 self._lengths["second"].add(sample.second)
             self._unjudged += self._suffices(sample, record) is None and record.described
+            for name in sample.rewards.keys() - REWARDS.keys():
+                self._users.setdefault(name, []).append(sample.rewards[name])
 
     def numbers(self) -> Numbers:
         """All numbers; every share with the bounds of its 95 % interval as `<name>_low` and `<name>_high`."""
@@ -87,6 +92,7 @@ class Tally:
                 numbers[f"pass@{k}"] = _mean([pass_at_k(samples, right, k) for samples, right in self._right])
         for name, lengths in self._lengths.items():
             numbers |= lengths.numbers(name)
+        numbers |= {f"reward/{name}": _mean(values) for name, values in sorted(self._users.items())}
         if self._judge_model:
             numbers["judge_missing"] = self._unjudged
         numbers |= {"num_samples": sum(samples for samples, _ in self._right), "num_prompts": len(self._right)}

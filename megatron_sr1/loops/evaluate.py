@@ -6,7 +6,8 @@ Prompts without images are answered in one pass, with the plain reasoning templa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,19 +33,16 @@ from megatron_sr1.evaluation import (
 )
 from megatron_sr1.evaluation.files import EvaluationFiles, write_summary
 from megatron_sr1.evaluation.heldout import Heldout
+from megatron_sr1.import_path import is_import_path, source_digest
 from megatron_sr1.loops.generation import build_generator, prompt_check
 from megatron_sr1.loops.run import Run, open_run
-from megatron_sr1.objective import preset_from_config
 from megatron_sr1.platform import Platform
 from megatron_sr1.report import print_table, summary_rows
-from megatron_sr1.rewards.workers import Vectors, grade_pairs
+from megatron_sr1.rewards import RewardError, Ungraded, Vectors, find_reward, own_rewards, score_or_tell
+from megatron_sr1.rewards.workers import Graders
+from megatron_sr1.streams import Preset, preset_from_config
 from megatron_sr1.types import Generator, Prompt, RolloutGroup, Sampling, Template
 
-# whatever the preset trains on
-_COMPONENTS: Mapping[Template, tuple[str, ...]] = {
-    "see_think": ("acc", "acc_vis", "fmt", "fmt_vis", "leak"),
-    "cot": ("acc", "fmt_cot"),
-}
 _RECORDED = ("max_prompts", "samples", "temperature", "chunk_prompts", "rounded_decimals")
 _LOG_WIDTH = 120  # characters of a table in a file
 
@@ -166,11 +164,13 @@ def check_heldout(run: Run, heldout: Heldout) -> None:
 
 def _identity(config: Config, heldout: Heldout, model: str) -> Identity:
     """What the records depend on, by configuration key where there is one."""
-    rollout, settings = config.rollout, config.evaluate
+    rollout, settings, preset = config.rollout, config.evaluate, preset_from_config(config.objective)
+    code = {name: source_digest(find_reward(name).function) for name in preset.rewards if is_import_path(name)}
     return {
         "the model": model,
         "the data": heldout.fingerprint,
-        "the template": preset_from_config(config.objective).template,
+        "the template": preset.template,
+        **({"the rewards": ", ".join(f"{name} ({digest})" for name, digest in code.items())} if code else {}),
         "seed": config.seed,
         "rollout.max_response_tokens": rollout.max_response_tokens,
         "rollout.max_description_tokens": rollout.max_description_tokens,
@@ -228,13 +228,33 @@ def _answer_chunk(
     ]
     ranks = run.platform.ranks
     mine = range(ranks.rank, len(answers), ranks.num_ranks)
+    graded = dict(ranks.gather(_grade([(index, *answers[index]) for index in mine], preset, config)))
+    failed = [share.reason for share in graded.values() if isinstance(share, Ungraded)]
+    if failed:
+        raise RewardError(failed[0])
+    return [(group, template, _shown(graded[index])) for index, (group, template) in enumerate(answers)]
+
+
+def _grade(
+    share: Sequence[tuple[int, RolloutGroup, Template]], preset: Preset, config: Config
+) -> list[tuple[int, Vectors | Ungraded]]:
+    """By our rewards, whatever is trained on, and by those of the user's own that are. Only these need processes that
+    can be ended."""
     rounded = config.evaluate.rounded_decimals
-    graded = dict(ranks.gather([(index, _grade(*answers[index], rounded)) for index in mine]))
-    return [(group, template, graded[index]) for index, (group, template) in enumerate(answers)]
+    users = [name for name in preset.rewards if is_import_path(name)]
+    named = [(index, group, own_rewards(described=template == "see_think")) for index, group, template in share]
+    if not users:
+        return [(index, score_or_tell(group, own, rounded=rounded)) for index, group, own in named]
+    limits = (config.rewards.seconds, config.rewards.workers)
+    with closing(Graders(users, *limits, rounded=rounded)) as graders:
+        for index, group, own in named:
+            graders.submit(replace(group, group_id=index), (*own, *users))
+        return graders.collect()
 
 
-def _grade(group: RolloutGroup, template: Template, rounded: bool) -> Vectors:
-    return grade_pairs(group.pairs, group.prompt, _COMPONENTS[template], rounded=rounded)
+def _shown(vectors: Vectors | Ungraded) -> Vectors:
+    assert not isinstance(vectors, Ungraded), vectors.reason
+    return [{find_reward(name).name: value for name, value in vector.items()} for vector in vectors]
 
 
 def _records(answers: Sequence[tuple[RolloutGroup, Template, Vectors]], made_of: str) -> list[Record]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from megatron_sr1.config import Config, kv_token_bytes, read_hf_config, running_requests
 from megatron_sr1.data import Check, LeftOut
 from megatron_sr1.loops.run import Run
-from megatron_sr1.objective import Preset
 from megatron_sr1.platform import TeamRanks
 from megatron_sr1.policy.read import open_tensors, read_architecture
 from megatron_sr1.rollout import Engine, EngineLimits, Planner, TwoPassGenerator, stale_vision_canary
+from megatron_sr1.streams import Preset
 from megatron_sr1.types import NamedTensors, Passes, Prompt, Sampling, SftSample
 from megatron_sr1.weights import check_values
 

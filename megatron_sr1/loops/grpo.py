@@ -14,9 +14,10 @@ from megatron_sr1.loops.generation import build_generator, prompt_check, trainin
 from megatron_sr1.loops.preemption import watch_for_stop
 from megatron_sr1.loops.run import Run, check_verification, metrics_of, open_run
 from megatron_sr1.metrics.clock import Clock
-from megatron_sr1.objective import Preset, preset_from_config
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
+from megatron_sr1.rewards import RewardError
+from megatron_sr1.streams import Preset, preset_from_config
 from megatron_sr1.training.live_rollouts import LiveRollouts
 from megatron_sr1.training.rollout_source import RolloutSource
 from megatron_sr1.training.saved_rollouts import SavedRollouts
@@ -57,7 +58,9 @@ def run_grpo(
             generator = build_generator(run, policy.hf_weights)
             sampling, files = training_sampling(config, preset), run.folder / "rollouts"
             refreshed = not rollouts_only
-            source = LiveRollouts(generator, sampling, preset, platform.ranks, files, refreshed=refreshed)
+            source = LiveRollouts(
+                generator, sampling, preset, config.rewards, platform.ranks, files, refreshed=refreshed
+            )
             evaluations = Evaluations(run, generator, heldout) if refreshed else evaluations
         with feed, source:
             _steps(run, first, preset, feed, policy, source, trainer, evaluations)
@@ -84,7 +87,7 @@ def _steps(
     to the device; when the policy is trained and saved that leaves, and the engines wake with the new weights. So
     `seconds/save` and `seconds/sync` of a step are what its rollouts had to wait for.
     """
-    run.accept()
+    run.accept(preset.rewards)
     clock = Clock()
     with clock("sync"):
         source.refresh(policy.hf_weights(), version=first)
@@ -94,12 +97,14 @@ def _steps(
             evaluations.between(step)
             batch = feed.next(run.config.rollout.prompts_per_step)
             prompts = only_prompts(batch.samples, "data.train")
-            groups, rewards = source.take(prompts, step, clock)  # both passes of every sample, graded
-            with clock("train"):
-                results = trainer.update(groups, rewards)  # advantages, packed rows, optimizer steps
+            with run.kept_before(RewardError, step, feed, policy, first):
+                groups, rewards = source.take(prompts, step, clock)  # both passes of every sample, graded
+                with clock("train"):
+                    results = trainer.update(groups, rewards)  # advantages, packed rows, optimizer steps
             feed.finish(batch)
             if writer is not None:
-                writer.write(step, {**step_metrics(groups, rewards, preset, results, clock), **feed.metrics})
+                measured = step_metrics(groups, rewards, preset, results, clock, num_prompts=len(prompts))
+                writer.write(step, {**measured, **feed.metrics})
             clock = Clock()
             with clock("save"):
                 run.end_step(step, feed, stop, policy if results else None)

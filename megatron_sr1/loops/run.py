@@ -22,6 +22,7 @@ from megatron_sr1.metrics import MetricsWriter, Trackers
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.processor import Processor
+from megatron_sr1.rewards import keep_code
 from megatron_sr1.rollout import Limits, Planner
 from megatron_sr1.training.checkpointer import Checkpointer, Progress
 from megatron_sr1.types import RolloutGroup
@@ -120,9 +121,9 @@ class Run:
             self.say(f"continuing after step {self.progress.step}")
         return 0 if self.progress is None else self.progress.step
 
-    def accept(self) -> None:
-        """Writes config.yaml, once nothing is left to be refused. One that says otherwise is kept as config.0.yaml and
-        so on, and the changes are said."""
+    def accept(self, rewards: Sequence[str] = ()) -> None:
+        """Writes config.yaml, once nothing is left to be refused, and the code of the rewards that are the user's. A
+        config.yaml that says otherwise is kept as config.0.yaml and so on, and the changes are said."""
         if not self.platform.is_main:
             return
         path, text = self.folder / "config.yaml", dump_config(self.config)
@@ -133,6 +134,8 @@ class Run:
             for change in changes:
                 self.say(f"changed since the last start: {change} ({change.rule})")
         path.write_text(text, encoding="utf-8")
+        for name in keep_code(self.folder / "code", rewards):
+            self.say(f"changed since the last start: the code of {name} (takes effect)")
 
     def end_step(self, step: int, feed: SampleFeed, stop: StopRequest, policy: Policy | None) -> None:
         """Saves the policy where that is due, and leaves where the run is asked to. Collective.
@@ -146,12 +149,34 @@ class Run:
         train, num_done = self.config.train, step + 1
         stopping = stop.agreed()
         if policy is not None and (stopping or num_done % train.save_every == 0 or num_done == train.steps):
-            model = self.config.model.megatron_dir or self.config.model.hf_dir
-            fingerprint = self._fingerprint if self.platform.is_main else ""  # who writes it reads for it
-            place = (num_done, feed.position, feed.fingerprint, model, feed.state().to_json(), fingerprint)
-            self.checkpointer().save(policy, Progress(*place))
+            self._save(num_done, feed, policy)
         if stopping:
             stop.leave(num_done)
+
+    @contextmanager
+    def kept_before(
+        self, kind: type[Exception], step: int, feed: SampleFeed, policy: Policy, first: int
+    ) -> Iterator[None]:
+        """Saves the policy as it is before `step` where its `with` raises a `kind`, as it must on every rank and before
+        the policy is changed: the same command does the step again. Collective.
+
+        Args:
+            first: the step that the run began or went on with, before which nothing is lost.
+        """
+        try:
+            yield
+        except kind:
+            if step > first and step not in self.checkpointer().steps():
+                policy.return_to_device()
+                self._save(step, feed, policy)
+                self.say(f"saved after step {step}; the same command continues from here")
+            raise
+
+    def _save(self, num_done: int, feed: SampleFeed, policy: Policy) -> None:
+        model = self.config.model.megatron_dir or self.config.model.hf_dir
+        fingerprint = self._fingerprint if self.platform.is_main else ""  # who writes it reads for it
+        place = (num_done, feed.position, feed.fingerprint, model, feed.state().to_json(), fingerprint)
+        self.checkpointer().save(policy, Progress(*place))
 
     def say(self, text: str) -> None:
         """Tells whoever watches what the run is at."""

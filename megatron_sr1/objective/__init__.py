@@ -4,16 +4,14 @@ from megatron_sr1.objective.advantages import group_advantages, stream_advantage
 from megatron_sr1.objective.denominators import token_weights
 from megatron_sr1.objective.losses import kl_estimate, sft_loss, stream_loss
 from megatron_sr1.objective.mismatch import Mismatch, importance_weights, token_kinds
-from megatron_sr1.objective.presets import PRESETS, Preset, preset_from_config
+from megatron_sr1.objective.own_loss import OwnLoss
 
 __all__ = [
-    "PRESETS",
     "Mismatch",
-    "Preset",
+    "OwnLoss",
     "group_advantages",
     "importance_weights",
     "kl_estimate",
-    "preset_from_config",
     "sft_loss",
     "stream_advantages",
     "stream_loss",

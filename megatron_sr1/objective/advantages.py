@@ -1,6 +1,10 @@
-"""Rewards -> advantages: z-scores over the responses to one prompt, or over the batch.
+"""Rewards -> advantages: how much better a response is than those beside it, which answer its prompt or are its batch.
 
-    A_i = (r_i - mean) / (std + eps)                                 Vision-SR1, arXiv 2508.19652, eq. 6
+    z_score        A_i = (r_i - mean) / (std + eps)          Vision-SR1, arXiv 2508.19652, eq. 6; GRPO, 2402.03300
+    centred        A_i = r_i - mean                          Dr.GRPO, arXiv 2503.20783: no std, no bias to easy prompts
+    leave_one_out  A_i = r_i - mean of the others            RLOO, arXiv 2402.14740; = n / (n - 1) (r_i - mean)
+    batch_std      A_i = (r_i - mean) / (std_B + eps)        REINFORCE++ with baseline, arXiv 2501.03262: std_B is that
+                                                             of the centred rewards of the whole batch
 
 `std` is the sample standard deviation (divisor n - 1), as in the public GRPO implementations. The paper writes the
 statistics over the rollout batch; GRPO takes them over the K responses to one prompt: scope "batch" and "group".
@@ -16,7 +20,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from megatron_sr1.types import AdvantageScope, RewardStream
+from megatron_sr1.types import AdvantageKind, AdvantageScope, RewardStream
 
 
 def group_advantages(
@@ -24,8 +28,9 @@ def group_advantages(
     group_ids: Tensor,
     eps: float,
     scope: AdvantageScope,
+    kind: AdvantageKind = "z_score",
 ) -> Tensor:
-    """z-scores of one reward.
+    """Advantages of one reward.
 
     A set of equal rewards (a group of one among them) gives exactly 0. The statistics are computed in float64.
 
@@ -33,15 +38,17 @@ def group_advantages(
         rewards: [B] floating point.
         group_ids: [B] integers; equal where two rollouts answer one prompt. They need not be sorted or contiguous.
         eps: added to the standard deviation, in units of the reward.
-        scope: "group" or "batch".
+        scope: "group" or "batch"; "batch_std" is of groups.
+        kind: see above.
 
     Returns:
         [B], dtype of `rewards`, without gradient.
 
     Raises:
-        ValueError: shapes disagree, a dtype or the scope is wrong, eps is not positive, or a reward is not finite.
+        ValueError: shapes disagree, a dtype, the scope or the kind is wrong, eps is not positive, or a reward is not
+            finite.
     """
-    _check(rewards, group_ids, eps, scope)
+    _check(rewards, group_ids, eps, scope, kind)
     values = rewards.detach().to(torch.float64)
     if not bool(torch.isfinite(values).all()):
         raise ValueError("rewards: not all are finite; a reward that cannot be computed is an error, not a number.")
@@ -54,11 +61,19 @@ def group_advantages(
 
     count = group_sum(torch.ones_like(values))  # [G]
     centred = values - (group_sum(values) / count)[member]  # [B]
-    std = (group_sum(centred.square()) / (count - 1).clamp(min=1)).sqrt()  # [G]
     # A mean of equal numbers may differ from them in the last bit, and eps is small: such a group is set to 0.
     highest = torch.full_like(count, -torch.inf).scatter_reduce(0, member, values, "amax")
     lowest = torch.full_like(count, torch.inf).scatter_reduce(0, member, values, "amin")
-    scores = torch.where((highest > lowest)[member], centred / (std[member] + eps), 0.0)
+    centred = torch.where((highest > lowest)[member], centred, 0.0)
+    if kind == "centred":
+        scores = centred
+    elif kind == "leave_one_out":
+        scores = centred * (count / (count - 1).clamp(min=1))[member]
+    elif kind == "batch_std":
+        scores = centred / ((centred.square().sum() / max(1, centred.numel() - 1)).sqrt() + eps)
+    else:
+        std = (group_sum(centred.square()) / (count - 1).clamp(min=1)).sqrt()  # [G]
+        scores = centred / (std[member] + eps)
     return scores.to(rewards.dtype)
 
 
@@ -67,9 +82,8 @@ def stream_advantages(
     component_rewards: Mapping[str, Tensor],
     group_ids: Tensor,
     eps: float,
-    scope: AdvantageScope,
 ) -> Tensor:
-    """Advantages of one stream from its reward components.
+    """Advantages of one stream from its reward components, by its own kind z and scope.
 
         normalize "sum":            A = z(sum_c w_c r_c)
         normalize "per_component":  A = sum_c w_c z(r_c)             GDPO, arXiv 2601.05242
@@ -79,12 +93,11 @@ def stream_advantages(
     meaning and a stream of one component equals plain GRPO.
 
     Args:
-        stream: names the components and their weights.
+        stream: names the components and their weights, kind and scope.
         component_rewards: component -> [B] floating point; 0 in the second-pass components where there is no
             second pass. Components of other streams may be present.
         group_ids: [B] integers.
         eps: added to each standard deviation.
-        scope: "group" or "batch".
 
     Returns:
         [B], dtype of the first component.
@@ -107,14 +120,15 @@ def stream_advantages(
             )
     dtype = component_rewards[stream.rewards[0][0]].dtype
     weighted = [(weight, component_rewards[name].to(torch.float64)) for name, weight in stream.rewards]
+    how = (stream.scope, stream.advantage)
     if stream.normalize == "per_component":
-        terms = [weight * group_advantages(reward, group_ids, eps, scope) for weight, reward in weighted]
+        terms = [weight * group_advantages(reward, group_ids, eps, *how) for weight, reward in weighted]
         return torch.stack(terms).sum(dim=0).to(dtype)
     total = torch.stack([weight * reward for weight, reward in weighted]).sum(dim=0)
-    return group_advantages(total, group_ids, eps, scope).to(dtype)
+    return group_advantages(total, group_ids, eps, *how).to(dtype)
 
 
-def _check(rewards: Tensor, group_ids: Tensor, eps: float, scope: AdvantageScope) -> None:
+def _check(rewards: Tensor, group_ids: Tensor, eps: float, scope: AdvantageScope, kind: AdvantageKind) -> None:
     if rewards.ndim != 1 or not rewards.is_floating_point():
         raise ValueError(f"rewards: need floating point [num_rollouts], got {rewards.dtype} {tuple(rewards.shape)}.")
     if group_ids.shape != rewards.shape or group_ids.is_floating_point():
@@ -126,3 +140,8 @@ def _check(rewards: Tensor, group_ids: Tensor, eps: float, scope: AdvantageScope
         raise ValueError(f"eps={eps!r}: must be greater than 0.")
     if scope not in get_args(AdvantageScope):
         raise ValueError(f"scope={scope!r}: must be one of {', '.join(get_args(AdvantageScope))}.")
+    if kind not in get_args(AdvantageKind) or (kind == "batch_std" and scope == "batch"):
+        raise ValueError(
+            f"kind={kind!r}, scope={scope!r}: kinds are {', '.join(get_args(AdvantageKind))}, and batch_std divides "
+            'what is centred by groups: with scope "batch" it is z_score.'
+        )

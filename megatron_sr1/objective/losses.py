@@ -3,8 +3,8 @@
     L = sum_s  lambda_s * sum_r w[s,r] * surrogate(A[s,r], ratio[r])  +  beta_s * sum_r w[s,r] * kl(r)
 
 with ratio = pi / pi_old. Sources: Vision-SR1, arXiv 2508.19652, eq. 7-9 (one policy and one KL term per stream, added
-only at the end); PPO clipping, arXiv 1707.06347, eq. 7; dual clip, arXiv 1912.09729, eq. 5; KL estimators,
-http://joschu.net/blog/kl-approx.html. The KL term carries beta_s only: lambda_s does not multiply it.
+only at the end); the surrogates, `surrogates.py`; KL estimators, http://joschu.net/blog/kl-approx.html. The KL term
+carries beta_s only: lambda_s does not multiply it.
 
 Shape legend: R scored tokens of the micro-batch, S streams. Log-probs are in nats.
 """
@@ -16,7 +16,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_sr1.types import Clip, KlEstimator, LossInputs
+from megatron_sr1.objective.surrogates import log_ratio, surrogate
+from megatron_sr1.types import KlEstimator, LossInputs
 
 
 def stream_loss(inputs: LossInputs) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -40,13 +41,13 @@ def stream_loss(inputs: LossInputs) -> tuple[Tensor, Mapping[str, Tensor]]:
     check_inputs(inputs)
     trainer = inputs.trainer_logprobs
     old = trainer.detach() if inputs.old_logprobs is None else inputs.old_logprobs
-    ratio = torch.exp(trainer - old)  # [R]
     loss = trainer.new_zeros(())
     metrics: dict[str, Tensor] = {}
     for index, stream in enumerate(inputs.streams):
         weight = inputs.token_weights[index]  # [R]
-        surrogate, clipped, dual_clipped = _surrogate(ratio, inputs.advantages[index], inputs.clip)
-        policy = (weight * surrogate).sum()
+        log_rho = log_ratio(trainer, old, stream, weight, inputs.row_sequence)  # [R]
+        value, clipped, dual_clipped = surrogate(stream, trainer, log_rho, inputs.advantages[index])
+        policy = (weight * value).sum()
         kl = trainer.new_zeros(())
         if inputs.ref_logprobs is not None:
             kl = (weight * kl_estimate(trainer, inputs.ref_logprobs, stream.kl_estimator)).sum()
@@ -55,7 +56,7 @@ def stream_loss(inputs: LossInputs) -> tuple[Tensor, Mapping[str, Tensor]]:
             "weight": weight.sum(),
             "policy": policy,
             "kl": kl,
-            "ratio_mean": (weight * ratio).sum(),
+            "ratio_mean": (weight * log_rho.detach().exp()).sum(),
             "clip_fraction": (weight * clipped).sum(),
             "dual_clip_fraction": (weight * dual_clipped).sum(),
         }
@@ -102,19 +103,6 @@ def kl_estimate(trainer_logprobs: Tensor, ref_logprobs: Tensor, estimator: KlEst
     raise ValueError(f"kl_estimator={estimator!r}: must be one of k1, k2, k3.")
 
 
-def _surrogate(ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor, Tensor]:
-    """max(-A ratio, -A clip(ratio)), at most -A dual where A < 0; [R] each: value, PPO-clipped, dual-clipped."""
-    unclipped = -advantages * ratio
-    bounded = -advantages * ratio.clamp(1.0 - clip.low, 1.0 + clip.high)
-    value = torch.maximum(unclipped, bounded)
-    clipped = bounded > unclipped
-    if clip.dual is None:
-        return value, clipped, torch.zeros_like(clipped)
-    ceiling = -advantages * clip.dual
-    dual_clipped = (advantages < 0) & (value > ceiling)
-    return torch.where(dual_clipped, ceiling, value), clipped, dual_clipped
-
-
 def check_inputs(inputs: LossInputs) -> None:
     """Raises ValueError where the values of `inputs` do not fit together; the message names the field."""
     _check_logprobs("trainer_logprobs", inputs.trainer_logprobs)
@@ -130,9 +118,9 @@ def check_inputs(inputs: LossInputs) -> None:
     needy = [stream.name for stream in inputs.streams if stream.kl_coef != 0.0]
     if inputs.ref_logprobs is None and needy:
         raise ValueError(f"ref_logprobs: None, but streams {needy} have a kl_coef; give them, or set kl_coef to 0.")
-    clip = inputs.clip
-    if clip.low < 0 or clip.high < 0 or (clip.dual is not None and clip.dual <= 1):
-        raise ValueError(f"clip={clip}: low and high must be 0 or more, dual greater than 1 or None.")
+    for clip in (stream.clip for stream in inputs.streams):
+        if clip.low < 0 or clip.high < 0 or (clip.dual is not None and clip.dual <= 1):
+            raise ValueError(f"clip={clip}: low and high must be 0 or more, dual greater than 1 or None.")
 
 
 def _check_logprobs(name: str, value: Tensor) -> None:

@@ -90,7 +90,7 @@ def read_run(path: Path) -> ReportedRun:
     evaluations = [_read_evaluation(path, file) for file in (path / EVAL_FOLDER).glob("*.json")]
     return ReportedRun(
         path=path,
-        preset=load_config(config_file, []).objective.preset if config_file.is_file() else "",
+        preset=load_config(config_file, []).objective.name if config_file.is_file() else "",
         config_text=config_file.read_text(encoding="utf-8") if config_file.is_file() else "",
         metrics=tuple(_read_metrics(metrics_file)) if metrics_file.is_file() else (),
         evaluations=tuple(sorted(evaluations, key=lambda e: (e.step, e.label != "before", e.label))),

@@ -1,7 +1,28 @@
 """Rewards of a sample: a named vector of plain functions, kept apart to the end."""
 
-from megatron_sr1.rewards.components import REWARDS, score_pair
 from megatron_sr1.rewards.description import faithful, leaks
+from megatron_sr1.rewards.find import find_reward
 from megatron_sr1.rewards.grading import grade
+from megatron_sr1.rewards.keep import keep_code
+from megatron_sr1.rewards.scoring import RewardError, Ungraded, Vectors, score_group, score_or_tell, score_pair
+from megatron_sr1.rewards.table import ALWAYS, REWARDS, Reward, for_prompt, layout_reward, own_rewards
 
-__all__ = ["REWARDS", "faithful", "grade", "leaks", "score_pair"]
+__all__ = [
+    "ALWAYS",
+    "REWARDS",
+    "Reward",
+    "RewardError",
+    "Ungraded",
+    "Vectors",
+    "faithful",
+    "find_reward",
+    "for_prompt",
+    "grade",
+    "keep_code",
+    "layout_reward",
+    "leaks",
+    "own_rewards",
+    "score_group",
+    "score_or_tell",
+    "score_pair",
+]

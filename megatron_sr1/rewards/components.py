@@ -1,18 +1,15 @@
-"""The reward components and their one table. Each maps (pair, prompt) to 0.0 or 1.0; weights belong to the streams.
+"""Our rewards: each maps (pair, prompt) to 0.0 or 1.0; weights belong to the streams. What else is to be known of them
+stands in `table.py`.
 
-A response that was cut by the token limit is graded on what is there. Without a second pass its components are 0.0:
-a first pass without a description earns no visual reward (method, defect 1).
+A response that was cut by the token limit is graded on what is there.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Mapping
-
 from megatron_sr1.prompts import extract_boxed, parse_reasoner, parse_see_think
 from megatron_sr1.rewards.description import leaks
 from megatron_sr1.rewards.grading import grade
-from megatron_sr1.types import Prompt, RewardFn, Rollout, RolloutPair
+from megatron_sr1.types import Prompt, Rollout, RolloutPair
 
 
 def accuracy(pair: RolloutPair, prompt: Prompt, *, rounded: bool = False) -> float:
@@ -43,38 +40,6 @@ def visual_format(pair: RolloutPair, prompt: Prompt) -> float:
 def leak(pair: RolloutPair, prompt: Prompt) -> float:
     """The description given to the second pass states the answer (method, defect 3). To be reported, or subtracted."""
     return float(leaks(pair.description, prompt))
-
-
-REWARDS: Mapping[str, RewardFn] = {
-    "acc": accuracy,
-    "fmt": see_think_format,
-    "fmt_cot": cot_format,
-    "acc_vis": visual_accuracy,
-    "fmt_vis": visual_format,
-    "leak": leak,
-}
-# evaluation may count 0.33 for 1/3; training never does, or rounding would earn what calculating earns
-_ROUNDED: Mapping[str, RewardFn] = {
-    "acc": functools.partial(accuracy, rounded=True),
-    "acc_vis": functools.partial(visual_accuracy, rounded=True),
-}
-
-
-def score_pair(
-    pair: RolloutPair, prompt: Prompt, components: Iterable[str], *, rounded: bool = False
-) -> dict[str, float]:
-    """The named rewards of one sample; `rounded` as in `grade`. An exception in a component is the caller's to see,
-    never a 0.0.
-
-    Raises:
-        ValueError: a component is not in REWARDS.
-    """
-    names = list(components)
-    unknown = [name for name in names if name not in REWARDS]
-    if unknown:
-        raise ValueError(f"unknown reward component {unknown[0]!r}: the known ones are {', '.join(REWARDS)}.")
-    rewards = {**REWARDS, **_ROUNDED} if rounded else REWARDS
-    return {name: rewards[name](pair, prompt) for name in names}
 
 
 def _accuracy(rollout: Rollout, prompt: Prompt, rounded: bool) -> float:

@@ -18,24 +18,15 @@ from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from queue import LifoQueue
 
-from megatron_sr1.rewards import score_pair
-from megatron_sr1.types import Prompt, RolloutGroup, RolloutPair
+from megatron_sr1.rewards.find import find_reward
+from megatron_sr1.rewards.scoring import RewardError, Ungraded, Vectors, score_group
+from megatron_sr1.rewards.table import for_prompt
+from megatron_sr1.types import RolloutGroup
 
 logger = logging.getLogger(__name__)
 
-PLAIN = {"fmt": "fmt_cot"}  # the layout that a prompt without images asks for, in place of the See-Think one
-Vectors = list[dict[str, float]]  # one reward vector per sample
 START_SECONDS = 120.0  # on a busy machine
-GROUP_SECONDS = 120.0  # an answer takes milliseconds: this is for a reward that hangs
 TRIES = 2  # of a group: a worker that was killed is nobody's fault, two are
-
-
-def grade_pairs(
-    pairs: Sequence[RolloutPair], prompt: Prompt, components: Sequence[str], *, rounded: bool = False
-) -> Vectors:
-    """The named rewards of all samples of one prompt; `rounded` as in `grade`. An exception in a reward is the
-    caller's to see."""
-    return [score_pair(pair, prompt, components, rounded=rounded) for pair in pairs]
 
 
 def default_num_workers() -> int:
@@ -46,16 +37,29 @@ def default_num_workers() -> int:
 class Graders:
     """A rank's worker processes. Give groups to `submit` as they complete, take the rewards with `collect`."""
 
-    def __init__(self, components: Sequence[str], num_workers: int | None = None) -> None:
-        """`components`: names of REWARDS. A worker starts with the first group that finds no other idle."""
-        self._components = tuple(components)
+    def __init__(
+        self, names: Sequence[str], seconds: float = 120.0, num_workers: int | None = None, *, rounded: bool = False
+    ) -> None:
+        """A worker starts with the first group that finds no other idle.
+
+        Args:
+            names: of rewards, see `find_reward`.
+            seconds: that a group may take; then its process is replaced, and it is tried once more.
+            num_workers: None: `default_num_workers`.
+            rounded: as in `score_group`.
+
+        Raises:
+            ValueError: see `find_reward`.
+        """
+        self._names = tuple(names)
+        self._see_images = {name for name in names if "images" in find_reward(name).needs}
         num_workers = num_workers or default_num_workers()
-        self._workers = [_Worker() for _ in range(num_workers)]
+        self._workers = [_Worker(self._names, seconds, rounded) for _ in range(num_workers)]
         self._idle: LifoQueue[_Worker] = LifoQueue()  # the last one first: it has started, and its tables are read
         for worker in self._workers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(num_workers)
-        self._futures: dict[int, Future[Vectors]] = {}
+        self._futures: dict[int, Future[Vectors | Ungraded]] = {}
 
     def close(self) -> None:
         """Ends the workers; what waits is dropped."""
@@ -63,28 +67,30 @@ class Graders:
         for worker in self._workers:
             worker.stop()
 
-    def submit(self, group: RolloutGroup) -> None:
-        """Queues a complete group and returns at once. Images stay here: no reward reads them."""
-        prompt, components = replace(group.prompt, images=()), self._components
-        if not group.prompt.images:
-            components = tuple(PLAIN.get(name, name) for name in components)
-        self._futures[group.group_id] = self._threads.submit(self._grade, group.pairs, prompt, components)
+    def submit(self, group: RolloutGroup, names: Sequence[str] = ()) -> None:
+        """Queues a complete group and returns at once. Its images stay here unless a reward needs them.
 
-    def collect(self) -> list[tuple[int, Vectors]]:
-        """(group_id, reward vectors) of everything submitted since the last call; waits for what is missing.
-
-        Raises:
-            Exception: whatever a reward raised, with the worker's traceback.
-            RuntimeError: a group's worker died, or did not end, twice.
+        Args:
+            names: of rewards, instead of what the graders' own are for this prompt.
         """
+        names = names or for_prompt(self._names, bool(group.prompt.images))
+        if self._see_images.isdisjoint(names):
+            group = replace(group, prompt=replace(group.prompt, images=()))
+        self._futures[group.group_id] = self._threads.submit(self._grade, group, names)
+
+    def collect(self) -> list[tuple[int, Vectors | Ungraded]]:
+        """(group_id, reward vectors) of everything submitted since the last call; waits for what is missing. A group
+        whose reward fails, or whose worker twice dies or does not end, is ungraded."""
         graded = [(group_id, future.result()) for group_id, future in self._futures.items()]
         self._futures = {}
         return graded
 
-    def _grade(self, pairs: Sequence[RolloutPair], prompt: Prompt, components: Sequence[str]) -> Vectors:
+    def _grade(self, group: RolloutGroup, names: Sequence[str]) -> Vectors | Ungraded:
         worker = self._idle.get()
         try:
-            return worker.grade(pairs, prompt, components)
+            return worker.grade(group, names)
+        except ValueError as error:  # of a reward, or of its import in a worker: all ranks must hear of it
+            return Ungraded(str(error))
         finally:
             self._idle.put(worker)
 
@@ -92,27 +98,29 @@ class Graders:
 class _Worker:
     """One process at a time: the next takes over where one is killed, or takes too long and is killed here."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str], seconds: float, rounded: bool) -> None:
+        self._names, self._seconds, self._rounded = names, seconds, rounded
         self._pool: ProcessPoolExecutor | None = None
         self._process_id = 0
 
-    def grade(self, pairs: Sequence[RolloutPair], prompt: Prompt, components: Sequence[str]) -> Vectors:
+    def grade(self, group: RolloutGroup, names: Sequence[str]) -> Vectors:
+        key = group.prompt.key
         for _ in range(TRIES):
             future: Future[Vectors] | None = None
             try:
-                future = self._running().submit(grade_pairs, pairs, prompt, components)
-                return future.result(GROUP_SECONDS)
+                future = self._running().submit(score_group, group, names, rounded=self._rounded)
+                return future.result(self._seconds)
             except BrokenProcessPool:
-                logger.warning("the process that graded prompt %r was killed: another takes over", prompt.key)
+                logger.warning("the process that graded sample %r was killed: another takes over", key)
             except TimeoutError:
                 if future is not None and future.done():
-                    raise  # the reward's own
-                logger.warning("prompt %r was not graded in %.0f s: its process is replaced", prompt.key, GROUP_SECONDS)
+                    raise  # not for want of time
+                logger.warning("sample %r was not graded in %.0f s: its process is replaced", key, self._seconds)
             self.stop()
-        raise RuntimeError(
-            f"the rewards of prompt {prompt.key!r} ended {TRIES} grading processes, or took more than "
-            f"{GROUP_SECONDS:.0f} s in each. Look for "
-            "an answer, or a reward of your own, that needs much memory or time."
+        raise RewardError(
+            f"the rewards {', '.join(names)} of sample {key!r} ended {TRIES} grading processes, or took more than "
+            f"rewards.seconds={self._seconds:g} in each. Look for an answer, or a reward of your own, that needs much "
+            "memory or time."
         )
 
     def stop(self) -> None:
@@ -128,8 +136,15 @@ class _Worker:
     def _running(self) -> ProcessPoolExecutor:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_live_with_parent)
-            self._process_id = self._pool.submit(os.getpid).result(START_SECONDS)
+            self._process_id = self._pool.submit(_import_rewards, self._names).result(START_SECONDS)
         return self._pool
+
+
+def _import_rewards(names: Sequence[str]) -> int:
+    """The process' id, when what a reward imports is there: the seconds of a group are for grading alone."""
+    for name in names:
+        find_reward(name)
+    return os.getpid()
 
 
 def _live_with_parent() -> None:

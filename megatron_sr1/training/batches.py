@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_sr1.config import Config, ObjectiveConfig, row_tokens
-from megatron_sr1.objective import Preset, stream_advantages, token_kinds, token_weights
+from megatron_sr1.config import Config, row_tokens
+from megatron_sr1.objective import stream_advantages, token_kinds, token_weights
 from megatron_sr1.packing import moved, pack, split_for_ranks
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import render_caption_reasoner, render_cot, render_see_think
+from megatron_sr1.streams import Preset
 from megatron_sr1.training.segments import stream_masks
 from megatron_sr1.training.tokens import ResponseTokens, into_rows
 from megatron_sr1.types import (
@@ -47,13 +48,14 @@ class StreamBatch:
 
 
 def rollout_advantages(
-    groups: Sequence[RolloutGroup], rewards: Mapping[str, Tensor], preset: Preset, objective: ObjectiveConfig
+    groups: Sequence[RolloutGroup], rewards: Mapping[str, Tensor], preset: Preset, eps: float
 ) -> Tensor:
     """Advantages of a whole rollout batch, before it is cut into mini-batches: scope "batch" means all of it
     (Vision-SR1, arXiv 2508.19652, eq. 6).
 
     Args:
         rewards: per component [B], rollouts in the order of the groups and, within, of the samples.
+        eps: see `group_advantages`.
 
     Returns:
         [S, B].
@@ -62,8 +64,7 @@ def rollout_advantages(
         ValueError: see `stream_advantages`.
     """
     group_ids = torch.tensor([group.group_id for group in groups for _ in group.pairs])  # [B]
-    scopes = (objective.advantage_eps, objective.advantage_scope)
-    return torch.stack([stream_advantages(stream, rewards, group_ids, *scopes) for stream in preset.streams])
+    return torch.stack([stream_advantages(stream, rewards, group_ids, eps) for stream in preset.streams])
 
 
 class Batcher:
@@ -99,7 +100,8 @@ class Batcher:
         """
         masks = [stream_masks(self._processor, pair, preset.streams) for group in groups for pair in group.pairs]
         num_credited = torch.stack([first.sum(1) + second.sum(1) for first, second in masks], dim=1)  # [S, B]
-        weights = token_weights(num_credited.long(), self._config.objective.aggregation)  # [S, B]
+        counts = zip(num_credited.long(), preset.streams, strict=True)
+        weights = torch.stack([token_weights(count, stream.aggregation) for count, stream in counts])  # [S, B]
 
         sequences: list[TokenSequence] = []
         responses: list[ResponseTokens] = []
@@ -121,11 +123,17 @@ class Batcher:
         tokens = [row.moved(self._device) for row in into_rows(responses, micro_batches)]
         rollouts = _rollouts(groups)
         return StreamBatch(
-            [_with_grad_rows(*row, preset) for row in zip(micro_batches, tokens, strict=True)],
+            [self._with_grad_rows(*row, preset) for row in zip(micro_batches, tokens, strict=True)],
             tokens,
             sum(len(rollout.response_ids) for rollout in rollouts),
             self._num_of_kind(rollouts),
         )
+
+    def _with_grad_rows(self, batch: MicroBatch, tokens: ResponseTokens, preset: Preset) -> MicroBatch:
+        matters = tokens.matters(preset.streams)
+        if self._config.objective.loss or matters.all():  # a loss of the user's own may look at any token
+            return batch
+        return replace(batch, grad_rows=torch.nonzero(matters).squeeze(1))
 
     def _image_distance(self, rollout: Rollout) -> Tensor:
         """[n]: how far each response token is behind the last visual token of its prompt; -1 without images."""
@@ -186,8 +194,3 @@ def _rollouts(groups: Sequence[RolloutGroup]) -> list[Rollout]:
     """Both passes of every sample, those that exist."""
     both = [rollout for group in groups for pair in group.pairs for rollout in (pair.first, pair.second)]
     return [rollout for rollout in both if rollout is not None]
-
-
-def _with_grad_rows(batch: MicroBatch, tokens: ResponseTokens, preset: Preset) -> MicroBatch:
-    matters = tokens.matters(preset.streams)
-    return batch if matters.all() else replace(batch, grad_rows=torch.nonzero(matters).squeeze(1))

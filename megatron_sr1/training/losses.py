@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from megatron_sr1.config import ObjectiveConfig
-from megatron_sr1.kernels import fused_stream_loss
-from megatron_sr1.objective import Mismatch, Preset, importance_weights, sft_loss, token_kinds
+from megatron_sr1.kernels import fused_stream_loss, is_fused
+from megatron_sr1.objective import Mismatch, OwnLoss, importance_weights, sft_loss, stream_loss, token_kinds
+from megatron_sr1.streams import Preset
 from megatron_sr1.training.batches import SftBatch, StreamBatch
-from megatron_sr1.types import Clip, LogProbs, LossInputs
+from megatron_sr1.types import LogProbs, LossInputs
 
 
 class SftLoss:
@@ -40,7 +41,9 @@ class PolicyLoss:
             reference: per micro-batch; None only where no stream has a KL term.
         """
         self._batch, self._old, self._reference, self._preset = batch, old, reference, preset
-        self._clip = Clip(objective.clip_low, objective.clip_high, objective.dual_clip)
+        fits = all(is_fused(stream) for stream in preset.streams)
+        ours = fused_stream_loss if fits else stream_loss
+        self._loss = OwnLoss(objective.loss) if objective.loss else ours
         bounds = (objective.mismatch_low, objective.mismatch_high)
         self._mismatch = Mismatch(objective.mismatch, objective.mismatch_level, *bounds)
 
@@ -51,7 +54,7 @@ class PolicyLoss:
         weights, bounded = importance_weights(
             drawing, tokens.generator_logprobs, micro_batch.row_sequence, self._mismatch
         )
-        loss, metrics = fused_stream_loss(
+        loss, metrics = self._loss(
             LossInputs(
                 trainer_logprobs=trainer,
                 old_logprobs=old,
@@ -59,7 +62,9 @@ class PolicyLoss:
                 advantages=tokens.advantages * weights,
                 token_weights=tokens.token_weights,
                 streams=self._preset.streams,
-                clip=self._clip,
+                row_sequence=micro_batch.row_sequence,
+                generator_logprobs=tokens.generator_logprobs,
+                entropy=None if logprobs.entropy is None else logprobs.entropy.detach(),
             )
         )
         gap = (drawing.detach() - tokens.generator_logprobs).abs()  # before any update, so both of the same weights

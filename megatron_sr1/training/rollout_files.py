@@ -6,9 +6,10 @@ Python writes floats so that reading gives the same bits. A step trained from it
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron_sr1.training.step_rewards import Rewards, rewards_of
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
 
 _KEYS = {"key", "sample", "rewards", "first", "second", "description", "description_cut"}
+_SKIPPED_KEYS = {"group_id", "skipped"}
 _TORN = "The file is damaged: copy it again, or have the engine answer the step's prompts again, without --train-only."
 
 
@@ -25,14 +27,21 @@ def rollouts_file(folder: Path, step: int) -> Path:
     return folder / f"step_{step:06d}.jsonl"
 
 
-def write_rollouts(path: Path, groups: Sequence[RolloutGroup], rewards: Rewards) -> None:
+def write_rollouts(
+    path: Path, groups: Sequence[RolloutGroup], rewards: Rewards, skipped: Mapping[int, str] = MappingProxyType({})
+) -> None:
     """One JSON line per sample: ids, texts, log-probs and rewards of both passes; images by the prompt's key.
 
     `read_rollouts` gets all of it back, to the bit.
+
+    Args:
+        skipped: by number, groups of the step that were not graded, and why; they have a line each.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     index = 0
     with path.open("w", encoding="utf-8") as file:
+        for number, reason in skipped.items():
+            file.write(json.dumps({"group_id": number, "skipped": reason}) + "\n")
         for group in groups:
             for pair in group.pairs:
                 line = {
@@ -52,14 +61,14 @@ def write_rollouts(path: Path, groups: Sequence[RolloutGroup], rewards: Rewards)
 
 
 def read_rollouts(
-    path: Path, prompts: Sequence[Prompt], num_samples: int, components: Sequence[str]
+    path: Path, prompts: Sequence[Prompt], num_samples: int, names: Sequence[str]
 ) -> tuple[list[RolloutGroup], Rewards]:
-    """What `write_rollouts` wrote.
+    """What `write_rollouts` wrote; groups that were skipped are left out again.
 
     Args:
         prompts: of that step, in its order; the file has their keys, and no images.
         num_samples: K.
-        components: rewards that must be there.
+        names: of rewards that must be there.
 
     Raises:
         ValueError: no such file, a damaged one, another number of samples, another prompt than the data gives at this
@@ -67,18 +76,23 @@ def read_rollouts(
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist. Give the folder of a run that saved this step, or lower train.steps.")
-    lines = _lines(path)
-    if len(lines) != len(prompts) * num_samples:
+    lines, skipped = _lines(path)
+    graded = [index for index in range(len(prompts)) if index not in skipped]
+    if len(lines) != len(graded) * num_samples or not graded:
         raise ValueError(
-            f"{path} holds {len(lines)} samples, the configuration asks for {len(prompts)} prompts x {num_samples} "
+            f"{path} holds {len(lines)} samples, the configuration asks for {len(graded)} prompts x {num_samples} "
             "samples. Set rollout.prompts_per_step and rollout.samples_per_prompt as in the run that saved it."
         )
-    missing = sorted(set(components) - set(lines[0]["rewards"]))
+    missing = sorted(set(names) - set(lines[0]["rewards"]))
     if missing:
-        raise ValueError(f"{path} has no reward {missing[0]!r}. Set objective.preset as in the run that saved it.")
+        raise ValueError(
+            f"{path} has no reward {missing[0]!r}. Set objective.preset and objective.streams as in the run that saved "
+            "it."
+        )
     groups = []
-    for index, prompt in enumerate(prompts):
-        share = lines[index * num_samples : (index + 1) * num_samples]
+    for place, index in enumerate(graded):
+        prompt = prompts[index]
+        share = lines[place * num_samples : (place + 1) * num_samples]
         for line in share:
             if line["key"] != prompt.key:
                 raise ValueError(
@@ -90,17 +104,21 @@ def read_rollouts(
     return groups, rewards
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
+def _lines(path: Path) -> tuple[list[dict[str, Any]], set[int]]:
+    """Those of samples, and the numbers of the groups that were skipped."""
+    lines, skipped = [], set()
     for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             line = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: {error}. {_TORN}") from error
+        if isinstance(line, dict) and line.keys() == _SKIPPED_KEYS:
+            skipped.add(line["group_id"])
+            continue
         if not isinstance(line, dict) or not line.keys() >= _KEYS:
             raise ValueError(f"{path}, line {number}: it is no sample. {_TORN}")
         lines.append(line)
-    return lines
+    return lines, skipped
 
 
 def _pair(path: Path, line: dict[str, Any]) -> RolloutPair:

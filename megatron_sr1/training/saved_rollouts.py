@@ -7,9 +7,9 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_sr1.metrics.clock import Clock
-from megatron_sr1.objective import Preset
+from megatron_sr1.streams import Preset
 from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file
-from megatron_sr1.training.step_rewards import Rewards, scored_components
+from megatron_sr1.training.step_rewards import Rewards, scored_rewards
 from megatron_sr1.types import NamedTensors, Prompt, RolloutGroup
 
 
@@ -21,7 +21,7 @@ class SavedRollouts:
     def __init__(self, folder: Path, preset: Preset, num_samples: int) -> None:
         """`num_samples`: K of the run that saved them."""
         self._folder = folder
-        self._components = scored_components(preset)
+        self._names = scored_rewards(preset)
         self._num_samples = num_samples
 
     def __enter__(self) -> SavedRollouts:
@@ -35,7 +35,7 @@ class SavedRollouts:
     def take(self, prompts: Sequence[Prompt], step: int, clock: Clock) -> tuple[list[RolloutGroup], Rewards]:
         """All groups and rewards of the step; see `read_rollouts` for errors."""
         with clock("rollout"):
-            return read_rollouts(rollouts_file(self._folder, step), prompts, self._num_samples, self._components)
+            return read_rollouts(rollouts_file(self._folder, step), prompts, self._num_samples, self._names)
 
     def refresh(self, weights: NamedTensors, version: int) -> None:
         """Nothing is drawn, so the weights stay where they are; no rank asks for one."""

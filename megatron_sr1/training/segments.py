@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_sr1.processor import Processor
-from megatron_sr1.prompts import description_block
-from megatron_sr1.types import PassName, RewardStream, Rollout, RolloutPair, TokenSegment
+from megatron_sr1.streams import REST, WHOLE, block_of, other_segments
+from megatron_sr1.streams.segments import OUTSIDE_DESCRIPTION
+from megatron_sr1.types import PassName, RewardStream, Rollout, RolloutPair
 
 
 def stream_masks(processor: Processor, pair: RolloutPair, streams: Sequence[RewardStream]) -> tuple[Tensor, Tensor]:
@@ -25,17 +26,28 @@ def _pass_masks(
     rows = torch.zeros(len(streams), len(rollout.response_ids))
     for row, stream in zip(rows, streams, strict=True):
         if stream.trajectory == pass_name:
-            row.copy_(_segment(processor, rollout, stream.tokens))
+            row.copy_(_segment(processor, rollout, stream, streams))
     return rows
 
 
-def _segment(processor: Processor, rollout: Rollout, tokens: TokenSegment) -> Tensor:
-    """[n]: 1.0 on the tokens of the segment. `reasoning` is all that is outside the description block."""
+def _segment(processor: Processor, rollout: Rollout, stream: RewardStream, streams: Sequence[RewardStream]) -> Tensor:
+    """[n]: 1.0 on the tokens that a stream credits."""
+    if stream.tokens != REST:
+        return _named(processor, rollout, stream.tokens)
+    left = torch.ones(len(rollout.response_ids))
+    for segment in other_segments(stream, streams):
+        left = torch.minimum(left, 1.0 - _named(processor, rollout, segment))
+    return left
+
+
+def _named(processor: Processor, rollout: Rollout, segment: str) -> Tensor:
+    """[n]: 1.0 on the tokens of a segment, whatever other streams credit."""
     everything = torch.ones(len(rollout.response_ids))
-    if tokens == "response":
+    if segment == WHOLE:
         return everything
-    block = description_block(rollout.response_text)
+    outside = segment == OUTSIDE_DESCRIPTION
+    block = block_of(rollout.response_text, "description" if outside else segment)
     inside = torch.zeros(len(rollout.response_ids))
     if block is not None:
         inside = torch.tensor(processor.segment_mask(rollout.response_ids, block), dtype=torch.float32)
-    return inside if tokens == "description" else everything - inside
+    return everything - inside if outside else inside

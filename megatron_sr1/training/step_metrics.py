@@ -9,18 +9,32 @@ from torch import Tensor
 
 from megatron_sr1.metrics import MetricLog
 from megatron_sr1.metrics.clock import Clock
-from megatron_sr1.objective import Preset
 from megatron_sr1.policy import StepResult
-from megatron_sr1.rewards import faithful
+from megatron_sr1.rewards import faithful, find_reward
+from megatron_sr1.streams import Preset
+from megatron_sr1.training.batches import rollout_advantages
 from megatron_sr1.training.step_rewards import Rewards
 from megatron_sr1.types import RolloutGroup
 
 
 def step_metrics(
-    groups: Sequence[RolloutGroup], rewards: Rewards, preset: Preset, results: Sequence[StepResult], clock: Clock
+    groups: Sequence[RolloutGroup],
+    rewards: Rewards,
+    preset: Preset,
+    results: Sequence[StepResult],
+    clock: Clock,
+    *,
+    num_prompts: int,
 ) -> dict[str, float]:
-    """All of them by name; those of several optimizer steps as their mean."""
+    """All of them by name; those of several optimizer steps as their mean.
+
+    Args:
+        groups: of the `num_prompts` prompts of the step, those that could be graded.
+    """
     log = MetricLog()
+    log.add("groups/skipped", num_prompts - len(groups), "sum")
+    for name, share in dead_groups(groups, rewards, preset).items():
+        log.add(name, share)
     _log_rewards(log, groups, rewards, preset)
     num_tokens = _log_responses(log, groups)
     log.add("tokens_per_second", num_tokens / clock.seconds["seconds/rollout"])
@@ -54,6 +68,16 @@ def summarise(groups: Sequence[RolloutGroup], rewards: Rewards) -> dict[str, flo
     }
 
 
+def dead_groups(groups: Sequence[RolloutGroup], rewards: Rewards, preset: Preset) -> dict[str, float]:
+    """`groups/dead/<stream>`, the share of prompts whose responses are all the same to a stream, so that it teaches
+    nothing; `groups/dead`, to all streams."""
+    ids = torch.tensor([group.group_id for group in groups for _ in group.pairs])  # [B]
+    advantages = rollout_advantages(groups, rewards, preset, eps=1.0)  # [S, B], of any scale
+    alive = torch.stack([(advantages[:, ids == group.group_id] != 0).any(1) for group in groups], 1)  # [S, G]
+    dead = {f"groups/dead/{stream.name}": row for stream, row in zip(preset.streams, ~alive, strict=True)}
+    return {name: share.float().mean().item() for name, share in {**dead, "groups/dead": ~alive.any(0)}.items()}
+
+
 def _mean(values: Tensor) -> float | None:
     return values.mean().item() if len(values) else None
 
@@ -64,7 +88,7 @@ def _log_rewards(log: MetricLog, groups: Sequence[RolloutGroup], rewards: Reward
             log.add(name, value)
     for name, reward in rewards.items():
         if name != "format":  # in the summary already
-            log.add(f"reward/{name}", reward.mean().item())
+            log.add(f"reward/{find_reward(name).name}", reward.mean().item())
     earned = [weight * rewards[name].mean().item() for stream in preset.streams for name, weight in stream.rewards]
     log.add("reward/total", sum(earned))
 

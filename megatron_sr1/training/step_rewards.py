@@ -7,38 +7,36 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_sr1.objective import Preset
-from megatron_sr1.rewards.workers import PLAIN, Vectors
+from megatron_sr1.rewards import ALWAYS, Vectors, find_reward, for_prompt, layout_reward
+from megatron_sr1.streams import Preset
 
-ALWAYS = ("acc", "acc_vis", "leak")  # scored for the metrics whatever the preset trains on
-VISUAL = ("acc_vis", "fmt_vis")
-
-Rewards = dict[str, Tensor]  # component -> [B] float32, in the order of groups and, within, of samples
+Rewards = dict[str, Tensor]  # by reward: [B] float32, in the order of groups and, within, of samples
 
 
-def scored_components(preset: Preset) -> list[str]:
+def scored_rewards(preset: Preset) -> list[str]:
     """Names of all rewards that a step measures, sorted."""
-    return sorted({*preset.components, *ALWAYS, _layout(preset)})
+    return sorted({*preset.rewards, *ALWAYS, _layout(preset)})
 
 
 def join_rewards(graded: Sequence[tuple[int, Vectors]], preset: Preset) -> Rewards:
-    """One tensor per component of what the ranks graded: (group, vectors of its samples), in any order.
+    """One tensor per reward of what the ranks graded: (group, vectors of its samples), in any order.
 
     The ranks of one engine grade the same groups; each group counts once. Groups without images have the layout of
     the plain prompt, which they were asked with.
     """
     vectors = [vector for _, share in sorted(dict(graded).items()) for vector in share]
-    rewards = {
-        name: torch.tensor([vector[name] if name in vector else vector[PLAIN[name]] for vector in vectors])
-        for name in scored_components(preset)
-    }
+    rewards = {}
+    for name in scored_rewards(preset):
+        (plain,) = for_prompt([name], has_images=False)
+        values = [vector[name] if name in vector else vector[plain] for vector in vectors]
+        rewards[name] = torch.tensor(values, dtype=torch.float32)
     return {**rewards, "format": rewards[_layout(preset)]}
 
 
 def without_leaks(rewards: Rewards) -> Rewards:
-    """The leak filter: a description that states the answer earns no visual reward."""
+    """The leak filter: a description that states the answer earns nothing for what the second pass makes of it."""
     honest = 1.0 - rewards["leak"]
-    return {name: value * honest if name in VISUAL else value for name, value in rewards.items()}
+    return {name: value * honest if _is_visual(name) else value for name, value in rewards.items()}
 
 
 def rewards_of(rewards: Mapping[str, Tensor], index: int) -> dict[str, float]:
@@ -47,4 +45,8 @@ def rewards_of(rewards: Mapping[str, Tensor], index: int) -> dict[str, float]:
 
 
 def _layout(preset: Preset) -> str:
-    return "fmt_cot" if preset.template == "cot" else "fmt"
+    return layout_reward(described=preset.template == "see_think")
+
+
+def _is_visual(name: str) -> bool:
+    return name != "format" and find_reward(name).of_pass == "second"

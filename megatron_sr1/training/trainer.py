@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from megatron_sr1.config import Config
-from megatron_sr1.objective import Preset
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
+from megatron_sr1.rewards import RewardError
+from megatron_sr1.streams import Preset
 from megatron_sr1.training.batches import Batcher, StreamBatch, rollout_advantages
 from megatron_sr1.training.logprob_gap import check_logprob_gap, max_logprob_gap
 from megatron_sr1.training.losses import PolicyLoss
@@ -45,10 +46,11 @@ class Trainer:
 
         Raises:
             ValueError: trainer and generator are too far apart, see `check_logprob_gap`.
+            RewardError: so many groups were skipped that a replica has none; before the first step.
         """
         self._policy.return_to_device()
         rewards = without_leaks(rewards) if self._config.objective.leak_filter else rewards
-        advantages = rollout_advantages(groups, rewards, self._preset, self._config.objective)
+        advantages = rollout_advantages(groups, rewards, self._preset, self._config.objective.advantage_eps)
         batches = list(self._mini_batches(groups, advantages))
         old: list[list[LogProbs] | None] = [None] * len(batches)
         if len(batches) > 1:
@@ -64,8 +66,15 @@ class Trainer:
         return results
 
     def _mini_batches(self, groups: Sequence[RolloutGroup], advantages: Tensor) -> Iterator[StreamBatch]:
+        """Each of the prompts of `train.batch_size`, without groups that were skipped."""
         size = self._config.train.batch_size
         samples = self._config.rollout.samples_per_prompt
-        for start in range(0, len(groups), size):
-            rollouts = slice(start * samples, (start + size) * samples)
-            yield self._batcher.streams(groups[start : start + size], advantages[:, rollouts], self._preset)
+        for first in range(0, self._config.rollout.prompts_per_step, size):
+            start, end = (sum(group.group_id < limit for group in groups) for limit in (first, first + size))
+            if end - start < self._policy.replicas.num_ranks:
+                raise RewardError(
+                    f"only {end - start} of {size} prompts of an optimizer step are graded, which is less than the "
+                    f"{self._policy.replicas.num_ranks} replicas of the policy. See above for why."
+                )
+            rollouts = slice(start * samples, end * samples)
+            yield self._batcher.streams(groups[start:end], advantages[:, rollouts], self._preset)

@@ -26,11 +26,16 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_sr1.kernels.policy_loss.torch_loss import torch_loss
 from megatron_sr1.objective.losses import check_inputs
-from megatron_sr1.types import KlEstimator, LossInputs
+from megatron_sr1.types import KlEstimator, LossInputs, RewardStream
 
 LossBackend = Literal["auto", "torch", "triton"]
 METRICS = ("weight", "policy", "kl", "ratio_mean", "clip_fraction", "dual_clip_fraction")
 _Compute = Callable[[LossInputs], tuple[Tensor, Tensor, Tensor]]  # -> loss [], totals [S, 6], gradient [R]
+
+
+def is_fused(stream: RewardStream) -> bool:
+    """Whether the fused loss computes what the stream asks for."""
+    return stream.surrogate == "ppo" and stream.ratio == "token"
 
 
 def fused_stream_loss(inputs: LossInputs, *, backend: LossBackend = "auto") -> tuple[Tensor, dict[str, Tensor]]:
@@ -56,6 +61,11 @@ def fused_stream_loss(inputs: LossInputs, *, backend: LossBackend = "auto") -> t
     """
     check_inputs(inputs)
     for stream in inputs.streams:
+        if not is_fused(stream):
+            raise ValueError(
+                f"streams: {stream.name!r} has surrogate={stream.surrogate!r} and ratio={stream.ratio!r}; the fused "
+                "loss is ppo of tokens. Use stream_loss."
+            )
         if stream.kl_estimator not in get_args(KlEstimator):
             raise ValueError(
                 f"streams: {stream.name!r} has kl_estimator={stream.kl_estimator!r}; "

@@ -8,6 +8,8 @@ Shapes: R scored tokens, S streams.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def torch_loss(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
     idle = weights == 0  # [S, R]; 0 * infinity is no part of a sum
     own_ratio = ratio.expand_as(weights).masked_fill(idle, 1.0)  # [S, R]
     opposite = -inputs.advantages.to(trainer.dtype)
-    value, clipped, dual_clipped = _surrogate(own_ratio, opposite, inputs.clip)
+    value, clipped, dual_clipped = _surrogate(own_ratio, opposite, [stream.clip for stream in inputs.streams])
 
     held = clipped if dual_clipped is None else torch.maximum(clipped, dual_clipped)
     lambdas = weights.new_tensor([stream.loss_weight for stream in inputs.streams])
@@ -43,18 +45,21 @@ def torch_loss(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
     return loss, totals, gradient
 
 
-def _surrogate(ratio: Tensor, opposite: Tensor, clip: Clip) -> tuple[Tensor, Tensor, Tensor | None]:
+def _surrogate(ratio: Tensor, opposite: Tensor, clips: Sequence[Clip]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Value, and as 0 or 1 what PPO clipping and (None without a bound) dual clipping hold, [S, R] each.
 
     `opposite` is minus the advantage. Where that is 0 or less, so is the value, and a ceiling of 0 holds nothing.
     """
     unclipped = opposite * ratio
-    bounded = ratio.clamp(1.0 - clip.low, 1.0 + clip.high).mul_(opposite)
+    low = ratio.new_tensor([1.0 - clip.low for clip in clips])[:, None]
+    high = ratio.new_tensor([1.0 + clip.high for clip in clips])[:, None]
+    bounded = ratio.clamp(low, high).mul_(opposite)
     value = torch.maximum(unclipped, bounded)
     clipped = bounded.gt_(unclipped)
-    if clip.dual is None:
+    if all(clip.dual is None for clip in clips):
         return value, clipped, None
-    ceiling = opposite.clamp(min=0.0).mul_(clip.dual)
+    duals = ratio.new_tensor([torch.inf if clip.dual is None else clip.dual for clip in clips])[:, None]
+    ceiling = opposite.clamp(min=0.0).mul_(duals).nan_to_num_(nan=0.0, posinf=torch.inf)  # 0 * infinity
     dual_clipped = torch.gt(value, ceiling, out=unclipped)
     return torch.minimum(value, ceiling), clipped, dual_clipped
 

@@ -101,7 +101,7 @@ def loss_of_blocks(
         advantage = tl.load(advantages_ptr + row, inside, other=0.0).to(tl.float32)
         active = weight != 0.0  # 0 * infinity is no part of a sum
         own_ratio = tl.where(active, ratio, 1.0)
-        value, clipped, dual_clipped = _surrogate(own_ratio, advantage, low, high, dual, HAS_DUAL)
+        value, clipped, dual_clipped = _surrogate(own_ratio, advantage, low[s], high[s], dual[s], HAS_DUAL[s])
         of_ratio += tl.where(clipped | dual_clipped, 0.0, stream_weights[s] * weight * -advantage)
         kl = tl.zeros([BLOCK], tl.float32)
         if HAS_REFERENCE:

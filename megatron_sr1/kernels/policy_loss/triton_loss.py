@@ -6,10 +6,13 @@ The first kernel reads every input once. A program owns one block of tokens and 
 the block's gradient, and for each stream the block's sums of the six terms into partials [S, 6, B]. The second kernel
 adds the partials in a fixed order and makes the loss of the totals. No atomics: the results are the same bits in every
 run on one kind of card. Numbers that a run may change (weights, coefficients, bounds) are arguments of the kernels;
-a kernel is recompiled only for another set of estimators, another number of streams, with or without a reference.
+a kernel is recompiled only for another set of estimators, another number of streams, with or without a reference or
+dual clipping.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -42,7 +45,11 @@ def triton_loss(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
     kl_coefs = tuple(float(stream.kl_coef) for stream in inputs.streams)
     with torch.cuda.device_of(trainer):
         if num_blocks:
-            clip = inputs.clip
+            clips = [stream.clip for stream in inputs.streams]
+            low: Any = tuple(1.0 - clip.low for clip in clips)  # Triton's types know no tuples
+            high: Any = tuple(1.0 + clip.high for clip in clips)
+            dual: Any = tuple(0.0 if clip.dual is None else float(clip.dual) for clip in clips)
+            has_dual: Any = tuple(clip.dual is not None for clip in clips)
             loss_of_blocks[(num_blocks,)](
                 trainer,
                 trainer if inputs.old_logprobs is None else inputs.old_logprobs.contiguous(),
@@ -55,10 +62,10 @@ def triton_loss(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
                 num_blocks,
                 weights,
                 kl_coefs,
-                1.0 - clip.low,
-                1.0 + clip.high,
-                0.0 if clip.dual is None else float(clip.dual),
-                HAS_DUAL=clip.dual is not None,
+                low,
+                high,
+                dual,
+                HAS_DUAL=has_dual,
                 HAS_REFERENCE=inputs.ref_logprobs is not None,
                 ESTIMATORS=tuple(stream.kl_estimator for stream in inputs.streams),
                 BLOCK=BLOCK_TOKENS,

@@ -79,7 +79,7 @@ def read_sweep(path: Path) -> Sweep:
     """
     file = _read_file(path)
     base = load_config(file.config, [])
-    presets, seeds = file.presets or (base.objective.preset,), file.seeds or (base.seed,)
+    presets, seeds = file.presets or (base.objective.name,), file.seeds or (base.seed,)
     runs = tuple(
         _run(file, preset, variant, seed, further)
         for preset in presets
@@ -103,7 +103,8 @@ def read_sweep(path: Path) -> Sweep:
 def _run(file: _SweepFile, preset: str, variant: str, seed: int, further: list[str]) -> SweepRun:
     name = "-".join(part for part in (preset, variant, f"seed{seed}") if part)
     run_dir = str(Path(file.run_dir) / name)
-    own = (f"objective.preset={preset}", f"seed={seed}", f"run_dir={run_dir}")
+    chosen = (f"objective.preset={preset}",) if file.presets else ()  # else the configuration's own, if it has one
+    own = (*chosen, f"seed={seed}", f"run_dir={run_dir}")
     words = (*file.overrides, *further, *own)
     last = {word.partition("=")[0]: place for place, word in enumerate(words)}
     kept = (word for place, word in enumerate(words) if place == last[word.partition("=")[0]] or not gives_list(word))

@@ -1,0 +1,93 @@
+"""`objective.streams`: what is written of each reward stream, checked key by key."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from megatron_sr1.config.rules import ConfigError, Range, require
+from megatron_sr1.types import (
+    AdvantageKind,
+    AdvantageScope,
+    Aggregation,
+    KlEstimator,
+    Normalize,
+    PassName,
+    RatioLevel,
+    Surrogate,
+)
+
+KL_COEF = Range(0, 1000)  # 0 switches the reference model off
+RATIO = Range(0, 1000, above=True)
+DUAL_CLIP = Range(1, 1000, above=True)
+_NUMBERS = {
+    "loss_weight": Range(0, 1000),
+    "kl_coef": KL_COEF,
+    "clip_low": RATIO,
+    "clip_high": RATIO,
+    "dual_clip": DUAL_CLIP,
+}
+_CHOICES = {
+    "pass": get_args(PassName),
+    "kl_estimator": get_args(KlEstimator),
+    "normalize": get_args(Normalize),
+    "advantage": get_args(AdvantageKind),
+    "scope": get_args(AdvantageScope),
+    "aggregation": get_args(Aggregation),
+    "surrogate": get_args(Surrogate),
+    "ratio": get_args(RatioLevel),
+}
+KEYS = ("name", "pass", "tokens", "rewards", "enabled", *_NUMBERS, *(key for key in _CHOICES if key != "pass"))
+_NULLABLE = ("dual_clip",)
+_WEIGHT = Range(-1e6, 1e6)
+
+
+def check_streams(streams: Sequence[Any]) -> None:
+    """
+    Raises:
+        ConfigError: an entry is no mapping, has no name or the name of another, an unknown key, or a value that is not
+            allowed.
+    """
+    names: list[str] = []
+    for index, stream in enumerate(streams):
+        where = f"objective.streams[{index}]"
+        example = "Write {name: brevity, pass: first, tokens: response, rewards: {acc: 1.0}}."
+        require(isinstance(stream, Mapping), where, stream, "keys with values", example)
+        name = stream.get("name")
+        is_name = isinstance(name, str) and name != "" and name.replace("_", "").isalnum()
+        require(is_name, f"{where}.name", name, "a word of letters, digits and _", example)
+        require(name not in names, f"{where}.name", name, "a name that no other stream has", "Metrics need one each.")
+        names.append(str(name))
+        for key, value in stream.items():
+            _check(f"{where} ({name}).{key}", str(key), value)
+
+
+def _check(where: str, key: str, value: Any) -> None:
+    if key not in KEYS:
+        near = difflib.get_close_matches(key, KEYS, 1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{where} is no key of a stream.{meant} Known keys: {', '.join(KEYS)}.")
+    if key in _NUMBERS:
+        if value is not None or key not in _NULLABLE:
+            _check_number(where, value, _NUMBERS[key])
+    elif key in _CHOICES:
+        allowed = _CHOICES[key]
+        require(value in allowed, where, value, "one of " + ", ".join(allowed), "Set it to one of them.")
+    elif key == "rewards":
+        example = 'Write rewards: {acc: 1.0, "my_rewards.py:brevity": 0.2}.'
+        require(isinstance(value, Mapping) and len(value) > 0, where, value, "rewards with their weights", example)
+        for name, weight in value.items():
+            require(isinstance(name, str), where, name, "a reward's name or import path", example)
+            _check_number(f"{where}[{name!r}]", weight, _WEIGHT)
+            require(weight != 0, f"{where}[{name!r}]", weight, "another weight than 0", "Leave the reward out.")
+    elif key == "enabled":
+        require(isinstance(value, bool), where, value, "true or false", "False takes a preset's stream away.")
+    else:
+        require(isinstance(value, str) and value != "", where, value, "a word", "Write it in quotes if need be.")
+
+
+def _check_number(where: str, value: Any, allowed: Range) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    require(is_number and value in allowed, where, value, f"a number, {allowed}", "Set it to such a number.")

@@ -1,0 +1,155 @@
+"""What users bring: objects by their import path, and whose fault it is when these fail.
+
+`module.path:name` is imported as Python does; `path/to/file.py:name` is a file, which may import what lies beside it.
+Either may name a part of an object, `module:name.part`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+_EXAMPLE = "Write module.path:name, or path/to/file.py:name"
+
+
+class UserCodeError(ValueError):
+    """Code that a configuration names has failed; the message says which, where and why."""
+
+
+class UserCode:
+    """Says of what is raised inside a `with` where the user's code raised it; what this project raises on purpose
+    (`UserCodeError`) passes."""
+
+    def __init__(self, what: str, source: str | None, kind: type[UserCodeError] = UserCodeError) -> None:
+        """
+        Args:
+            what: begins the message: "the reward 'a.py:b' failed on sample '7'".
+            source: the user's file, whose innermost line is named; None: the innermost line of all.
+            kind: what is raised.
+        """
+        self._what, self._source, self._kind = what, source, kind
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, Exception | SystemExit) or isinstance(error, UserCodeError):
+            return
+        text = " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        raise self._kind(f"{self._what} at {self._place(error)}: {reason}") from error
+
+    def _place(self, error: BaseException) -> str:
+        if isinstance(error, SyntaxError) and error.filename:
+            return f"{error.filename}:{error.lineno}"
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if frame.filename == self._source]
+        last = (own or frames)[-1]
+        return f"{last.filename}:{last.lineno} in {last.name}"
+
+
+def is_import_path(text: str) -> bool:
+    """Whether a component's name is an import path, not one of ours."""
+    return ":" in text
+
+
+@functools.cache
+def load_object(path: str, key: str) -> Any:
+    """The object at an import path.
+
+    Args:
+        key: where the path is written, for messages.
+
+    Raises:
+        ValueError: no such file, module or name.
+        UserCodeError: the module fails where it is imported.
+    """
+    place, _, name = path.rpartition(":")
+    if not place or not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"{key}: {path!r} is no import path. {_EXAMPLE}.")
+    found: Any = _load_file(place, path, key) if place.endswith(".py") else _load_module(place, path, key)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{key}: {path!r}: there is no {part!r} in {place}. {_known(found)}")
+        found = getattr(found, part)
+    return found
+
+
+def source_of(function: Callable[..., Any]) -> str | None:
+    """The file that a function was written in; None where that cannot be told, as of a function in C."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    return None if code is None else code.co_filename
+
+
+def source_digest(function: Callable[..., Any]) -> str:
+    """Of the file that a function was written in, as it is now; "" where there is none."""
+    source = source_of(function)
+    if source is None or not Path(source).is_file():
+        return ""
+    return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:12]
+
+
+def _load_module(name: str, path: str, key: str) -> ModuleType:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"{key}: {path!r} is no import path: {name!r} is neither a module nor a .py file. {_EXAMPLE}.")
+    if name not in sys.modules and not _can_be_found(name):
+        raise ValueError(
+            f"{key}: {path!r}: there is no module {name!r}. Install it, start the command in the folder that holds it "
+            "with PYTHONPATH=., or name its file: path/to/file.py:name."
+        )
+    with UserCode(f"{key}: the import of {name!r} failed", None):
+        return importlib.import_module(name)
+
+
+def _can_be_found(name: str) -> bool:
+    """Whether all packages on the way to a module are there; those above it are imported."""
+    parts = name.split(".")
+    for number in range(1, len(parts) + 1):
+        try:
+            if importlib.util.find_spec(".".join(parts[:number])) is None:
+                return False
+        except ModuleNotFoundError:
+            return False
+    return True
+
+
+def _load_file(place: str, path: str, key: str) -> ModuleType:
+    file = Path(place).expanduser()
+    if not file.is_file():
+        raise ValueError(f"{key}: {path!r}: there is no file {str(file.absolute())!r}. {_EXAMPLE}.")
+    file = file.resolve()
+    name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"  # two files of one name are two modules
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))  # at the end: nothing in it may stand in for what is installed
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None, file
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    done = False
+    try:
+        with UserCode(f"{key}: the import of {place!r} failed", str(file)):
+            spec.loader.exec_module(module)
+        done = True
+    finally:
+        if not done:
+            del sys.modules[name]
+    return module
+
+
+def _known(found: Any) -> str:
+    names = sorted(name for name in dir(found) if not name.startswith("_"))[:20]
+    return f"It has {', '.join(names)}." if names else "It is empty."

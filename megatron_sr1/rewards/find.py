@@ -1,0 +1,85 @@
+"""Rewards by name: one of ours, or a user's by its import path."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_sr1.import_path import is_import_path, load_object
+from megatron_sr1.rewards.table import REWARDS, Need, Reward
+
+_SHOWN = re.compile(r"[\w.-]+")
+_WANTED = (
+    "a reward is a function of (pair, prompt) that returns a number, a function of (group) that returns one for each "
+    "of its pairs, or a megatron_sr1.rewards.Reward"
+)
+
+
+@functools.cache
+def find_reward(name: str) -> Reward:
+    """The reward of that name, or at that import path: a function, or a `Reward` of one.
+
+    A function by itself is of the first pass and is shown the images; what its reward needs beyond that, or does not
+    need, a `Reward` says. By default it is shown by its name in the file, and one that is called as one of ours with
+    the file's: `mine.acc`.
+
+    Raises:
+        ValueError: there is no such reward, or what is there is none.
+        UserCodeError: the module fails where it is imported.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    if not is_import_path(name):
+        near = difflib.get_close_matches(name, REWARDS, 1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"unknown reward {name!r}: ours are {', '.join(REWARDS)}.{meant} One of your own is named by its import "
+            "path, module.path:name or path/to/file.py:name."
+        )
+    found: Any = load_object(name, "a reward")
+    place, _, own = name.rpartition(":")
+    default = f"{Path(place).stem}.{own}" if own in REWARDS else own
+    reward = _as_reward(found, name)
+    reward = reward if reward.shown else replace(reward, shown=default)
+    if reward.shown in REWARDS or not _SHOWN.fullmatch(reward.name):
+        raise ValueError(
+            f"reward {name!r} is shown as {reward.name!r}: it must be a word of letters, digits, _, . and -, and none "
+            f"of {', '.join(REWARDS)}, which are ours. Name it: Reward(..., shown='another_name')."
+        )
+    return reward
+
+
+def _as_reward(found: Any, name: str) -> Reward:
+    if isinstance(found, Reward):
+        takes_group = _num_arguments(found.function, name) == 1
+        if takes_group != ("group" in found.needs):
+            number, word = ("one argument", "lacks") if takes_group else ("two arguments", "has")
+            raise ValueError(
+                f"reward {name!r}: its function takes {number}, but its needs {word} 'group'. A function of the group "
+                "takes the group alone; any other takes (pair, prompt)."
+            )
+        return found
+    needs: tuple[Need, ...] = ("images", "group") if _num_arguments(found, name) == 1 else ("images",)
+    return Reward(found, needs=needs)
+
+
+def _num_arguments(function: Any, name: str) -> int:
+    """1 or 2: how many arguments the function must be given."""
+    if isinstance(function, type) or not callable(function) or inspect.iscoroutinefunction(function):
+        raise ValueError(f"reward {name!r} is {function!r}: {_WANTED}.")
+    try:
+        signature = inspect.signature(function)
+    except ValueError as error:  # a function in C that does not say
+        raise ValueError(f"reward {name!r}: {error}. Wrap it: {_WANTED}.") from error
+    for number in (2, 1):
+        try:
+            signature.bind(*range(number))
+        except TypeError:
+            continue
+        return number
+    raise ValueError(f"reward {name!r} takes {signature}: {_WANTED}.")

@@ -1,0 +1,114 @@
+"""The rewards of a group's samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sr1.import_path import UserCode, UserCodeError, source_of
+from megatron_sr1.rewards.find import find_reward
+from megatron_sr1.rewards.table import Reward
+from megatron_sr1.types import Prompt, RolloutGroup, RolloutPair
+
+Vectors = list[dict[str, float]]  # one reward vector per sample, by the names that were asked for
+
+
+class RewardError(UserCodeError):
+    """A group cannot be graded; the message names reward, sample and reason. Never a reward of 0.0."""
+
+
+@dataclass(frozen=True)
+class Ungraded:
+    """A group without rewards, and why."""
+
+    reason: str
+
+
+def score_or_tell(group: RolloutGroup, names: Iterable[str], *, rounded: bool = False) -> Vectors | Ungraded:
+    """As `score_group`, for ranks that must all hear of a RewardError."""
+    try:
+        return score_group(group, names, rounded=rounded)
+    except RewardError as error:
+        return Ungraded(str(error))
+
+
+def score_group(group: RolloutGroup, names: Iterable[str], *, rounded: bool = False) -> Vectors:
+    """The named rewards of all samples of one prompt.
+
+    Args:
+        group: with its images where a reward needs them.
+        rounded: as in `grade`.
+
+    Raises:
+        RewardError: a reward raised something, or gave another thing than a finite number for each sample.
+        ValueError: see `find_reward`.
+    """
+    vectors: Vectors = [{} for _ in group.pairs]
+    for name in names:
+        reward = find_reward(name)
+        values = _values(name, reward.for_evaluation() if rounded else reward, group)
+        for vector, value in zip(vectors, values, strict=True):
+            vector[name] = value
+    return vectors
+
+
+def score_pair(pair: RolloutPair, prompt: Prompt, names: Iterable[str], *, rounded: bool = False) -> dict[str, float]:
+    """The named rewards of one sample. Raises as `score_group`."""
+    return score_group(RolloutGroup(0, prompt, (pair,)), names, rounded=rounded)[0]
+
+
+def _values(name: str, reward: Reward, group: RolloutGroup) -> list[float]:
+    key = group.prompt.key
+    if "metadata" in reward.needs and not group.prompt.metadata:
+        raise RewardError(f"the reward {name!r} needs metadata, and sample {key!r} has none. Add it to the data set.")
+    missing = [_is_missing(reward, pair) for pair in group.pairs]
+    function: Any = reward.function
+    if "group" in reward.needs:
+        with UserCode(f"the reward {name!r} failed on sample {key!r}", source_of(function), RewardError):
+            given = function(group)
+        values = _one_each(given, name, group)
+        return [0.0 if gone else value for value, gone in zip(values, missing, strict=True)]
+    values = []
+    for pair, gone in zip(group.pairs, missing, strict=True):
+        if gone:
+            values.append(0.0)
+            continue
+        where = f"response {pair.sample_index} to sample {key!r}"
+        with UserCode(f"the reward {name!r} failed on {where}", source_of(function), RewardError):
+            value = function(pair, group.prompt)
+        values.append(_number(value, name, where))
+    return values
+
+
+def _is_missing(reward: Reward, pair: RolloutPair) -> bool:
+    """Whether what is measured is not there. A first pass without a description earns no visual reward (method,
+    defect 1)."""
+    no_second = reward.of_pass == "second" and pair.second is None
+    return no_second or ("description" in reward.needs and pair.description is None)
+
+
+def _one_each(values: Any, name: str, group: RolloutGroup) -> list[float]:
+    where = f"sample {group.prompt.key!r}"
+    if isinstance(values, str | bytes | dict):
+        raise RewardError(f"the reward {name!r} gave {values!r} for {where}: it must be a list of numbers.")
+    with UserCode(f"the reward {name!r} gave no list for {where}", None, RewardError):
+        values = list(values)
+    if len(values) != len(group.pairs):
+        raise RewardError(
+            f"the reward {name!r} gave {len(values)} numbers for the {len(group.pairs)} responses to {where}. It must "
+            "give one for each, in their order."
+        )
+    return [_number(value, name, f"response {number} to {where}") for number, value in enumerate(values)]
+
+
+def _number(value: Any, name: str, where: str) -> float:
+    """A plain float of whatever Python, numpy or torch call a number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"the reward {name!r} gave {value!r} for {where}: it must be a number.") from error
+    if isinstance(value, str | bytes) or not math.isfinite(number):
+        raise RewardError(f"the reward {name!r} gave {value!r} for {where}: it must be a finite number.")
+    return number

@@ -1,0 +1,105 @@
+"""The examples of docs/extending.md, as they stand there."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from megatron_sr1.config import load_config
+from megatron_sr1.config.streams import KEYS
+from megatron_sr1.objective import OwnLoss, stream_loss
+from megatron_sr1.rewards import score_group
+from megatron_sr1.streams import PRESETS, preset_from_config
+from megatron_sr1.types import LossInputs, Prompt, Rollout, RolloutGroup, RolloutPair
+
+TEXT = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
+EXAMPLES = {
+    name: body for body, name in re.findall(r"^```(?:python|yaml)\n(# (\S+)\n.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, body in EXAMPLES.items():
+        (tmp_path / name).write_text(body)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def group(*texts: str, description: str | None = "a wide picture") -> RolloutGroup:
+    pairs = [
+        RolloutPair(index, Rollout("0/p/0/first", (1,), (2,), text, (-0.1,), "stop", 0), None, description)
+        for index, text in enumerate(texts)
+    ]
+    return RolloutGroup(0, Prompt("p", "?", "10", (Image.new("RGB", (40, 20)),)), tuple(pairs))
+
+
+def scores(name: str, made: RolloutGroup) -> list[float]:
+    path = str(Path.cwd() / name)  # a relative path stays the same module for a process, and tests have many folders
+    return [vector[path] for vector in score_group(made, [path])]
+
+
+def test_every_example_is_short_and_there() -> None:
+    assert {
+        "my_rewards.py",
+        "brief.yaml",
+        "picture_rewards.py",
+        "group_rewards.py",
+        "credit.yaml",
+        "my_loss.py",
+    } == EXAMPLES.keys()
+    assert all(len(body.splitlines()) <= 25 for body in EXAMPLES.values())
+
+
+def test_a_reward() -> None:
+    assert scores("my_rewards.py:brevity", group("", "x" * 1000, "x" * 5000)) == [1.0, 0.5, 0.0]
+
+
+def test_a_reward_that_needs_something() -> None:
+    assert scores("picture_rewards.py:shape", group("x")) == [1.0]
+    assert scores("picture_rewards.py:shape", group("x", description="a tall picture")) == [0.0]
+    assert scores("picture_rewards.py:shape", group("x", description=None)) == [0.0]
+
+
+def test_a_reward_of_a_whole_group() -> None:
+    texts = [rf"\boxed{{{answer}}}" for answer in ("10", "9", "10")]
+    assert scores("group_rewards.py:majority", group(*texts, "none")) == [1.0, 0.0, 1.0, 0.0]
+    assert scores("group_rewards.py:majority", group("none", "none")) == [0.0, 0.0]
+
+
+def test_a_preset_with_a_stream_more() -> None:
+    preset = preset_from_config(load_config("brief.yaml", []).objective)
+    *ours, brief = preset.streams
+    assert tuple(ours) == PRESETS["vision_sr1"].streams
+    assert (brief.tokens, brief.rewards, brief.loss_weight) == ("think", (("my_rewards.py:brevity", 1.0),), 0.2)
+
+
+def test_a_list_of_streams() -> None:
+    answer, visual = preset_from_config(load_config("credit.yaml", []).objective).streams
+    assert (answer.tokens, answer.advantage, answer.kl_coef) == ("rest", "z_score", 0.01)
+    assert (visual.tokens, visual.advantage, visual.kl_coef) == ("description", "leave_one_out", 0.0)
+
+
+def test_a_loss() -> None:
+    """On-policy and without a KL term its gradient is ours."""
+    found = {}
+    streams = tuple(replace(stream, kl_coef=0.0) for stream in PRESETS["vision_sr1"].streams)
+    for name, loss in (("ours", stream_loss), ("theirs", OwnLoss(f"{Path.cwd()}/my_loss.py:reinforce"))):
+        trainer = torch.linspace(-2, -1, 5, requires_grad=True)
+        weights = torch.tensor([[0.5, 0.5, 0, 0, 0], [0, 0, 0.2, 0.3, 0.5]])
+        inputs = LossInputs(trainer, None, None, torch.linspace(-1, 1, 10).view(2, 5), weights, streams)
+        value, metrics = loss(inputs)
+        value.backward()
+        found[name] = (trainer.grad, {"loss/answer/policy", "loss/visual/policy"} - metrics.keys())
+    torch.testing.assert_close(found["theirs"][0], found["ours"][0])
+    assert not found["theirs"][1]
+
+
+def test_the_table_has_every_key_of_a_stream() -> None:
+    rows = re.findall(r"^\| (`[^|]*) \|", TEXT[TEXT.index("| key | values | default |") :], re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(KEYS) - {"enabled"}

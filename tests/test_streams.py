@@ -1,0 +1,256 @@
+"""Objectives written as lists of streams: presets again, presets changed, and what contradicts itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sr1.config import ConfigError, ObjectiveConfig, dump_config, load_config
+from megatron_sr1.processor import Processor
+from megatron_sr1.prompts import boxed_block, tag_block
+from megatron_sr1.streams import PRESETS, Preset, preset_from_config, segments_of
+from megatron_sr1.training.segments import stream_masks
+from megatron_sr1.types import Clip, RewardStream, Rollout, RolloutPair
+
+SEE_THINK = r"<description> 3 and 7 </description> <think> sum </think> \boxed{10}"
+
+
+def objective(*streams: dict[str, Any], preset: str | None = None, **more: Any) -> Preset:
+    return preset_from_config(ObjectiveConfig(preset=preset, streams=list(streams), **more))
+
+
+LISTS = {
+    "vision_r1": [{"name": "answer", "rewards": {"acc": 1.0, "fmt_cot": 0.1}}],
+    "gdpo": [
+        {
+            "name": "answer",
+            "pass": "first",
+            "tokens": "response",
+            "normalize": "per_component",
+            "rewards": {"acc": 1, "fmt": 0.1, "acc_vis": 1, "fmt_vis": 0.1},
+        }
+    ],
+    "vision_sr1": [
+        {"name": "answer", "rewards": {"acc": 1.0, "fmt": 0.1}, "loss_weight": 0.5},
+        {"name": "visual", "pass": "second", "rewards": {"acc_vis": 1.0, "fmt_vis": 0.1}, "loss_weight": 0.5},
+    ],
+    "perception_credit": [
+        {"name": "answer", "tokens": "reasoning", "rewards": {"acc": 1.0, "fmt": 0.1}, "loss_weight": 0.5},
+        {"name": "visual", "tokens": "description", "rewards": {"acc_vis": 1.0, "fmt_vis": 0.1}, "loss_weight": 0.5},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_is_the_preset_that_it_writes_out(name: str, tmp_path: Path) -> None:
+    written = objective(*LISTS[name], template=PRESETS[name].template)
+    assert (written.template, written.streams) == (PRESETS[name].template, PRESETS[name].streams)
+    path = tmp_path / "c.yaml"
+    path.write_text(f"objective: {{preset: null, template: {written.template}, streams: {LISTS[name]}}}\n")
+    config = load_config(path, [])
+    assert preset_from_config(config.objective) == written
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again, []) == config
+
+
+def test_a_preset_is_changed_stream_by_stream() -> None:
+    changed = objective(
+        {"name": "visual", "loss_weight": 0.25, "kl_coef": 0},
+        {"name": "brevity", "tokens": "think", "rewards": {"leak": -1.0}},
+        preset="vision_sr1",
+        kl_coef=0.5,
+    )
+    answer, visual, brevity = changed.streams
+    assert answer.kl_coef == 0.5 and answer.rewards == (("acc", 1.0), ("fmt", 0.1))
+    assert (visual.loss_weight, visual.kl_coef, visual.trajectory) == (0.25, 0.0, "second")
+    assert (brevity.name, brevity.tokens, brevity.rewards, brevity.loss_weight) == (
+        "brevity",
+        "think",
+        (("leak", -1),),
+        1,
+    )
+    assert changed.name == "vision_sr1" and changed.passes == PRESETS["vision_sr1"].passes
+    without = objective({"name": "visual", "enabled": False}, preset="vision_sr1")
+    assert [stream.name for stream in without.streams] == ["answer"] and not without.second_pass
+
+
+def test_what_a_stream_does_not_say_the_objective_says() -> None:
+    own = {"advantage": "centred", "scope": "batch", "aggregation": "sequence_sum", "kl_estimator": "k1"}
+    clips = {"clip_low": 0.1, "clip_high": 0.4, "dual_clip": None}
+    said, silent = objective(
+        {"name": "a", "rewards": {"acc": 1}, **own, **clips},
+        {"name": "b", "rewards": {"acc": 1}},
+        advantage="leave_one_out",
+        aggregation="sequence_mean",
+        kl_estimator="k2",
+        clip_low=0.3,
+        dual_clip=3.0,
+    ).streams
+    assert (said.advantage, said.scope, said.aggregation, said.kl_estimator) == tuple(own.values())
+    assert said.clip == Clip(0.1, 0.4, None) and silent.clip == Clip(0.3, 0.2, 3.0)
+    assert (silent.advantage, silent.scope, silent.aggregation, silent.kl_estimator) == (
+        *("leave_one_out", "group", "sequence_mean", "k2"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("streams", "words"),
+    [
+        ("[{rewards: {acc: 1}}]", r"objective.streams\[0\].name=None"),
+        ("[{name: a/b, rewards: {acc: 1}}]", r"objective.streams\[0\].name='a/b'"),
+        ("[{name: a, rewards: {acc: 1}}, {name: a, rewards: {acc: 1}}]", r"streams\[1\].name='a'.*no other stream"),
+        ("[{name: a, reward: {acc: 1}}]", r"streams\[0\] \(a\).reward is no key of a stream. Did you mean 'rewards'"),
+        ("[{name: a, rewards: acc}]", r"\(a\).rewards='acc'"),
+        ("[{name: a, rewards: {}}]", r"\(a\).rewards=\{\}"),
+        ("[{name: a, rewards: {acc: high}}]", r"\(a\).rewards\['acc'\]='high'"),
+        ("[{name: a, rewards: {acc: 0}}]", r"\(a\).rewards\['acc'\]=0.*Leave the reward out"),
+        ("[{name: a, rewards: {acc: .inf}}]", r"\(a\).rewards\['acc'\]=inf"),
+        ("[{name: a, rewards: {acc: true}}]", r"\(a\).rewards\['acc'\]=True"),
+        ("[{name: a, rewards: {acc: 1}, pass: third}]", r"\(a\).pass='third'.*first, second"),
+        ("[{name: a, rewards: {acc: 1}, kl_coef: -1}]", r"\(a\).kl_coef=-1"),
+        ("[{name: a, rewards: {acc: 1}, kl_coef: null}]", r"\(a\).kl_coef=None"),
+        ("[{name: a, rewards: {acc: 1}, dual_clip: 0.5}]", r"\(a\).dual_clip=0.5"),
+        ("[{name: a, rewards: {acc: 1}, advantage: std}]", r"\(a\).advantage='std'.*leave_one_out"),
+        ("[{name: a, rewards: {acc: 1}, enabled: 'no'}]", r"\(a\).enabled='no'"),
+        ("[a]", r"objective.streams\[0\]='a'"),
+        ("{name: a}", "objective.streams="),
+    ],
+)
+def test_a_slip_in_a_stream_is_named_with_its_place(streams: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(None, [f"objective.streams={streams}"])
+
+
+@pytest.mark.parametrize(
+    ("streams", "more", "words"),
+    [
+        ([], {"preset": None}, "it has no streams"),
+        ([{"name": "answer", "enabled": False}], {"preset": "see_think"}, "it has no streams"),
+        (
+            [{"name": "visul", "loss_weight": 1.0}],
+            {"preset": "vision_sr1"},
+            "'visul' names no stream .* answer, visual",
+        ),
+        ([{"name": "a", "rewards": {"acuracy": 1}}], {}, "unknown reward 'acuracy'"),
+        ([{"name": "a", "tokens": "tink", "rewards": {"acc": 1}}], {}, "tokens='tink' is no segment of the first pass"),
+        ([{"name": "a", "pass": "second", "tokens": "description", "rewards": {"acc": 1}}], {}, "of the second pass"),
+        (
+            [{"name": "a", "tokens": "description", "rewards": {"acc": 1}}],
+            {"template": "cot"},
+            "no segment of the first",
+        ),
+        (
+            [{"name": "a", "rewards": {"acc_vis": 1}}],
+            {"template": "cot"},
+            "needs a description.*objective.template=see",
+        ),
+        ([{"name": "a", "rewards": {"fmt": 1}}], {"template": "cot"}, "for another layout.*Use 'fmt_cot'"),
+        ([{"name": "a", "rewards": {"fmt_cot": 1}}], {}, "for another layout.*Use 'fmt'"),
+        ([{"name": n, "tokens": "rest", "rewards": {"acc": 1}} for n in "ab"], {}, "a and b both credit the rest"),
+        (
+            [{"name": "a", "rewards": {"acc": 1}, "advantage": "batch_std", "scope": "batch"}],
+            {},
+            "scope=batch contradic",
+        ),
+    ],
+)
+def test_what_contradicts_itself_is_refused(streams: list[dict[str, Any]], more: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        objective(*streams, **more)
+
+
+def test_two_rewards_of_one_name_are_refused(tmp_path: Path) -> None:
+    names = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "r.py").write_text("def f(pair, prompt):\n    return 1.0")
+        names.append(f"{tmp_path / folder / 'r.py'}:f")
+    with pytest.raises(ValueError, match="both shown as 'f'"):
+        objective({"name": "a", "rewards": dict.fromkeys(names, 1.0)})
+
+
+# ---------------------------------------------------------------- segments
+def masked(processor: Processor, text: str, second: str | None, *streams: RewardStream) -> list[str]:
+    """The text of the tokens that each stream credits, both passes together."""
+
+    def rollout(written: str | None) -> Rollout | None:
+        if written is None:
+            return None
+        ids = processor.response_ids(written)
+        return Rollout("0/p/0/x", (1,), ids, written, (0.0,) * len(ids), "stop", 0)
+
+    first = rollout(text)
+    assert first is not None
+    pair = RolloutPair(0, first, rollout(second), "d")
+    found = [""] * len(streams)
+    for response, rows in zip((pair.first, pair.second), stream_masks(processor, pair, streams), strict=True):
+        for index, row in enumerate(rows):
+            if response is not None:
+                chosen = [i for i, inside in zip(response.response_ids, row.bool().tolist(), strict=True) if inside]
+                found[index] += processor.decode(chosen)
+    return [text.strip() for text in found]
+
+
+def credit(tokens: str, pass_name: str = "first") -> RewardStream:
+    return RewardStream(f"{pass_name}_{tokens}", pass_name, tokens, (("acc", 1.0),))
+
+
+def test_segments_are_what_their_names_say(tiny_model_dir: str) -> None:
+    processor = Processor.from_pretrained(tiny_model_dir)
+    end = processor.decode([processor.end_of_turn_id])
+    names = segments_of("first", "see_think")
+    assert names == ("response", "description", "think", "answer", "reasoning", "rest")
+    whole, description, think, answer, reasoning = masked(processor, SEE_THINK, None, *map(credit, names[:-1]))
+    assert whole == SEE_THINK + end and description == "<description> 3 and 7 </description>"
+    assert think == "<think> sum </think>" and answer == r"\boxed{10}"
+    assert reasoning == r"<think> sum </think> \boxed{10}" + end
+    rest, _ = masked(processor, SEE_THINK, None, credit("rest"), credit("description"))
+    assert rest == reasoning
+    rest, *_ = masked(processor, SEE_THINK, None, credit("rest"), credit("description"), credit("answer"))
+    assert rest.replace(" ", "") == "<think>sum</think>" + end
+    nothing = masked(processor, "no layout at all", None, *map(credit, ("description", "think", "answer")))
+    assert nothing == ["", "", ""]
+
+
+def test_a_pass_has_its_own_segments(tiny_model_dir: str) -> None:
+    processor = Processor.from_pretrained(tiny_model_dir)
+    assert segments_of("second", "see_think") == ("response", "think", "answer", "rest")
+    second = r"<think> 3 + 7 </think> \boxed{10}"
+    streams = (credit("think"), credit("think", "second"), credit("rest", "second"))
+    first_think, second_think, rest = masked(processor, SEE_THINK, second, *streams)
+    assert (first_think, second_think) == ("<think> sum </think>", "<think> 3 + 7 </think>")
+    assert rest.startswith(r"\boxed{10}"), "what the first pass' streams credit takes nothing from the second"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a <think> b </think> c", "<think> b </think>"),
+        ("<think> a", None),
+        ("</think> a <think>", None),
+        ("<think> a </think> <think> b </think>", None),
+        ("<think></think>", "<think></think>"),
+    ],
+)
+def test_a_block_is_there_once_and_in_order(text: str, expected: str | None) -> None:
+    span = tag_block(text, "think")
+    assert (None if span is None else text[slice(*span)]) == expected
+
+
+def test_the_answer_is_the_box_with_its_braces() -> None:
+    text = r"\boxed{1} and \boxed{\frac{1}{2}} end"
+    span = boxed_block(text)
+    assert span is not None and text[slice(*span)] == r"\boxed{\frac{1}{2}}"
+    assert boxed_block(r"\boxed{1") is None
+
+
+def test_a_list_without_advantages_of_its_own_has_a_tensor_for_each(tiny_model_dir: str) -> None:
+    processor = Processor.from_pretrained(tiny_model_dir)
+    ids = processor.response_ids(SEE_THINK)
+    pair = RolloutPair(0, Rollout("r", (1,), ids, SEE_THINK, (0.0,) * len(ids), "stop", 0), None, "d")
+    first, second = stream_masks(processor, pair, (credit("response"), credit("response", "second")))
+    assert torch.equal(first, torch.stack([torch.ones(len(ids)), torch.zeros(len(ids))])) and second.shape == (2, 0)
