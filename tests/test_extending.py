@@ -13,7 +13,7 @@ from PIL import Image
 from megatron_sr1.config import load_config
 from megatron_sr1.config.streams import KEYS
 from megatron_sr1.objective import OwnLoss, stream_loss
-from megatron_sr1.rewards import score_group
+from megatron_sr1.rewards import find_reward, score_group, soft_overlong
 from megatron_sr1.streams import PRESETS, preset_from_config
 from megatron_sr1.types import LossInputs, Prompt, Rollout, RolloutGroup, RolloutPair
 
@@ -51,6 +51,7 @@ def test_every_example_is_short_and_there() -> None:
         "picture_rewards.py",
         "group_rewards.py",
         "credit.yaml",
+        "length_rewards.py",
         "my_loss.py",
     } == EXAMPLES.keys()
     assert all(len(body.splitlines()) <= 25 for body in EXAMPLES.values())
@@ -70,6 +71,17 @@ def test_a_reward_of_a_whole_group() -> None:
     texts = [rf"\boxed{{{answer}}}" for answer in ("10", "9", "10")]
     assert scores("group_rewards.py:majority", group(*texts, "none")) == [1.0, 0.0, 1.0, 0.0]
     assert scores("group_rewards.py:majority", group("none", "none")) == [0.0, 0.0]
+
+
+def test_a_length_penalty() -> None:
+    reward = find_reward(f"{Path.cwd()}/length_rewards.py:overlong")
+    assert reward.name == "overlong" and reward.needs == ()
+    for length, expected in ((1, 0.0), (1536, 0.0), (1792, -0.5), (2048, -1.0), (3000, -1.0)):
+        (pair,) = group("x").pairs
+        assert reward.function(replace(pair, first=replace(pair.first, response_ids=(5,) * length)), None) == expected
+    for tokens, buffer in ((10, 0), (10, 11), (0, 0)):
+        with pytest.raises(ValueError, match="buffer_tokens"):
+            soft_overlong(tokens, buffer)
 
 
 def test_a_preset_with_a_stream_more() -> None:

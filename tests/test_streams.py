@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,19 @@ def test_segments_are_what_their_names_say(tiny_model_dir: str) -> None:
     assert rest.replace(" ", "") == "<think>sum</think>" + end
     nothing = masked(processor, "no layout at all", None, *map(credit, ("description", "think", "answer")))
     assert nothing == ["", "", ""]
+
+
+def test_what_the_limit_cut_may_teach_nothing(tiny_model_dir: str) -> None:
+    """Each pass by itself: a first response that is whole stays where the second was cut."""
+    processor = Processor.from_pretrained(tiny_model_dir)
+    ids = processor.response_ids(SEE_THINK)
+    whole = Rollout("r", (1,), ids, SEE_THINK, (0.0,) * len(ids), "stop", 0)
+    pair = RolloutPair(0, whole, replace(whole, finish_reason="length"), "d")
+    streams = (credit("response"), credit("description"), credit("response", "second"))
+    for cut, expected in (("train", len(ids)), ("mask", 0)):
+        first, second = stream_masks(processor, pair, streams, cut)
+        assert first[0].sum() == len(ids) and 0 < first[1].sum() < len(ids)
+        assert second.shape == (3, len(ids)) and second.sum() == expected
 
 
 def test_a_pass_has_its_own_segments(tiny_model_dir: str) -> None:

@@ -11,6 +11,7 @@ from megatron_sr1.types import (
     AdvantageKind,
     AdvantageScope,
     Aggregation,
+    CutResponses,
     KlEstimator,
     MismatchKind,
     MismatchLevel,
@@ -92,6 +93,7 @@ class ObjectiveConfig:
     clip_high: float = 0.2  # and below 1 + clip_high
     # where the advantage is negative, the loss is at most this times its size; null: unbounded
     dual_clip: float | None = None
+    cut_responses: CutResponses = "train"  # mask: nothing is learned from what the token limit cut (DAPO)
     loss: str = ""  # import path of a function (LossInputs) -> (loss, metrics) in place of ours
     leak_filter: bool = False  # true: a description that states the answer earns no visual reward
     mismatch: MismatchKind = "none"  # else tokens weigh trainer / generator probability: objective/mismatch.py
@@ -110,6 +112,7 @@ class ObjectiveConfig:
         one_of("objective.aggregation", self.aggregation, get_args(Aggregation))
         one_of("objective.surrogate", self.surrogate, get_args(Surrogate))
         one_of("objective.ratio", self.ratio, get_args(RatioLevel))
+        one_of("objective.cut_responses", self.cut_responses, get_args(CutResponses))
         one_of("objective.mismatch", self.mismatch, get_args(MismatchKind))
         one_of("objective.mismatch_level", self.mismatch_level, get_args(MismatchLevel))
         check_numbers("objective", self, _OBJECTIVE_NUMBERS)

@@ -4,6 +4,7 @@ from megatron_sr1.rewards.description import faithful, leaks
 from megatron_sr1.rewards.find import find_reward
 from megatron_sr1.rewards.grading import grade
 from megatron_sr1.rewards.keep import keep_code
+from megatron_sr1.rewards.length import soft_overlong
 from megatron_sr1.rewards.scoring import RewardError, Ungraded, Vectors, score_group, score_or_tell, score_pair
 from megatron_sr1.rewards.table import ALWAYS, REWARDS, Reward, for_prompt, layout_reward, own_rewards
 
@@ -25,4 +26,5 @@ __all__ = [
     "score_group",
     "score_or_tell",
     "score_pair",
+    "soft_overlong",
 ]

@@ -98,7 +98,8 @@ class Batcher:
             groups: all groups of the optimizer step, the same on every rank.
             advantages: [S, B], rollouts in the order of the groups and, within, of the samples.
         """
-        masks = [stream_masks(self._processor, pair, preset.streams) for group in groups for pair in group.pairs]
+        how = (preset.streams, self._config.objective.cut_responses)
+        masks = [stream_masks(self._processor, pair, *how) for group in groups for pair in group.pairs]
         num_credited = torch.stack([first.sum(1) + second.sum(1) for first, second in masks], dim=1)  # [S, B]
         counts = zip(num_credited.long(), preset.streams, strict=True)
         weights = torch.stack([token_weights(count, stream.aggregation) for count, stream in counts])  # [S, B]

@@ -10,20 +10,36 @@ from torch import Tensor
 from megatron_sr1.processor import Processor
 from megatron_sr1.streams import REST, WHOLE, block_of, other_segments
 from megatron_sr1.streams.segments import OUTSIDE_DESCRIPTION
-from megatron_sr1.types import PassName, RewardStream, Rollout, RolloutPair
+from megatron_sr1.types import CutResponses, PassName, RewardStream, Rollout, RolloutPair
 
 
-def stream_masks(processor: Processor, pair: RolloutPair, streams: Sequence[RewardStream]) -> tuple[Tensor, Tensor]:
-    """1.0 where a stream credits a token: [S, n] of the first pass and [S, n'] of the second, n' = 0 without one."""
-    return _pass_masks(processor, pair.first, "first", streams), _pass_masks(processor, pair.second, "second", streams)
+def stream_masks(
+    processor: Processor, pair: RolloutPair, streams: Sequence[RewardStream], cut: CutResponses = "train"
+) -> tuple[Tensor, Tensor]:
+    """1.0 where a stream credits a token: [S, n] of the first pass and [S, n'] of the second, n' = 0 without one.
+
+    Args:
+        cut: "mask": nothing of a response that the token limit cut (overlong filtering: DAPO, arXiv 2503.14476, 3.4).
+    """
+
+    def masks(rollout: Rollout | None, name: PassName) -> Tensor:
+        return _pass_masks(processor, rollout, name, streams, cut)
+
+    return masks(pair.first, "first"), masks(pair.second, "second")
 
 
 def _pass_masks(
-    processor: Processor, rollout: Rollout | None, pass_name: PassName, streams: Sequence[RewardStream]
+    processor: Processor,
+    rollout: Rollout | None,
+    pass_name: PassName,
+    streams: Sequence[RewardStream],
+    cut: CutResponses,
 ) -> Tensor:
     if rollout is None:
         return torch.zeros(len(streams), 0)
     rows = torch.zeros(len(streams), len(rollout.response_ids))
+    if cut == "mask" and rollout.finish_reason == "length":
+        return rows
     for row, stream in zip(rows, streams, strict=True):
         if stream.trajectory == pass_name:
             row.copy_(_segment(processor, rollout, stream, streams))
