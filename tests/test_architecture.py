@@ -39,6 +39,7 @@ LEVELS = {
         "streams",
         "processor",
         "chat_template",
+        "judge",
         "metrics",
         "report",
         "digits",
@@ -54,10 +55,11 @@ ALLOWED_SIDEWAYS = {  # within a level; a room that is not here imports no neigh
         "data",
         "prompts",
         "rewards",
+        "judge",
     },  # what a description leads to is asked and graded as in the second pass
     "processor": {"chat_template"},
     "streams": {"prompts", "rewards"},  # a stream is checked against what its rewards need and its pass writes
-    "rewards": {"prompts"},  # one parser for the layouts, used by whoever looks into a response
+    "rewards": {"judge", "prompts"},  # one parser for the layouts, used by whoever looks into a response
     "platform": set(),
     "kernels": {"platform"},
     "weights": {"platform"},

@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from megatron_sr1.prompts import extract_boxed, render_caption_reasoner
+from megatron_sr1.rewards import grade
+from tests.judge_server import serve
 from tests.workspace import PHASES, REPOSITORY, RUN_TIMEOUT, Workspace, untimed
 
 START_TIMEOUT = 300  # seconds
@@ -186,13 +189,37 @@ def test_importance_weights_in_a_run(finished: Workspace) -> None:
 
 
 def test_pipeline_parallel_with_several_updates_per_batch(finished: Workspace) -> None:
-    """PP=2, two optimizer steps on each rollout batch (the second is off-policy), GDPO, leak filter."""
-    layout = ("layout.tensor=1", "layout.pipeline=2", "train.batch_size=2")
-    finished.run("grpo", "pipeline", *layout, "train.steps=2", "objective.preset=gdpo", "objective.leak_filter=true")
+    """PP=2, two optimizer steps on each rollout batch (the second is off-policy), leak filter; GDPO, and a stream that
+    credits descriptions with what another reader makes of them, with the ratio of whole descriptions."""
+    layout = ("layout.tensor=1", "layout.pipeline=2", "train.batch_size=2", "train.steps=2")
+    judged = "{name: judged, tokens: description, rewards: {acc_judge: 1.0}, ratio: sequence}"
+    objective = ("objective.preset=gdpo", "objective.leak_filter=true", f"objective.streams=[{judged}]")
+    with serve(read_digits) as server:
+        judge = (f"rewards.judge.url={server.url}", "rewards.judge.model=reader")
+        finished.run("grpo", "pipeline", *layout, *objective, *judge)
     entries = finished.metrics("pipeline")
     assert max(entry["logprob_gap"] for entry in entries) < 1e-5, "it leaves the update out"
-    (stream,) = {name.split("/")[1] for name in entries[0] if name.endswith("/ratio_mean")}
-    assert entries[0][f"loss/{stream}/ratio_mean"] != entries[0][f"loss/{stream}/weight"]
+    for stream in ("answer", "judged"):
+        assert entries[0][f"loss/{stream}/ratio_mean"] != entries[0][f"loss/{stream}/weight"] > 0
+    samples = [sample for step in (0, 1) for sample in _rollouts(finished, "pipeline", step)]
+    assert len(server.requests) == sum(sample["description"] is not None for sample in samples) > 0
+    for sample in samples:
+        described = sample["description"] or ""
+        answer = extract_boxed(read_digits(render_caption_reasoner(described, ""), 0))
+        right = answer is not None and grade(answer, sample["answer"])
+        assert sample["rewards"]["acc_judge"] == float(bool(described) and right)
+
+
+def read_digits(question: str, attempt: int) -> str:
+    """Adds up the digits of the description, and boxes nothing where there are none."""
+    described = question.partition("Description of the image: ")[2].partition("\n")[0]
+    digits = [int(word) for word in described.split() if word.isdecimal()]
+    return rf"\boxed{{{sum(digits)}}}" if digits else "I cannot tell."
+
+
+def _rollouts(workspace: Workspace, run: str, step: int) -> list[dict[str, Any]]:
+    lines = (workspace.folder / run / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def test_a_folder_in_use_is_refused(finished: Workspace) -> None:

@@ -14,15 +14,13 @@ import pytest
 
 from megatron_sr1.config import ConfigError, EvaluateConfig
 from megatron_sr1.evaluation import (
-    Judge,
-    NoVerdict,
     Verdict,
     append_records,
-    judge_key,
     judge_records,
     read_records,
     summarise_records,
 )
+from megatron_sr1.judge import Judge, NoVerdict, judge_key
 from megatron_sr1.prompts import TEMPLATES
 
 from .evaluation_cases import pair, record
@@ -38,7 +36,7 @@ def judging(script: Script, **keys: object) -> Iterator[tuple[JudgeServer, Judge
     with serve(script) as server:
         settings = {"judge_timeout": 1.0, "judge_backoff": BACKOFF, "judge_retries": 4, **keys}
         config = EvaluateConfig(judge_url=server.url, judge_model="big", **settings)
-        with Judge(config, waits.append) as judge:
+        with Judge(config.judge, waits.append) as judge:
             yield server, judge, waits
 
 
@@ -131,7 +129,7 @@ def test_the_key_comes_from_the_environment_only(monkeypatch: pytest.MonkeyPatch
     config = EvaluateConfig(judge_url="http://127.0.0.1:1/v1", judge_model="big", judge_api_key_env="JUDGE_KEY")
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(ConfigError, match="judge_api_key_env='JUDGE_KEY'"):
-        judge_key(config)
+        judge_key(config.judge)
     monkeypatch.setenv("JUDGE_KEY", "sk-1")
     with judging(steps("answer"), judge_api_key_env="JUDGE_KEY") as (server, judge, _):
         judge.ask("question")

@@ -52,6 +52,8 @@ def test_every_example_is_short_and_there() -> None:
         "group_rewards.py",
         "credit.yaml",
         "length_rewards.py",
+        "judge_rewards.py",
+        "judged.yaml",
         "my_loss.py",
     } == EXAMPLES.keys()
     assert all(len(body.splitlines()) <= 25 for body in EXAMPLES.values())
@@ -71,6 +73,18 @@ def test_a_reward_of_a_whole_group() -> None:
     texts = [rf"\boxed{{{answer}}}" for answer in ("10", "9", "10")]
     assert scores("group_rewards.py:majority", group(*texts, "none")) == [1.0, 0.0, 1.0, 0.0]
     assert scores("group_rewards.py:majority", group("none", "none")) == [0.0, 0.0]
+
+
+def test_a_judge() -> None:
+    config = load_config("judged.yaml", [])
+    answer, visual = preset_from_config(config.objective).streams
+    assert answer == PRESETS["perception_credit"].streams[0]
+    assert (visual.tokens, visual.rewards) == ("description", (("judge_rewards.py:complete", 1.0),))
+    assert config.rewards.judge.endpoint.model == "reader"
+    path = f"{Path.cwd()}/judge_rewards.py:complete"
+    for said, expected in (("Yes.", 1.0), ("no", 0.0)):
+        assert score_group(group("x"), [path], ask=lambda question, said=said: said) == [{path: expected}]
+    assert score_group(group("x", description=None), [path], ask=str) == [{path: 0.0}]
 
 
 def test_a_length_penalty() -> None:

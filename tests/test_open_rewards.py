@@ -140,7 +140,8 @@ def test_our_table_says_what_stands_in_where_a_prompt_has_no_images() -> None:
         "acc",
         "fmt_cot",
     )
-    assert {name for name, reward in REWARDS.items() if reward.of_pass == "second"} == {"acc_vis", "fmt_vis"}
+    second = {name for name, reward in REWARDS.items() if reward.of_pass == "second"}
+    assert second == {"acc_vis", "fmt_vis", "acc_judge"}, "what a leak takes away"
 
 
 # ---------------------------------------------------------------- what is refused
@@ -179,11 +180,11 @@ def test_what_is_no_reward_is_named(name: str, words: str) -> None:
         ("class f:\n    pass", "a reward is a function of"),
         (
             "from megatron_sr1.rewards import Reward\nf = Reward(lambda group: [1])",
-            "takes one argument, but its needs lacks",
+            r"takes 1 arguments, but with needs=\(\) it is given 2",
         ),
         (
             "from megatron_sr1.rewards import Reward\nf = Reward(lambda pair, prompt: 1, needs=('group',))",
-            "takes two arguments, but its needs has 'group'",
+            "takes 2 arguments, but with needs=.*it is given 1",
         ),
         ("from megatron_sr1.rewards import Reward\nf = Reward(lambda p, q: 1, shown='acc')", "shown as 'acc'"),
         ("from megatron_sr1.rewards import Reward\nf = Reward(lambda p, q: 1, shown='a/b')", "shown as 'a/b'"),

@@ -51,6 +51,8 @@ OTHER: dict[str, Any] = {
     "objective.streams": ([{"name": "visual", "loss_weight": 0.25}], {}),
     "objective.template": "cot",
     "rewards.workers": 3,
+    "rewards.judge.url": ("http://127.0.0.1:1", {"rewards.judge.model": "m"}),
+    "rewards.judge.parameters": {"temperature": 0.5},
     "objective.mismatch_low": 0.4,
     "evaluate.temperature": (1.0, {"evaluate.verify_export": 0}),
     "evaluate.samples": (2, {"evaluate.temperature": 1.0}),

@@ -54,7 +54,7 @@ def check_run(command: Command, config: Config) -> list[str]:
     if command != "sft":
         from megatron_sr1.streams import check_objective
 
-        check_objective(config.objective)
+        check_objective(config.objective, config.rewards)
     if command != "evaluate":
         check_folders(config)
         check_resume(config)
@@ -81,10 +81,13 @@ def start(command: Command, config: Config, args: argparse.Namespace) -> None:
         return
     if missing_data:
         raise ValueError(missing_data[0])
-    if command == "evaluate" and config.evaluate.judge_url:
-        from megatron_sr1.evaluation import judge_key
+    judges = [config.rewards.judge.endpoint] if command == "grpo" and config.rewards.judge.url else []
+    judges += [config.evaluate.judge] if command == "evaluate" and config.evaluate.judge_url else []
+    if judges:
+        from megatron_sr1.judge import judge_key
 
-        judge_key(config.evaluate)
+        for judge in judges:
+            judge_key(judge)
     only_trained = command == "sft" or (command == "grpo" and args.train_only)
     check_weights(config, weights=not (only_trained and config.model.megatron_dir))
     from megatron_sr1.platform import run_on_ranks

@@ -16,6 +16,7 @@ from megatron_sr1.config.evaluation import EvaluateConfig
 from megatron_sr1.config.families import FAMILIES, Family
 from megatron_sr1.config.files import dump_config, load_config
 from megatron_sr1.config.hf_config import HfConfig, read_hf_config
+from megatron_sr1.config.judge import Endpoint, JudgeConfig
 from megatron_sr1.config.model import LayoutConfig, ModelConfig, OffloadConfig, PrecisionConfig, RecomputeConfig
 from megatron_sr1.config.model_files import check_folders, check_weights, how_to_get, missing_files, model_fingerprint
 from megatron_sr1.config.paths import home_path
@@ -43,9 +44,11 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "Endpoint",
     "EvaluateConfig",
     "Family",
     "HfConfig",
+    "JudgeConfig",
     "LayoutConfig",
     "MlflowConfig",
     "ModelConfig",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
-from megatron_sr1.config.rules import COUNT, COUNT_OR_NONE, ConfigError, Range, check_numbers, require
+from megatron_sr1.config.judge import JUDGE_NUMBERS, Endpoint
+from megatron_sr1.config.rules import COUNT, COUNT_OR_NONE, Range, check_numbers, require
 
-_DAY = 86_400  # seconds
 _NUMBERS = {
     "max_prompts": COUNT_OR_NONE,
     "examples": COUNT_OR_NONE,
@@ -17,11 +15,7 @@ _NUMBERS = {
     "samples": COUNT,
     "temperature": Range(0, 100),
     "chunk_prompts": COUNT,
-    "judge_concurrency": Range(1, 10**5),
-    "judge_timeout": Range(0, _DAY, above=True),
-    "judge_retries": Range(0, 10**4),
-    "judge_backoff": Range(0, _DAY, above=True),
-    "judge_max_wait": Range(0, _DAY),
+    **{f"judge_{name}": allowed for name, allowed in JUDGE_NUMBERS.items()},
 }
 
 
@@ -69,28 +63,10 @@ class EvaluateConfig:
             "Set it to 0, or evaluate.temperature to 0.",
         )
         if self.judge_url:
-            self._check_judge()
+            self.judge.check()
 
-    def _check_judge(self) -> None:
-        try:
-            json.dumps(self.judge_parameters, allow_nan=False)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(
-                f"evaluate.judge_parameters={self.judge_parameters!r} is not allowed: it must be what JSON can say "
-                f"({error}). Leave what is infinite or no number out."
-            ) from error
-        parts = urlsplit(self.judge_url)
-        require(
-            parts.scheme in ("http", "https") and bool(parts.hostname) and not (parts.username or parts.query),
-            "evaluate.judge_url",
-            f"{parts.scheme}://{parts.hostname}",
-            "the http or https base URL of an endpoint, without a user name, password or query",
-            "For example http://127.0.0.1:8000/v1; the key comes from the variable that judge_api_key_env names.",
-        )
-        require(
-            bool(self.judge_model),
-            "evaluate.judge_model",
-            self.judge_model,
-            "the name of a model where evaluate.judge_url is set",
-            "The endpoint lists those it has under /models.",
-        )
+    @property
+    def judge(self) -> Endpoint:
+        """The keys that begin with `judge_`."""
+        names = ("url", "model", "api_key_env", "parameters", *JUDGE_NUMBERS)
+        return Endpoint("evaluate.judge_", *(getattr(self, f"judge_{name}") for name in names))

@@ -28,7 +28,7 @@ from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.whole import Config
 from megatron_sr1.config.yaml_files import read_mapping
 
-_FREE_FORM = ("evaluate.judge_parameters", "rollout.engine")
+_FREE_FORM = ("evaluate.judge_parameters", "rewards.judge.parameters", "rollout.engine")
 Rule = Literal["takes effect", "refused", "content", "free"]
 # of a key, or of all keys of a section that have no line of their own
 RULES: Mapping[str, Rule] = {

@@ -9,7 +9,6 @@ from megatron_sr1.evaluation.identity import (
     keep_identity,
     model_digest,
 )
-from megatron_sr1.evaluation.judge import Judge, NoVerdict, judge_key
 from megatron_sr1.evaluation.records import (
     Record,
     Response,
@@ -28,9 +27,7 @@ from megatron_sr1.evaluation.verdicts import Judging, judge_records
 
 __all__ = [
     "Identity",
-    "Judge",
     "Judging",
-    "NoVerdict",
     "Record",
     "Response",
     "Sample",
@@ -42,7 +39,6 @@ __all__ = [
     "digest_of",
     "drop_unfinished",
     "file_digests",
-    "judge_key",
     "judge_records",
     "keep_identity",
     "ks_of",

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from megatron_sr1.evaluation.judge import NoVerdict
 from megatron_sr1.evaluation.records import Record, Verdict, read_records, replace_records
+from megatron_sr1.judge import NoVerdict
 from megatron_sr1.prompts import extract_boxed, render_caption_reasoner
 from megatron_sr1.rewards import grade
 

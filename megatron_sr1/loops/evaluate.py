@@ -17,7 +17,6 @@ from megatron_sr1.config import Config, EvaluateConfig
 from megatron_sr1.data import open_dataset
 from megatron_sr1.evaluation import (
     Identity,
-    Judge,
     Record,
     append_records,
     check_identity,
@@ -34,6 +33,7 @@ from megatron_sr1.evaluation import (
 from megatron_sr1.evaluation.files import EvaluationFiles, write_summary
 from megatron_sr1.evaluation.heldout import Heldout
 from megatron_sr1.import_path import is_import_path, source_digest
+from megatron_sr1.judge import Judge
 from megatron_sr1.loops.generation import build_generator, prompt_check
 from megatron_sr1.loops.run import Run, open_run
 from megatron_sr1.platform import Platform
@@ -245,8 +245,9 @@ def _grade(
     named = [(index, group, own_rewards(described=template == "see_think")) for index, group, template in share]
     if not users:
         return [(index, score_or_tell(group, own, rounded=rounded)) for index, group, own in named]
-    limits = (config.rewards.seconds, config.rewards.workers)
-    with closing(Graders(users, *limits, rounded=rounded)) as graders:
+    limits, judge = (config.rewards.seconds, config.rewards.workers), config.rewards.judge
+    asked = judge.endpoint if judge.url else None
+    with closing(Graders(users, *limits, rounded=rounded, judge=asked)) as graders:
         for index, group, own in named:
             graders.submit(replace(group, group_id=index), (*own, *users))
         return graders.collect()
@@ -267,7 +268,7 @@ def _records(answers: Sequence[tuple[RolloutGroup, Template, Vectors]], made_of:
 
 def _judge(run: Run, files: EvaluationFiles, settings: EvaluateConfig) -> None:
     run.say(f"asking {settings.judge_model} about the descriptions")
-    with Judge(settings) as judge:
+    with Judge(settings.judge) as judge:
         outcome = judge_records(
             files.records,
             judge.ask,

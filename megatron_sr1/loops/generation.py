@@ -61,7 +61,8 @@ def build_generator(run: Run, weights: Callable[[], NamedTensors] | None = None)
         engine.update_weights(weights(), 0)
         stale_vision_canary(engine, run.processor, _canary_image(), weights)
     engines = TeamRanks(run.platform.ranks, rollout.engine_tensor)
-    return TwoPassGenerator(engine, run.planner, engines=engines, weights=weights)
+    hands_on = run.platform.ranks.rank % rollout.engine_tensor == 0
+    return TwoPassGenerator(engine, run.planner, engines=engines, hands_on=hands_on, weights=weights)
 
 
 def training_sampling(config: Config, preset: Preset) -> Sampling:

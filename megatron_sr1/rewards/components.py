@@ -6,7 +6,9 @@ A response that was cut by the token limit is graded on what is there.
 
 from __future__ import annotations
 
-from megatron_sr1.prompts import extract_boxed, parse_reasoner, parse_see_think
+from collections.abc import Callable
+
+from megatron_sr1.prompts import extract_boxed, parse_reasoner, parse_see_think, render_caption_reasoner
 from megatron_sr1.rewards.description import leaks
 from megatron_sr1.rewards.grading import grade
 from megatron_sr1.types import Prompt, Rollout, RolloutPair
@@ -40,6 +42,14 @@ def visual_format(pair: RolloutPair, prompt: Prompt) -> float:
 def leak(pair: RolloutPair, prompt: Prompt) -> float:
     """The description given to the second pass states the answer (method, defect 3). To be reported, or subtracted."""
     return float(leaks(pair.description, prompt))
+
+
+def judged_accuracy(pair: RolloutPair, prompt: Prompt, ask: Callable[[str], str]) -> float:
+    """A model behind an endpoint, given what the second pass is given, boxes the gold answer: whether the description
+    suffices to another reader than the policy. A response without a box gives no answer, so it did not."""
+    assert pair.description is not None, "asked for where there is one"
+    answer = extract_boxed(ask(render_caption_reasoner(pair.description, prompt.problem)))
+    return float(answer is not None and grade(answer, prompt.answer, prompt.choices))
 
 
 def _accuracy(rollout: Rollout, prompt: Prompt, rounded: bool) -> float:

@@ -8,15 +8,15 @@ import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_sr1.import_path import is_import_path, load_object
 from megatron_sr1.rewards.table import REWARDS, Need, Reward
 
 _SHOWN = re.compile(r"[\w.-]+")
 _WANTED = (
-    "a reward is a function of (pair, prompt) that returns a number, a function of (group) that returns one for each "
-    "of its pairs, or a megatron_sr1.rewards.Reward"
+    "a reward is a function of (pair, prompt), or (pair, prompt, ask), that returns a number, a function of (group) "
+    "that returns one for each of its pairs, or a megatron_sr1.rewards.Reward"
 )
 
 
@@ -56,30 +56,30 @@ def find_reward(name: str) -> Reward:
 
 def _as_reward(found: Any, name: str) -> Reward:
     if isinstance(found, Reward):
-        takes_group = _num_arguments(found.function, name) == 1
-        if takes_group != ("group" in found.needs):
-            number, word = ("one argument", "lacks") if takes_group else ("two arguments", "has")
+        number, wanted = _num_arguments(found.function, name), found.num_arguments
+        if number != wanted:
             raise ValueError(
-                f"reward {name!r}: its function takes {number}, but its needs {word} 'group'. A function of the group "
-                "takes the group alone; any other takes (pair, prompt)."
+                f"reward {name!r}: its function takes {number} arguments, but with needs={found.needs} it is given "
+                f"{wanted}: the group alone with 'group', (pair, prompt, ask) with 'judge', else (pair, prompt)."
             )
         return found
-    needs: tuple[Need, ...] = ("images", "group") if _num_arguments(found, name) == 1 else ("images",)
-    return Reward(found, needs=needs)
+    more: tuple[Need, ...] = {1: ("group",), 2: (), 3: ("judge",)}[_num_arguments(found, name)]
+    return Reward(found, needs=("images", *more))
 
 
-def _num_arguments(function: Any, name: str) -> int:
-    """1 or 2: how many arguments the function must be given."""
+def _num_arguments(function: Any, name: str) -> Literal[1, 2, 3]:
+    """How many arguments the function must be given; the third must be called `ask`."""
     if isinstance(function, type) or not callable(function) or inspect.iscoroutinefunction(function):
         raise ValueError(f"reward {name!r} is {function!r}: {_WANTED}.")
     try:
         signature = inspect.signature(function)
     except ValueError as error:  # a function in C that does not say
         raise ValueError(f"reward {name!r}: {error}. Wrap it: {_WANTED}.") from error
-    for number in (2, 1):
+    for number in (2, 1, 3):
         try:
-            signature.bind(*range(number))
+            bound = signature.bind(*range(number))
         except TypeError:
             continue
-        return number
+        if number < 3 or list(bound.arguments)[-1] == "ask":
+            return number
     raise ValueError(f"reward {name!r} takes {signature}: {_WANTED}.")

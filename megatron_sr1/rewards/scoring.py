@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_sr1.import_path import UserCode, UserCodeError, source_of
 from megatron_sr1.rewards.find import find_reward
-from megatron_sr1.rewards.table import Reward
+from megatron_sr1.rewards.table import Ask, Reward
 from megatron_sr1.types import Prompt, RolloutGroup, RolloutPair
 
 Vectors = list[dict[str, float]]  # one reward vector per sample, by the names that were asked for
@@ -26,20 +26,23 @@ class Ungraded:
     reason: str
 
 
-def score_or_tell(group: RolloutGroup, names: Iterable[str], *, rounded: bool = False) -> Vectors | Ungraded:
+def score_or_tell(
+    group: RolloutGroup, names: Iterable[str], *, rounded: bool = False, ask: Ask | None = None
+) -> Vectors | Ungraded:
     """As `score_group`, for ranks that must all hear of a RewardError."""
     try:
-        return score_group(group, names, rounded=rounded)
+        return score_group(group, names, rounded=rounded, ask=ask)
     except RewardError as error:
         return Ungraded(str(error))
 
 
-def score_group(group: RolloutGroup, names: Iterable[str], *, rounded: bool = False) -> Vectors:
+def score_group(group: RolloutGroup, names: Iterable[str], *, rounded: bool = False, ask: Ask | None = None) -> Vectors:
     """The named rewards of all samples of one prompt.
 
     Args:
         group: with its images where a reward needs them.
         rounded: as in `grade`.
+        ask: for the rewards that need a judge.
 
     Raises:
         RewardError: a reward raised something, or gave another thing than a finite number for each sample.
@@ -48,7 +51,7 @@ def score_group(group: RolloutGroup, names: Iterable[str], *, rounded: bool = Fa
     vectors: Vectors = [{} for _ in group.pairs]
     for name in names:
         reward = find_reward(name)
-        values = _values(name, reward.for_evaluation() if rounded else reward, group)
+        values = _values(name, reward.for_evaluation() if rounded else reward, group, ask)
         for vector, value in zip(vectors, values, strict=True):
             vector[name] = value
     return vectors
@@ -59,8 +62,9 @@ def score_pair(pair: RolloutPair, prompt: Prompt, names: Iterable[str], *, round
     return score_group(RolloutGroup(0, prompt, (pair,)), names, rounded=rounded)[0]
 
 
-def _values(name: str, reward: Reward, group: RolloutGroup) -> list[float]:
-    key = group.prompt.key
+def _values(name: str, reward: Reward, group: RolloutGroup, ask: Ask | None) -> list[float]:
+    key, more = group.prompt.key, (ask,) if "judge" in reward.needs else ()
+    assert more != (None,), f"the reward {name!r} needs a judge"
     if "metadata" in reward.needs and not group.prompt.metadata:
         raise RewardError(f"the reward {name!r} needs metadata, and sample {key!r} has none. Add it to the data set.")
     missing = [_is_missing(reward, pair) for pair in group.pairs]
@@ -77,7 +81,7 @@ def _values(name: str, reward: Reward, group: RolloutGroup) -> list[float]:
             continue
         where = f"response {pair.sample_index} to sample {key!r}"
         with UserCode(f"the reward {name!r} failed on {where}", source_of(function), RewardError):
-            value = function(pair, group.prompt)
+            value = function(pair, group.prompt, *more)
         values.append(_number(value, name, where))
     return values
 

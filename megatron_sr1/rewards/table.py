@@ -14,8 +14,9 @@ from typing import Literal, get_args
 from megatron_sr1.rewards import components
 from megatron_sr1.types import PassName, Prompt, RolloutGroup, RolloutPair
 
-Need = Literal["images", "group", "description", "metadata"]
-PairReward = Callable[[RolloutPair, Prompt], float]
+Need = Literal["images", "group", "description", "metadata", "judge"]
+Ask = Callable[[str], str]  # a question to the endpoint's whole response; raises NoVerdict
+PairReward = Callable[[RolloutPair, Prompt], float] | Callable[[RolloutPair, Prompt, Ask], float]
 GroupReward = Callable[[RolloutGroup], Sequence[float]]
 
 
@@ -28,11 +29,12 @@ class Reward:
     """
 
     function: PairReward | GroupReward
-    of_pass: PassName = "first"  # of the second: 0.0 where there is none, and taken away by the leak filter
+    of_pass: PassName = "first"  # second: what the description leads to. 0.0 without one; the leak filter takes it away
     # images:      the prompt's decoded pictures come to the process that grades
     # group:       the function takes a whole RolloutGroup and returns a number for each of its pairs
     # description: 0.0 where there is none, so the first pass must be asked for one
     # metadata:    the sample must have some
+    # judge:       the function takes (pair, prompt, ask), and asks the endpoint of rewards.judge
     needs: tuple[Need, ...] = ()
     shown: str = ""  # its name in metrics and reports; "": its name in the file
     plain: str = ""  # the name of the reward that stands in for it where a prompt has no images
@@ -46,11 +48,18 @@ class Reward:
             wrong = [value for value in got if value not in allowed]
             if isinstance(got, str) or wrong:
                 raise ValueError(f"Reward {self.name!r}: {name}={got!r}: allowed are {', '.join(allowed)}.")
+        if {"group", "judge"} <= set(self.needs):
+            raise ValueError(f"Reward {self.name!r}: needs={self.needs!r}: a group's function cannot ask a judge.")
 
     @property
     def name(self) -> str:
         """In metrics and reports."""
         return self.shown
+
+    @property
+    def num_arguments(self) -> int:
+        """That the function is given."""
+        return 1 if "group" in self.needs else 3 if "judge" in self.needs else 2
 
     def for_evaluation(self) -> Reward:
         """The same, in its rounded form where it has one."""
@@ -68,6 +77,7 @@ REWARDS: Mapping[str, Reward] = {
     "fmt": Reward(components.see_think_format, shown="fmt", plain="fmt_cot"),
     "fmt_vis": Reward(components.visual_format, "second", ("description",), "fmt_vis"),
     "leak": Reward(components.leak, needs=("description",), shown="leak"),
+    "acc_judge": Reward(components.judged_accuracy, "second", ("description", "judge"), "acc_judge"),
     "fmt_cot": Reward(components.cot_format, shown="fmt_cot"),
 }
 ALWAYS = ("acc", "acc_vis", "leak")  # scored for the metrics, whatever is trained on
@@ -79,10 +89,11 @@ def layout_reward(described: bool) -> str:
 
 
 def own_rewards(described: bool) -> tuple[str, ...]:
-    """Our rewards of answers with descriptions, or of such as were never asked for one."""
+    """Our rewards of answers with descriptions, or of such as were never asked for one, that need no judge."""
+    names = [name for name, reward in REWARDS.items() if "judge" not in reward.needs]
     if described:
-        return tuple(name for name in REWARDS if name != layout_reward(False))
-    return for_prompt([name for name, reward in REWARDS.items() if "description" not in reward.needs], False)
+        return tuple(name for name in names if name != layout_reward(False))
+    return for_prompt([name for name in names if "description" not in REWARDS[name].needs], False)
 
 
 def for_prompt(names: Iterable[str], has_images: bool) -> tuple[str, ...]:

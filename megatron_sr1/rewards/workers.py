@@ -18,7 +18,9 @@ from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from queue import LifoQueue
 
+from megatron_sr1.config import Endpoint
 from megatron_sr1.rewards.find import find_reward
+from megatron_sr1.rewards.judged import Judged, JudgedRewards, with_judged
 from megatron_sr1.rewards.scoring import RewardError, Ungraded, Vectors, score_group
 from megatron_sr1.rewards.table import for_prompt
 from megatron_sr1.types import RolloutGroup
@@ -38,7 +40,14 @@ class Graders:
     """A rank's worker processes. Give groups to `submit` as they complete, take the rewards with `collect`."""
 
     def __init__(
-        self, names: Sequence[str], seconds: float = 120.0, num_workers: int | None = None, *, rounded: bool = False
+        self,
+        names: Sequence[str],
+        seconds: float = 120.0,
+        num_workers: int | None = None,
+        *,
+        rounded: bool = False,
+        judge: Endpoint | None = None,
+        fails_fast: bool = True,
     ) -> None:
         """A worker starts with the first group that finds no other idle.
 
@@ -47,11 +56,17 @@ class Graders:
             seconds: that a group may take; then its process is replaced, and it is tried once more.
             num_workers: None: `default_num_workers`.
             rounded: as in `score_group`.
+            judge: whom the rewards ask that need a judge.
+            fails_fast: see `JudgedRewards`.
 
         Raises:
-            ValueError: see `find_reward`.
+            ValueError: see `find_reward`; a reward needs a judge, and there is none.
         """
         self._names = tuple(names)
+        self._asking = {name for name in names if "judge" in find_reward(name).needs}
+        if self._asking and judge is None:
+            raise ValueError(f"the rewards {', '.join(sorted(self._asking))} need a judge: set rewards.judge.url.")
+        self._judged = JudgedRewards(judge, fails_fast=fails_fast) if self._asking and judge is not None else None
         self._see_images = {name for name in names if "images" in find_reward(name).needs}
         num_workers = num_workers or default_num_workers()
         self._workers = [_Worker(self._names, seconds, rounded) for _ in range(num_workers)]
@@ -59,10 +74,12 @@ class Graders:
         for worker in self._workers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(num_workers)
-        self._futures: dict[int, Future[Vectors | Ungraded]] = {}
+        self._futures: dict[int, tuple[Future[Vectors | Ungraded], Judged]] = {}
 
     def close(self) -> None:
         """Ends the workers; what waits is dropped."""
+        if self._judged is not None:
+            self._judged.close()
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.stop()
@@ -76,13 +93,18 @@ class Graders:
         names = names or for_prompt(self._names, bool(group.prompt.images))
         if self._see_images.isdisjoint(names):
             group = replace(group, prompt=replace(group.prompt, images=()))
-        self._futures[group.group_id] = self._threads.submit(self._grade, group, names)
+        asking = [name for name in names if name in self._asking]
+        judged = self._judged.submit(group, asking) if self._judged is not None and asking else []
+        own = [name for name in names if name not in self._asking]
+        self._futures[group.group_id] = (self._threads.submit(self._grade, group, own), judged)
 
     def collect(self) -> list[tuple[int, Vectors | Ungraded]]:
         """(group_id, reward vectors) of everything submitted since the last call; waits for what is missing. A group
         whose reward fails, or whose worker twice dies or does not end, is ungraded."""
-        graded = [(group_id, future.result()) for group_id, future in self._futures.items()]
+        graded = [(number, with_judged(own.result(), judged)) for number, (own, judged) in self._futures.items()]
         self._futures = {}
+        if self._judged is not None:
+            self._judged.forget()
         return graded
 
     def _grade(self, group: RolloutGroup, names: Sequence[str]) -> Vectors | Ungraded:

@@ -33,6 +33,7 @@ class TwoPassGenerator:
         *,
         engines: Ranks = ALONE,
         streamed: bool = True,
+        hands_on: bool = True,
         weights: Callable[[], NamedTensors] | None = None,
     ) -> None:
         """
@@ -40,6 +41,7 @@ class TwoPassGenerator:
             planner: plans the passes; its limits are the engine's.
             engines: all engines, and which of them this is; the ranks of one engine are the same one.
             streamed: False starts the second pass when the whole first pass is done; the tokens are the same.
+            hands_on: this rank hands its engine's groups to `on_group`; one rank of an engine is enough.
             weights: streams the policy's present weights, collectively, into an engine that had to be restarted;
                 None: the engine's model directory holds them.
         """
@@ -47,6 +49,7 @@ class TwoPassGenerator:
         self._planner = planner
         self._engines = engines
         self._streamed = streamed
+        self._hands_on = hands_on
         self._weights = weights
         self._compared = False
 
@@ -67,7 +70,8 @@ class TwoPassGenerator:
         """K samples of both passes for each prompt, in the order of `prompts`. Collective.
 
         Args:
-            on_group: takes each group of this rank's engine as soon as it is complete, while others still run.
+            on_group: takes each group of this rank's engine as soon as it is complete, while others still run; on the
+                ranks that hand them on.
 
         Raises:
             ValueError: before anything is submitted, and on every rank: a prompt does not fit the engine.
@@ -87,7 +91,8 @@ class TwoPassGenerator:
         if not self._compared:
             with_images = [prompt for prompt in own if prompt.images][:NUM_COMPARED]
             self._compare_pixels([self._planner.first(prompt, sampling.template) for prompt in with_images])
-        requests = PassRequests(self._planner, prompts, mine, sampling, step, on_group, streamed=self._streamed)
+        taker = on_group if self._hands_on else None
+        requests = PassRequests(self._planner, prompts, mine, sampling, step, taker, streamed=self._streamed)
         self._run(requests)
         # without the prompts: all ranks have their images
         pairs = dict(self._engines.gather(list(requests.pairs().items())))

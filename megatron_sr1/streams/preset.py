@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sr1.config import ObjectiveConfig
+from megatron_sr1.config import ObjectiveConfig, RewardsConfig
+from megatron_sr1.config.rules import require
 from megatron_sr1.import_path import load_object
 from megatron_sr1.rewards import find_reward, layout_reward
 from megatron_sr1.streams.presets import WRITTEN, Written
@@ -155,13 +156,21 @@ def _stream(entry: Written, objective: ObjectiveConfig) -> RewardStream:
     )
 
 
-def check_objective(objective: ObjectiveConfig) -> None:
+def check_objective(objective: ObjectiveConfig, rewards: RewardsConfig) -> None:
     """Imports what the objective names of a user's own.
 
     Raises:
-        ValueError: see `preset_from_config`; there is nothing to be called at `objective.loss`.
+        ValueError: see `preset_from_config`; a reward asks a judge, and there is none; there is nothing to be called at
+            `objective.loss`.
     """
-    preset_from_config(objective)
+    asking = [name for name in preset_from_config(objective).rewards if "judge" in find_reward(name).needs]
+    require(
+        not asking or bool(rewards.judge.url),
+        "rewards.judge.url",
+        rewards.judge.url,
+        f"the base URL of an endpoint, which the reward {''.join(asking[:1])!r} asks",
+        "For example http://127.0.0.1:8000/v1.",
+    )
     if objective.loss and not callable(load_object(objective.loss, "objective.loss")):
         raise ValueError(f"objective.loss={objective.loss!r} cannot be called. Name a function of LossInputs.")
 

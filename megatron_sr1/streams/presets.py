@@ -53,6 +53,15 @@ def _perception_credit(alpha: float) -> tuple[Template, list[Written]]:
     ]
 
 
+def _external_reasoner(alpha: float) -> tuple[Template, list[Written]]:
+    """As `vision_sr1`, but the description is read by a model behind an endpoint (`rewards.judge`), so that what it
+    earns credits the response that holds it (RACRO, arXiv 2506.04559)."""
+    return "see_think", [
+        {"name": "answer", "rewards": {"acc": 1.0, "fmt": alpha}, "loss_weight": 0.5},
+        {"name": "visual", "tokens": "description", "rewards": {"acc_judge": 1.0}, "loss_weight": 0.5},
+    ]
+
+
 # alpha, the weight of the layout -> the first pass' template and the streams
 WRITTEN: Mapping[PresetName, Callable[[float], tuple[Template, list[Written]]]] = {
     "vision_r1": _vision_r1,
@@ -61,4 +70,5 @@ WRITTEN: Mapping[PresetName, Callable[[float], tuple[Template, list[Written]]]] 
     "gdpo": _gdpo,
     "vision_sr1": _vision_sr1,
     "perception_credit": _perception_credit,
+    "external_reasoner": _external_reasoner,
 }

@@ -53,7 +53,13 @@ class LiveRollouts:
         self._folder = folder
         self._refreshed = refreshed
         self._skips = rewards.on_error == "skip_group"
-        self._graders = Graders(scored_rewards(preset), rewards.seconds, rewards.workers)
+        self._graders = Graders(
+            scored_rewards(preset),
+            rewards.seconds,
+            rewards.workers,
+            judge=rewards.judge.endpoint if rewards.judge.url else None,
+            fails_fast=not self._skips,
+        )
 
     def __enter__(self) -> LiveRollouts:
         return self

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from megatron_sr1.config import ConfigError, EvaluateConfig
+from megatron_sr1.config import ConfigError, Endpoint
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -28,19 +28,19 @@ class NoVerdict(Exception):
     """The judge could not be asked, or gave no answer that can be graded; the message says why."""
 
 
-def judge_key(config: EvaluateConfig) -> str:
+def judge_key(endpoint: Endpoint) -> str:
     """The key for the endpoint, from the environment.
 
     Raises:
-        ConfigError: the variable that evaluate.judge_api_key_env names is not set.
+        ConfigError: the variable that its `api_key_env` names is not set.
     """
-    name = config.judge_api_key_env
+    name = endpoint.api_key_env
     if not name:
         return _NO_KEY
     if not os.environ.get(name):
         raise ConfigError(
-            f"evaluate.judge_api_key_env={name!r} is not allowed: it must be the name of an environment variable that "
-            "holds the key. Export it, or leave the name empty if the endpoint needs no key."
+            f"{endpoint.section}api_key_env={name!r} is not allowed: it must be the name of an environment variable "
+            "that holds the key. Export it, or leave the name empty if the endpoint needs no key."
         )
     return os.environ[name]
 
@@ -48,7 +48,7 @@ def judge_key(config: EvaluateConfig) -> str:
 class Judge:
     """Asks one question at a time from as many threads as one likes."""
 
-    def __init__(self, config: EvaluateConfig, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, endpoint: Endpoint, sleep: Callable[[float], None] = time.sleep) -> None:
         """`sleep`: waits that many seconds between two attempts.
 
         Raises:
@@ -56,36 +56,40 @@ class Judge:
         """
         from openai import OpenAI
 
-        self._config = config
+        self._endpoint = endpoint
         self._sleep = sleep
-        self._parameters = {name: value for name, value in config.judge_parameters.items() if value is not None}
+        self._parameters = {name: value for name, value in endpoint.parameters.items() if value is not None}
         # attempts are counted here, because the client's own ones do not know of damaged answers and of long waits
         self._client: OpenAI = OpenAI(
-            base_url=config.judge_url, api_key=judge_key(config), timeout=config.judge_timeout, max_retries=0
+            base_url=endpoint.url, api_key=judge_key(endpoint), timeout=endpoint.timeout, max_retries=0
         )
 
     def __enter__(self) -> Judge:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends its connections."""
         self._client.close()
 
     def ask(self, question: str) -> str:
         r"""The judge's complete response to a text.
 
         Raises:
-            NoVerdict: it failed in a way that may pass, `judge_retries` times more; it refused this question; or its
+            NoVerdict: it failed in a way that may pass, `retries` times more; it refused this question; or its
                 response is empty or was cut before a \boxed answer.
             ConfigError: it refuses every question, because of the key, the URL or the model.
         """
         reason = ""
-        for attempt in range(self._config.judge_retries + 1):
+        for attempt in range(self._endpoint.retries + 1):
             wait, reason = self._attempt(question)
             if wait is None:
                 return reason
-            if attempt < self._config.judge_retries:
+            if attempt < self._endpoint.retries:
                 self._sleep(self._delay(attempt, wait))
-        raise NoVerdict(f"{self._config.judge_retries + 1} attempts failed, the last with: {reason}")
+        raise NoVerdict(f"{self._endpoint.retries + 1} attempts failed, the last with: {reason}")
 
     def _attempt(self, question: str) -> tuple[float | None, str]:
         """(None, response), or (seconds that the endpoint asks to wait, what went wrong)."""
@@ -93,7 +97,7 @@ class Judge:
 
         try:
             response = self._client.chat.completions.with_raw_response.create(
-                model=self._config.judge_model,
+                model=self._endpoint.model,
                 messages=[{"role": "user", "content": question}],
                 extra_body=self._parameters,
             )
@@ -101,8 +105,9 @@ class Judge:
         except APIStatusError as error:
             if error.status_code in _REFUSED:
                 raise ConfigError(
-                    f"evaluate.judge_url={self._config.judge_url!r} answers with HTTP {error.status_code}: check the "
-                    f"URL, judge_model={self._config.judge_model!r} and the key that judge_api_key_env names."
+                    f"{self._endpoint.section}url={self._endpoint.url!r} answers with HTTP {error.status_code}: check "
+                    f"the URL, {self._endpoint.section}model={self._endpoint.model!r} and the key that "
+                    f"{self._endpoint.section}api_key_env names."
                 ) from None  # the endpoint's own text may hold a part of the key
             if error.status_code not in _MAY_PASS and error.status_code < 500:
                 raise NoVerdict(f"the endpoint refuses this question with HTTP {error.status_code}") from None
@@ -114,8 +119,8 @@ class Judge:
 
     def _delay(self, attempt: int, asked: float) -> float:
         """Backoff * 2^attempt, give or take a quarter, at least what the endpoint asks for, at most the limit."""
-        backoff = self._config.judge_backoff * 2**attempt * random.uniform(0.75, 1.25)
-        return min(max(backoff, asked), self._config.judge_max_wait)
+        backoff = self._endpoint.backoff * 2**attempt * random.uniform(0.75, 1.25)
+        return min(max(backoff, asked), self._endpoint.max_wait)
 
 
 class _Damaged(Exception):
@@ -132,7 +137,7 @@ def _text(body: bytes) -> str:
     if not isinstance(text, str):
         raise _Damaged("the answer is no chat completion: its content is not text")
     if reason == "length" and "\\boxed" not in text:
-        raise NoVerdict("the response was cut by its limit of tokens; raise max_tokens in evaluate.judge_parameters")
+        raise NoVerdict("the response was cut by its limit of tokens; raise max_tokens in its parameters")
     if not text.strip():
         raise NoVerdict(f"the response is empty (finish_reason {reason!r})")
     return text

@@ -1,0 +1,72 @@
+"""Rewards that ask a model behind an endpoint: by threads of the rank, while the engine goes on decoding."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+from megatron_sr1.config import Endpoint
+from megatron_sr1.judge import Judge
+from megatron_sr1.rewards.scoring import Ungraded, Vectors, score_or_tell
+from megatron_sr1.types import RolloutGroup
+
+Judged = list[Future[Vectors | Ungraded]]  # of each response to a prompt: a list of one vector
+
+
+class JudgedRewards:
+    """Asks about each response by itself, `endpoint.concurrency` at a time. An answer that does not come is an error
+    and never a 0."""
+
+    def __init__(self, endpoint: Endpoint, *, fails_fast: bool) -> None:
+        """
+        Args:
+            fails_fast: one failure ends the step, so that nothing more is asked of an endpoint that is gone.
+
+        Raises:
+            ConfigError: as `judge_key`.
+        """
+        self._closing = threading.Event()
+        self._judge = Judge(endpoint, sleep=self._wait)
+        self._threads = ThreadPoolExecutor(endpoint.concurrency, thread_name_prefix="judge")
+        self._fails_fast = fails_fast
+        self._failure: Ungraded | None = None
+
+    def close(self) -> None:
+        """Nothing more is asked; who waits to ask again does not."""
+        self._closing.set()
+        self._threads.shutdown(cancel_futures=True)
+        self._judge.close()
+
+    def submit(self, group: RolloutGroup, names: Sequence[str]) -> Judged:
+        """Queues the questions and returns at once."""
+        return [self._threads.submit(self._score, replace(group, pairs=(pair,)), names) for pair in group.pairs]
+
+    def forget(self) -> None:
+        """The step is over: a failure in it says nothing of the next."""
+        self._failure = None
+
+    def _score(self, group: RolloutGroup, names: Sequence[str]) -> Vectors | Ungraded:
+        if self._failure is not None:
+            return self._failure
+        scored = score_or_tell(group, names, ask=self._judge.ask)
+        if isinstance(scored, Ungraded) and self._fails_fast:
+            self._failure = scored
+        return scored
+
+    def _wait(self, seconds: float) -> None:
+        self._closing.wait(seconds)
+
+
+def with_judged(own: Vectors | Ungraded, judged: Judged) -> Vectors | Ungraded:
+    """One vector a response of both kinds; waits for the answers."""
+    vectors: Vectors = []
+    for future in judged:
+        scored = future.result()
+        if isinstance(scored, Ungraded):
+            return scored
+        vectors += scored
+    if isinstance(own, Ungraded) or not judged:
+        return own
+    return [{**mine, **theirs} for mine, theirs in zip(own, vectors, strict=True)]
