@@ -10,9 +10,11 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import json
+import shutil
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -99,6 +101,29 @@ def source_digest(function: Callable[..., Any]) -> str:
     if source is None or not Path(source).is_file():
         return ""
     return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:12]
+
+
+def keep_code(folder: Path, functions: Mapping[str, Callable[..., Any]]) -> list[str]:
+    """Copies the file of each function, by its digest, so that every version that a run was trained with stays there.
+
+    Args:
+        functions: by import path.
+
+    Returns:
+        The import paths whose code was another when this was last called on the folder.
+    """
+    index = folder / "index.json"
+    kept = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    found = {}
+    for name, function in functions.items():
+        source, digest = source_of(function), source_digest(function)
+        if source is not None and digest:
+            found[name] = f"{Path(source).stem}_{digest}.py"
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / found[name])
+    if found:
+        index.write_text(json.dumps({**kept, **found}, indent=1) + "\n", encoding="utf-8")
+    return [name for name, file in found.items() if kept.get(name, file) != file]
 
 
 def _load_module(name: str, path: str, key: str) -> ModuleType:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_sr1.import_path import load_object
+from megatron_sr1.config import ConfigError, ObjectiveConfig
+from megatron_sr1.import_path import keep_code, load_object
 from megatron_sr1.rewards import (
     REWARDS,
     Reward,
@@ -22,8 +22,8 @@ from megatron_sr1.rewards import (
     own_rewards,
     score_group,
 )
-from megatron_sr1.rewards.keep import keep_code
 from megatron_sr1.rewards.workers import Graders
+from megatron_sr1.streams import own_code
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
 
 IMAGE = Image.new("RGB", (30, 20), (255, 0, 0))
@@ -258,14 +258,20 @@ def test_graders_give_the_reason_and_go_on(file: Path) -> None:
 
 # ---------------------------------------------------------------- what is kept
 def test_every_version_of_the_code_is_kept_and_a_change_is_told(file: Path) -> None:
+    """Of rewards, and of a loss, which may be the same function for all it matters here."""
     name = write(file, "def f(pair, prompt):\n    return 1.0")
+    stream = {"name": "a", "rewards": {"acc": 1.0, name: 0.5}}
+    objective = ObjectiveConfig(preset=None, streams=[stream], loss=f"{file}:f")
+    assert own_code(objective).keys() == {name} and own_code(ObjectiveConfig()) == {}
     folder = file.parent / "run" / "code"
-    assert keep_code(folder, ["acc", name]) == [] == keep_code(folder, ["acc", name])
+    code = own_code(objective)
+    assert keep_code(folder, code) == [] == keep_code(folder, code)
     file.write_text("def f(pair, prompt):\n    return 2.0")
-    assert keep_code(folder, ["acc", name]) == [name] and keep_code(folder, [name]) == []
+    assert keep_code(folder, code) == [name] and keep_code(folder, code) == []
     assert sorted(path.read_text()[-3:] for path in folder.glob("mine_*.py")) == ["1.0", "2.0"]
-    assert not (file.parent / "other").exists() and keep_code(file.parent / "other", ["acc"]) == []
-    assert not os.path.exists(file.parent / "other")
+    assert keep_code(file.parent / "other", {}) == [] and not (file.parent / "other").exists()
+    with pytest.raises(ConfigError, match=r"objective\.loss='math:pi' is not allowed: it must be a function"):
+        own_code(ObjectiveConfig(loss="math:pi"))
 
 
 def test_rewards_are_numbers_of_any_size() -> None:

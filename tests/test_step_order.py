@@ -41,9 +41,10 @@ def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[str], l
 
     run = Recorder(log, end_step=end_step)
     run.config = SimpleNamespace(  # type: ignore[attr-defined]
-        rollout=SimpleNamespace(prompts_per_step=1), train=SimpleNamespace(steps=num_steps)
+        objective=None, rollout=SimpleNamespace(prompts_per_step=1), train=SimpleNamespace(steps=num_steps)
     )
     run.platform = None  # type: ignore[attr-defined]
+    monkeypatch.setattr(grpo, "own_code", lambda objective: {})
     run.kept_before = lambda *arguments: nullcontext()  # type: ignore[attr-defined]
 
     def take(prompts: Any, step: int, clock: Clock) -> tuple[list[Any], dict[str, Any]]:
@@ -68,8 +69,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[str], l
     source.needs_room = True  # type: ignore[attr-defined]
     policy, trainer = Policy(log), Recorder(log, update=results)
     try:
-        preset = SimpleNamespace(rewards=())
-        grpo._steps(run, 0, preset, feed, policy, source, trainer, Recorder(log))  # type: ignore[arg-type]
+        grpo._steps(run, 0, None, feed, policy, source, trainer, Recorder(log))  # type: ignore[arg-type]
     except SystemExit:
         log.append("leave")
     return log

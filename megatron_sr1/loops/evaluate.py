@@ -40,7 +40,7 @@ from megatron_sr1.platform import Platform
 from megatron_sr1.report import print_table, summary_rows
 from megatron_sr1.rewards import RewardError, Ungraded, Vectors, find_reward, own_rewards, score_or_tell
 from megatron_sr1.rewards.workers import Graders
-from megatron_sr1.streams import Preset, preset_from_config
+from megatron_sr1.streams import Preset, own_code, preset_from_config
 from megatron_sr1.types import Generator, Prompt, RolloutGroup, Sampling, Template
 
 _RECORDED = ("max_prompts", "samples", "temperature", "chunk_prompts", "rounded_decimals")
@@ -165,7 +165,7 @@ def check_heldout(run: Run, heldout: Heldout) -> None:
 def _identity(config: Config, heldout: Heldout, model: str) -> Identity:
     """What the records depend on, by configuration key where there is one."""
     rollout, settings, preset = config.rollout, config.evaluate, preset_from_config(config.objective)
-    code = {name: source_digest(find_reward(name).function) for name in preset.rewards if is_import_path(name)}
+    code = {name: source_digest(function) for name, function in own_code(replace(config.objective, loss="")).items()}
     return {
         "the model": model,
         "the data": heldout.fingerprint,

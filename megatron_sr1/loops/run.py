@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 from megatron_sr1.config import Config, changes_of, check_resume, dump_config, model_fingerprint
 from megatron_sr1.config.mistakes import FULL
@@ -17,12 +18,12 @@ from megatron_sr1.config.rules import require
 from megatron_sr1.convert.greedy import compare_greedy
 from megatron_sr1.data import Check, Quarantine, SampleFeed, StreamState, open_stream
 from megatron_sr1.file_lock import lock_file
+from megatron_sr1.import_path import keep_code
 from megatron_sr1.loops.preemption import StopRequest
 from megatron_sr1.metrics import MetricsWriter, Trackers
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.processor import Processor
-from megatron_sr1.rewards import keep_code
 from megatron_sr1.rollout import Limits, Planner
 from megatron_sr1.training.checkpointer import Checkpointer, Progress
 from megatron_sr1.types import RolloutGroup
@@ -121,9 +122,13 @@ class Run:
             self.say(f"continuing after step {self.progress.step}")
         return 0 if self.progress is None else self.progress.step
 
-    def accept(self, rewards: Sequence[str] = ()) -> None:
-        """Writes config.yaml, once nothing is left to be refused, and the code of the rewards that are the user's. A
-        config.yaml that says otherwise is kept as config.0.yaml and so on, and the changes are said."""
+    def accept(self, code: Mapping[str, Callable[..., Any]] = MappingProxyType({})) -> None:
+        """Writes config.yaml, once nothing is left to be refused, and the code of the user's own. A config.yaml that
+        says otherwise is kept as config.0.yaml and so on, and the changes are said.
+
+        Args:
+            code: functions that the run is trained with, by import path.
+        """
         if not self.platform.is_main:
             return
         path, text = self.folder / "config.yaml", dump_config(self.config)
@@ -134,7 +139,7 @@ class Run:
             for change in changes:
                 self.say(f"changed since the last start: {change} ({change.rule})")
         path.write_text(text, encoding="utf-8")
-        for name in keep_code(self.folder / "code", rewards):
+        for name in keep_code(self.folder / "code", code):
             self.say(f"changed since the last start: the code of {name} (takes effect)")
 
     def end_step(self, step: int, feed: SampleFeed, stop: StopRequest, policy: Policy | None) -> None:

@@ -3,7 +3,6 @@
 from megatron_sr1.rewards.description import faithful, leaks
 from megatron_sr1.rewards.find import find_reward
 from megatron_sr1.rewards.grading import grade
-from megatron_sr1.rewards.keep import keep_code
 from megatron_sr1.rewards.length import soft_overlong
 from megatron_sr1.rewards.scoring import RewardError, Ungraded, Vectors, score_group, score_or_tell, score_pair
 from megatron_sr1.rewards.table import ALWAYS, REWARDS, Reward, for_prompt, layout_reward, own_rewards
@@ -19,7 +18,6 @@ __all__ = [
     "find_reward",
     "for_prompt",
     "grade",
-    "keep_code",
     "layout_reward",
     "leaks",
     "own_rewards",

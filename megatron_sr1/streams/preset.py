@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_sr1.config import ObjectiveConfig, RewardsConfig
 from megatron_sr1.config.rules import require
-from megatron_sr1.import_path import load_object
+from megatron_sr1.import_path import is_import_path, load_object
 from megatron_sr1.rewards import find_reward, layout_reward
 from megatron_sr1.streams.presets import WRITTEN, Written
 from megatron_sr1.streams.segments import REST, segments_of
@@ -163,6 +163,7 @@ def check_objective(objective: ObjectiveConfig, rewards: RewardsConfig) -> None:
         ValueError: see `preset_from_config`; a reward asks a judge, and there is none; there is nothing to be called at
             `objective.loss`.
     """
+    own_code(objective)
     asking = [name for name in preset_from_config(objective).rewards if "judge" in find_reward(name).needs]
     require(
         not asking or bool(rewards.judge.url),
@@ -171,8 +172,21 @@ def check_objective(objective: ObjectiveConfig, rewards: RewardsConfig) -> None:
         f"the base URL of an endpoint, which the reward {''.join(asking[:1])!r} asks",
         "For example http://127.0.0.1:8000/v1.",
     )
-    if objective.loss and not callable(load_object(objective.loss, "objective.loss")):
-        raise ValueError(f"objective.loss={objective.loss!r} cannot be called. Name a function of LossInputs.")
+
+
+def own_code(objective: ObjectiveConfig) -> dict[str, Callable[..., Any]]:
+    """The functions of a user's own that the objective names, by their import paths: rewards, and the loss.
+
+    Raises:
+        ValueError: see `preset_from_config`; what `objective.loss` names cannot be called.
+    """
+    names = [name for name in preset_from_config(objective).rewards if is_import_path(name)]
+    code: dict[str, Callable[..., Any]] = {name: find_reward(name).function for name in names}
+    if objective.loss:
+        loss = load_object(objective.loss, "objective.loss")
+        require(callable(loss), "objective.loss", objective.loss, "a function", "It takes LossInputs.")
+        code[objective.loss] = loss
+    return code
 
 
 PRESETS: Mapping[PresetName, Preset] = {name: preset_from_config(ObjectiveConfig(preset=name)) for name in WRITTEN}
