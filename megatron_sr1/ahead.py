@@ -16,7 +16,7 @@ class Later(Generic[Value]):
     def __init__(self, make: Callable[[], Value], pool: Executor | None = None) -> None:
         """
         Args:
-            make: called once; what it raises is raised at every call for the value.
+            make: called until it has returned once; what it raises is raised to whoever calls for the value.
             pool: whose threads `start` uses; None: it is made by whoever calls for it.
         """
         self._make = make

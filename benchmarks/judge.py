@@ -1,0 +1,116 @@
+"""What a judge as a reward costs a step: the groups of a run's saved rollouts are handed to the graders at the times at
+which they were finished then, and a server on loopback answers each question after a given time.
+
+    python -m benchmarks.judge runs/quickstart/rollouts --latency 0 0.1 0.5 1 --steps 5
+
+    rollout    seconds from a step's first request to its last answer, as it was
+    waited     seconds that the rewards take beyond it: what `seconds/reward` is in a run
+    share      of both, median over the steps
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from megatron_sr1.config import JudgeConfig
+from megatron_sr1.rewards import Ungraded
+from megatron_sr1.rewards.workers import Graders
+from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
+
+NAMES = ("acc", "acc_judge", "fmt")
+
+
+def groups_of(path: Path) -> list[tuple[float, RolloutGroup]]:
+    """Each group of a file of rollouts with the second at which it was finished, in that order."""
+    pairs: dict[int, list[RolloutPair]] = {}
+    prompts: dict[int, Prompt] = {}
+    for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        if "skipped" in line:
+            continue
+        number, second = line["group_id"], line["second"]
+        prompts[number] = Prompt(line["key"], line["problem"], line["answer"])
+        both = (_rollout(line["first"]), None if second is None else _rollout(second))
+        pairs.setdefault(number, []).append(RolloutPair(line["sample"], *both, line["description"]))
+    groups = [RolloutGroup(number, prompts[number], tuple(found)) for number, found in pairs.items()]
+    return sorted(((_finished(group), group) for group in groups), key=lambda item: item[0])
+
+
+def _rollout(fields: dict[str, Any]) -> Rollout:
+    return Rollout(**fields)
+
+
+def _finished(group: RolloutGroup) -> float:
+    return max(one.finished_at for pair in group.pairs for one in (pair.first, pair.second) if one is not None)
+
+
+@contextmanager
+def answering(latency: float) -> Iterator[str]:
+    """The base URL of a server that answers every question after `latency` seconds."""
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": r"\boxed{1}"}}
+    body = json.dumps({"id": "1", "object": "chat.completion", "choices": [choice]}).encode()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            time.sleep(latency)
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        server.shutdown()
+
+
+def waited(graders: Graders, groups: Sequence[tuple[float, RolloutGroup]]) -> float:
+    """Seconds from the last group to all rewards."""
+    start = time.perf_counter()
+    for finished, group in groups:
+        time.sleep(max(0.0, finished - (time.perf_counter() - start)))
+        graders.submit(group)
+    last = time.perf_counter()
+    graded = graders.collect()
+    assert not any(isinstance(share, Ungraded) for _, share in graded), graded
+    return time.perf_counter() - last
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rollouts", type=Path, help="the folder of a run")
+    parser.add_argument("--latency", type=float, nargs="+", default=[0.0, 0.1, 0.5, 1.0], metavar="SECONDS")
+    parser.add_argument("--steps", type=int, default=5, help="the last ones")
+    parser.add_argument("--concurrency", type=int, default=16)
+    args = parser.parse_args()
+    steps = [groups_of(path) for path in sorted(args.rollouts.glob("step_*.jsonl"))[-args.steps :]]
+    print(f"{'latency s':>10} {'questions':>10} {'rollout s':>10} {'waited s':>10} {'share':>8}")
+    for latency in args.latency:
+        with answering(latency) as url:
+            judge = JudgeConfig(url=url, model="reader", concurrency=args.concurrency).endpoint
+            with closing(Graders(NAMES, judge=judge)) as graders:
+                waited(graders, steps[0])  # starts the processes
+                times = [(groups[-1][0], waited(graders, groups)) for groups in steps]
+        asked = sum(pair.description is not None for groups in steps for _, group in groups for pair in group.pairs)
+        rollout, wait = (statistics.median(column) for column in zip(*times, strict=True))
+        share = statistics.median(wait / (wait + rollout) for rollout, wait in times)
+        print(f"{latency:10.2f} {asked / len(steps):10.0f} {rollout:10.2f} {wait:10.3f} {share:8.1%}")
+
+
+if __name__ == "__main__":
+    main()
