@@ -45,6 +45,7 @@ SYNCS = {  # ranks of an engine -> family and trainer layout; vLLM makes a proce
 }
 KV_CACHE_GIB = 0.0625
 RESTARTED = ("layout.tensor=2",)  # a restart takes as long as a start
+RESTARTS = {"tied": 5, "one_kv_head": 2}
 
 
 # ------------------------------------------------------------ what the ranks do
@@ -52,13 +53,14 @@ def collect(rank: int, num_ranks: int, folder: str, engine_ranks: int) -> None:
     facts = {}
     for name, layout in SYNCS[engine_ranks]:
         engine = _engine(f"{folder}/{name}/engine", engine_ranks, filled_later=(engine_ranks, name) in FILLED_LATER)
-        facts[name] = _sync(f"{folder}/{name}", layout, engine)
+        facts[name] = _sync(folder, name, layout, engine)
     if rank == 0:
         torch.save(facts, f"{folder}/facts{engine_ranks}.pt")
 
 
-def _sync(folder: str, layout: tuple[str, ...], engine: Any) -> dict[str, Any]:
+def _sync(parent: str, name: str, layout: tuple[str, ...], engine: Any) -> dict[str, Any]:
     """An engine that was loaded from one model, or from none, gets another from the policy, which then trains on."""
+    folder = f"{parent}/{name}"
     processor = Processor.from_pretrained(f"{folder}/engine")
     facts: dict[str, Any] = {"before": _first_answers(engine, processor)}
     with built(f"{folder}/policy", (*layout, "rollout.sync_bucket_mib=1")) as (policy, config):
@@ -67,7 +69,7 @@ def _sync(folder: str, layout: tuple[str, ...], engine: Any) -> dict[str, Any]:
         engine.sleep()
         facts["synced"] = _answers(engine, processor, 0.0)
         if layout == RESTARTED:
-            facts["resident"] = [_restarted_bytes(engine) for _ in range(5)]
+            facts["resident"] = [_restarted_bytes(engine) for _ in range(RESTARTS[name])]
             facts["restarted"] = (engine.weight_version, _first_answers(engine, processor))
         batches, _ = packed_rows(policy, config, processor)
         num_tokens = sum(len(sequence.response_ids) for sequence in make_sequences(processor))
