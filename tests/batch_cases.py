@@ -48,4 +48,5 @@ def their_rewards() -> dict[str, torch.Tensor]:
         "fmt": torch.tensor([1.0, 1.0, 1.0, 0.0]),
         "acc_vis": torch.tensor([0.0, 1.0, 1.0, 0.0]),
         "fmt_vis": torch.tensor([1.0, 1.0, 1.0, 0.0]),
+        "acc_judge": torch.tensor([0.0, 1.0, 1.0, 0.0]),
     }

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sr1.rewards import REWARDS, RewardError, components, faithful, grade, leaks, score_pair
-from megatron_sr1.types import Prompt, Rollout, RolloutPair
+from megatron_sr1.prompts import render_caption_reasoner
+from megatron_sr1.rewards import REWARDS, RewardError, components, faithful, grade, leaks, score_group, score_pair
+from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
 
 PROMPT = Prompt(key="sum/0", problem="What is the sum of the digits?", answer="10", metadata={"facts": ["3", "7"]})
 SEE_THINK = "<description> 3 and 7 </description> <think> 3 + 7 = 10 </think> \\boxed{10}"
@@ -244,13 +245,21 @@ def test_grade_works_outside_the_main_thread_and_in_many_threads() -> None:
 
 # ---------------------------------------------------------------- components
 def test_all_components_of_a_perfect_pair() -> None:
-    assert score_pair(pair(SEE_THINK, REASONER, "3 and 7"), PROMPT, REWARDS) == {
+    asked: list[str] = []
+    (scores,) = score_group(
+        RolloutGroup(0, PROMPT, (pair(SEE_THINK, REASONER, "3 and 7"),)),
+        REWARDS,
+        ask=lambda text: asked.append(text) or r"\boxed{10}",
+    )
+    assert asked == [render_caption_reasoner("3 and 7", PROMPT.problem)]
+    assert scores == {
         "acc": 1.0,
         "fmt": 1.0,
         "fmt_cot": 0.0,
         "acc_vis": 1.0,
         "fmt_vis": 1.0,
         "leak": 0.0,
+        "acc_judge": 1.0,
     }
 
 
@@ -298,7 +307,7 @@ def test_defect_3_a_description_that_states_the_answer_is_reported() -> None:
 
 
 def test_unknown_component_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'acuracy': ours are acc, acc_vis, fmt, fmt_vis, leak, fmt_cot"):
+    with pytest.raises(ValueError, match="'acuracy': ours are acc, acc_vis, fmt, fmt_vis, leak, acc_judge, fmt_cot"):
         score_pair(pair(SEE_THINK), PROMPT, ["acc", "acuracy"])
 
 
