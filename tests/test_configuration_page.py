@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from types import ModuleType
@@ -10,23 +9,20 @@ from types import ModuleType
 import pytest
 
 from megatron_sr1.config import Config, values_by_key
+from tests.tool_modules import TOOLS, load_tool
 from tests.workspace import REPOSITORY
-
-TOOL = REPOSITORY / "tools" / "document_config.py"
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("document_config", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("document_config")
 
 
 def test_the_page_is_that_of_the_dataclasses(tool: ModuleType) -> None:
     assert tool.PAGE.read_text(encoding="utf-8") == tool.page(), "run: python tools/document_config.py"
-    done = subprocess.run([sys.executable, str(TOOL), "--check"], text=True, capture_output=True, cwd=REPOSITORY)
+    done = subprocess.run(
+        [sys.executable, str(TOOLS / "document_config.py"), "--check"], text=True, capture_output=True, cwd=REPOSITORY
+    )
     assert done.returncode == 0 and "as it should be" in done.stdout, done.stderr
 
 

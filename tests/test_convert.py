@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -14,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 import pytest
@@ -22,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.ranks import run_ranks
+from tests.tool_modules import load_tool
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOOL = REPOSITORY / "tools" / "convert.py"
@@ -160,19 +159,11 @@ def test_every_family_comes_back_bit_for_bit_and_loads_in_every_layout(tmp_path:
 
 
 # ---------------------------------------------------------------- the command, one rank
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_tool", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def call(*arguments: object) -> tuple[int, str]:
     """The tool's exit status and all it prints, on one line."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = load_tool().main([str(argument) for argument in arguments])
+        status = load_tool("convert").main([str(argument) for argument in arguments])
     return status, " ".join(said.getvalue().split())
 
 
@@ -352,6 +343,7 @@ def check_cast(hf_dir: Path, megatron_dir: Path) -> None:
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
+from tests.tool_modules import load_tool
 from megatron_sr1.platform import start_platform
 start_platform()
 from megatron_sr1.convert import save
@@ -368,7 +360,7 @@ def dies(function, calls=[20]):
 
 save._read = dies(save._read)
 safetensors.TensorSlot.write = dies(safetensors.TensorSlot.write)
-load_tool().main(sys.argv[2:])
+load_tool("convert").main(sys.argv[2:])
 """
 
 

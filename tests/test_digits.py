@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,6 +20,7 @@ from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import parse_reasoner, parse_see_think, render_caption_reasoner, render_see_think
 from megatron_sr1.types import Prompt, SftSample
+from tests.tool_modules import load_tool
 
 GOLD = {
     "sum": sum,
@@ -235,17 +234,8 @@ def test_a_picture_goes_through_processor_and_model(base: Path) -> None:
 
 
 # ---------------------------------------------------------------- the tool
-def load_tool() -> ModuleType:
-    path = Path(__file__).parents[1] / "tools" / "build_digits.py"
-    spec = importlib.util.spec_from_file_location("build_digits", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_tool_builds_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tool = load_tool()
+    tool = load_tool("build_digits")
     counts = ["--train", "8", "--heldout", "5", "--demonstrations", "16"]
     arguments = ["--out", str(tmp_path / "quickstart"), *counts]
     tool.main(arguments)
@@ -270,5 +260,5 @@ def test_the_tool_builds_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("wrong", [["--train", "0"], ["--seed", "-1"]])
 def test_the_tool_names_a_wrong_argument(tmp_path: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        load_tool().main(["--out", str(tmp_path), *wrong])
+        load_tool("build_digits").main(["--out", str(tmp_path), *wrong])
     assert f"{wrong[0]} {wrong[1]}: it must be" in capsys.readouterr().err
