@@ -1,7 +1,7 @@
 """What a judge as a reward costs a step: the groups of a run's saved rollouts are handed to the graders at the times at
 which they were finished then, and a server on loopback answers each question after a given time.
 
-    python -m benchmarks.judge runs/quickstart/rollouts --latency 0 0.1 0.5 1 --steps 5
+    python -m benchmarks.judge runs/quickstart/grpo/rollouts --latency 0 0.1 0.5 1 --steps 5
 
     rollout    seconds from a step's first request to its last answer, as it was
     waited     seconds that the rewards take beyond it: what `seconds/reward` is in a run

@@ -89,7 +89,7 @@ def test_a_judge() -> None:
 
 def test_a_length_penalty() -> None:
     reward = find_reward(f"{Path.cwd()}/length_rewards.py:overlong")
-    assert reward.name == "overlong" and reward.needs == ()
+    assert reward.shown == "overlong" and reward.needs == ()
     for length, expected in ((1, 0.0), (1536, 0.0), (1792, -0.5), (2048, -1.0), (3000, -1.0)):
         (pair,) = group("x").pairs
         assert reward.function(replace(pair, first=replace(pair.first, response_ids=(5,) * length)), None) == expected

@@ -95,12 +95,12 @@ def test_a_file_may_import_what_lies_beside_it_and_is_loaded_once(file: Path) ->
 def test_a_module_by_its_dotted_name() -> None:
     name = "megatron_sr1.rewards.components:see_think_format"
     assert score_group(group("a"), [name]) == [{name: 0.0}]
-    assert find_reward(name).name == "see_think_format"
+    assert find_reward(name).shown == "see_think_format"
 
 
 def test_a_name_of_ours_is_shown_with_its_file(file: Path) -> None:
     name = write(file, "def acc(pair, prompt):\n    return 1.0", "acc")
-    assert find_reward(name).name == "mine.acc" and find_reward("acc").name == "acc"
+    assert find_reward(name).shown == "mine.acc" and find_reward("acc").shown == "acc"
 
 
 def test_the_second_pass_and_the_description_are_there_where_they_are_needed(file: Path) -> None:
@@ -276,4 +276,4 @@ def test_every_version_of_the_code_is_kept_and_a_change_is_told(file: Path) -> N
 
 def test_rewards_are_numbers_of_any_size() -> None:
     reward = Reward(lambda pair, prompt: -math.pi, shown="pi")
-    assert reward.name == "pi" and reward.function(None, None) == -math.pi
+    assert reward.shown == "pi" and reward.function(None, None) == -math.pi

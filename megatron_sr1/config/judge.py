@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_sr1.config.rules import ConfigError, Range, require
+from megatron_sr1.config.rules import ConfigError, Range, check_numbers, require
 
 _DAY = 86_400  # seconds
 JUDGE_NUMBERS = {
@@ -80,9 +80,7 @@ class JudgeConfig:
     max_wait: float = 120.0  # seconds before a retry, at most, also where the endpoint asks for more
 
     def __post_init__(self) -> None:
-        for name, allowed in JUDGE_NUMBERS.items():
-            key, value = f"rewards.judge.{name}", getattr(self, name)
-            require(value in allowed, key, value, str(allowed), f"Set {key} to such a number.")
+        check_numbers("rewards.judge", self, JUDGE_NUMBERS)
         if self.url:
             self.endpoint.check()
 

@@ -255,7 +255,7 @@ def _grade(
 
 def _shown(vectors: Vectors | Ungraded) -> Vectors:
     assert not isinstance(vectors, Ungraded), vectors.reason
-    return [{find_reward(name).name: value for name, value in vector.items()} for vector in vectors]
+    return [{find_reward(name).shown: value for name, value in vector.items()} for vector in vectors]
 
 
 def _records(answers: Sequence[tuple[RolloutGroup, Template, Vectors]], made_of: str) -> list[Record]:

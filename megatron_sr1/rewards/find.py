@@ -46,9 +46,9 @@ def find_reward(name: str) -> Reward:
     default = f"{Path(place).stem}.{own}" if own in REWARDS else own
     reward = _as_reward(found, name)
     reward = reward if reward.shown else replace(reward, shown=default)
-    if reward.shown in REWARDS or not _SHOWN.fullmatch(reward.name):
+    if reward.shown in REWARDS or not _SHOWN.fullmatch(reward.shown):
         raise ValueError(
-            f"reward {name!r} is shown as {reward.name!r}: it must be a word of letters, digits, _, . and -, and none "
+            f"reward {name!r} is shown as {reward.shown!r}: it must be a word of letters, digits, _, . and -, and none "
             f"of {', '.join(REWARDS)}, which are ours. Name it: Reward(..., shown='another_name')."
         )
     return reward

@@ -25,7 +25,7 @@ class Reward:
     """A function, and what must be known to call it and to use its numbers.
 
     Raises:
-        ValueError: an unknown pass or need; `rounded` of a group's function.
+        ValueError: an unknown pass or need; a group's function that asks a judge.
     """
 
     function: PairReward | GroupReward
@@ -47,14 +47,9 @@ class Reward:
         ):
             wrong = [value for value in got if value not in allowed]
             if isinstance(got, str) or wrong:
-                raise ValueError(f"Reward {self.name!r}: {name}={got!r}: allowed are {', '.join(allowed)}.")
+                raise ValueError(f"Reward {self.shown!r}: {name}={got!r}: allowed are {', '.join(allowed)}.")
         if {"group", "judge"} <= set(self.needs):
-            raise ValueError(f"Reward {self.name!r}: needs={self.needs!r}: a group's function cannot ask a judge.")
-
-    @property
-    def name(self) -> str:
-        """In metrics and reports."""
-        return self.shown
+            raise ValueError(f"Reward {self.shown!r}: needs={self.needs!r}: a group's function cannot ask a judge.")
 
     @property
     def num_arguments(self) -> int:

@@ -100,10 +100,10 @@ class Preset:
                     f"objective {self.name!r}: the reward {name!r} is for another layout than the template "
                     f"{self.template!r} asks for. Use {layout_reward(described)!r}."
                 )
-            other = by_name.setdefault(reward.name, name)
+            other = by_name.setdefault(reward.shown, name)
             if other != name:
                 raise ValueError(
-                    f"objective {self.name!r}: the rewards {other!r} and {name!r} are both shown as {reward.name!r}. "
+                    f"objective {self.name!r}: the rewards {other!r} and {name!r} are both shown as {reward.shown!r}. "
                     "Name one of them in a Reward(..., shown=...)."
                 )
 

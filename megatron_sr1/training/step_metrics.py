@@ -88,7 +88,7 @@ def _log_rewards(log: MetricLog, groups: Sequence[RolloutGroup], rewards: Reward
             log.add(name, value)
     for name, reward in rewards.items():
         if name != "format":  # in the summary already
-            log.add(f"reward/{find_reward(name).name}", reward.mean().item())
+            log.add(f"reward/{find_reward(name).shown}", reward.mean().item())
     earned = [weight * rewards[name].mean().item() for stream in preset.streams for name, weight in stream.rewards]
     log.add("reward/total", sum(earned))
 
