@@ -36,7 +36,7 @@ from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import render_caption_reasoner, render_see_think
 from megatron_sr1.rollout import Engine, EngineLimits, Limits, Planner, TwoPassGenerator
 from megatron_sr1.rollout.request import Draw, Generation
-from megatron_sr1.types import Prompt, Rollout, RolloutGroup, Sampling
+from megatron_sr1.types import SECOND, Prompt, Rollout, RolloutGroup, Sampling
 
 TEXTS = (  # what the tokenizer learns: prompts of both passes, so that they are no longer than with a real one
     render_see_think("What is 3 plus 4?"),
@@ -120,10 +120,10 @@ def run(
     places = [(group, sample) for group in range(len(prompts)) for sample in range(options.samples)]
     asked = {f"{group}/{sample}/first": tokens for (group, sample), tokens in zip(places, lengths, strict=True)}
     asked |= {f"{group}/{sample}/second": options.second for group, sample in places}
-    second_pass = variant != "first pass only"
+    later = () if variant == "first pass only" else (SECOND,)
     planner = Planner(processor, Limits(options.longest, MAX_MODEL_TOKENS, 32))
     generator = TwoPassGenerator(engine, planner, streamed=variant != "barrier")
-    sampling = Sampling(options.samples, 1.0, options.longest, seed=1, second_pass=second_pass)
+    sampling = Sampling(options.samples, 1.0, options.longest, seed=1, later=later)
     engine.begin(asked, in_turn=variant == "streamed, in turn")
     start, start_cpu = time.perf_counter(), time.process_time()
     groups = generator.generate(prompts, sampling, 0)

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
     from megatron_sr1.ahead import Later
 
-PassName = Literal["first", "second"]
+PassName = str  # "first", "second", or a later pass of objective.passes
+Stage = Literal["first", "second"]  # second: any later pass
+Context = Literal["description", "other_description", "metadata", "nothing"]
+Reader = Literal["policy", "reference", "endpoint"]
 Template = Literal["see_think", "cot", "caption_reasoner"]
 Element = TypeVar("Element")
 BANNED_LOGIT_BIAS = -100.0  # the strongest that samplers accept
@@ -113,15 +116,43 @@ class SeeThink:
     answer_span: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class LaterPass:
+    """A pass that follows the first, without its image: `samples` answers to the question, from a text or from nothing.
+
+    context:  description        what this response describes
+              other_description  what a response to another image's prompt describes
+              metadata           the sample's `metadata[field]`
+              nothing            the question alone
+    reader:   policy             the weights that wrote the first pass; a stream may train what they write
+              reference          the weights that the run began with
+              endpoint           the model behind rewards.judge
+    """
+
+    name: PassName
+    context: Context = "description"
+    field: str = ""  # of the metadata, where the context is there
+    question: str = ""  # field of the metadata with other questions to ask, one for each sample; "": the prompt's own
+    samples: int = 1
+    reader: Reader = "policy"
+
+    def name_of(self, number: int) -> str:
+        """How one of the samples is called in ids and seeds: the name, but for the first with a number."""
+        return f"{self.name}.{number}" if number else self.name
+
+
+SECOND = LaterPass("second")  # the paper's
+
+
 class Passes(NamedTuple):
-    """What a prompt is asked: by which template in its first pass, and whether a second pass follows."""
+    """What a prompt is asked: by which template in its first pass, and which passes follow."""
 
     template: Template
-    second_pass: bool
+    later: tuple[LaterPass, ...]
 
     def of(self, prompt: Prompt) -> Passes:
         """Those of a prompt, where these are of one with images: without an image there is nothing to describe."""
-        return self if prompt.images else Passes("cot", second_pass=False)
+        return self if prompt.images else Passes("cot", ())
 
 
 @dataclass(frozen=True)
@@ -133,11 +164,11 @@ class Sampling:
     max_response_tokens: int
     seed: int
     template: Template = "see_think"
-    second_pass: bool = True
+    later: tuple[LaterPass, ...] = (SECOND,)
 
     def passes_of(self, prompt: Prompt) -> Passes:
         """What a prompt is asked, see `Passes.of`."""
-        return Passes(self.template, self.second_pass).of(prompt)
+        return Passes(self.template, self.later).of(prompt)
 
 
 @dataclass(frozen=True)
@@ -145,7 +176,7 @@ class Rollout:
     """One generated response. `prompt_ids` are the ids the engine really used, image placeholders
     expanded: the one canonical track."""
 
-    rollout_id: str  # "<step>/<prompt key>/<sample>/<first|second>"
+    rollout_id: str  # "<step>/<prompt key>/<sample>/<pass>"
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]  # ends with the end-of-turn id when finish_reason is "stop"
     response_text: str  # special tokens kept, the final end-of-turn token removed
@@ -157,14 +188,48 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Question:
+    """What a later pass is asked in place of its prompt's own question."""
+
+    problem: str
+    answer: str
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One response of a later pass. Of a model behind an endpoint there is the text alone: no ids, no log-probs."""
+
+    pass_name: PassName
+    number: int  # among the samples of its pass
+    rollout: Rollout
+    context: str | None  # the text it was given in place of the image; None: nothing
+    question: Question | None = None  # None: the prompt's own
+
+
+@dataclass(frozen=True)
 class RolloutPair:
-    """The two passes of one sample. `second` is None where the first pass has no description, or was cut short."""
+    """The passes of one sample. `second` is the pass of that name (its first sample, where it has several), and None
+    where there is none, or the first pass has no description or was cut short."""
 
     sample_index: int
     first: Rollout
     second: Rollout | None
     description: str | None  # what the second pass was given
     description_cut: bool = False  # it was longer than a description may be
+    further: tuple[Reading, ...] = ()  # of all other later passes, and the further samples of `second`
+
+    def readings(self, pass_name: PassName) -> tuple[Reading, ...]:
+        """The responses of a later pass, in order; () where it could not be asked."""
+        own = () if self.second is None else (Reading(SECOND.name, 0, self.second, self.description),)
+        return tuple(reading for reading in (*own, *self.further) if reading.pass_name == pass_name)
+
+    def rollouts(self) -> dict[PassName, tuple[Rollout, ...]]:
+        """All responses by pass, the first pass first."""
+        names = dict.fromkeys(reading.pass_name for reading in self.further)
+        second = {SECOND.name: None} if self.second is not None else {}
+        later = {name: tuple(reading.rollout for reading in self.readings(name)) for name in {**second, **names}}
+        return {"first": (self.first,), **later}
 
 
 @dataclass(frozen=True)
@@ -320,9 +385,14 @@ class WeightSink(Protocol):
     def update_weights(self, weights: NamedTensors, version: int) -> None: ...
 
 
+# (group_id, sample, the user turn, the reading that is to hold the answer)
+OnQuestion = Callable[[int, int, str, Reading], None]
+
+
 class Generator(WeightSink, Protocol):
-    """Runs both passes for a batch of prompts; every rank passes the same arguments and gets all groups. A rank that
-    generates a group hands it to its `on_group` at once, before the others are done."""
+    """Runs all passes for a batch of prompts; every rank passes the same arguments and gets all groups. A rank that
+    generates a group hands it to its `on_group` at once, before the others are done, and what a pass of it asks an
+    endpoint to its `on_question` even before that; these answers are not among the group's."""
 
     def generate(
         self,
@@ -330,6 +400,7 @@ class Generator(WeightSink, Protocol):
         sampling: Sampling,
         step: int,
         on_group: Callable[[RolloutGroup], None] | None = None,
+        on_question: OnQuestion | None = None,
     ) -> list[RolloutGroup]: ...
 
     def sleep(self) -> None:

@@ -189,11 +189,18 @@ def test_importance_weights_in_a_run(finished: Workspace) -> None:
 
 
 def test_pipeline_parallel_with_several_updates_per_batch(finished: Workspace) -> None:
-    """PP=2, two optimizer steps on each rollout batch (the second is off-policy), leak filter; GDPO, and a stream that
-    credits descriptions with what another reader makes of them, with the ratio of whole descriptions."""
+    """PP=2, two optimizer steps on each rollout batch (the second is off-policy), leak filter; GDPO, a stream that
+    credits descriptions with what another reader makes of them, with the ratio of whole descriptions, and one of a
+    second pass of two samples; later passes of every context and reader."""
     layout = ("layout.tensor=1", "layout.pipeline=2", "train.batch_size=2", "train.steps=2")
     judged = "{name: judged, tokens: description, rewards: {acc_judge: 1.0}, ratio: sequence}"
-    objective = ("objective.preset=gdpo", "objective.leak_filter=true", f"objective.streams=[{judged}]")
+    seen = "{name: seen, pass: second, rewards: {acc_vis: 1.0, acc_vis@blind: -0.5}}"
+    later = "{name: second, samples: 2}", "{name: blind, context: nothing}", "{name: other, context: other_description}"
+    readers = "{name: start, reader: reference}", "{name: big, reader: endpoint}"
+    gold = "{name: gold, context: metadata, field: facts}"
+    passes = f"objective.passes=[{', '.join((*later, *readers, gold))}]"
+    streams = f"objective.streams=[{judged}, {seen}]"
+    objective = ("objective.preset=gdpo", "objective.leak_filter=true", streams, passes)
     with serve(read_digits) as server:
         judge = (f"rewards.judge.url={server.url}", "rewards.judge.model=reader")
         finished.run("grpo", "pipeline", *layout, *objective, *judge)
@@ -202,12 +209,40 @@ def test_pipeline_parallel_with_several_updates_per_batch(finished: Workspace) -
     for stream in ("answer", "judged"):
         assert entries[0][f"loss/{stream}/ratio_mean"] != entries[0][f"loss/{stream}/weight"] > 0
     samples = [sample for step in (0, 1) for sample in _rollouts(finished, "pipeline", step)]
-    assert len(server.requests) == sum(sample["description"] is not None for sample in samples) > 0
+    described = sum(sample["description"] is not None for sample in samples)
+    evaluated = [sample for label in ("before", "after") for sample in _evaluated(finished, "pipeline", label)]
+    read = [sample for sample in evaluated if sample["description"] is not None]
+    assert len(server.requests) == 2 * described + len(read) and min(described, len(read)) > 0
+    assert all(set(sample["further"]) >= {"second", "blind", "start", "big", "gold"} for sample in read)
+    assert {"blind/missing", "other/missing", "reward/acc_vis.start", "loss/seen/kl"} <= entries[1].keys()
+    for sample in _rollouts(finished, "pipeline", 1):
+        _check_passes(sample)
     for sample in samples:
         described = sample["description"] or ""
         answer = extract_boxed(read_digits(render_caption_reasoner(described, ""), 0))
         right = answer is not None and grade(answer, sample["answer"])
         assert sample["rewards"]["acc_judge"] == float(bool(described) and right)
+
+
+def _evaluated(workspace: Workspace, run: str, label: str) -> list[dict[str, Any]]:
+    lines = (workspace.folder / run / "eval" / f"{label}.jsonl").read_text().splitlines()
+    return [sample for line in lines for sample in json.loads(line)["samples"]]
+
+
+def _check_passes(sample: dict[str, Any]) -> None:
+    """Of the second step: who read what with which weights, and what of it was right."""
+    found = {(reading["pass_name"], reading["number"]): reading for reading in sample.get("further", ())}
+    versions = {place: reading["rollout"]["weight_version"] for place, reading in found.items()}
+    assert all(version == (1 if place[0] not in ("start", "big") else 0) for place, version in versions.items())
+    assert (("second", 1) in found) == (sample["second"] is not None) == (("start", 0) in found)
+    for name in ("blind", "start", "big", "gold"):
+        if (name, 0) in found:
+            answer = extract_boxed(found[name, 0]["rollout"]["response_text"])
+            right = float(answer is not None and grade(answer, sample["answer"]))
+            assert sample["rewards"][f"acc_vis@{name}"] == right
+    if ("other", 0) in found:
+        assert found["other", 0]["context"] != sample["description"] or sample["description"] is None
+    assert len(sample["rewards"]["acc_vis"]) == 2
 
 
 def read_digits(question: str, attempt: int) -> str:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from megatron_sr1.config import load_config
+from megatron_sr1.config.passes import KEYS as PASS_KEYS
 from megatron_sr1.config.streams import KEYS
 from megatron_sr1.objective import OwnLoss, stream_loss
 from megatron_sr1.rewards import find_reward, score_group, soft_overlong
@@ -51,6 +52,7 @@ def test_every_example_is_short_and_there() -> None:
         "picture_rewards.py",
         "group_rewards.py",
         "credit.yaml",
+        "sufficient.yaml",
         "length_rewards.py",
         "judge_rewards.py",
         "judged.yaml",
@@ -105,6 +107,18 @@ def test_a_preset_with_a_stream_more() -> None:
     assert (brief.tokens, brief.rewards, brief.loss_weight) == ("think", (("my_rewards.py:brevity", 1.0),), 0.2)
 
 
+def test_a_later_pass() -> None:
+    preset = preset_from_config(load_config("sufficient.yaml", []).objective)
+    assert [(later.name, later.context, later.reader, later.samples) for later in preset.passes.later] == [
+        ("second", "description", "policy", 4),
+        ("start", "description", "reference", 1),
+        ("blind", "nothing", "reference", 1),
+    ]
+    assert [find_reward(name).later for name, _ in preset.streams[1].rewards] == ["start", "blind", "second"]
+    for key in PASS_KEYS:
+        assert f"| `{key}` |" in TEXT.partition("## A later pass")[2]
+
+
 def test_a_list_of_streams() -> None:
     answer, visual = preset_from_config(load_config("credit.yaml", []).objective).streams
     assert (answer.tokens, answer.advantage, answer.kl_coef) == ("rest", "z_score", 0.01)
@@ -127,5 +141,6 @@ def test_a_loss() -> None:
 
 
 def test_the_table_has_every_key_of_a_stream() -> None:
-    rows = re.findall(r"^\| (`[^|]*) \|", TEXT[TEXT.index("| key | values | default |") :], re.MULTILINE)
+    section = TEXT.partition("## A list of streams")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE)
     assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(KEYS) - {"enabled"}

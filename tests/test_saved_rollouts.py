@@ -116,7 +116,9 @@ class Handing:
         self._made = made
         self.log: list[str] = []
 
-    def generate(self, prompts: Any, sampling: Any, step: int, on_group: Any = None) -> list[RolloutGroup]:
+    def generate(
+        self, prompts: Any, sampling: Any, step: int, on_group: Any = None, on_question: Any = None
+    ) -> list[RolloutGroup]:
         for group in reversed(self._made):
             on_group(group)
         return self._made
@@ -189,7 +191,7 @@ def test_graders_of_an_unknown_reward_are_not_made() -> None:
 class Failing(Handing):
     """Its first group has a prompt whose facts are none."""
 
-    def generate(self, prompts: Any, sampling: Any, step: int, on_group: Any = None) -> Any:
+    def generate(self, prompts: Any, sampling: Any, step: int, on_group: Any = None, on_question: Any = None) -> Any:
         first, *others = self._made
         broken = replace(first, prompt=replace(first.prompt, metadata={"facts": "3"}))
         for group in (broken, *others):

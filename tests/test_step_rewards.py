@@ -97,7 +97,7 @@ def test_prompts_without_images_have_the_plain_layout_and_no_part_in_what_is_sai
 
 def test_the_leak_filter_takes_only_visual_rewards(groups: list[RolloutGroup]) -> None:
     rewards = {"acc": torch.ones(2), "acc_vis": torch.ones(2), "fmt_vis": torch.ones(2), "leak": torch.tensor([0.0, 1])}
-    filtered = without_leaks(rewards)
+    filtered = without_leaks(rewards, PRESETS["vision_sr1"])
     assert filtered["acc"].tolist() == [1, 1]
     assert filtered["acc_vis"].tolist() == filtered["fmt_vis"].tolist() == [1, 0]
 

@@ -13,7 +13,7 @@ from megatron_sr1.config import ConfigError, ObjectiveConfig, dump_config, load_
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import boxed_block, tag_block
 from megatron_sr1.streams import PRESETS, Preset, preset_from_config, segments_of
-from megatron_sr1.training.segments import stream_masks
+from megatron_sr1.training.segments import Response, response_masks, scored_responses
 from megatron_sr1.types import Clip, RewardStream, Rollout, RolloutPair
 
 SEE_THINK = r"<description> 3 and 7 </description> <think> sum </think> \boxed{10}"
@@ -111,7 +111,7 @@ def test_what_a_stream_does_not_say_the_objective_says() -> None:
         ("[{name: a, rewards: {acc: 0}}]", r"\(a\).rewards\['acc'\]=0.*Leave the reward out"),
         ("[{name: a, rewards: {acc: .inf}}]", r"\(a\).rewards\['acc'\]=inf"),
         ("[{name: a, rewards: {acc: true}}]", r"\(a\).rewards\['acc'\]=True"),
-        ("[{name: a, rewards: {acc: 1}, pass: third}]", r"\(a\).pass='third'.*first, second"),
+        ("[{name: a, rewards: {acc: 1}, pass: 3}]", r"\(a\).pass=3"),
         ("[{name: a, rewards: {acc: 1}, kl_coef: -1}]", r"\(a\).kl_coef=-1"),
         ("[{name: a, rewards: {acc: 1}, kl_coef: null}]", r"\(a\).kl_coef=None"),
         ("[{name: a, rewards: {acc: 1}, dual_clip: 0.5}]", r"\(a\).dual_clip=0.5"),
@@ -188,11 +188,10 @@ def masked(processor: Processor, text: str, second: str | None, *streams: Reward
     assert first is not None
     pair = RolloutPair(0, first, rollout(second), "d")
     found = [""] * len(streams)
-    for response, rows in zip((pair.first, pair.second), stream_masks(processor, pair, streams), strict=True):
-        for index, row in enumerate(rows):
-            if response is not None:
-                chosen = [i for i, inside in zip(response.response_ids, row.bool().tolist(), strict=True) if inside]
-                found[index] += processor.decode(chosen)
+    for response in scored_responses(pair, Preset("credit", "see_think", tuple(streams))):
+        for index, row in enumerate(response_masks(processor, response, streams)):
+            ids = response.rollout.response_ids
+            found[index] += processor.decode([i for i, inside in zip(ids, row.bool().tolist(), strict=True) if inside])
     return [text.strip() for text in found]
 
 
@@ -225,7 +224,8 @@ def test_what_the_limit_cut_may_teach_nothing(tiny_model_dir: str) -> None:
     pair = RolloutPair(0, whole, replace(whole, finish_reason="length"), "d")
     streams = (credit("response"), credit("description"), credit("response", "second"))
     for cut, expected in (("train", len(ids)), ("mask", 0)):
-        first, second = stream_masks(processor, pair, streams, cut)
+        responses = scored_responses(pair, Preset("credit", "see_think", streams))
+        first, second = (response_masks(processor, response, streams, cut) for response in responses)
         assert first[0].sum() == len(ids) and 0 < first[1].sum() < len(ids)
         assert second.shape == (3, len(ids)) and second.sum() == expected
 
@@ -266,5 +266,8 @@ def test_a_list_without_advantages_of_its_own_has_a_tensor_for_each(tiny_model_d
     processor = Processor.from_pretrained(tiny_model_dir)
     ids = processor.response_ids(SEE_THINK)
     pair = RolloutPair(0, Rollout("r", (1,), ids, SEE_THINK, (0.0,) * len(ids), "stop", 0), None, "d")
-    first, second = stream_masks(processor, pair, (credit("response"), credit("response", "second")))
-    assert torch.equal(first, torch.stack([torch.ones(len(ids)), torch.zeros(len(ids))])) and second.shape == (2, 0)
+    streams = (credit("response"), credit("response", "second"))
+    (response,) = scored_responses(pair, Preset("credit", "see_think", streams))
+    assert response == Response("first", 0, pair.first)
+    masks = response_masks(processor, response, streams)
+    assert torch.equal(masks, torch.stack([torch.ones(len(ids)), torch.zeros(len(ids))]))

@@ -22,7 +22,7 @@ from megatron_sr1.rollout.request import EngineFault, Generation
 from megatron_sr1.rollout.seeds import request_seed
 from megatron_sr1.rollout.two_pass import NUM_COMPARED, TwoPassGenerator
 from megatron_sr1.rollout.vision_canary import stale_vision_canary
-from megatron_sr1.types import OneRank, Prompt, RolloutGroup, Sampling
+from megatron_sr1.types import SECOND, OneRank, Prompt, RolloutGroup, Sampling
 from tests.scripted_engine import (
     EOT,
     IMAGE,
@@ -87,7 +87,7 @@ def test_without_a_description_there_is_no_second_pass() -> None:
     (group,) = generator(engine).generate([prompt("a")], sampling(), 0)
     assert group.pairs[0].second is None and group.pairs[0].description is None
     assert group.pairs[1].second is not None
-    (group,) = generator(ScriptedEngine()).generate([prompt("a")], sampling(second_pass=False), 0)
+    (group,) = generator(ScriptedEngine()).generate([prompt("a")], sampling(later=()), 0)
     assert all(pair.second is None and pair.description is None for pair in group.pairs)
 
 
@@ -228,7 +228,7 @@ def test_the_engine_steps_while_images_of_later_prompts_are_prepared(num_samples
     """A few requests at a time; how many does not depend on which patches are ready."""
     engine = ScriptedEngine()
     prompts = [prompt(str(key)) for key in range(40)]
-    generator(engine).generate(prompts, sampling(num_samples=num_samples, second_pass=False), 0)
+    generator(engine).generate(prompts, sampling(num_samples=num_samples, later=()), 0)
     events = [line.split()[0] for line in engine.log if line.startswith(("add", "end"))]
     first_step = events.index("end")
     assert first_step == math.ceil(SUBMITTED_AT_A_TIME / num_samples) * num_samples
@@ -239,7 +239,7 @@ def test_the_engine_steps_while_images_of_later_prompts_are_prepared(num_samples
 
 def test_a_prompt_is_prepared_once_for_its_samples() -> None:
     engine = ScriptedEngine()
-    generator(engine).generate([prompt("a")], sampling(num_samples=5, second_pass=False), 0)
+    generator(engine).generate([prompt("a")], sampling(num_samples=5, later=()), 0)
     assert engine.log.count("prepare") == 1
 
 
@@ -255,7 +255,7 @@ def test_a_first_pass_is_tokenised_once_for_check_and_generator() -> None:
 
     plans = Planner(Counting(), Limits(90, 1000, 50))  # type: ignore[arg-type]
     prompts = [prompt(f"p{index}") for index in range(8)]
-    assert not any(plans.refusals(item, "see_think", True) for item in prompts)
+    assert not any(plans.refusals(item, "see_think", (SECOND,)) for item in prompts)
     TwoPassGenerator(ScriptedEngine(), plans).generate(prompts, sampling(), 0)
     first = render_see_think(prompts[0].problem)
     assert Counting.texts.count(first) == 8
@@ -329,7 +329,7 @@ def test_ranks_that_share_an_engine_get_every_group_once() -> None:
     twice = generator(ScriptedEngine(), engines=Doubled())
     assert [group.group_id for group in twice.generate(prompts[:1], sampling(), 0)] == [0]
     with pytest.raises(ValueError) as caught:
-        twice.generate(prompts, sampling(second_pass=False), 0)
+        twice.generate(prompts, sampling(later=()), 0)
     assert str(caught.value).count("'huge', first pass") == 1
 
 

@@ -54,7 +54,7 @@ def check_run(command: Command, config: Config) -> list[str]:
     if command != "sft":
         from megatron_sr1.streams import check_objective
 
-        check_objective(config.objective, config.rewards)
+        check_objective(config.objective, config.rewards, config.model.megatron_dir)
     if command != "evaluate":
         check_folders(config)
         check_resume(config)

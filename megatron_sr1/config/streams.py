@@ -14,7 +14,6 @@ from megatron_sr1.types import (
     Aggregation,
     KlEstimator,
     Normalize,
-    PassName,
     RatioLevel,
     Surrogate,
 )
@@ -30,7 +29,6 @@ _NUMBERS = {
     "dual_clip": DUAL_CLIP,
 }
 _CHOICES = {
-    "pass": get_args(PassName),
     "kl_estimator": get_args(KlEstimator),
     "normalize": get_args(Normalize),
     "advantage": get_args(AdvantageKind),
@@ -39,7 +37,7 @@ _CHOICES = {
     "surrogate": get_args(Surrogate),
     "ratio": get_args(RatioLevel),
 }
-KEYS = ("name", "pass", "tokens", "rewards", "enabled", *_NUMBERS, *(key for key in _CHOICES if key != "pass"))
+KEYS = ("name", "pass", "tokens", "rewards", "enabled", *_NUMBERS, *_CHOICES)
 _NULLABLE = ("dual_clip",)
 _WEIGHT = Range(-1e6, 1e6)
 

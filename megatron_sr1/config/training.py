@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from megatron_sr1.config.passes import check_passes
 from megatron_sr1.config.rules import COUNT, COUNT_OR_NONE, Range, check_numbers, one_of, require
 from megatron_sr1.config.streams import DUAL_CLIP, KL_COEF, RATIO, check_streams
 from megatron_sr1.types import (
@@ -79,6 +80,8 @@ class ObjectiveConfig:
 
     preset: PresetName | None = "vision_sr1"  # null: the streams below are all
     streams: list[Any] = field(default_factory=list)  # changes a preset's of that name; further ones join
+    # changes the second pass; further ones join: {name: blind, context: nothing}
+    passes: list[Any] = field(default_factory=list)
     template: Literal["see_think", "cot"] | None = None  # of the first pass; null: the preset's, else see_think
     format_weight: float = 0.1  # alpha
     kl_coef: float = 0.01  # beta, of every stream
@@ -106,6 +109,7 @@ class ObjectiveConfig:
         if self.preset is not None:
             one_of("objective.preset", self.preset, PRESET_NAMES)
         check_streams(self.streams)
+        check_passes(self.passes)
         one_of("objective.advantage", self.advantage, get_args(AdvantageKind))
         one_of("objective.kl_estimator", self.kl_estimator, get_args(KlEstimator))
         one_of("objective.advantage_scope", self.advantage_scope, get_args(AdvantageScope))

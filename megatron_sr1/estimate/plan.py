@@ -174,9 +174,9 @@ def _sequences(command: str, config: Config) -> tuple[float, int]:
     if command == "sft":  # half of the demonstrations see an image
         return (first + second) / 2, config.train.batch_size
     preset = preset_from_config(config.objective)
-    both = preset.second_pass
-    number = config.train.batch_size * rollout.samples_per_prompt * (2 if both else 1)
-    return ((first + second) / 2 if both else first), number
+    trained = sum(later.samples for later in preset.passes.later if preset.trains(later.name))
+    number = config.train.batch_size * rollout.samples_per_prompt * (1 + trained)
+    return (first + trained * second) / (1 + trained), number
 
 
 def _stage(model: Architecture, config: Config, count: StageCount, command: str, rows: int, num_rows: int) -> StagePlan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,12 @@ class Sample:
     description: str | None
     description_cut: bool
     second: Response | None
-    rewards: Mapping[str, float]  # ours, each 0.0 or 1.0, and those of the user that are trained on, any number
+    # ours, each 0.0 or 1.0 and of a pass' first sample; those of the user that are trained on, any number; the mean of
+    # several samples of another pass
+    rewards: Mapping[str, float]
     faithful: bool | None  # None: it is not known what the image shows
     judge: Verdict | None = None
+    further: Mapping[str, tuple[Response, ...]] = field(default_factory=dict)  # the other later passes, by name
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Record:
     made_of: str  # digest of the identity of the evaluation
     ends_chunk: bool
     choices: tuple[str, ...] = ()  # of the prompt
+    second_pass: bool = True  # whether one is asked for where there is a description
 
     @property
     def described(self) -> bool:
@@ -70,7 +74,13 @@ class Record:
 
 
 def record_of(
-    group: RolloutGroup, template: Template, rewards: Sequence[Mapping[str, float]], made_of: str, ends_chunk: bool
+    group: RolloutGroup,
+    template: Template,
+    rewards: Sequence[Mapping[str, float]],
+    made_of: str,
+    ends_chunk: bool,
+    *,
+    second_pass: bool = True,
 ) -> Record:
     """`rewards`: one vector per sample of the group."""
     prompt = group.prompt
@@ -86,6 +96,7 @@ def record_of(
         made_of,
         ends_chunk,
         prompt.choices,
+        second_pass,
     )
 
 
@@ -173,6 +184,10 @@ def _read_sample(fields: dict[str, Any]) -> Sample:
         "first": Response(**fields["first"]),
         "second": None if second is None else Response(**second),
         "judge": None if judge is None else Verdict(**judge),
+        "further": {
+            name: tuple(Response(**response) for response in responses)
+            for name, responses in fields.get("further", {}).items()
+        },
     }
     return Sample(**{**fields, **parts})
 
@@ -180,7 +195,11 @@ def _read_sample(fields: dict[str, Any]) -> Sample:
 def _sample(pair: RolloutPair, prompt: Prompt, rewards: Mapping[str, float]) -> Sample:
     second = None if pair.second is None else _response(pair.second)
     truth = faithful(pair.description, prompt)
-    return Sample(_response(pair.first), pair.description, pair.description_cut, second, dict(rewards), truth)
+    further: dict[str, tuple[Response, ...]] = {}
+    for reading in pair.further:
+        further[reading.pass_name] = (*further.get(reading.pass_name, ()), _response(reading.rollout))
+    how = (pair.description, pair.description_cut, second, dict(rewards), truth)
+    return Sample(_response(pair.first), *how, further=further)
 
 
 def _response(rollout: Rollout) -> Response:

@@ -146,11 +146,13 @@ def _format(sample: Sample, record: Record) -> Hit:
 
 
 def _second_pass(sample: Sample, record: Record) -> Hit:
-    return sample.rewards["acc_vis"] == 1.0 if record.described else None
+    return sample.rewards["acc_vis"] == 1.0 if record.described and record.second_pass else None
 
 
 def _shortcut(sample: Sample, record: Record) -> Hit:
-    return sample.rewards["acc"] == 1.0 and sample.rewards["acc_vis"] == 0.0 if record.described else None
+    if not record.described or not record.second_pass:
+        return None
+    return sample.rewards["acc"] == 1.0 and sample.rewards["acc_vis"] == 0.0
 
 
 def _faithful(sample: Sample, record: Record) -> Hit:

@@ -38,10 +38,22 @@ from megatron_sr1.loops.generation import build_generator, prompt_check
 from megatron_sr1.loops.run import Run, open_run
 from megatron_sr1.platform import Platform
 from megatron_sr1.report import print_table, summary_rows
-from megatron_sr1.rewards import RewardError, Ungraded, Vectors, find_reward, own_rewards, score_or_tell
+from megatron_sr1.rewards import (
+    REWARDS,
+    RewardError,
+    Ungraded,
+    Value,
+    Vectors,
+    find_reward,
+    mean_of,
+    own_rewards,
+    score_or_tell,
+)
+from megatron_sr1.rewards.judged import JudgedRewards
+from megatron_sr1.rewards.reading import EndpointReadings, with_readings
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.streams import Preset, own_code, preset_from_config
-from megatron_sr1.types import Generator, Prompt, RolloutGroup, Sampling, Template
+from megatron_sr1.types import SECOND, Generator, Prompt, Ranks, RolloutGroup, Sampling, Template
 
 _RECORDED = ("max_prompts", "samples", "temperature", "chunk_prompts", "rounded_decimals")
 _LOG_WIDTH = 120  # characters of a table in a file
@@ -170,6 +182,7 @@ def _identity(config: Config, heldout: Heldout, model: str) -> Identity:
         "the model": model,
         "the data": heldout.fingerprint,
         "the template": preset.template,
+        **({"the passes": repr(preset.passes.later)} if preset.passes.later not in ((), (SECOND,)) else {}),
         **({"the rewards": ", ".join(f"{name} ({digest})" for name, digest in code.items())} if code else {}),
         "seed": config.seed,
         "rollout.max_response_tokens": rollout.max_response_tokens,
@@ -197,11 +210,12 @@ def _answer(
 ) -> list[RolloutGroup]:
     """Answers and records all prompts after the answered ones; `generator` is called only if there are any."""
     settings, kept = run.config.evaluate, []
+    second_pass = SECOND.name in {later.name for later in preset_from_config(run.config.objective).passes.later}
     num_answered = len(answered)
     for chunk in heldout.chunks(settings.chunk_prompts, answered):
         answers = _answer_chunk(run, generator(), chunk, step)
         if run.platform.is_main:
-            append_records(files.records, _records(answers, made_of))
+            append_records(files.records, _records(answers, made_of, second_pass))
         kept += [group for group, _, _ in answers[: settings.verify_export - len(kept)]]
         num_answered += len(chunk)
         if len(heldout) > settings.chunk_prompts:
@@ -213,7 +227,7 @@ def _answer(
 
 def _answer_chunk(
     run: Run, generator: Generator, chunk: Sequence[Prompt], step: int
-) -> list[tuple[RolloutGroup, Template, Vectors]]:
+) -> list[tuple[RolloutGroup, Template, list[dict[str, float]]]]:
     """Each prompt's answers, its template and its rewards, in order. Collective."""
     config, preset = run.config, preset_from_config(run.config.objective)
     sampling = Sampling(
@@ -223,16 +237,33 @@ def _answer_chunk(
         config.seed,
         *preset.passes,
     )
-    answers: list[tuple[RolloutGroup, Template]] = [
-        (group, sampling.passes_of(group.prompt).template) for group in generator.generate(chunk, sampling, step)
-    ]
     ranks = run.platform.ranks
+    groups = _generated(config, generator, chunk, sampling, step, ranks)
+    answers: list[tuple[RolloutGroup, Template]] = [
+        (group, sampling.passes_of(group.prompt).template) for group in groups
+    ]
     mine = range(ranks.rank, len(answers), ranks.num_ranks)
     graded = dict(ranks.gather(_grade([(index, *answers[index]) for index in mine], preset, config)))
     failed = [share.reason for share in graded.values() if isinstance(share, Ungraded)]
     if failed:
         raise RewardError(failed[0])
     return [(group, template, _shown(graded[index])) for index, (group, template) in enumerate(answers)]
+
+
+def _generated(
+    config: Config, generator: Generator, chunk: Sequence[Prompt], sampling: Sampling, step: int, ranks: Ranks
+) -> list[RolloutGroup]:
+    """Each prompt's answers, those of an endpoint among them. Collective."""
+    if not any(later.reader == "endpoint" for later in sampling.later):
+        return generator.generate(chunk, sampling, step)
+    with closing(JudgedRewards(config.rewards.judge.endpoint, fails_fast=True)) as judged:
+        readings = EndpointReadings(judged)
+        groups = generator.generate(chunk, sampling, step, None, readings.ask)
+        answers = ranks.gather(readings.collect())
+        failures = ranks.gather(judged.failures)
+    if failures:
+        raise RewardError(failures[0].reason)
+    return with_readings(groups, answers)
 
 
 def _grade(
@@ -242,7 +273,11 @@ def _grade(
     can be ended."""
     rounded = config.evaluate.rounded_decimals
     users = [name for name in preset.rewards if is_import_path(name)]
-    named = [(index, group, own_rewards(described=template == "see_think")) for index, group, template in share]
+    further = [f"acc_vis@{later.name}" for later in preset.passes.later if later.name != SECOND.name]
+    named = []
+    for index, group, template in share:
+        own = own_rewards(described=template == "see_think")
+        named.append((index, group, (*own, *further) if group.prompt.images else own))
     if not users:
         return [(index, score_or_tell(group, own, rounded=rounded)) for index, group, own in named]
     limits, judge = (config.rewards.seconds, config.rewards.workers), config.rewards.judge
@@ -253,15 +288,21 @@ def _grade(
         return graders.collect()
 
 
-def _shown(vectors: Vectors | Ungraded) -> Vectors:
+def _shown(vectors: Vectors | Ungraded) -> list[dict[str, float]]:
     assert not isinstance(vectors, Ungraded), vectors.reason
-    return [{find_reward(name).shown: value for name, value in vector.items()} for vector in vectors]
+
+    def number(name: str, value: Value) -> float:
+        return value[0] if isinstance(value, tuple) and value and name in REWARDS else mean_of(value)
+
+    return [{find_reward(name).shown: number(name, value) for name, value in vector.items()} for vector in vectors]
 
 
-def _records(answers: Sequence[tuple[RolloutGroup, Template, Vectors]], made_of: str) -> list[Record]:
+def _records(
+    answers: Sequence[tuple[RolloutGroup, Template, list[dict[str, float]]]], made_of: str, second_pass: bool
+) -> list[Record]:
     last = len(answers) - 1
     return [
-        record_of(group, template, vectors, made_of, ends_chunk=index == last)
+        record_of(group, template, vectors, made_of, ends_chunk=index == last, second_pass=second_pass)
         for index, (group, template, vectors) in enumerate(answers)
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -62,7 +63,17 @@ def build_generator(run: Run, weights: Callable[[], NamedTensors] | None = None)
         stale_vision_canary(engine, run.processor, _canary_image(), weights)
     engines = TeamRanks(run.platform.ranks, rollout.engine_tensor)
     hands_on = run.platform.ranks.rank % rollout.engine_tensor == 0
-    return TwoPassGenerator(engine, run.planner, engines=engines, hands_on=hands_on, weights=weights)
+    start = None if weights is None else functools.partial(_start_weights, run.config.model.hf_dir)
+    return TwoPassGenerator(
+        engine, run.planner, engines=engines, hands_on=hands_on, weights=weights, start_weights=start
+    )
+
+
+def _start_weights(hf_dir: str) -> NamedTensors:
+    """Those that the run began with, which only a pass of another reader needs: from the model's folder, since what the
+    policy keeps of them has left the device while engines generate."""
+    tensors = open_tensors(read_architecture(hf_dir))
+    return ((name, tensors[name]) for name in tensors.tensors)
 
 
 def training_sampling(config: Config, preset: Preset) -> Sampling:
@@ -74,7 +85,7 @@ def training_sampling(config: Config, preset: Preset) -> Sampling:
         max_response_tokens=rollout.max_response_tokens,
         seed=config.seed,
         template=preset.passes.template,
-        second_pass=preset.passes.second_pass,
+        later=preset.passes.later,
     )
 
 

@@ -4,7 +4,16 @@ from megatron_sr1.rewards.description import faithful, leaks
 from megatron_sr1.rewards.find import find_reward
 from megatron_sr1.rewards.grading import grade
 from megatron_sr1.rewards.length import soft_overlong
-from megatron_sr1.rewards.scoring import RewardError, Ungraded, Vectors, score_group, score_or_tell, score_pair
+from megatron_sr1.rewards.scoring import (
+    RewardError,
+    Ungraded,
+    Value,
+    Vectors,
+    mean_of,
+    score_group,
+    score_or_tell,
+    score_pair,
+)
 from megatron_sr1.rewards.table import ALWAYS, REWARDS, Reward, for_prompt, layout_reward, own_rewards
 
 __all__ = [
@@ -13,6 +22,7 @@ __all__ = [
     "Reward",
     "RewardError",
     "Ungraded",
+    "Value",
     "Vectors",
     "faithful",
     "find_reward",
@@ -20,6 +30,7 @@ __all__ = [
     "grade",
     "layout_reward",
     "leaks",
+    "mean_of",
     "own_rewards",
     "score_group",
     "score_or_tell",

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from megatron_sr1.import_path import is_import_path, load_object
 from megatron_sr1.rewards.table import REWARDS, Need, Reward
+from megatron_sr1.types import PassName
 
 _SHOWN = re.compile(r"[\w.-]+")
 _WANTED = (
@@ -22,7 +23,8 @@ _WANTED = (
 
 @functools.cache
 def find_reward(name: str) -> Reward:
-    """The reward of that name, or at that import path: a function, or a `Reward` of one.
+    """The reward of that name, or at that import path: a function, or a `Reward` of one. `name@pass` is a reward of the
+    second pass, measured on another later pass, and shown as `name.pass`.
 
     A function by itself is of the first pass and is shown the images; what its reward needs beyond that, or does not
     need, a `Reward` says. By default it is shown by its name in the file, and one that is called as one of ours with
@@ -34,6 +36,9 @@ def find_reward(name: str) -> Reward:
     """
     if name in REWARDS:
         return REWARDS[name]
+    base, at, later = name.rpartition("@")
+    if at and later.isidentifier():
+        return _aimed(find_reward(base), base, later)
     if not is_import_path(name):
         near = difflib.get_close_matches(name, REWARDS, 1)
         meant = f" Did you mean {near[0]!r}?" if near else ""
@@ -52,6 +57,15 @@ def find_reward(name: str) -> Reward:
             f"of {', '.join(REWARDS)}, which are ours. Name it: Reward(..., shown='another_name')."
         )
     return reward
+
+
+def _aimed(reward: Reward, name: str, later: PassName) -> Reward:
+    if reward.of_pass != "second" or later == reward.later:
+        raise ValueError(
+            f"reward {name + '@' + later!r}: {name!r} is of the {reward.of_pass} pass. Only rewards of the second, as "
+            f"acc_vis, can be measured on another later pass; leave @{later} out."
+        )
+    return replace(reward, later=later, shown=f"{reward.shown}.{later}")
 
 
 def _as_reward(found: Any, name: str) -> Reward:

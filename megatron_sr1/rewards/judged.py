@@ -1,4 +1,4 @@
-"""Rewards that ask a model behind an endpoint: by threads of the rank, while the engine goes on decoding."""
+"""Rewards and passes that ask a model behind an endpoint: by threads of the rank, while the engine decodes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from megatron_sr1.config import Endpoint
-from megatron_sr1.judge import Judge
+from megatron_sr1.config.rules import ConfigError
+from megatron_sr1.judge import Judge, NoVerdict
 from megatron_sr1.rewards.scoring import Ungraded, Vectors, score_or_tell
 from megatron_sr1.types import RolloutGroup
 
@@ -39,9 +40,22 @@ class JudgedRewards:
         self._threads.shutdown(cancel_futures=True)
         self._judge.close()
 
+    @property
+    def failures(self) -> list[Ungraded]:
+        """The first, where one has failed since the last `forget`."""
+        return [] if self._failure is None else [self._failure]
+
     def submit(self, group: RolloutGroup, names: Sequence[str]) -> Judged:
         """Queues the questions and returns at once."""
         return [self._threads.submit(self._score, replace(group, pairs=(pair,)), names) for pair in group.pairs]
+
+    def read(self, question: str, where: str) -> Future[str | Ungraded]:
+        """Queues a question whose answer is a pass, and returns at once.
+
+        Args:
+            where: what it is, for the message where no answer comes.
+        """
+        return self._threads.submit(self._read, question, where)
 
     def forget(self) -> None:
         """The step is over: a failure in it says nothing of the next."""
@@ -54,6 +68,17 @@ class JudgedRewards:
         if isinstance(scored, Ungraded) and self._fails_fast:
             self._failure = scored
         return scored
+
+    def _read(self, question: str, where: str) -> str | Ungraded:
+        if self._failure is not None:
+            return self._failure
+        try:
+            return self._judge.ask(question)
+        except (NoVerdict, ConfigError) as error:
+            failure = Ungraded(f"{where} was not answered by its endpoint: {error}")
+        if self._fails_fast:
+            self._failure = failure
+        return failure
 
     def _wait(self, seconds: float) -> None:
         self._closing.wait(seconds)

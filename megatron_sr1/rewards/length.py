@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from megatron_sr1.rewards.table import Reward
-from megatron_sr1.types import PassName, Prompt, Rollout, RolloutPair
+from megatron_sr1.types import Prompt, Rollout, RolloutPair, Stage
 
 
-def soft_overlong(max_tokens: int, buffer_tokens: int, of_pass: PassName = "first") -> Reward:
+def soft_overlong(max_tokens: int, buffer_tokens: int, of_pass: Stage = "first") -> Reward:
     """Soft overlong punishment (DAPO, arXiv 2503.14476, eq. 13): 0 for a response of up to max_tokens - buffer_tokens
     tokens, then falling in a line to -1 at max_tokens. It is for `rollout.max_response_tokens=max_tokens`.
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_sr1.import_path import UserCode, UserCodeError, source_of
 from megatron_sr1.rewards.find import find_reward
 from megatron_sr1.rewards.table import Ask, Reward
-from megatron_sr1.types import Prompt, RolloutGroup, RolloutPair
+from megatron_sr1.types import PassName, Prompt, Question, RolloutGroup, RolloutPair
 
-Vectors = list[dict[str, float]]  # one reward vector per sample, by the names that were asked for
+Value = float | tuple[float, ...]  # one a sample of its pass, where there are several; () where they are not there
+Vectors = list[dict[str, Value]]  # one reward vector per sample, by the names that were asked for
 
 
 class RewardError(UserCodeError):
@@ -57,12 +58,47 @@ def score_group(group: RolloutGroup, names: Iterable[str], *, rounded: bool = Fa
     return vectors
 
 
-def score_pair(pair: RolloutPair, prompt: Prompt, names: Iterable[str], *, rounded: bool = False) -> dict[str, float]:
+def mean_of(value: Value) -> float:
+    """What a sample earns by the samples of one of its later passes; 0.0 where they are not there."""
+    return value if isinstance(value, float) else sum(value) / len(value) if value else 0.0
+
+
+def score_pair(pair: RolloutPair, prompt: Prompt, names: Iterable[str], *, rounded: bool = False) -> dict[str, Value]:
     """The named rewards of one sample. Raises as `score_group`."""
     return score_group(RolloutGroup(0, prompt, (pair,)), names, rounded=rounded)[0]
 
 
-def _values(name: str, reward: Reward, group: RolloutGroup, ask: Ask | None) -> list[float]:
+def _values(name: str, reward: Reward, group: RolloutGroup, ask: Ask | None) -> Sequence[Value]:
+    """Of each sample. What is measured on a later pass is measured on each of its samples by itself."""
+    if reward.of_pass == "first":
+        return _view_values(name, reward, group, ask)
+    found = [len(pair.readings(reward.later)) for pair in group.pairs]
+    views = [_view(group, reward.later, number) for number in range(max(1, *found))]
+    values = list(zip(*(_view_values(name, reward, view, ask) for view in views), strict=True))
+    return [each[0] if len(each) == 1 else each[:number] for each, number in zip(values, found, strict=True)]
+
+
+def _view(group: RolloutGroup, later: PassName, number: int) -> RolloutGroup:
+    """The group as a reward of the second pass looks at it: one sample of a later pass in the place of the second, with
+    what it was given and asked."""
+    pairs, asked = [], None
+    for pair in group.pairs:
+        reading = next((each for each in pair.readings(later) if each.number == number), None)
+        if reading is None:
+            pairs.append(replace(pair, second=None, further=()))
+            continue
+        given, asked = reading.context or "", reading.question or asked
+        pairs.append(replace(pair, second=reading.rollout, description=given, further=()))
+    return replace(group, pairs=tuple(pairs), prompt=group.prompt if asked is None else _asked(group.prompt, asked))
+
+
+def _asked(prompt: Prompt, question: Question) -> Prompt:
+    metadata = {key: value for key, value in prompt.metadata.items() if key != "choices"}
+    choices = {"choices": list(question.choices)} if question.choices else {}
+    return replace(prompt, problem=question.problem, answer=question.answer, metadata={**metadata, **choices})
+
+
+def _view_values(name: str, reward: Reward, group: RolloutGroup, ask: Ask | None) -> list[float]:
     key, more = group.prompt.key, (ask,) if "judge" in reward.needs else ()
     assert more != (None,), f"the reward {name!r} needs a judge"
     if "metadata" in reward.needs and not group.prompt.metadata:

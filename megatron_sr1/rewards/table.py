@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from megatron_sr1.rewards import components
-from megatron_sr1.types import PassName, Prompt, RolloutGroup, RolloutPair
+from megatron_sr1.types import SECOND, PassName, Prompt, RolloutGroup, RolloutPair, Stage
 
 Need = Literal["images", "group", "description", "metadata", "judge"]
 Ask = Callable[[str], str]  # a question to the endpoint's whole response; raises NoVerdict
@@ -29,7 +29,7 @@ class Reward:
     """
 
     function: PairReward | GroupReward
-    of_pass: PassName = "first"  # second: what the description leads to. 0.0 without one; the leak filter takes it away
+    of_pass: Stage = "first"  # second: what the description leads to. 0.0 without one; the leak filter takes it away
     # images:      the prompt's decoded pictures come to the process that grades
     # group:       the function takes a whole RolloutGroup and returns a number for each of its pairs
     # description: 0.0 where there is none, so the first pass must be asked for one
@@ -38,11 +38,12 @@ class Reward:
     needs: tuple[Need, ...] = ()
     shown: str = ""  # its name in metrics and reports; "": its name in the file
     plain: str = ""  # the name of the reward that stands in for it where a prompt has no images
+    later: PassName = SECOND.name  # the later pass that is measured, where of_pass is second; set by `name@pass`
     rounded: PairReward | None = None  # the same for an evaluation that lets answers be rounded
 
     def __post_init__(self) -> None:
         for name, got, allowed in (
-            ("of_pass", (self.of_pass,), get_args(PassName)),
+            ("of_pass", (self.of_pass,), get_args(Stage)),
             ("needs", self.needs, get_args(Need)),
         ):
             wrong = [value for value in got if value not in allowed]
@@ -61,7 +62,7 @@ class Reward:
         return self if self.rounded is None else replace(self, function=self.rounded, rounded=None)
 
 
-def _accuracy(name: str, function: Callable[..., float], *needs: Need, of_pass: PassName = "first") -> Reward:
+def _accuracy(name: str, function: Callable[..., float], *needs: Need, of_pass: Stage = "first") -> Reward:
     # evaluation may count 0.33 for 1/3; training never does, or rounding would earn what calculating earns
     return Reward(function, of_pass, needs, name, rounded=functools.partial(function, rounded=True))
 

@@ -21,9 +21,10 @@ from queue import LifoQueue
 from megatron_sr1.config import Endpoint
 from megatron_sr1.rewards.find import find_reward
 from megatron_sr1.rewards.judged import Judged, JudgedRewards, with_judged
+from megatron_sr1.rewards.reading import Answered, EndpointReadings, after
 from megatron_sr1.rewards.scoring import RewardError, Ungraded, Vectors, score_group
 from megatron_sr1.rewards.table import for_prompt
-from megatron_sr1.types import RolloutGroup
+from megatron_sr1.types import OnQuestion, RolloutGroup
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Graders:
         *,
         rounded: bool = False,
         judge: Endpoint | None = None,
+        reads: bool = False,
         fails_fast: bool = True,
     ) -> None:
         """A worker starts with the first group that finds no other idle.
@@ -56,7 +58,8 @@ class Graders:
             seconds: that a group may take; then its process is replaced, and it is tried once more.
             num_workers: None: `default_num_workers`.
             rounded: as in `score_group`.
-            judge: whom the rewards ask that need a judge.
+            judge: whom the rewards ask that need a judge, and passes that are read by an endpoint.
+            reads: there are such passes: `ask` takes their questions.
             fails_fast: see `JudgedRewards`.
 
         Raises:
@@ -66,7 +69,10 @@ class Graders:
         self._asking = {name for name in names if "judge" in find_reward(name).needs}
         if self._asking and judge is None:
             raise ValueError(f"the rewards {', '.join(sorted(self._asking))} need a judge: set rewards.judge.url.")
-        self._judged = JudgedRewards(judge, fails_fast=fails_fast) if self._asking and judge is not None else None
+        assert judge is not None or not reads, "a pass is read by an endpoint that is not named"
+        asks = judge is not None and (reads or bool(self._asking))
+        self._judged = JudgedRewards(judge, fails_fast=fails_fast) if asks and judge is not None else None
+        self._readings = EndpointReadings(self._judged) if reads and self._judged is not None else None
         self._see_images = {name for name in names if "images" in find_reward(name).needs}
         num_workers = num_workers or default_num_workers()
         self._workers = [_Worker(self._names, seconds, rounded) for _ in range(num_workers)]
@@ -84,8 +90,14 @@ class Graders:
         for worker in self._workers:
             worker.stop()
 
+    @property
+    def ask(self) -> OnQuestion | None:
+        """Takes the questions of passes that an endpoint reads; None where there are no such passes."""
+        return None if self._readings is None else self._readings.ask
+
     def submit(self, group: RolloutGroup, names: Sequence[str] = ()) -> None:
-        """Queues a complete group and returns at once. Its images stay here unless a reward needs them.
+        """Queues a complete group and returns at once; it is graded when its readings have come. Its images stay here
+        unless a reward needs them.
 
         Args:
             names: of rewards, instead of what the graders' own are for this prompt.
@@ -96,7 +108,9 @@ class Graders:
         asking = [name for name in names if name in self._asking]
         judged = self._judged.submit(group, asking) if self._judged is not None and asking else []
         own = [name for name in names if name not in self._asking]
-        self._futures[group.group_id] = (self._threads.submit(self._grade, group, own), judged)
+        futures = [] if self._readings is None else self._readings.futures(group.group_id)
+        graded = after(futures, lambda: self._threads.submit(self._grade, group, own))
+        self._futures[group.group_id] = (graded, judged)
 
     def collect(self) -> list[tuple[int, Vectors | Ungraded]]:
         """(group_id, reward vectors) of everything submitted since the last call; waits for what is missing. A group
@@ -107,10 +121,17 @@ class Graders:
             self._judged.forget()
         return graded
 
+    def readings(self) -> list[Answered]:
+        """All answers of an endpoint to the groups that `collect` has returned; they are not in these groups."""
+        return [] if self._readings is None else self._readings.collect()
+
     def _grade(self, group: RolloutGroup, names: Sequence[str]) -> Vectors | Ungraded:
+        whole = group if self._readings is None else self._readings.attached(group)
+        if isinstance(whole, Ungraded):
+            return whole
         worker = self._idle.get()
         try:
-            return worker.grade(group, names)
+            return worker.grade(whole, names)
         except ValueError as error:  # of a reward, or of its import in a worker: all ranks must hear of it
             return Ungraded(str(error))
         finally:

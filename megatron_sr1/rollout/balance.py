@@ -25,13 +25,15 @@ def assign_prompts(
 def expected_tokens(processor: Processor, prompt: Prompt, sampling: Sampling) -> int:
     """Tokens that an engine is expected to compute for all samples of a prompt.
 
-        visual + text + K * passes * max_response / 2, and K * text again for the second pass
+        visual + text + K * passes * max_response / 2, and K * text again for each later pass
 
-    The siblings share the first pass' prompt through the prefix cache; each has a second prompt of its own, whose
-    description counts as part of the response it came from. No pixel is read.
+    The siblings share the first pass' prompt through the prefix cache; each has later prompts of its own, whose
+    description counts as part of the response it came from. What an endpoint reads costs nothing here. No pixel is
+    read.
     """
     visual = sum(processor.num_visual_tokens(image.size) for image in prompt.images)
     text = len(prompt.problem) // _CHARACTERS_PER_TOKEN
-    passes = 2 if sampling.passes_of(prompt).second_pass else 1
+    later = sampling.passes_of(prompt).later
+    passes = 1 + sum(one.samples for one in later if one.reader != "endpoint")
     responses = sampling.num_samples * passes * sampling.max_response_tokens // 2
     return visual + text + sampling.num_samples * (passes - 1) * text + responses

@@ -1,8 +1,12 @@
-"""The requests of one call on one engine: first passes, the second pass of each as it becomes possible, whole groups.
+"""The requests of one call on one engine: first passes, the later passes of each as they become possible, whole groups.
 
-Where requests wait for a slot, every first pass goes before every second pass: a first pass may be long and still has a
-second behind it, so the sooner it starts the shorter the tail, and the second passes fill the slots that the tail
-leaves free. Among passes of one kind the groups go in order, so that whole groups come out early.
+Where requests wait for a slot, every first pass goes before every later pass: a first pass may be long and still has
+others behind it, so the sooner it starts the shorter the tail, and the later passes fill the slots that the tail leaves
+free. Among passes of one kind the groups go in order, so that whole groups come out early.
+
+A pass that reads what was said of another image waits until all first passes of the engine are done, so that who lends
+the description does not depend on who was quicker: the next group of this engine whose image is another and whose
+sample of the same number has one. A pass that the starting weights read waits until the engine has them.
 """
 
 from __future__ import annotations
@@ -15,10 +19,21 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from megatron_sr1.prompts import find_description
+from megatron_sr1.rollout.later import Asked, ask_later
 from megatron_sr1.rollout.plan import PassPrompt, Planner, check_same_ids
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation, TokenEngine
 from megatron_sr1.rollout.seeds import request_seed
-from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, Sampling
+from megatron_sr1.types import (
+    SECOND,
+    LaterPass,
+    OnQuestion,
+    Prompt,
+    Reading,
+    Rollout,
+    RolloutGroup,
+    RolloutPair,
+    Sampling,
+)
 
 SUBMITTED_AT_A_TIME = 16  # requests, between two steps of the engine
 PREPARED_AHEAD = 32  # plans whose images are begun; more would not be kept until they are submitted
@@ -29,10 +44,15 @@ class _Request:
     group: int
     sample: int
     plan: PassPrompt
+    asked: Asked | None = None  # of a later pass
 
     @property
     def request_id(self) -> str:
         return f"{self.group}/{self.sample}/{self.plan.pass_name}"
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.group, self.sample
 
 
 class PassRequests:
@@ -46,14 +66,18 @@ class PassRequests:
         sampling: Sampling,
         step: int,
         on_group: Callable[[RolloutGroup], None] | None = None,
+        on_question: OnQuestion | None = None,
         *,
         streamed: bool = True,
+        holds_reference: bool = False,
     ) -> None:
         """
         Args:
             groups: indices into `prompts` of those that this engine answers.
             on_group: takes each group as soon as its last pass is done.
-            streamed: False: the second pass starts when the whole first pass is done.
+            on_question: takes what an endpoint is to be asked as soon as it is known.
+            streamed: False: the later passes start when the whole first pass is done.
+            holds_reference: the passes of the starting weights wait for `release_reference`.
         """
         self._planner = planner
         self._processor = planner.processor
@@ -62,19 +86,25 @@ class PassRequests:
         self._step = step
         self._streamed = streamed
         self._on_group = on_group
+        self._on_question = on_question
+        self._holds_reference = holds_reference
         self._start = time.perf_counter()
         samples = range(sampling.num_samples)
         plans = {group: planner.first(prompts[group], sampling.passes_of(prompts[group]).template) for group in groups}
         requests = [_Request(group, sample, plan) for group, plan in plans.items() for sample in samples]
         self._open = {request.request_id: request for request in requests}  # asked for, not answered
+        self._num_firsts = len(requests)  # of the open ones
+        self._lent: list[tuple[LaterPass, tuple[int, int]]] = []  # passes that read of another image, and whose
+        self._held: list[_Request] = []  # for the starting weights
         self._left = dict.fromkeys(plans, sampling.num_samples)  # samples of each group that are not complete
+        self._missing: dict[tuple[int, int], int] = {}  # answers of later passes that a sample waits for
         self._queued: dict[str, float] = {}
-        self._pairs: dict[tuple[int, int], RolloutPair] = {}  # second passes may still be missing
+        self._pairs: dict[tuple[int, int], RolloutPair] = {}  # later passes may still be missing
 
     @property
     def num_open(self) -> int:
         """Requests that are known and unanswered."""
-        return len(self._open)
+        return len(self._open) + len(self._held)
 
     def run(self, engine: TokenEngine) -> None:
         """Answers all that is open. After a fault, `run` on an engine that works goes on, to the same tokens.
@@ -90,24 +120,29 @@ class PassRequests:
             with _engine_call():
                 generations = engine.step()
             for generation in generations:
-                second = self._finish(self._open.pop(generation.request_id), generation, engine)
-                if second is not None:
-                    self._open[second.request_id] = second
-                    if self._streamed:
-                        self._submit_all(engine, [second])
+                further = self._finish(self._open.pop(generation.request_id), generation, engine)
+                self._open |= {request.request_id: request for request in further}
+                if self._streamed:
+                    for request in further:
+                        self._submit_all(engine, [request])
             if not self._streamed and not waiting and not engine.has_unfinished():
                 waiting = self._possible()
 
+    def release_reference(self) -> None:
+        """The engine has the starting weights now: `run` answers what has waited for them."""
+        self._open |= {request.request_id: request for request in self._held}
+        self._held = []
+
     def pairs(self) -> dict[int, tuple[RolloutPair, ...]]:
         """All samples of each group of this engine, in order."""
-        assert not self._open, "run() has not ended"
+        assert not self.num_open, "run() has not ended"
         return {group: self._group_pairs(group) for group in self._left}
 
     def _possible(self) -> deque[list[_Request]]:
         """Everything that is open, or behind a barrier the first passes alone while there are some; the requests of a
         plan together."""
         requests = list(self._open.values())
-        firsts = [request for request in requests if request.plan.pass_name == "first"]
+        firsts = [request for request in requests if request.asked is None]
         siblings: dict[int, list[_Request]] = {}
         for request in firsts if firsts and not self._streamed else requests:
             siblings.setdefault(id(request.plan), []).append(request)
@@ -142,34 +177,103 @@ class PassRequests:
             seed=request_seed(self._sampling.seed, self._step, plan.key, request.sample, plan.pass_name),
             end_of_turn_id=self._processor.end_of_turn_id,
             banned_ids=self._processor.media_ids,
-            priority=request.group + (0 if plan.pass_name == "first" else len(self._prompts)),
+            priority=request.group + (0 if request.asked is None else len(self._prompts)),
         )
         self._queued.setdefault(request.request_id, time.perf_counter() - self._start)
         with _engine_call():
             engine.add(request.request_id, prepared, draw)
 
-    def _finish(self, request: _Request, generation: Generation, engine: TokenEngine) -> _Request | None:
-        """Notes the answer; returns the second pass that a first pass leads to."""
+    def _finish(self, request: _Request, generation: Generation, engine: TokenEngine) -> list[_Request]:
+        """Notes the answer; returns the requests that it makes possible."""
         check_same_ids(request.plan, generation.prompt_ids)
         rollout = self._rollout(request, generation, engine.weight_version)
-        place = (request.group, request.sample)
-        if request.plan.pass_name == "second":
-            self._complete(replace(self._pairs[place], second=rollout), place)
-            return None
-        # a response that was cut short is no complete first pass, whatever it has described by then
-        asked = self._sampling.passes_of(self._prompts[request.group])
-        whole = rollout.finish_reason == "stop" and asked.second_pass
-        written = find_description(rollout.response_text) if whole else None
-        if written is None:
-            self._complete(RolloutPair(request.sample, rollout, None, None), place)
-            return None
-        description = self._planner.cut(written)
-        self._pairs[place] = RolloutPair(request.sample, rollout, None, description, description != written)
-        return replace(request, plan=self._planner.second(self._prompts[request.group], description))
+        if request.asked is not None:
+            self._read(request.place, request.asked, rollout)
+            return []
+        self._num_firsts -= 1
+        further = self._after_first(request, rollout)
+        if not self._num_firsts:
+            lent, self._lent = self._lent, []
+            further += [one for later, place in lent for one in self._lend(later, place)]
+        return further
 
-    def _complete(self, pair: RolloutPair, place: tuple[int, int]) -> None:
-        group = place[0]
-        self._pairs[place] = pair
+    def _after_first(self, request: _Request, rollout: Rollout) -> list[_Request]:
+        prompt, place = self._prompts[request.group], request.place
+        later = self._sampling.passes_of(prompt).later
+        # a response that was cut short is no complete first pass, whatever it has described by then
+        reads = rollout.finish_reason == "stop" and any(one.context.endswith("description") for one in later)
+        written = find_description(rollout.response_text) if reads else None
+        description = None if written is None else self._planner.cut(written)
+        self._pairs[place] = RolloutPair(request.sample, rollout, None, description, description != written)
+        self._missing[place] = 1  # until all have been asked
+        further: list[_Request] = []
+        for one in later:
+            if one.context == "other_description":
+                self._lent.append((one, place))
+                self._missing[place] += one.samples
+            elif one.context != "description":
+                further += self._ask(one, place, self._planner.given(prompt, one))
+            elif description is not None:
+                further += self._ask(one, place, description)
+        self._answered(place)
+        return further
+
+    def _ask(self, later: LaterPass, place: tuple[int, int], text: str | None) -> list[_Request]:
+        """The requests of a later pass that the engine can take now; an endpoint is asked, others are held."""
+        (group, sample), prompt = place, self._prompts[place[0]]
+        requests = []
+        for asked in ask_later(later, prompt, text):
+            if later.reader == "endpoint":
+                if self._on_question is not None:
+                    name = f"{self._step}/{prompt.key}/{sample}/{later.name_of(asked.number)}"
+                    empty = Rollout(name, (), (), "", (), "stop", 0)
+                    reading = Reading(later.name, asked.number, empty, asked.context, asked.question)
+                    self._on_question(group, sample, asked.text(prompt), reading)
+                continue
+            requests.append(_Request(group, sample, self._planner.later(prompt, asked), asked))
+            self._missing[place] += 1
+        if later.reader == "reference" and self._holds_reference:
+            self._held += requests
+            return []
+        return requests
+
+    def _lend(self, later: LaterPass, place: tuple[int, int]) -> list[_Request]:
+        """The requests of a pass that reads what was said of another image; none where nobody else has said a thing."""
+        (group, sample), groups = place, list(self._left)
+        mine = groups.index(group)
+        others = (*groups[mine + 1 :], *groups[:mine])
+        texts = (self._pairs[other, sample].description for other in others if not self._same_images(group, other))
+        text = next((text for text in texts if text is not None), None)
+        requests = [] if text is None else self._ask(later, place, text)
+        for _ in range(later.samples):
+            self._answered(place)
+        return requests
+
+    def _same_images(self, group: int, other: int) -> bool:
+        """Whether both prompts show the same, as two questions about one image do; pixels are compared where sizes do
+        not tell."""
+        ours, theirs = (self._prompts[each].images for each in (group, other))
+        pairs = list(zip(ours, theirs, strict=False))
+        return len(ours) == len(theirs) and all(a.size == b.size and a.tobytes() == b.tobytes() for a, b in pairs)
+
+    def _read(self, place: tuple[int, int], asked: Asked, rollout: Rollout) -> None:
+        pair, name = self._pairs[place], asked.later.name
+        if name == SECOND.name and asked.number == 0:
+            self._pairs[place] = replace(pair, second=rollout)
+        else:
+            reading = Reading(name, asked.number, rollout, asked.context, asked.question)
+            self._pairs[place] = replace(pair, further=(*pair.further, reading))
+        self._answered(place)
+
+    def _answered(self, place: tuple[int, int]) -> None:
+        """One thing less that a sample waits for; the last one completes it, and perhaps its group."""
+        self._missing[place] -= 1
+        if self._missing[place]:
+            return
+        pair, group = self._pairs[place], place[0]
+        order = {one.name: index for index, one in enumerate(self._sampling.later)}
+        further = sorted(pair.further, key=lambda reading: (order[reading.pass_name], reading.number))
+        self._pairs[place] = replace(pair, further=tuple(further))
         self._left[group] -= 1
         if self._left[group] == 0 and self._on_group is not None:
             self._on_group(RolloutGroup(group, self._prompts[group], self._group_pairs(group)))

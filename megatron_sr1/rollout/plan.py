@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_sr1.processor import Processor
-from megatron_sr1.prompts import render_caption_reasoner, render_cot, render_see_think
-from megatron_sr1.types import PassName, Prompt, Template
+from megatron_sr1.prompts import render_cot, render_see_think
+from megatron_sr1.rollout.later import Asked, ask_later, check_metadata, metadata_context
+from megatron_sr1.types import LaterPass, PassName, Prompt, Template
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,7 +26,7 @@ class PassPrompt:
     """What one pass is asked, in ids."""
 
     key: str
-    pass_name: PassName
+    pass_name: PassName  # of a later pass' further samples with their number, see `LaterPass.name_of`
     ids: tuple[int, ...]  # one placeholder per image: what the engine is given
     expanded_ids: tuple[int, ...]  # one placeholder per visual token: what the engine must report back
     images: tuple[Image, ...]
@@ -46,10 +47,10 @@ def plan_first(processor: Processor, prompt: Prompt, template: Template) -> Pass
     return PassPrompt(prompt.key, "first", ids, processor.expand(ids, grids), prompt.images)
 
 
-def plan_second(processor: Processor, prompt: Prompt, description: str) -> PassPrompt:
-    """The second pass: question and description, no image."""
-    ids = processor.prompt_ids(render_caption_reasoner(description, prompt.problem), num_images=0)
-    return PassPrompt(prompt.key, "second", ids, ids, ())
+def plan_later(processor: Processor, prompt: Prompt, asked: Asked) -> PassPrompt:
+    """A later pass: a question, and the text of its context where it has one; no image."""
+    ids = processor.prompt_ids(asked.text(prompt), num_images=0)
+    return PassPrompt(prompt.key, asked.later.name_of(asked.number), ids, ids, ())
 
 
 def cut_description(processor: Processor, description: str, max_tokens: int) -> str:
@@ -87,30 +88,41 @@ class Planner:
             weakref.finalize(prompt, self._firsts.pop, place, None).atexit = False
         return self._firsts[place]
 
-    def second(self, prompt: Prompt, description: str) -> PassPrompt:
-        """The second pass, of a description that `cut` has returned.
+    def later(self, prompt: Prompt, asked: Asked) -> PassPrompt:
+        """A later pass, whose context is a text that `cut` has returned.
 
         Raises:
-            ValueError: it does not fit the engine: a description that was cut became longer again as part of a prompt.
+            ValueError: it does not fit the engine: a text that was cut became longer again as part of a prompt.
         """
-        plan = plan_second(self.processor, prompt, description)
+        plan = plan_later(self.processor, prompt, asked)
         text = refusal(plan, self.limits)
         if text is not None:
             raise ValueError(text)
         return plan
 
     def cut(self, description: str) -> str:
-        """The description, or as much of it as a second pass may hold."""
+        """The description, or as much of it as a later pass may hold."""
         return cut_description(self.processor, description, self.limits.max_description)
 
-    def refusals(self, prompt: Prompt, template: Template, second_pass: bool) -> list[str]:
-        """Why the engine cannot take a prompt, for each pass that does not fit; of the second all but its description
-        is known, which is counted in full."""
+    def given(self, prompt: Prompt, later: LaterPass) -> str | None:
+        """The context of a pass that reads no response. Raises as `metadata_context`."""
+        return self.cut(metadata_context(prompt, later)) if later.context == "metadata" else None
+
+    def refusals(self, prompt: Prompt, template: Template, later: Sequence[LaterPass]) -> list[str]:
+        """Why the engine cannot take a prompt, for each pass that does not fit; of a pass that reads a description all
+        but that is known, which is counted in full.
+
+        Raises:
+            ValueError: the sample lacks what a later pass reads or asks.
+        """
+        check_metadata(prompt, later)
         texts = [refusal(self.first(prompt, template), self.limits)]
-        if second_pass:
-            shortest = plan_second(self.processor, prompt, description="")
-            texts.append(refusal(shortest, self.limits, reserved=self.limits.max_description))
-        return [text for text in texts if text is not None]
+        for one in later:
+            reads = one.context in ("description", "other_description")
+            for asked in ask_later(one, prompt, "" if reads else self.given(prompt, one)):
+                shortest = plan_later(self.processor, prompt, asked)
+                texts.append(refusal(shortest, self.limits, reserved=self.limits.max_description if reads else 0))
+        return list(dict.fromkeys(text for text in texts if text is not None))
 
 
 def refusal(plan: PassPrompt, limits: Limits, reserved: int = 0) -> str | None:

@@ -15,7 +15,7 @@ from megatron_sr1.rollout.passes import PassRequests
 from megatron_sr1.rollout.pixels import pixel_differences
 from megatron_sr1.rollout.plan import PassPrompt, Planner
 from megatron_sr1.rollout.request import EngineFault, TokenEngine
-from megatron_sr1.types import ALONE, NamedTensors, Prompt, Ranks, RolloutGroup, Sampling
+from megatron_sr1.types import ALONE, NamedTensors, OnQuestion, Prompt, Ranks, RolloutGroup, Sampling
 
 NUM_COMPARED = 4  # prompts of each engine whose pixels are compared with the trainer's before the first answer
 MAX_RESTARTS = 2  # of one call: a fault that comes back is not an accident
@@ -35,6 +35,7 @@ class TwoPassGenerator:
         streamed: bool = True,
         hands_on: bool = True,
         weights: Callable[[], NamedTensors] | None = None,
+        start_weights: Callable[[], NamedTensors] | None = None,
     ) -> None:
         """
         Args:
@@ -44,6 +45,8 @@ class TwoPassGenerator:
             hands_on: this rank hands its engine's groups to `on_group`; one rank of an engine is enough.
             weights: streams the policy's present weights, collectively, into an engine that had to be restarted;
                 None: the engine's model directory holds them.
+            start_weights: streams those that the run began with, for the passes of reader "reference". None: the engine
+                has them.
         """
         self._engine = engine
         self._planner = planner
@@ -51,9 +54,12 @@ class TwoPassGenerator:
         self._streamed = streamed
         self._hands_on = hands_on
         self._weights = weights
+        self._start_weights = start_weights
+        self._replaced: int | None = None  # the version whose place the starting weights have taken
         self._compared = False
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
+        self._replaced = None
         self._engine.update_weights(weights, version)
 
     def sleep(self) -> None:
@@ -66,12 +72,14 @@ class TwoPassGenerator:
         sampling: Sampling,
         step: int,
         on_group: Callable[[RolloutGroup], None] | None = None,
+        on_question: OnQuestion | None = None,
     ) -> list[RolloutGroup]:
-        """K samples of both passes for each prompt, in the order of `prompts`. Collective.
+        """K samples of all passes for each prompt, in the order of `prompts`. Collective.
 
         Args:
             on_group: takes each group of this rank's engine as soon as it is complete, while others still run; on the
                 ranks that hand them on.
+            on_question: takes what an endpoint is to be asked, on the same ranks.
 
         Raises:
             ValueError: before anything is submitted, and on every rank: a prompt does not fit the engine.
@@ -91,9 +99,17 @@ class TwoPassGenerator:
         if not self._compared:
             with_images = [prompt for prompt in own if prompt.images][:NUM_COMPARED]
             self._compare_pixels([self._planner.first(prompt, sampling.template) for prompt in with_images])
-        taker = on_group if self._hands_on else None
-        requests = PassRequests(self._planner, prompts, mine, sampling, step, taker, streamed=self._streamed)
+        self._take_back()
+        takers = (on_group, on_question) if self._hands_on else (None, None)
+        holds = self._start_weights is not None and any(later.reader == "reference" for later in sampling.later)
+        requests = PassRequests(
+            self._planner, prompts, mine, sampling, step, *takers, streamed=self._streamed, holds_reference=holds
+        )
         self._run(requests)
+        if holds:
+            self._replace()
+            requests.release_reference()
+            self._run(requests)
         # without the prompts: all ranks have their images
         pairs = dict(self._engines.gather(list(requests.pairs().items())))
         return [RolloutGroup(group, prompt, pairs[group]) for group, prompt in enumerate(prompts)]
@@ -128,10 +144,27 @@ class TwoPassGenerator:
             return [str(fault)]
         return []
 
+    def _replace(self) -> None:
+        """The engine reads with the weights of the start, as version 0, until it gets others. Collective."""
+        assert self._start_weights is not None
+        self._replaced = self._engine.weight_version
+        self._engine.update_weights(self._start_weights(), 0)
+
+    def _take_back(self) -> None:
+        """The engine writes with the policy's weights again. Collective."""
+        if self._replaced is None:
+            return
+        assert self._weights is not None, "only a policy that is trained has other weights than those of the start"
+        version, self._replaced = self._replaced, None
+        self._engine.update_weights(self._weights(), version)
+
     def _restart(self) -> None:
         version = self._engine.weight_version
         self._engine.restart()
-        if self._weights is not None:
+        if self._replaced is not None:
+            assert self._start_weights is not None
+            self._engine.update_weights(self._start_weights(), 0)
+        elif self._weights is not None:
             self._engine.update_weights(self._weights(), version)
         elif version != self._engine.weight_version:
             raise EngineFault(

@@ -10,9 +10,10 @@ from megatron_sr1.config import ObjectiveConfig, RewardsConfig
 from megatron_sr1.config.rules import require
 from megatron_sr1.import_path import is_import_path, load_object
 from megatron_sr1.rewards import find_reward, layout_reward
+from megatron_sr1.streams.passes import check_later, later_passes, needs_description
 from megatron_sr1.streams.presets import WRITTEN, Written
 from megatron_sr1.streams.segments import REST, segments_of
-from megatron_sr1.types import Clip, Passes, PresetName, RewardStream, Template
+from megatron_sr1.types import SECOND, Clip, LaterPass, Passes, PassName, PresetName, RewardStream, Template
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,17 @@ class Preset:
     """A named objective.
 
     Raises:
-        ValueError: no stream, two streams of one name, a stream without rewards, a segment that its pass does not
-            have; a reward that is not there, that needs a description where none is asked for, or that is shown by the
-            name of another.
+        ValueError: no stream, two streams of one name, a stream without rewards, of a pass that there is not or that
+            others than the policy write, or of a segment that its pass does not have; a reward that is not there, is
+            of a pass that there is not, needs a description where none is asked for, or is shown by the name of
+            another; a pass that needs a description where none is asked for.
     """
 
     name: str
     template: Template
     streams: tuple[RewardStream, ...]
+    later: tuple[LaterPass, ...] = (SECOND,)  # that may follow; the second one alone does only where it is needed
+    asked: tuple[PassName, ...] = ()  # of `later`, those that are wanted for themselves
 
     def __post_init__(self) -> None:
         if not self.streams:
@@ -38,12 +42,17 @@ class Preset:
         for stream in self.streams:
             self._check_stream(stream)
         self._check_rewards()
+        check_later(self.passes.later, self.template)
 
     @property
     def second_pass(self) -> bool:
-        """Whether the second pass must be generated: a stream trains on it, or a reward is measured on it."""
-        trained = any(stream.trajectory == "second" for stream in self.streams)
-        return trained or any(find_reward(name).of_pass == "second" for name in self.rewards)
+        """Whether the paper's second pass must be generated: a stream trains on it, or a reward is measured on it."""
+        return SECOND.name in self._needed
+
+    @property
+    def _needed(self) -> set[PassName]:
+        measured = {find_reward(name).later for name in self.rewards if find_reward(name).of_pass == "second"}
+        return {stream.trajectory for stream in self.streams} | measured
 
     @property
     def needs_reference(self) -> bool:
@@ -52,8 +61,27 @@ class Preset:
 
     @property
     def passes(self) -> Passes:
-        """Those of a prompt with images. The second pass is measured even where it earns nothing."""
-        return Passes(self.template, self.second_pass or self.template == "see_think")
+        """Those of a prompt with images. After a description the second pass is measured even if it earns nothing."""
+        wanted = {*self._needed, *self.asked, *((SECOND.name,) if self.template == "see_think" else ())}
+        return Passes(self.template, tuple(later for later in self.later if later.name in wanted))
+
+    def later_pass(self, name: PassName) -> LaterPass | None:
+        """The pass of that name; None: it is the first, or there is none."""
+        return next((later for later in self.later if later.name == name), None)
+
+    def num_samples(self, name: PassName) -> int:
+        """Of a pass, for each sample of the first."""
+        later = self.later_pass(name)
+        return 1 if later is None else later.samples
+
+    @property
+    def most_samples(self) -> int:
+        """Of a pass that a stream trains."""
+        return max(self.num_samples(stream.trajectory) for stream in self.streams)
+
+    def trains(self, name: PassName) -> bool:
+        """Whether a stream credits tokens of that pass."""
+        return any(stream.trajectory == name for stream in self.streams)
 
     @property
     def rewards(self) -> tuple[str, ...]:
@@ -64,6 +92,8 @@ class Preset:
         where = f"objective {self.name!r}, stream {stream.name!r}"
         if not stream.rewards:
             raise ValueError(f"{where}: it has no rewards; name at least one.")
+        if stream.trajectory != "first":
+            self._check_trained(where, stream.trajectory)
         allowed = segments_of(stream.trajectory, self.template)
         if stream.tokens not in allowed:
             raise ValueError(
@@ -85,12 +115,37 @@ class Preset:
         if len(rests) > 1:
             raise ValueError(f"{where}: {' and '.join(rests)} both credit the rest of one pass. Give it to one.")
 
+    def _check_trained(self, where: str, name: PassName) -> None:
+        later = self.later_pass(name)
+        if later is None:
+            raise ValueError(f"{where}: pass={name!r} is no pass of the run, which has {self._known()}.")
+        if later.reader != "policy":
+            raise ValueError(
+                f"{where}: its pass {name!r} is read by reader={later.reader}, and only what the policy writes can be "
+                f"trained. Give the stream tokens of the first pass, and rewards such as acc_vis@{name}."
+            )
+
+    def _known(self) -> str:
+        return ", ".join(("first", *(later.name for later in self.later)))
+
     def _check_rewards(self) -> None:
         by_name: dict[str, str] = {}
         described = self.template == "see_think"
         for name in self.rewards:
             reward = find_reward(name)
-            if not described and (reward.of_pass == "second" or "description" in reward.needs):
+            later = self.later_pass(reward.later)
+            if reward.of_pass == "second" and later is None:
+                raise ValueError(
+                    f"objective {self.name!r}: the reward {name!r} is of the pass {reward.later!r}, which is not among "
+                    f"{self._known()}. Add it to objective.passes, or leave the reward out."
+                )
+            if "judge" in reward.needs and later is not None and later.reader == "endpoint":
+                raise ValueError(
+                    f"objective {self.name!r}: the reward {name!r} asks the endpoint about a pass that it answers. "
+                    f"Use acc_vis@{later.name}."
+                )
+            free = reward.of_pass == "second" and later is not None and not needs_description(later)
+            if not described and not free and (reward.of_pass == "second" or "description" in reward.needs):
                 raise ValueError(
                     f"objective {self.name!r}: the reward {name!r} needs a description, and the template "
                     f"{self.template!r} asks for none. Set objective.template=see_think, or leave the reward out."
@@ -130,7 +185,8 @@ def preset_from_config(objective: ObjectiveConfig) -> Preset:
             )
         written[name] = {**written.get(name, {}), **entry}
     streams = tuple(_stream(entry, objective) for entry in written.values() if entry.get("enabled", True))
-    return Preset(objective.name, objective.template or template, streams)
+    later, asked = later_passes(objective.passes)
+    return Preset(objective.name, objective.template or template, streams, later, asked)
 
 
 def _stream(entry: Written, objective: ObjectiveConfig) -> RewardStream:
@@ -156,21 +212,34 @@ def _stream(entry: Written, objective: ObjectiveConfig) -> RewardStream:
     )
 
 
-def check_objective(objective: ObjectiveConfig, rewards: RewardsConfig) -> None:
+def check_objective(objective: ObjectiveConfig, rewards: RewardsConfig, megatron_dir: str = "") -> None:
     """Imports what the objective names of a user's own.
 
+    Args:
+        megatron_dir: `model.megatron_dir`.
+
     Raises:
-        ValueError: see `preset_from_config`; a reward asks a judge, and there is none; there is nothing to be called at
-            `objective.loss`.
+        ValueError: see `preset_from_config`; a reward asks a judge, or a pass is read by one, and there is none; there
+            is nothing to be called at `objective.loss`; a pass is read by starting weights that an engine cannot read.
     """
     own_code(objective)
-    asking = [name for name in preset_from_config(objective).rewards if "judge" in find_reward(name).needs]
+    preset = preset_from_config(objective)
+    asking = [f"the reward {name!r}" for name in preset.rewards if "judge" in find_reward(name).needs]
+    asking += [f"the pass {later.name!r}" for later in preset.passes.later if later.reader == "endpoint"]
     require(
         not asking or bool(rewards.judge.url),
         "rewards.judge.url",
         rewards.judge.url,
-        f"the base URL of an endpoint, which the reward {''.join(asking[:1])!r} asks",
+        f"the base URL of an endpoint, which {''.join(asking[:1])} asks",
         "For example http://127.0.0.1:8000/v1.",
+    )
+    starting = [later.name for later in preset.passes.later if later.reader == "reference"]
+    require(
+        not starting or not megatron_dir,
+        "model.megatron_dir",
+        megatron_dir,
+        f"empty where the pass {''.join(starting[:1])!r} is read by the starting weights, those of model.hf_dir",
+        "Convert the checkpoint with megatron-sr1 convert export, and give its folder as model.hf_dir.",
     )
 
 

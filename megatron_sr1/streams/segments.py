@@ -18,12 +18,12 @@ from megatron_sr1.prompts import TAGS, Span, boxed_block, description_block, tag
 from megatron_sr1.types import PassName, RewardStream, Template
 
 WHOLE, REST, OUTSIDE_DESCRIPTION, ANSWER = "response", "rest", "reasoning", "answer"
-_SECOND_TEMPLATE: Template = "caption_reasoner"
+_LATER_TEMPLATE: Template = "caption_reasoner"
 
 
 def segments_of(pass_name: PassName, template: Template) -> tuple[str, ...]:
     """The segments that a stream may name in a pass; `template` is that of the first."""
-    tags = TAGS[template if pass_name == "first" else _SECOND_TEMPLATE]
+    tags = TAGS[template if pass_name == "first" else _LATER_TEMPLATE]
     more = (OUTSIDE_DESCRIPTION,) if "description" in tags else ()
     return (WHOLE, *tags, ANSWER, *more, REST)
 

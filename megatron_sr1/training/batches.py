@@ -13,13 +13,16 @@ from megatron_sr1.objective import stream_advantages, token_kinds, token_weights
 from megatron_sr1.packing import moved, pack, split_for_ranks
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import render_caption_reasoner, render_cot, render_see_think
+from megatron_sr1.rewards import find_reward
 from megatron_sr1.streams import Preset
-from megatron_sr1.training.segments import stream_masks
+from megatron_sr1.training.segments import Response, response_masks, scored_responses
+from megatron_sr1.training.step_rewards import per_rollout
 from megatron_sr1.training.tokens import ResponseTokens, into_rows
 from megatron_sr1.types import (
     EncodedImage,
     MicroBatch,
     Ranks,
+    RewardStream,
     Rollout,
     RolloutGroup,
     SftSample,
@@ -39,11 +42,11 @@ class SftBatch:
 
 @dataclass(frozen=True)
 class StreamBatch:
-    """This replica's share of one optimizer step's rollouts, both passes."""
+    """This replica's share of one optimizer step's rollouts: the first passes, and the later ones that are trained."""
 
     micro_batches: list[MicroBatch]
     tokens: list[ResponseTokens]  # of each micro-batch
-    num_tokens: int  # response tokens of the whole step, all replicas
+    num_tokens: int  # of these responses, the whole step's, all replicas
     num_of_kind: Mapping[str, int]  # the same by `token_kinds`, those alone that occur
 
 
@@ -58,13 +61,25 @@ def rollout_advantages(
         eps: see `group_advantages`.
 
     Returns:
-        [S, B].
+        [S, B, M]: of the m samples of a stream's pass, each compared with those of all siblings; M is the largest m,
+        and what is beyond m is 0.
 
     Raises:
         ValueError: see `stream_advantages`.
     """
     group_ids = torch.tensor([group.group_id for group in groups for _ in group.pairs])  # [B]
-    return torch.stack([stream_advantages(stream, rewards, group_ids, eps) for stream in preset.streams])
+    advantages = torch.zeros(len(preset.streams), len(group_ids), preset.most_samples)
+    for row, stream in zip(advantages, preset.streams, strict=True):
+        number = preset.num_samples(stream.trajectory)
+        own = {name: _per_response(name, rewards[name], stream, number) for name, _ in stream.rewards}
+        row[:, :number] = stream_advantages(stream, own, group_ids.repeat_interleave(number), eps).view(-1, number)
+    return advantages
+
+
+def _per_response(name: str, reward: Tensor, stream: RewardStream, number: int) -> Tensor:
+    """[B * number]: what each response of a stream's pass earns by itself, or else by what its rollout earns."""
+    its_own = reward.ndim == 2 and find_reward(name).later == stream.trajectory
+    return reward.flatten() if its_own else per_rollout(reward).repeat_interleave(number)
 
 
 class Batcher:
@@ -96,33 +111,33 @@ class Batcher:
 
         Args:
             groups: all groups of the optimizer step, the same on every rank.
-            advantages: [S, B], rollouts in the order of the groups and, within, of the samples.
+            advantages: [S, B, M], see `rollout_advantages`.
         """
         how = (preset.streams, self._config.objective.cut_responses)
-        masks = [stream_masks(self._processor, pair, *how) for group in groups for pair in group.pairs]
-        num_credited = torch.stack([first.sum(1) + second.sum(1) for first, second in masks], dim=1)  # [S, B]
-        counts = zip(num_credited.long(), preset.streams, strict=True)
-        weights = torch.stack([token_weights(count, stream.aggregation) for count, stream in counts])  # [S, B]
+        scored = [scored_responses(pair, preset) for group in groups for pair in group.pairs]
+        masks = [[response_masks(self._processor, each, *how) for each in responses] for responses in scored]
+        weights = _weights(scored, masks, preset)  # [S, B, M]
 
         sequences: list[TokenSequence] = []
         responses: list[ResponseTokens] = []
-        for group, start in self._my_groups(groups):
+        for group, start in self._my_groups(groups, preset):
             images = tuple(self._processor.encode_image(image) for image in group.prompt.images)
-            for index, pair in enumerate(group.pairs, start):
-                for response, mask, seen in ((pair.first, masks[index][0], images), (pair.second, masks[index][1], ())):
-                    if response is not None:
-                        sequences.append(TokenSequence(response.prompt_ids, response.response_ids, seen))
-                        responses.append(
-                            ResponseTokens(
-                                advantages=advantages[:, index, None].expand_as(mask),
-                                token_weights=weights[:, index, None] * mask,
-                                generator_logprobs=torch.tensor(response.generator_logprobs),
-                                image_distance=self._image_distance(response),
-                            )
+            for index in range(start, start + len(group.pairs)):
+                for response, mask in zip(scored[index], masks[index], strict=True):
+                    rollout, number = response.rollout, response.number
+                    seen = images if response.pass_name == "first" else ()
+                    sequences.append(TokenSequence(rollout.prompt_ids, rollout.response_ids, seen))
+                    responses.append(
+                        ResponseTokens(
+                            advantages=advantages[:, index, number, None].expand_as(mask),
+                            token_weights=weights[:, index, number, None] * mask,
+                            generator_logprobs=torch.tensor(rollout.generator_logprobs),
+                            image_distance=self._image_distance(rollout),
                         )
+                    )
         micro_batches = self._pack(sequences)
         tokens = [row.moved(self._device) for row in into_rows(responses, micro_batches)]
-        rollouts = _rollouts(groups)
+        rollouts = [response.rollout for pair in scored for response in pair]
         return StreamBatch(
             [self._with_grad_rows(*row, preset) for row in zip(micro_batches, tokens, strict=True)],
             tokens,
@@ -178,20 +193,32 @@ class Batcher:
         """Which of the items of these lengths, in tokens, this replica trains on."""
         return split_for_ranks(lengths, self._replicas.num_ranks)[self._replicas.rank]
 
-    def _my_groups(self, groups: Sequence[RolloutGroup]) -> list[tuple[RolloutGroup, int]]:
+    def _my_groups(self, groups: Sequence[RolloutGroup], preset: Preset) -> list[tuple[RolloutGroup, int]]:
         """This replica's groups, each with the number of its first sample among all of the step. A group is never
         split: its samples share their images."""
         starts = [0]
         for group in groups:
             starts.append(starts[-1] + len(group.pairs))
         lengths = [
-            sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in _rollouts([group]))
+            sum(
+                len(response.rollout.prompt_ids) + len(response.rollout.response_ids)
+                for pair in group.pairs
+                for response in scored_responses(pair, preset)
+            )
             for group in groups
         ]
         return [(groups[index], starts[index]) for index in self._mine(lengths)]
 
 
-def _rollouts(groups: Sequence[RolloutGroup]) -> list[Rollout]:
-    """Both passes of every sample, those that exist."""
-    both = [rollout for group in groups for pair in group.pairs for rollout in (pair.first, pair.second)]
-    return [rollout for rollout in both if rollout is not None]
+def _weights(scored: Sequence[Sequence[Response]], masks: Sequence[Sequence[Tensor]], preset: Preset) -> Tensor:
+    """[S, B, M]: the weight of each token that a stream credits in a response, see `token_weights`. All responses of a
+    stream's pass count, those that are missing among them."""
+    counts = torch.zeros(len(preset.streams), len(scored), preset.most_samples, dtype=torch.int64)
+    for index, responses in enumerate(scored):
+        for response, mask in zip(responses, masks[index], strict=True):
+            counts[:, index, response.number] += mask.sum(1).long()  # 0 for streams of other passes
+    weights = torch.zeros(counts.shape)
+    for row, count, stream in zip(weights, counts, preset.streams, strict=True):
+        number = preset.num_samples(stream.trajectory)
+        row[:, :number] = token_weights(count[:, :number].flatten(), stream.aggregation).view(-1, number)
+    return weights

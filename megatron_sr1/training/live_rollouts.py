@@ -10,6 +10,7 @@ from types import TracebackType
 from megatron_sr1.config import RewardsConfig
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.rewards import RewardError, Ungraded
+from megatron_sr1.rewards.reading import with_readings
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.rollout_files import rollouts_file, write_rollouts
@@ -58,6 +59,7 @@ class LiveRollouts:
             rewards.seconds,
             rewards.workers,
             judge=rewards.judge.endpoint if rewards.judge.url else None,
+            reads=any(later.reader == "endpoint" for later in preset.passes.later),
             fails_fast=not self._skips,
         )
 
@@ -80,9 +82,13 @@ class LiveRollouts:
             RewardError: on every rank, of the first group that could not be graded; the engines sleep by then.
         """
         with clock("rollout"):
-            groups = self._generator.generate(prompts, self._sampling, step, self._graders.submit)
+            takers = (self._graders.submit, self._graders.ask)
+            groups = self._generator.generate(prompts, self._sampling, step, *takers)
         with clock("reward"):
             graded = self._ranks.gather(self._graders.collect())
+            if self._graders.ask is not None:
+                answers = self._ranks.gather(self._graders.readings())
+                groups = with_readings(groups, answers)
         if self._refreshed:
             self._generator.sleep()
         by_group = sorted(dict(graded).items())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_sr1.training.step_rewards import Rewards, rewards_of
-from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
+from megatron_sr1.types import Prompt, Question, Reading, Rollout, RolloutGroup, RolloutPair
 
 _KEYS = {"key", "sample", "rewards", "first", "second", "description", "description_cut"}
 _SKIPPED_KEYS = {"group_id", "skipped"}
@@ -30,7 +30,7 @@ def rollouts_file(folder: Path, step: int) -> Path:
 def write_rollouts(
     path: Path, groups: Sequence[RolloutGroup], rewards: Rewards, skipped: Mapping[int, str] = MappingProxyType({})
 ) -> None:
-    """One JSON line per sample: ids, texts, log-probs and rewards of both passes; images by the prompt's key.
+    """One JSON line per sample: ids, texts, log-probs and rewards of all passes; images by the prompt's key.
 
     `read_rollouts` gets all of it back, to the bit.
 
@@ -55,6 +55,7 @@ def write_rollouts(
                     "rewards": rewards_of(rewards, index),
                     "first": _fields(pair.first),
                     "second": _fields(pair.second),
+                    **({"further": [asdict(reading) for reading in pair.further]} if pair.further else {}),
                 }
                 file.write(json.dumps(line) + "\n")
                 index += 1
@@ -124,7 +125,14 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], set[int]]:
 def _pair(path: Path, line: dict[str, Any]) -> RolloutPair:
     first, second = _rollout(path, line["first"]), line["second"]
     second = None if second is None else _rollout(path, second)
-    return RolloutPair(line["sample"], first, second, line["description"], line["description_cut"])
+    further = tuple(_reading(path, fields) for fields in line.get("further", ()))
+    return RolloutPair(line["sample"], first, second, line["description"], line["description_cut"], further)
+
+
+def _reading(path: Path, fields: dict[str, Any]) -> Reading:
+    question = fields["question"]
+    asked = None if question is None else Question(**{**question, "choices": tuple(question["choices"])})
+    return Reading(**{**fields, "rollout": _rollout(path, fields["rollout"]), "question": asked})
 
 
 def _rollout(path: Path, fields: dict[str, Any]) -> Rollout:

@@ -3,45 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_sr1.processor import Processor
-from megatron_sr1.streams import REST, WHOLE, block_of, other_segments
+from megatron_sr1.streams import REST, WHOLE, Preset, block_of, other_segments
 from megatron_sr1.streams.segments import OUTSIDE_DESCRIPTION
 from megatron_sr1.types import CutResponses, PassName, RewardStream, Rollout, RolloutPair
 
 
-def stream_masks(
-    processor: Processor, pair: RolloutPair, streams: Sequence[RewardStream], cut: CutResponses = "train"
-) -> tuple[Tensor, Tensor]:
-    """1.0 where a stream credits a token: [S, n] of the first pass and [S, n'] of the second, n' = 0 without one.
+@dataclass(frozen=True)
+class Response:
+    """A response that the policy scores, and its place among those of its sample."""
+
+    pass_name: PassName
+    number: int  # among the samples of its pass
+    rollout: Rollout
+
+
+def scored_responses(pair: RolloutPair, preset: Preset) -> list[Response]:
+    """The first pass, and of the later passes those that a stream credits."""
+    return [
+        Response(name, number, rollout)
+        for name, rollouts in pair.rollouts().items()
+        if name == "first" or preset.trains(name)
+        for number, rollout in enumerate(rollouts)
+    ]
+
+
+def response_masks(
+    processor: Processor, response: Response, streams: Sequence[RewardStream], cut: CutResponses = "train"
+) -> Tensor:
+    """[S, n]: 1.0 where a stream credits a token; 0 in the streams of other passes.
 
     Args:
         cut: "mask": nothing of a response that the token limit cut (overlong filtering: DAPO, arXiv 2503.14476, 3.4).
     """
-
-    def masks(rollout: Rollout | None, name: PassName) -> Tensor:
-        return _pass_masks(processor, rollout, name, streams, cut)
-
-    return masks(pair.first, "first"), masks(pair.second, "second")
-
-
-def _pass_masks(
-    processor: Processor,
-    rollout: Rollout | None,
-    pass_name: PassName,
-    streams: Sequence[RewardStream],
-    cut: CutResponses,
-) -> Tensor:
-    if rollout is None:
-        return torch.zeros(len(streams), 0)
+    rollout = response.rollout
     rows = torch.zeros(len(streams), len(rollout.response_ids))
     if cut == "mask" and rollout.finish_reason == "length":
         return rows
     for row, stream in zip(rows, streams, strict=True):
-        if stream.trajectory == pass_name:
+        if stream.trajectory == response.pass_name:
             row.copy_(_segment(processor, rollout, stream, streams))
     return rows
 

@@ -13,8 +13,10 @@ from megatron_sr1.policy import StepResult
 from megatron_sr1.rewards import faithful, find_reward
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.batches import rollout_advantages
-from megatron_sr1.training.step_rewards import Rewards
-from megatron_sr1.types import RolloutGroup
+from megatron_sr1.training.step_rewards import Rewards, per_rollout
+from megatron_sr1.types import SECOND, PassName, Rollout, RolloutGroup
+
+_OF_SECOND = ("second_pass_accuracy", "language_shortcut_rate")
 
 
 def step_metrics(
@@ -36,7 +38,7 @@ def step_metrics(
     for name, share in dead_groups(groups, rewards, preset).items():
         log.add(name, share)
     _log_rewards(log, groups, rewards, preset)
-    num_tokens = _log_responses(log, groups)
+    num_tokens = _log_responses(log, groups, preset)
     log.add("tokens_per_second", num_tokens / clock.seconds["seconds/rollout"])
     for result in results:
         for name, value in result.metrics.items():
@@ -54,7 +56,7 @@ def summarise(groups: Sequence[RolloutGroup], rewards: Rewards) -> dict[str, flo
     language_shortcut_rate is the share whose answer is right although the description alone does not give it
     (Vision-SR1, section 5). `faithful` is None where no prompt says what its image shows.
     """
-    right, seen = rewards["acc"], rewards["acc_vis"]
+    right, seen = rewards["acc"], per_rollout(rewards["acc_vis"])
     shown = torch.tensor([bool(group.prompt.images) for group in groups for _ in group.pairs])
     truths = [faithful(pair.description, group.prompt) for group in groups for pair in group.pairs]
     known = [float(truth) for truth in truths if truth is not None]
@@ -72,8 +74,8 @@ def dead_groups(groups: Sequence[RolloutGroup], rewards: Rewards, preset: Preset
     """`groups/dead/<stream>`, the share of prompts whose responses are all the same to a stream, so that it teaches
     nothing; `groups/dead`, to all streams."""
     ids = torch.tensor([group.group_id for group in groups for _ in group.pairs])  # [B]
-    advantages = rollout_advantages(groups, rewards, preset, eps=1.0)  # [S, B], of any scale
-    alive = torch.stack([(advantages[:, ids == group.group_id] != 0).any(1) for group in groups], 1)  # [S, G]
+    advantages = rollout_advantages(groups, rewards, preset, eps=1.0)  # [S, B, M], of any scale
+    alive = torch.stack([(advantages[:, ids == group.group_id] != 0).any(-1).any(-1) for group in groups], 1)  # [S, G]
     dead = {f"groups/dead/{stream.name}": row for stream, row in zip(preset.streams, ~alive, strict=True)}
     return {name: share.float().mean().item() for name, share in {**dead, "groups/dead": ~alive.any(0)}.items()}
 
@@ -83,8 +85,9 @@ def _mean(values: Tensor) -> float | None:
 
 
 def _log_rewards(log: MetricLog, groups: Sequence[RolloutGroup], rewards: Rewards, preset: Preset) -> None:
+    asked = {later.name for later in preset.passes.later}
     for name, value in summarise(groups, rewards).items():
-        if value is not None:
+        if value is not None and (name not in _OF_SECOND or SECOND.name in asked):
             log.add(name, value)
     for name, reward in rewards.items():
         if name != "format":  # in the summary already
@@ -93,13 +96,13 @@ def _log_rewards(log: MetricLog, groups: Sequence[RolloutGroup], rewards: Reward
     log.add("reward/total", sum(earned))
 
 
-def _log_responses(log: MetricLog, groups: Sequence[RolloutGroup]) -> int:
+def _log_responses(log: MetricLog, groups: Sequence[RolloutGroup], preset: Preset) -> int:
     """Returns the number of response tokens."""
     pairs = [pair for group in groups for pair in group.pairs]
-    responses = {
-        "first": [pair.first for pair in pairs],
-        "second": [pair.second for pair in pairs if pair.second is not None],
-    }
+    responses: dict[PassName, list[Rollout]] = {}
+    for pair in pairs:
+        for name, rollouts in pair.rollouts().items():
+            responses.setdefault(name, []).extend(rollout for rollout in rollouts if rollout.response_ids)
     for name, rollouts in responses.items():
         for rollout in rollouts:
             log.add(f"{name}/response_tokens", len(rollout.response_ids))
@@ -107,7 +110,8 @@ def _log_responses(log: MetricLog, groups: Sequence[RolloutGroup]) -> int:
             log.add(f"{name}/truncated", rollout.finish_reason == "length")
             log.add(f"seconds/{name}_pass", rollout.finished_at - rollout.queued_at)
     for pair in (pair for group in groups if group.prompt.images for pair in group.pairs):
-        log.add("second/missing", pair.second is None)
+        for later in preset.passes.later:
+            log.add(f"{later.name}/missing", not pair.readings(later.name))
         if pair.description is not None:
             log.add("second/description_cut", pair.description_cut)
     return sum(len(rollout.response_ids) for rollouts in responses.values() for rollout in rollouts)

@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_sr1.rewards import ALWAYS, Vectors, find_reward, for_prompt, layout_reward
+from megatron_sr1.rewards import ALWAYS, Value, Vectors, find_reward, for_prompt, layout_reward
 from megatron_sr1.streams import Preset
+from megatron_sr1.types import SECOND
 
-Rewards = dict[str, Tensor]  # by reward: [B] float32, in the order of groups and, within, of samples
+# by reward: [B] float32, in the order of groups and, within, of samples; of a pass with m > 1 samples [B, m]
+Rewards = dict[str, Tensor]
 
 
 def scored_rewards(preset: Preset) -> list[str]:
-    """Names of all rewards that a step measures, sorted."""
-    return sorted({*preset.rewards, *ALWAYS, _layout(preset)})
+    """Names of all rewards that a step measures, sorted: among them how often each later pass is right."""
+    further = {f"acc_vis@{later.name}" for later in preset.passes.later if later.name != SECOND.name}
+    return sorted({*preset.rewards, *ALWAYS, *further, _layout(preset)})
 
 
 def join_rewards(graded: Sequence[tuple[int, Vectors]], preset: Preset) -> Rewards:
@@ -29,24 +32,56 @@ def join_rewards(graded: Sequence[tuple[int, Vectors]], preset: Preset) -> Rewar
     for name in scored_rewards(preset):
         (plain,) = for_prompt([name], has_images=False)
         values = [vector[name] if name in vector else vector[plain] for vector in vectors]
-        rewards[name] = torch.tensor(values, dtype=torch.float32)
+        number = num_readings(name, preset)
+        rewards[name] = torch.tensor(
+            values if number == 1 else [_padded(value, number) for value in values], dtype=torch.float32
+        )
     return {**rewards, "format": rewards[_layout(preset)]}
 
 
-def without_leaks(rewards: Rewards) -> Rewards:
-    """The leak filter: a description that states the answer earns nothing for what the second pass makes of it."""
+def without_leaks(rewards: Rewards, preset: Preset) -> Rewards:
+    """The leak filter: a description that states the answer earns nothing for what a pass makes of it that is asked the
+    same question."""
     honest = 1.0 - rewards["leak"]
-    return {name: value * honest if _is_visual(name) else value for name, value in rewards.items()}
+
+    def filtered(name: str, value: Tensor) -> Tensor:
+        if not _is_visual(name, preset):
+            return value
+        return value * honest.view(-1, *[1] * (value.ndim - 1))
+
+    return {name: filtered(name, value) for name, value in rewards.items()}
 
 
-def rewards_of(rewards: Mapping[str, Tensor], index: int) -> dict[str, float]:
+def num_readings(name: str, preset: Preset) -> int:
+    """How many numbers a reward gives of each rollout: one for each sample of its later pass."""
+    reward = find_reward(name)
+    later = preset.later_pass(reward.later)
+    return 1 if reward.of_pass == "first" or later is None else later.samples
+
+
+def per_rollout(reward: Tensor) -> Tensor:
+    """[B]: what a rollout earns, by all samples of the reward's pass."""
+    return reward if reward.ndim == 1 else reward.mean(1)
+
+
+def rewards_of(rewards: Mapping[str, Tensor], index: int) -> dict[str, float | list[float]]:
     """The reward vector of rollout `index`."""
-    return {name: value[index].item() for name, value in rewards.items()}
+    return {name: value[index].tolist() for name, value in rewards.items()}
+
+
+def _padded(value: Value, number: int) -> list[float]:
+    """The rewards of samples that are not there are 0."""
+    found = [] if isinstance(value, float) else list(value)
+    assert len(found) in (0, number), "all samples of a pass are there, or none"
+    return found or [0.0] * number
 
 
 def _layout(preset: Preset) -> str:
     return layout_reward(described=preset.template == "see_think")
 
 
-def _is_visual(name: str) -> bool:
-    return name != "format" and find_reward(name).of_pass == "second"
+def _is_visual(name: str, preset: Preset) -> bool:
+    if name == "format" or find_reward(name).of_pass == "first":
+        return False
+    later = preset.later_pass(find_reward(name).later)
+    return later is None or (later.context == "description" and not later.question)

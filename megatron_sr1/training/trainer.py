@@ -49,7 +49,7 @@ class Trainer:
             RewardError: so many groups were skipped that a replica has none; before the first step.
         """
         self._policy.return_to_device()
-        rewards = without_leaks(rewards) if self._config.objective.leak_filter else rewards
+        rewards = without_leaks(rewards, self._preset) if self._config.objective.leak_filter else rewards
         advantages = rollout_advantages(groups, rewards, self._preset, self._config.objective.advantage_eps)
         batches = list(self._mini_batches(groups, advantages))
         old: list[list[LogProbs] | None] = [None] * len(batches)

@@ -1,0 +1,418 @@
+"""Passes that follow the first: what they are asked, by whom they are read, what they earn, what of them is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sr1.config import ConfigError, JudgeConfig, ObjectiveConfig, RewardsConfig, load_config
+from megatron_sr1.metrics.clock import Clock
+from megatron_sr1.rewards import Ungraded, find_reward, score_group
+from megatron_sr1.rewards.workers import Graders
+from megatron_sr1.rollout.request import Generation
+from megatron_sr1.streams import check_objective, preset_from_config
+from megatron_sr1.training.batches import rollout_advantages
+from megatron_sr1.training.live_rollouts import LiveRollouts
+from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file
+from megatron_sr1.training.step_metrics import step_metrics
+from megatron_sr1.training.step_rewards import join_rewards, scored_rewards, without_leaks
+from megatron_sr1.types import ALONE, LaterPass, Prompt, Question, Reading, Rollout, RolloutGroup, RolloutPair, Sampling
+from tests.judge_server import serve
+from tests.scripted_engine import IMAGE, SEEN, ScriptedEngine, generator, planner, prompt, sampling
+
+OTHERS = [{"problem": "How many are red?", "answer": "7"}, {"problem": "Which?", "answer": "B", "choices": ["x", "y"]}]
+BLIND = LaterPass("blind", "nothing")
+
+
+class Shown:
+    """An image whose pixels tell it from others."""
+
+    size = (84, 28)
+
+    def __init__(self, pixels: bytes) -> None:
+        self.pixels = pixels
+
+    def tobytes(self) -> bytes:
+        return self.pixels
+
+
+def shown(key: str, pixels: bytes, **metadata: Any) -> Prompt:
+    return replace(prompt(key), images=(Shown(pixels),), metadata=metadata)  # type: ignore[arg-type]
+
+
+def preset(*passes: dict[str, Any], streams: Any = (), **more: Any) -> Any:
+    return preset_from_config(ObjectiveConfig(passes=list(passes), streams=list(streams), **more))
+
+
+# ---------------------------------------------------------------- the configuration
+@pytest.mark.parametrize(
+    ("passes", "words"),
+    [
+        ("[{context: nothing}]", r"objective.passes\[0\].name=None"),
+        ("[{name: first}]", r"passes\[0\].name='first'.*not first"),
+        ("[{name: a b}]", r"passes\[0\].name='a b'"),
+        ("[{name: a, context: nothing}, {name: a, context: nothing}]", r"passes\[1\].name='a'.*no other pass"),
+        ("[{name: a, contxt: nothing}]", r"\(a\).contxt is no key of a pass. Did you mean 'context'"),
+        ("[{name: a, context: image}]", r"\(a\).context='image'.*description, other_description, metadata, nothing"),
+        ("[{name: a, reader: judge}]", r"\(a\).reader='judge'.*policy, reference, endpoint"),
+        ("[{name: a, samples: 0}]", r"\(a\).samples=0"),
+        ("[{name: a, samples: true}]", r"\(a\).samples=True"),
+        ("[{name: a, samples: 65}]", r"\(a\).samples=65"),
+        ("[{name: a, context: metadata}]", r"\(a\).field=None.*where context is metadata"),
+        ("[{name: a, context: nothing, field: facts}]", r"\(a\).field='facts'"),
+        ("[{name: a, question: ''}]", r"\(a\).question=''"),
+        ("[{name: second, reader: reference}]", r"\(second\).reader='reference'.*another name"),
+        ("[{name: a, enabled: 1}]", r"\(a\).enabled=1"),
+        ("[a]", r"objective.passes\[0\]='a'"),
+    ],
+)
+def test_a_slip_in_a_pass_is_named_with_its_place(passes: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(None, [f"objective.passes={passes}"])
+
+
+@pytest.mark.parametrize(
+    ("passes", "streams", "more", "words"),
+    [
+        ([{"name": "blind", "enabled": False}], [], {}, "no pass 'blind' to take away"),
+        ([], [{"name": "v", "pass": "blind", "rewards": {"acc": 1}}], {}, "pass='blind' is no pass of the run.*second"),
+        ([{"name": "second", "enabled": False}], [], {}, "pass='second' is no pass of the run, which has first"),
+        ([], [{"name": "v", "rewards": {"acc_vis@blind": 1}}], {}, "'acc_vis@blind' is of the pass 'blind', which is"),
+        (
+            [],
+            [{"name": "v", "rewards": {"acc@second": 1}}],
+            {},
+            "'acc' is of the first pass. Only rewards of the second",
+        ),
+        ([], [{"name": "v", "rewards": {"acc_vis@second": 1}}], {}, "leave @second out"),
+        ([{"name": "a"}], [], {"preset": "vision_r1"}, "'a' reads a description, and the template 'cot' asks for none"),
+        (
+            [{"name": "start", "reader": "reference"}],
+            [{"name": "v", "pass": "start", "rewards": {"acc_vis@start": 1}}],
+            {},
+            "read by reader=reference, and only what the policy writes.*acc_vis@start",
+        ),
+        (
+            [{"name": "big", "reader": "endpoint"}],
+            [{"name": "v", "rewards": {"acc_judge@big": 1}}],
+            {},
+            "asks the endpoint about a pass that it answers. Use acc_vis@big",
+        ),
+    ],
+)
+def test_passes_streams_and_rewards_must_agree(passes: Any, streams: Any, more: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        preset(*passes, streams=streams, **more)
+
+
+def test_the_paper_s_graph_is_the_default_and_what_is_written_joins_it() -> None:
+    assert [later.name for later in preset().passes.later] == ["second"]
+    assert preset(preset="vision_r1").passes.later == ()
+    found = preset({"name": "blind", "context": "nothing"}, {"name": "second", "samples": 3}).passes.later
+    assert [(one.name, one.samples) for one in found] == [("second", 3), ("blind", 1)]
+    alone = preset({"name": "second", "enabled": False}, {"name": "blind", "context": "nothing"}, preset="see_think")
+    assert alone.passes.later == (BLIND,) and not alone.second_pass
+    assert preset({"name": "blind", "context": "nothing"}, preset="vision_r1").passes.later == (BLIND,)
+
+
+def test_what_a_pass_is_read_by_must_be_there() -> None:
+    objective = ObjectiveConfig(passes=[{"name": "big", "reader": "endpoint"}])
+    with pytest.raises(ConfigError, match=r"rewards.judge.url=''.*the pass 'big' asks"):
+        check_objective(objective, RewardsConfig())
+    check_objective(objective, RewardsConfig(judge=JudgeConfig(url="http://127.0.0.1:1/v1", model="m")))
+    objective = ObjectiveConfig(passes=[{"name": "start", "reader": "reference"}])
+    with pytest.raises(ConfigError, match=r"model.megatron_dir='there'.*'start' is read by the starting weights"):
+        check_objective(objective, RewardsConfig(), "there")
+
+
+# ---------------------------------------------------------------- what is asked
+def test_every_context_is_what_its_name_says() -> None:
+    later = (
+        LaterPass("second", samples=2),
+        LaterPass("gold", "metadata", field="facts"),
+        BLIND,
+        LaterPass("more", question="others", samples=3),
+    )
+    engine, prompts = ScriptedEngine(), [shown("a", b"1", facts=["3", "7"], others=OTHERS)]
+    (group,) = generator(engine).generate(prompts, sampling(later=later), 4)
+    asked = {name.split("/", 2)[2]: text for name, text in engine.prompts.items() if name.startswith("0/1/")}
+    assert set(asked) == {"first", "second", "second.1", "gold", "blind", "more", "more.1", "more.2"}
+    assert asked["second"] == asked["second.1"] and "Description of the image: a 0/1/first\n" in asked["second"]
+    assert "Description of the image: 3, 7\n\nHow many?" in asked["gold"]
+    assert asked["blind"].startswith("How many?") and "image" not in asked["blind"]
+    assert "a 0/1/first\n\nHow many are red?" in asked["more"] and "a 0/1/first\n\nWhich?" in asked["more.1"]
+    assert asked["more.2"] == asked["more"], "the questions begin again"
+    assert all(chr(IMAGE) not in text for name, text in asked.items() if name != "first")
+    assert len({engine.draws[f"0/1/{name}"].seed for name in asked}) == len(asked), "each is drawn by itself"
+    pair = group.pairs[1]
+    assert pair.second is pair.readings("second")[0].rollout and pair.readings("second")[0].context == "a 0/1/first"
+    found = [(reading.pass_name, reading.number) for reading in pair.further]
+    assert found == [("second", 1), ("gold", 0), ("blind", 0), ("more", 0), ("more", 1), ("more", 2)]
+    assert [reading.rollout.rollout_id for reading in pair.readings("more")] == [
+        f"4/a/1/{name}" for name in ("more", "more.1", "more.2")
+    ]
+    assert pair.readings("more")[1].question == Question("Which?", "B", ("x", "y"))
+    assert pair.readings("blind")[0].context is None and pair.readings("blind")[0].question is None
+    assert {name: len(rollouts) for name, rollouts in pair.rollouts().items()} == {
+        "first": 1, "second": 2, "gold": 1, "blind": 1, "more": 3,
+    }  # fmt: skip
+
+
+def test_a_pass_that_needs_no_description_is_asked_where_there_is_none() -> None:
+    engine = ScriptedEngine(answer=lambda request_id: "\\boxed{1}")
+    later = (LaterPass("second"), BLIND)
+    groups = generator(engine).generate([prompt("a"), prompt("t", num_images=0)], sampling(later=later), 0)
+    assert [[bool(pair.readings(name)) for name in ("second", "blind")] for pair in groups[0].pairs] == [
+        [False, True]
+    ] * 2
+    assert not any(pair.further for pair in groups[1].pairs), "without an image there is the plain pass alone"
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_another_image_s_description_comes_from_the_next_prompt_that_shows_another(streamed: bool) -> None:
+    """Whoever was quicker; a second question about the same image lends nothing."""
+    later = (LaterPass("second"), LaterPass("other", "other_description"))
+    prompts = [shown("a", b"1"), shown("b", b"1"), shown("c", b"2"), shown("d", b"3")]
+    engine = ScriptedEngine(
+        answer=lambda request_id: "\\boxed{1}" if request_id == "2/0/first" else SEEN.format(request_id)
+    )
+    groups = generator(engine, streamed=streamed).generate(prompts, sampling(later=later), 0)
+    lent = [[pair.readings("other")[0].context for pair in group.pairs] for group in groups]
+    assert lent == [
+        ["a 3/0/first", "a 2/1/first"],
+        ["a 3/0/first", "a 2/1/first"],
+        ["a 3/0/first", "a 3/1/first"],
+        ["a 0/0/first", "a 0/1/first"],
+    ]
+    assert "How many?" in engine.prompts["0/0/other"]
+    alone = generator(ScriptedEngine()).generate(prompts[:2], sampling(later=later), 0)
+    assert all(not pair.readings("other") and pair.second is not None for group in alone for pair in group.pairs)
+
+
+@pytest.mark.parametrize(
+    ("later", "metadata", "words"),
+    [
+        (LaterPass("gold", "metadata", field="facts"), {}, "'gold' reads the metadata's 'facts', which is None"),
+        (LaterPass("gold", "metadata", field="facts"), {"facts": [3]}, r"which is \[3\]"),
+        (LaterPass("gold", "metadata", field="facts"), {"facts": " "}, "which is ' '"),
+        (LaterPass("more", question="others"), {}, "'more' asks the metadata's 'others', which is None"),
+        (LaterPass("more", question="others"), {"others": [{"problem": "?"}]}, "problem: ..., answer"),
+        (LaterPass("more", question="others"), {"others": [{**OTHERS[0], "choices": 3}]}, "problem: ..., answer"),
+    ],
+)
+def test_a_sample_without_what_a_pass_reads_is_refused_before_anything_is_asked(
+    later: LaterPass, metadata: Any, words: str
+) -> None:
+    engine = ScriptedEngine()
+    with pytest.raises(ValueError, match=f"sample 'a': the pass .*{words}"):
+        generator(engine).generate([shown("a", b"1", **metadata)], sampling(later=(later,)), 0)
+    assert not engine.prompts
+
+
+def test_a_pass_that_cannot_fit_is_refused_at_once() -> None:
+    long = {"others": [{"problem": "x" * 300, "answer": "1"}]}
+    later = (LaterPass("more", question="others"),)
+    (text,) = planner(400).refusals(shown("a", b"1", **long), "see_think", later)
+    assert "sample 'a', more pass" in text
+
+
+# ---------------------------------------------------------------- who reads
+def test_the_starting_weights_read_when_the_policy_has_written_and_leave_again() -> None:
+    later = (LaterPass("second"), LaterPass("start", reader="reference"))
+    engine, handed = ScriptedEngine(), []
+    policy = generator(engine, weights=lambda: {"policy": 9}.items(), start_weights=lambda: {"start": 0}.items())
+
+    def take(group: RolloutGroup) -> None:
+        handed.append(group.group_id)
+
+    for step in range(2):
+        groups = policy.generate([prompt("a")], sampling(later=later), step, take)
+    (pair, _) = groups[0].pairs
+    assert [pair.first.weight_version, pair.readings("start")[0].rollout.weight_version] == [9, 0]
+    at = engine.log.index("weights {'start': 0}")
+    assert not any("start" in line for line in engine.log[:at]) and "end 0/1/second" in engine.log[:at]
+    back = engine.log.index("weights {'policy': 9}")
+    assert at < engine.log.index("end 0/1/start") < back < engine.log.index("add 0/0/first", back)
+    assert handed == [0, 0] and engine.log.count("weights {'policy': 9}") == 1
+    policy.update_weights({"new": 1}.items(), 10)
+    policy.generate([prompt("a")], sampling(later=later), 2)
+    assert engine.log.count("weights {'policy': 9}") == 1, "new weights came in between"
+    alone = ScriptedEngine()
+    (group,) = generator(alone).generate([prompt("a")], sampling(later=later), 0)
+    assert group.pairs[0].readings("start") and not any("weights" in line for line in alone.log)
+
+
+def test_an_engine_that_fails_under_the_starting_weights_gets_them_again() -> None:
+    class Failing(ScriptedEngine):
+        fails = True
+
+        def step(self) -> list[Generation]:
+            if self.weight_version == 0 and self.fails:
+                self.fails = False
+                raise RuntimeError("out of memory")
+            return super().step()
+
+    later = (LaterPass("start", reader="reference"),)
+    engine = Failing()
+    ours = generator(engine, weights=lambda: {"policy": 9}.items(), start_weights=lambda: {"start": 0}.items())
+    (group,) = ours.generate([prompt("a")], sampling(later=later), 0)
+    assert all(pair.readings("start")[0].rollout.weight_version == 0 for pair in group.pairs)
+    assert [line for line in engine.log if "weights" in line or line == "restart"] == [
+        "weights {'start': 0}", "restart", "weights {'start': 0}"
+    ]  # fmt: skip
+
+
+def right(question: str, attempt: int) -> str:
+    return r"\boxed{1}" if "0/0/first" in question else r"\boxed{2}"
+
+
+def live(folder: Path, script: Callable[[str, int], str], on_error: str = "stop", **later: Any) -> Any:
+    """A step's groups, rewards and metrics, with a pass that an endpoint reads."""
+    passes = [{"name": "second", "samples": 2}, {"name": "big", "reader": "endpoint", **later}]
+    objective = preset(*passes, streams=[{"name": "big", "tokens": "description", "rewards": {"acc_vis@big": 1.0}}])
+    how = Sampling(2, 1.0, 90, 1, later=objective.passes.later)
+    with serve(script) as server:
+        judge = JudgeConfig(url=server.url, model="reader", timeout=2.0, backoff=0.01, retries=1)
+        rewards = RewardsConfig(judge=judge, on_error=on_error)  # type: ignore[arg-type]
+        engine = generator(ScriptedEngine())
+        with LiveRollouts(engine, how, objective, rewards, ALONE, folder) as source:
+            clock = Clock()
+            prompts = [shown("a", b"1"), shown("b", b"2")]
+            groups, values = source.take(prompts, 0, clock)
+    return objective, prompts, groups, values, step_metrics(groups, values, objective, [], clock, num_prompts=2)
+
+
+def test_an_endpoint_reads_while_the_engine_decodes_and_its_answers_are_kept(tmp_path: Path) -> None:
+    objective, prompts, groups, rewards, metrics = live(tmp_path, right)
+    assert rewards["acc_vis@big"].tolist() == [1.0, 0.0, 0.0, 0.0]
+    reading = groups[0].pairs[0].readings("big")[0]
+    assert (reading.rollout.response_text, reading.context) == (r"\boxed{1}", "a 0/0/first")
+    assert reading.rollout.response_ids == () and reading.rollout.rollout_id == "0/a/0/big"
+    assert metrics["reward/acc_vis.big"] == 0.25 and metrics["big/missing"] == metrics["second/missing"] == 0.0
+    assert "big/response_tokens" not in metrics and metrics["second/response_tokens"] == 3
+    again, same = read_rollouts(rollouts_file(tmp_path, 0), prompts, 2, scored_rewards(objective))
+    assert again == groups and all(torch.equal(same[name], rewards[name]) for name in rewards)
+    assert rewards["acc_vis"].shape == (4, 2)
+
+
+def test_an_endpoint_that_is_gone_ends_the_step_and_is_never_a_zero(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"the pass 'big' of '0/.*' was not answered by its endpoint: 2 attempts failed"
+    ):
+        live(tmp_path, lambda question, attempt: "500")
+    _, _, groups, rewards, metrics = live(
+        tmp_path,
+        lambda question, attempt: "400" if "a 1/1/first" in question else right(question, attempt),
+        "skip_group",
+    )
+    assert [group.group_id for group in groups] == [0] and metrics["groups/skipped"] == 1
+    assert rewards["acc_vis@big"].tolist() == [1.0, 0.0]
+
+
+# ---------------------------------------------------------------- what is earned, and trained
+def rollout(text: str, name: str = "first") -> Rollout:
+    return Rollout(f"0/p/0/{name}", (1,), (2, 3), text, (-0.1, -0.2), "stop", 0)
+
+
+def read(name: str, answer: str, number: int = 0, question: Question | None = None) -> Reading:
+    return Reading(name, number, rollout(rf"<think> </think> \boxed{{{answer}}}", name), "3 7", question)
+
+
+def answered(*seconds: str, blind: str = "10", description: str | None = "3 7", more: str = "7") -> RolloutPair:
+    """`seconds`: the answers of the second pass' samples."""
+    first = rollout(SEEN.format("3 7"))
+    further = [read("second", answer, number) for number, answer in enumerate(seconds) if number]
+    further += [
+        read("blind", blind),
+        read("more", more, 0, Question("Red?", "7")),
+        read("more", "B", 1, Question("W", "A")),
+    ]
+    second = read("second", seconds[0]).rollout if seconds else None
+    return RolloutPair(0, first, second, description, further=tuple(further))
+
+
+def test_a_reward_of_a_later_pass_is_of_each_sample_and_of_the_question_it_was_asked() -> None:
+    group = RolloutGroup(0, Prompt("p", "Sum?", "10"), (answered("10", "9"), answered(blind="9", description=None)))
+    names = ["acc_vis", "acc_vis@blind", "acc_vis@more", "fmt_vis@blind", "leak"]
+    vectors = score_group(group, names)
+    assert vectors[0] == {"acc_vis": (1.0, 0.0), "acc_vis@blind": 1.0, "acc_vis@more": (1.0, 0.0),
+                          "fmt_vis@blind": 1.0, "leak": 0.0}  # fmt: skip
+    assert vectors[1]["acc_vis"] == () and vectors[1]["acc_vis@blind"] == 0.0
+    assert find_reward("acc_vis@blind").shown == "acc_vis.blind"
+
+
+def test_a_user_s_reward_looks_at_the_pass_it_is_aimed_at(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from megatron_sr1.rewards import Reward\n"
+        "def f(pair, prompt):\n    return len(pair.second.response_text) + 100 * len(prompt.answer)\n"
+        "def g(group):\n    return [0.0 if pair.second is None else 1.0 for pair in group.pairs]\n"
+        "long = Reward(f, of_pass='second')\nthere = Reward(g, of_pass='second', needs=('group',))\n"
+    )
+    long, there = f"{tmp_path}/mine.py:long@more", f"{tmp_path}/mine.py:there@blind"
+    pair = answered("10")
+    bare = replace(pair, further=())
+    group = RolloutGroup(0, Prompt("p", "Sum?", "10"), (pair, bare))
+    with closing(Graders(["acc", long, there], num_workers=1)) as graders:
+        graders.submit(group)
+        ((_, vectors),) = graders.collect()
+    assert not isinstance(vectors, Ungraded), vectors
+    assert vectors[0][long] == tuple(len(r.rollout.response_text) + 100.0 for r in pair.readings("more"))
+    assert (vectors[0][there], vectors[1][there], vectors[1][long]) == (1.0, 0.0, ())
+
+
+def test_advantages_of_a_pass_with_samples_compare_all_of_them_and_the_first_pass_earns_their_mean() -> None:
+    """Against the formula, written out: a z-score over the K * m answers of a group."""
+    streams = [
+        {"name": "visual", "pass": "second", "rewards": {"acc_vis": 1.0, "acc": 0.5}},
+        {"name": "answer", "rewards": {"acc": 1.0, "acc_vis": 2.0}},
+    ]
+    objective = preset({"name": "second", "samples": 2}, streams=streams)
+    pairs = [answered("10", "9"), answered("10", "10"), answered()]
+    groups = [
+        RolloutGroup(
+            number, Prompt(f"p{number}", "Sum?", "10"), tuple(replace(p, sample_index=i) for i, p in enumerate(ps))
+        )
+        for number, ps in enumerate((pairs, pairs[:1] * 3))
+    ]
+    vectors = [(group.group_id, score_group(group, scored_rewards(objective))) for group in groups]
+    rewards = join_rewards(vectors, objective)
+    assert rewards["acc_vis"].tolist() == [[1, 0], [1, 1], [0, 0], [1, 0], [1, 0], [1, 0]]
+    found = rollout_advantages(groups, rewards, objective, 1e-6)
+    assert found.shape == (2, 6, 2)
+
+    def z(values: list[float]) -> list[float]:
+        mean = sum(values) / len(values)
+        std = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+        return [(value - mean) / (std + 1e-6) for value in values]
+
+    names = [stream.name for stream in objective.streams]
+    seen = found[names.index("visual")].flatten(1)
+    acc = rewards["acc"].tolist()
+    by_answer = [value + 0.5 * acc[b] for b, row in enumerate(rewards["acc_vis"].tolist()) for value in row]
+    expected = torch.tensor([*z(by_answer[:6]), *z(by_answer[6:])]).view(6, 2)
+    torch.testing.assert_close(seen, expected, atol=1e-6, rtol=1e-6)
+    by_pair = [acc[b] + 2.0 * sum(row) / 2 for b, row in enumerate(rewards["acc_vis"].tolist())]
+    first = found[names.index("answer")]
+    torch.testing.assert_close(first[:3, 0], torch.tensor(z(by_pair[:3])), atol=1e-6, rtol=1e-6)
+    assert not first[:, 1].any() and not first[3:].any()
+
+
+def test_the_leak_filter_takes_what_a_description_gives_away_and_nothing_else() -> None:
+    passes = [
+        {"name": "blind", "context": "nothing"},
+        {"name": "more", "question": "others"},
+        {"name": "start", "reader": "reference"},
+    ]
+    objective = preset({"name": "second", "samples": 2}, *passes)
+    names = ("acc", "acc_vis@blind", "acc_vis@more", "acc_vis@start")
+    rewards = {name: torch.ones(2) for name in names} | {"acc_vis": torch.ones(2, 2), "leak": torch.tensor([0.0, 1.0])}
+    filtered = without_leaks(rewards, objective)
+    assert filtered["acc_vis"].tolist() == [[1, 1], [0, 0]] and filtered["acc_vis@start"].tolist() == [1, 0]
+    assert all(filtered[name].tolist() == [1, 1] for name in ("acc", "acc_vis@blind", "acc_vis@more"))
