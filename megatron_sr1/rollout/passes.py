@@ -8,7 +8,7 @@ leaves free. Among passes of one kind the groups go in order, so that whole grou
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -67,6 +67,7 @@ class PassRequests:
         plans = {group: planner.first(prompts[group], sampling.passes_of(prompts[group]).template) for group in groups}
         requests = [_Request(group, sample, plan) for group, plan in plans.items() for sample in samples]
         self._open = {request.request_id: request for request in requests}  # asked for, not answered
+        self._first_draw = _first_draws(prompts, sampling.num_samples)
         self._left = dict.fromkeys(plans, sampling.num_samples)  # samples of each group that are not complete
         self._queued: dict[str, float] = {}
         self._pairs: dict[tuple[int, int], RolloutPair] = {}  # second passes may still be missing
@@ -102,6 +103,9 @@ class PassRequests:
         """All samples of each group of this engine, in order."""
         assert not self._open, "run() has not ended"
         return {group: self._group_pairs(group) for group in self._left}
+
+    def _draw(self, request: _Request) -> int:
+        return self._first_draw[request.group] + request.sample
 
     def _possible(self) -> deque[list[_Request]]:
         """Everything that is open, or behind a barrier the first passes alone while there are some; the requests of a
@@ -139,7 +143,7 @@ class PassRequests:
         draw = Draw(
             temperature=self._sampling.temperature,
             max_tokens=self._sampling.max_response_tokens,
-            seed=request_seed(self._sampling.seed, self._step, plan.key, request.sample, plan.pass_name),
+            seed=request_seed(self._sampling.seed, self._step, plan.key, self._draw(request), plan.pass_name),
             end_of_turn_id=self._processor.end_of_turn_id,
             banned_ids=self._processor.media_ids,
             priority=request.group + (0 if plan.pass_name == "first" else len(self._prompts)),
@@ -181,7 +185,7 @@ class PassRequests:
         stopped = generation.finish_reason == "stop"
         text_ids = generation.response_ids[:-1] if stopped else generation.response_ids
         return Rollout(
-            rollout_id=f"{self._step}/{request.plan.key}/{request.sample}/{request.plan.pass_name}",
+            rollout_id=f"{self._step}/{request.plan.key}/{self._draw(request)}/{request.plan.pass_name}",
             prompt_ids=generation.prompt_ids,
             response_ids=generation.response_ids,
             response_text=self._processor.decode(text_ids),
@@ -191,6 +195,17 @@ class PassRequests:
             queued_at=self._queued[request.request_id],
             finished_at=time.perf_counter() - self._start,
         )
+
+
+def _first_draws(prompts: Sequence[Prompt], num_samples: int) -> list[int]:
+    """The number of each prompt's first draw in the step: one that comes again, as in a data set smaller than a step,
+    goes on counting, or its responses would be the same once more."""
+    seen: Counter[str] = Counter()
+    first = []
+    for prompt in prompts:
+        first.append(seen[prompt.key] * num_samples)
+        seen[prompt.key] += 1
+    return first
 
 
 @contextmanager
