@@ -189,19 +189,28 @@ def test_importance_weights_in_a_run(finished: Workspace) -> None:
 
 
 def test_pipeline_parallel_with_several_updates_per_batch(finished: Workspace) -> None:
-    """PP=2, two optimizer steps on each rollout batch (the second is off-policy), leak filter; GDPO, and a stream that
-    credits descriptions with what another reader makes of them, with the ratio of whole descriptions."""
+    """PP=2, two optimizer steps on each rollout batch (the second is off-policy), leak filter, a round of dynamic
+    sampling; GDPO, and a stream that credits descriptions with what another reader makes of them, with the ratio of
+    whole descriptions."""
     layout = ("layout.tensor=1", "layout.pipeline=2", "train.batch_size=2", "train.steps=2")
     judged = "{name: judged, tokens: description, rewards: {acc_judge: 1.0}, ratio: sequence}"
     objective = ("objective.preset=gdpo", "objective.leak_filter=true", f"objective.streams=[{judged}]")
     with serve(read_digits) as server:
         judge = (f"rewards.judge.url={server.url}", "rewards.judge.model=reader")
-        finished.run("grpo", "pipeline", *layout, *objective, *judge)
+        finished.run("grpo", "pipeline", *layout, *objective, *judge, "rollout.dynamic_sampling=1")
     entries = finished.metrics("pipeline")
     assert max(entry["logprob_gap"] for entry in entries) < 1e-5, "it leaves the update out"
     for stream in ("answer", "judged"):
         assert entries[0][f"loss/{stream}/ratio_mean"] != entries[0][f"loss/{stream}/weight"] > 0
-    samples = [sample for step in (0, 1) for sample in _rollouts(finished, "pipeline", step)]
+    samples = []
+    for step, entry in enumerate(entries):
+        rounds, *drawn = _rollouts(finished, "pipeline", step)
+        assert len(drawn) == 4 * entry["sampling/drawn"] == 4 * (4 + rounds["further_prompts"])
+        places = [sample["trained_as"] for sample in drawn if sample["trained_as"] is not None]
+        assert places == [place for place in range(4) for _ in range(4)], "the batch is full, in the order of the draw"
+        dropped = {sample["key"] for sample in drawn if sample["trained_as"] is None}
+        assert len(dropped) == entry["sampling/dead_dropped"] == rounds["further_prompts"]
+        samples += drawn
     assert len(server.requests) == sum(sample["description"] is not None for sample in samples) > 0
     for sample in samples:
         described = sample["description"] or ""
