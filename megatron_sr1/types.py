@@ -176,14 +176,14 @@ class Rollout:
     """One generated response. `prompt_ids` are the ids the engine really used, image placeholders
     expanded: the one canonical track."""
 
-    rollout_id: str  # "<step>/<prompt key>/<sample>/<pass>"
+    rollout_id: str  # "<step>/<prompt key>/<draw>/<pass>": draw is the sample; a repeated prompt counts on
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]  # ends with the end-of-turn id when finish_reason is "stop"
     response_text: str  # special tokens kept, the final end-of-turn token removed
     generator_logprobs: tuple[float, ...]  # one per response id
     finish_reason: Literal["stop", "length"]
     weight_version: int
-    queued_at: float = field(default=0.0, compare=False)  # seconds since the rollouts of the step began
+    queued_at: float = field(default=0.0, compare=False)  # seconds since the step's round of rollouts began
     finished_at: float = field(default=0.0, compare=False)  # the same clock
 
 
@@ -236,7 +236,7 @@ class RolloutPair:
 class RolloutGroup:
     """All K samples of one prompt."""
 
-    group_id: int  # position of the prompt in the step's batch
+    group_id: int  # position of the prompt among those that the step has drawn, or is trained on
     prompt: Prompt
     pairs: tuple[RolloutPair, ...]
 

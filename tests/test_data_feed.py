@@ -158,6 +158,38 @@ def test_what_was_in_flight_comes_again_first(datasets: dict[int, ShardDataset])
         assert feed.position == 14
 
 
+def test_distinct_samples_end_before_the_first_that_is_in_flight(datasets: dict[int, ShardDataset]) -> None:
+    """Which then comes next; a state that is saved in between gives the same."""
+    stream = SampleStream(datasets[4], 9)
+    keys = [stream.key(i) for i in stream.indices(0, 12)]
+    with SampleFeed(stream, Quarantine(0)) as feed:
+        first, more, none = feed.next(3), feed.next(5, distinct=True), feed.next(2, distinct=True)
+        assert (first.positions, more.positions, none.positions) == ((0, 1, 2), (3,), ())
+        state = through_json(feed.state())
+        for batch in (first, more, none):
+            feed.finish(batch)
+        assert [key_of(s) for s in feed.next(7, distinct=True).samples] == keys[4:8]
+    with SampleFeed(stream, Quarantine(0)) as feed:
+        feed.restore(state)
+        batches = [feed.next(3), feed.next(5, distinct=True), feed.next(2, distinct=True)]
+        assert [batch.positions for batch in batches] == [(0, 1, 2), (3,), ()]
+        assert [key_of(s) for s in feed.next(3).samples] == keys[4:7], "without `distinct` the order is the stream's"
+
+
+def test_a_few_more_do_not_drop_what_was_read_ahead(datasets: dict[int, ShardDataset]) -> None:
+    reads: list[int] = []
+
+    class Watched(SampleStream):
+        def read(self, index: int) -> Prompt | SftSample:
+            reads.append(index)
+            return super().read(index)
+
+    with SampleFeed(Watched(datasets[20], 1), Quarantine(0), workers=1) as feed:
+        for count in (6, 2, 1, 5):
+            feed.next(count, distinct=True)
+    assert len(set(reads)) == len(reads)
+
+
 def test_resuming_far_on_reads_nothing_before(datasets: dict[int, ShardDataset]) -> None:
     reads: list[int] = []
 

@@ -189,9 +189,9 @@ def test_importance_weights_in_a_run(finished: Workspace) -> None:
 
 
 def test_pipeline_parallel_with_several_updates_per_batch(finished: Workspace) -> None:
-    """PP=2, two optimizer steps on each rollout batch (the second is off-policy), leak filter; GDPO, a stream that
-    credits descriptions with what another reader makes of them, with the ratio of whole descriptions, and one of a
-    second pass of two samples; later passes of every context and reader."""
+    """PP=2, two optimizer steps on each rollout batch (the second is off-policy), leak filter, a round of dynamic
+    sampling; GDPO, a stream that credits descriptions with what another reader makes of them, with the ratio of whole
+    descriptions, and one of a second pass of two samples; later passes of every context and reader."""
     layout = ("layout.tensor=1", "layout.pipeline=2", "train.batch_size=2", "train.steps=2")
     judged = "{name: judged, tokens: description, rewards: {acc_judge: 1.0}, ratio: sequence}"
     seen = "{name: seen, pass: second, rewards: {acc_vis: 1.0, acc_vis@blind: -0.5}}"
@@ -203,19 +203,27 @@ def test_pipeline_parallel_with_several_updates_per_batch(finished: Workspace) -
     objective = ("objective.preset=gdpo", "objective.leak_filter=true", streams, passes)
     with serve(read_digits) as server:
         judge = (f"rewards.judge.url={server.url}", "rewards.judge.model=reader")
-        finished.run("grpo", "pipeline", *layout, *objective, *judge)
+        finished.run("grpo", "pipeline", *layout, *objective, *judge, "rollout.dynamic_sampling=1")
     entries = finished.metrics("pipeline")
     assert max(entry["logprob_gap"] for entry in entries) < 1e-5, "it leaves the update out"
     for stream in ("answer", "judged"):
         assert entries[0][f"loss/{stream}/ratio_mean"] != entries[0][f"loss/{stream}/weight"] > 0
-    samples = [sample for step in (0, 1) for sample in _rollouts(finished, "pipeline", step)]
+    samples = []
+    for step, entry in enumerate(entries):
+        rounds, *drawn = _rollouts(finished, "pipeline", step)
+        assert len(drawn) == 4 * entry["sampling/drawn"] == 4 * (4 + rounds["further_prompts"])
+        places = [sample["trained_as"] for sample in drawn if sample["trained_as"] is not None]
+        assert places == [place for place in range(4) for _ in range(4)], "the batch is full, in the order of the draw"
+        dropped = {sample["key"] for sample in drawn if sample["trained_as"] is None}
+        assert len(dropped) == entry["sampling/dead_dropped"] == rounds["further_prompts"]
+        samples += drawn
     described = sum(sample["description"] is not None for sample in samples)
     evaluated = [sample for label in ("before", "after") for sample in _evaluated(finished, "pipeline", label)]
     read = [sample for sample in evaluated if sample["description"] is not None]
     assert len(server.requests) == 2 * described + len(read) and min(described, len(read)) > 0
     assert all(set(sample["further"]) >= {"second", "blind", "start", "big", "gold"} for sample in read)
     assert {"blind/missing", "other/missing", "reward/acc_vis.start", "loss/seen/kl"} <= entries[1].keys()
-    for sample in _rollouts(finished, "pipeline", 1):
+    for sample in _rollouts(finished, "pipeline", 1)[1:]:
         _check_passes(sample)
     for sample in samples:
         described = sample["description"] or ""

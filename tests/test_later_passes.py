@@ -26,6 +26,7 @@ from megatron_sr1.training.step_rewards import join_rewards, scored_rewards, wit
 from megatron_sr1.types import ALONE, LaterPass, Prompt, Question, Reading, Rollout, RolloutGroup, RolloutPair, Sampling
 from tests.judge_server import serve
 from tests.scripted_engine import IMAGE, SEEN, ScriptedEngine, generator, planner, prompt, sampling
+from tests.step_cases import Listed
 
 OTHERS = [{"problem": "How many are red?", "answer": "7"}, {"problem": "Which?", "answer": "B", "choices": ["x", "y"]}]
 BLIND = LaterPass("blind", "nothing")
@@ -285,20 +286,21 @@ def live(folder: Path, script: Callable[[str, int], str], on_error: str = "stop"
         with LiveRollouts(engine, how, objective, rewards, ALONE, folder) as source:
             clock = Clock()
             prompts = [shown("a", b"1"), shown("b", b"2")]
-            groups, values = source.take(prompts, 0, clock)
-    return objective, prompts, groups, values, step_metrics(groups, values, objective, [], clock, num_prompts=2)
+            taken = source.take(Listed(prompts), 0, clock)  # type: ignore[arg-type]
+    return objective, prompts, taken, step_metrics(taken, objective, ObjectiveConfig(), [], clock)
 
 
 def test_an_endpoint_reads_while_the_engine_decodes_and_its_answers_are_kept(tmp_path: Path) -> None:
-    objective, prompts, groups, rewards, metrics = live(tmp_path, right)
+    objective, prompts, taken, metrics = live(tmp_path, right)
+    groups, rewards = taken.groups, taken.rewards
     assert rewards["acc_vis@big"].tolist() == [1.0, 0.0, 0.0, 0.0]
     reading = groups[0].pairs[0].readings("big")[0]
     assert (reading.rollout.response_text, reading.context) == (r"\boxed{1}", "a 0/0/first")
     assert reading.rollout.response_ids == () and reading.rollout.rollout_id == "0/a/0/big"
     assert metrics["reward/acc_vis.big"] == 0.25 and metrics["big/missing"] == metrics["second/missing"] == 0.0
     assert "big/response_tokens" not in metrics and metrics["second/response_tokens"] == 3
-    again, same = read_rollouts(rollouts_file(tmp_path, 0), prompts, 2, scored_rewards(objective))
-    assert again == groups and all(torch.equal(same[name], rewards[name]) for name in rewards)
+    again = read_rollouts(rollouts_file(tmp_path, 0), lambda further: prompts, 2, scored_rewards(objective))
+    assert again.groups == groups and all(torch.equal(again.rewards[name], rewards[name]) for name in rewards)
     assert rewards["acc_vis"].shape == (4, 2)
 
 
@@ -307,13 +309,13 @@ def test_an_endpoint_that_is_gone_ends_the_step_and_is_never_a_zero(tmp_path: Pa
         ValueError, match=r"the pass 'big' of '0/.*' was not answered by its endpoint: 2 attempts failed"
     ):
         live(tmp_path, lambda question, attempt: "500")
-    _, _, groups, rewards, metrics = live(
+    _, _, taken, metrics = live(
         tmp_path,
         lambda question, attempt: "400" if "a 1/1/first" in question else right(question, attempt),
         "skip_group",
     )
-    assert [group.group_id for group in groups] == [0] and metrics["groups/skipped"] == 1
-    assert rewards["acc_vis@big"].tolist() == [1.0, 0.0]
+    assert [group.group_id for group in taken.groups] == [0] and metrics["groups/skipped"] == 1
+    assert taken.rewards["acc_vis@big"].tolist() == [1.0, 0.0]
 
 
 # ---------------------------------------------------------------- what is earned, and trained

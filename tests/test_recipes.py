@@ -66,6 +66,12 @@ REFUSED: list[tuple[str, list[str], list[str]]] = [
         ["--host-gib", "300"],
         ["more than its 300 GiB", "offload.optimizer"],
     ),
+    (
+        "qwen2_5_vl_7b/grpo.yaml",
+        ["rollout.dynamic_sampling=100", "--host-gib", "1800"],
+        ["more than its 1800 GiB", "rollout.dynamic_sampling"],
+    ),
+    ("qwen2_5_vl_3b/grpo.yaml", ["rollout.dynamic_sampling=-1"], ["rollout.dynamic_sampling=-1", "at least 0"]),
     ("qwen2_5_vl_3b/grpo.yaml", ["rollout.samples_per_prompt=1"], ["samples_per_prompt=1", "advantage_scope is group"]),
     ("qwen2_5_vl_3b/grpo.yaml", ["train.batch_size=100"], ["train.batch_size=100", "prompts_per_step=512"]),
     ("qwen2_5_vl_72b/grpo_fp8.yaml", ["train.micro_batch_tokens=512"], ["train.micro_batch_tokens=512", "1024"]),
@@ -119,6 +125,11 @@ WARNED: list[tuple[str, list[str], list[str]]] = [
     ),
     ("qwen3_vl_30b_a3b/grpo.yaml", ["--gpus-per-node", "4"], ["layout.expert=8 spreads experts over nodes of 4"]),
     ("qwen2_5_vl_72b/grpo.yaml", ["--gpus-per-node", "4"], ["rollout.engine_tensor=8 crosses nodes of 4"]),
+    (
+        "qwen2_5_vl_3b/grpo.yaml",
+        ["rollout.dynamic_sampling=2", "objective.advantage_scope=batch"],
+        ["rollout.dynamic_sampling=2 replaces nothing", "objective.advantage_scope to group"],
+    ),
     ("qwen2_5_vl_3b/grpo.yaml", ["rollout.sleep=false", "--gpu-gib", "141"], ["rollout.sleep=false", "Set it to true"]),
     ("qwen2_5_vl_3b/grpo.yaml", ["precision.dtype=fp32", "--gpu-gib", "200"], ["precision.dtype='fp32'", "bf16"]),
     (

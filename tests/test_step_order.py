@@ -14,6 +14,7 @@ from megatron_sr1.loops import grpo
 from megatron_sr1.loops.run import check_verification
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.platform import Platform
+from megatron_sr1.training.step_rollouts import StepRollouts, all_trained
 
 
 class Recorder:
@@ -47,9 +48,9 @@ def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[str], l
     monkeypatch.setattr(grpo, "own_code", lambda objective: {})
     run.kept_before = lambda *arguments: nullcontext()  # type: ignore[attr-defined]
 
-    def take(prompts: Any, step: int, clock: Clock) -> tuple[list[Any], dict[str, Any]]:
+    def take(prompts: Any, step: int, clock: Clock) -> StepRollouts:
         assert "seconds/sync" in clock.seconds or step == 0 or not results, "what the rollouts waited for"
-        return [], {}
+        return all_trained([], {})
 
     nothing = Recorder(log, write=None)
     feed, source = Recorder(log, next=SimpleNamespace(samples=[])), Recorder(log, take=take)

@@ -15,6 +15,7 @@ from megatron_sr1.streams import PRESETS
 from megatron_sr1.training.rollout_files import write_rollouts
 from megatron_sr1.training.step_metrics import summarise
 from megatron_sr1.training.step_rewards import join_rewards, scored_rewards, without_leaks
+from megatron_sr1.training.step_rollouts import all_trained
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
 from tests.step_cases import graded, scored
 
@@ -105,7 +106,7 @@ def test_the_leak_filter_takes_only_visual_rewards(groups: list[RolloutGroup]) -
 def test_rollouts_are_kept_whole(groups: list[RolloutGroup], tmp_path: Path) -> None:
     rewards = scored(groups, PRESETS["vision_sr1"])
     path = tmp_path / "rollouts" / "step_000000.jsonl"
-    write_rollouts(path, groups, rewards)
+    write_rollouts(path, all_trained(groups, rewards), 1)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == 4
     assert lines[1]["rewards"]["acc_vis"] == 0.0 and lines[1]["rewards"]["acc"] == 1.0

@@ -147,6 +147,18 @@ def test_no_first_pass_waits_behind_a_second_one() -> None:
     assert order == expected
 
 
+def test_a_prompt_that_comes_again_in_a_step_is_answered_by_other_draws() -> None:
+    """As in a data set smaller than a step; its first draws are those that it has alone."""
+    engine, alone = ScriptedEngine(), ScriptedEngine()
+    groups = generator(engine).generate([prompt("a"), prompt("b"), prompt("a"), prompt("a")], sampling(), 3)
+    generator(alone).generate([prompt("a"), prompt("b")], sampling(), 3)
+    assert all(engine.draws[name].seed == draw.seed for name, draw in alone.draws.items())
+    assert len({draw.seed for draw in engine.draws.values()}) == len(engine.draws) == 4 * 2 * 2
+    ids = [rollout.rollout_id for group in groups for pair in group.pairs for rollout in (pair.first, pair.second)]
+    assert len(set(ids)) == 16 and ids[0] == "3/a/0/first" and groups[2].pairs[1].first.rollout_id == "3/a/3/first"
+    assert [pair.sample_index for group in groups for pair in group.pairs] == [0, 1] * 4
+
+
 class FailingEngine(ScriptedEngine):
     """Fails in the steps of these numbers, counted over restarts, losing what is in it."""
 

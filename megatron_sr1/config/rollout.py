@@ -14,6 +14,7 @@ _MOST_REQUESTS = 512  # that an engine is given by itself: with more, a step's l
 _NUMBERS = {
     "prompts_per_step": COUNT,
     "samples_per_prompt": COUNT,
+    "dynamic_sampling": Range(0, 100),
     "temperature": Range(0, 100, above=True),
     "top_p": Range(0, 1, above=True),
     "top_k": COUNT_OR_NONE,
@@ -35,6 +36,7 @@ class RolloutConfig:
 
     prompts_per_step: int = 512  # that are answered before the policy is trained on the answers
     samples_per_prompt: int = 8  # K: responses to each prompt, which are compared with each other
+    dynamic_sampling: int = 0  # rounds, at most, that replace prompts whose responses all earn the same; 0: none
     temperature: float = 1.0  # of both passes
     top_p: float = 1.0  # 1 and 0 alone: the trainer's log-probs are of the whole vocabulary, and so must the draws be
     top_k: int = 0  # see top_p

@@ -7,6 +7,7 @@ from megatron_sr1.data.patterns import expand_shards
 from megatron_sr1.data.quarantine import BadSample, LeftOut, Quarantine
 from megatron_sr1.data.shards import ShardDataset
 from megatron_sr1.data.state import StreamState
+from megatron_sr1.data.step_prompts import StepPrompts
 from megatron_sr1.data.stream import SampleSize, SampleStream, VisualTokens
 from megatron_sr1.data.writer import write_shards
 
@@ -20,6 +21,7 @@ __all__ = [
     "SampleSize",
     "SampleStream",
     "ShardDataset",
+    "StepPrompts",
     "StreamState",
     "VisualTokens",
     "expand_shards",

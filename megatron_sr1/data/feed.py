@@ -66,6 +66,7 @@ class SampleFeed:
         self._check = check
         self._reader = _ReadAhead(stream, workers, prefetch_bytes)
         self._position = 0
+        self._usual = 0  # the largest number that was asked for
         self._again: list[int] = []  # positions that were in flight when the state was saved
         self._in_flight: dict[int, str] = {}
 
@@ -95,18 +96,22 @@ class SampleFeed:
         num_left_out = len(self._quarantine.bad) - num_bad
         return {**counts, "data/left_out": float(num_left_out)} if num_left_out else counts
 
-    def next(self, count: int) -> Batch:
+    def next(self, count: int, *, distinct: bool = False) -> Batch:
         """The next `count` good samples. They are in flight until `finish`. Collective.
+
+        Args:
+            distinct: end before the first sample that is in flight already, which then comes next.
 
         Raises:
             ValueError: more bad samples than the quarantine takes.
             OSError: a shard cannot be opened any more.
         """
+        self._usual = max(self._usual, count)
         while True:
-            ahead = self._upcoming(2 * count)
-            positions = ahead[:count]
+            ahead = self._upcoming(count + self._usual)
+            positions = self._distinct(ahead[:count]) if distinct else ahead[:count]
             mine = part_of(positions, self._readers)
-            samples, bad = self._read(mine, mine + part_of(ahead[count:], self._readers))
+            samples, bad = self._read(mine, mine + part_of(ahead[len(positions) :], self._readers))
             found = self._ranks.gather(bad)
             if not found:
                 break
@@ -146,6 +151,16 @@ class SampleFeed:
         self._in_flight = {}
         self._again = [position for position, _ in state.in_flight]
         assert all(self._key(position) == key for position, key in state.in_flight)
+
+    def _distinct(self, positions: list[int]) -> list[int]:
+        """Those before the first whose sample is in flight, or comes twice."""
+        taken = {self._stream.index(position) for position in self._in_flight}
+        for number, position in enumerate(positions):
+            index = self._stream.index(position)
+            if index in taken:
+                return positions[:number]
+            taken.add(index)
+        return positions
 
     def _advance(self, positions: list[int]) -> None:
         again = set(self._again)

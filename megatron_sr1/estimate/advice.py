@@ -200,6 +200,11 @@ def _engine(plan: RunPlan) -> Iterator[str]:
         )
     if plan.stages and not rollout.sleep:
         yield "rollout.sleep=false keeps the engine's memory while the policy trains. Set it to true."
+    if plan.stages and rollout.dynamic_sampling and config.objective.advantage_scope == "batch":
+        yield (
+            f"rollout.dynamic_sampling={rollout.dynamic_sampling} replaces nothing where the responses to a prompt are "
+            "compared with the whole batch: set objective.advantage_scope to group, or it to 0."
+        )
     engines = config.nproc // ranks
     if plan.stages and rollout.prompts_per_step < engines:
         yield (

@@ -2,7 +2,8 @@
 
 offload     optimizer state and reference, pinned, once a first rollout has sent them there (config.offload)
 checkpoint  fp32 weights and both moments of what the first of its replicas gathers to write: m * 12 bytes a rank
-images      of a step's prompts, decoded, on every rank: as if half of the longest sequence were visual tokens
+images      of a step's prompts, decoded, on every rank: as if half of the longest sequence were visual tokens, and
+            every round of dynamic sampling replaced all
 patches     of the last images, which wait between an engine's use and the trainer's
 read ahead  data.prefetch_mib a rank
 processes   interpreter, libraries, CUDA's own, worker threads: taken as given, not derived
@@ -45,7 +46,8 @@ def host_bytes(
         vision = model.hf.vision_config
         token_pixels = (vision.patch_size * vision.spatial_merge_size) ** 2
         first, _ = typical_tokens(config.rollout)
-        found["images"] = ranks * config.rollout.prompts_per_step * first * 3 * token_pixels
+        prompts = config.rollout.prompts_per_step * (1 + config.rollout.dynamic_sampling)
+        found["images"] = ranks * prompts * first * 3 * token_pixels
         found["patches"] = ranks * KEPT_PATCHES * 3 * vision.temporal_patch_size * vision.patch_size**2
     found["read ahead"] = ranks * (config.data.prefetch_mib << 20)
     found["processes"] = ranks * PROCESS_GIB * GIB

@@ -156,7 +156,7 @@ _HOST_REMEDIES = {
     "offload": "Set offload.optimizer or offload.reference to false where the GPUs have room.",
     "checkpoint": "Raise layout.pipeline, with nproc where that is needed.",
     "patches": "Run fewer ranks on a node.",
-    "images": "Lower rollout.prompts_per_step or rollout.max_model_tokens.",
+    "images": "Lower rollout.prompts_per_step, rollout.dynamic_sampling or rollout.max_model_tokens.",
     "read ahead": "Lower data.prefetch_mib.",
     "processes": "Run fewer ranks on a node.",
 }

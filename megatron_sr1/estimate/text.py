@@ -59,9 +59,11 @@ def _batch(plan: RunPlan) -> str:
         batch = f"{config.train.batch_size} samples"
     else:
         updates = config.rollout.prompts_per_step // config.train.batch_size
+        rounds = config.rollout.dynamic_sampling
+        further = f" (and further prompts in at most {rounds} round{'s' if rounds > 1 else ''})" if rounds else ""
         batch = (
-            f"{config.rollout.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples in {updates} "
-            f"optimizer step{'s' if updates > 1 else ''}"
+            f"{config.rollout.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples{further} in "
+            f"{updates} optimizer step{'s' if updates > 1 else ''}"
         )
     return (
         f"step: {batch}; about {plan.num_rows} rows of {plan.row_tokens:,} tokens for each replica in one optimizer "

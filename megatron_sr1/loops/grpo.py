@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_sr1.config import Config
-from megatron_sr1.data import SampleFeed, only_prompts
+from megatron_sr1.data import SampleFeed, StepPrompts
 from megatron_sr1.loops.evaluate import Evaluations, NoEvaluations, check_heldout, heldout_prompts
 from megatron_sr1.loops.generation import build_generator, prompt_check, training_sampling
 from megatron_sr1.loops.preemption import watch_for_stop
@@ -34,7 +34,8 @@ def run_grpo(
 
     Args:
         rollouts_only: the steps are generated, graded and saved, all with the weights at hand; none is trained on. The
-            first of them is the next step of the run, to the bit.
+            first of them is the next step of the run, to the bit. With dynamic sampling the prompts of the others are
+            not those of the run: other weights leave other groups to be replaced.
         from_rollouts: a `rollouts` folder that the steps are trained from, to the bits of the run that saved it; no
             engine is started, so nothing is evaluated.
     """
@@ -59,7 +60,10 @@ def run_grpo(
             sampling, files = training_sampling(config, preset), run.folder / "rollouts"
             refreshed = not rollouts_only
             source = LiveRollouts(
-                generator, sampling, preset, config.rewards, platform.ranks, files, refreshed=refreshed
+                *(generator, sampling, preset, config.rewards, platform.ranks, files),
+                refreshed=refreshed,
+                objective=config.objective,
+                rounds=config.rollout.dynamic_sampling,
             )
             evaluations = Evaluations(run, generator, heldout) if refreshed else evaluations
         with feed, source:
@@ -95,15 +99,14 @@ def _steps(
     with metrics_of(run, first) as writer, watch_for_stop(run.platform) as stop:
         for step in range(first, run.config.train.steps):
             evaluations.between(step)
-            batch = feed.next(run.config.rollout.prompts_per_step)
-            prompts = only_prompts(batch.samples, "data.train")
+            prompts = StepPrompts(feed, run.config.rollout.prompts_per_step)
             with run.kept_before(RewardError, step, feed, policy, first):
-                groups, rewards = source.take(prompts, step, clock)  # both passes of every sample, graded
+                rollouts = source.take(prompts, step, clock)  # both passes of every sample, graded
                 with clock("train"):
-                    results = trainer.update(groups, rewards)  # advantages, packed rows, optimizer steps
-            feed.finish(batch)
+                    results = trainer.update(*rollouts.trained)  # advantages, packed rows, optimizer steps
+            prompts.finish()
             if writer is not None:
-                measured = step_metrics(groups, rewards, preset, results, clock, num_prompts=len(prompts))
+                measured = step_metrics(rollouts, preset, run.config.objective, results, clock)
                 writer.write(step, {**measured, **feed.metrics})
             clock = Clock()
             with clock("save"):

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """`with clock("train"): ...` notes `seconds/train`."""
+    """`with clock("train"): ...` adds to `seconds/train`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
+        name, start = f"seconds/{part}", time.perf_counter()
         yield
-        self.seconds[f"seconds/{part}"] = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -12,7 +12,7 @@ sample of the same number has one. A pass that the starting weights read waits u
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -96,6 +96,7 @@ class PassRequests:
         self._num_firsts = len(requests)  # of the open ones
         self._lent: list[tuple[LaterPass, tuple[int, int]]] = []  # passes that read of another image, and whose
         self._held: list[_Request] = []  # for the starting weights
+        self._first_draw = _first_draws(prompts, sampling.num_samples)
         self._left = dict.fromkeys(plans, sampling.num_samples)  # samples of each group that are not complete
         self._missing: dict[tuple[int, int], int] = {}  # answers of later passes that a sample waits for
         self._queued: dict[str, float] = {}
@@ -138,6 +139,9 @@ class PassRequests:
         assert not self.num_open, "run() has not ended"
         return {group: self._group_pairs(group) for group in self._left}
 
+    def _draw(self, place: tuple[int, int]) -> int:
+        return self._first_draw[place[0]] + place[1]
+
     def _possible(self) -> deque[list[_Request]]:
         """Everything that is open, or behind a barrier the first passes alone while there are some; the requests of a
         plan together."""
@@ -174,7 +178,7 @@ class PassRequests:
         draw = Draw(
             temperature=self._sampling.temperature,
             max_tokens=self._sampling.max_response_tokens,
-            seed=request_seed(self._sampling.seed, self._step, plan.key, request.sample, plan.pass_name),
+            seed=request_seed(self._sampling.seed, self._step, plan.key, self._draw(request.place), plan.pass_name),
             end_of_turn_id=self._processor.end_of_turn_id,
             banned_ids=self._processor.media_ids,
             priority=request.group + (0 if request.asked is None else len(self._prompts)),
@@ -225,7 +229,7 @@ class PassRequests:
         for asked in ask_later(later, prompt, text):
             if later.reader == "endpoint":
                 if self._on_question is not None:
-                    name = f"{self._step}/{prompt.key}/{sample}/{later.name_of(asked.number)}"
+                    name = f"{self._step}/{prompt.key}/{self._draw(place)}/{later.name_of(asked.number)}"
                     empty = Rollout(name, (), (), "", (), "stop", 0)
                     reading = Reading(later.name, asked.number, empty, asked.context, asked.question)
                     self._on_question(group, sample, asked.text(prompt), reading)
@@ -285,7 +289,7 @@ class PassRequests:
         stopped = generation.finish_reason == "stop"
         text_ids = generation.response_ids[:-1] if stopped else generation.response_ids
         return Rollout(
-            rollout_id=f"{self._step}/{request.plan.key}/{request.sample}/{request.plan.pass_name}",
+            rollout_id=f"{self._step}/{request.plan.key}/{self._draw(request.place)}/{request.plan.pass_name}",
             prompt_ids=generation.prompt_ids,
             response_ids=generation.response_ids,
             response_text=self._processor.decode(text_ids),
@@ -295,6 +299,17 @@ class PassRequests:
             queued_at=self._queued[request.request_id],
             finished_at=time.perf_counter() - self._start,
         )
+
+
+def _first_draws(prompts: Sequence[Prompt], num_samples: int) -> list[int]:
+    """The number of each prompt's first draw in the step: one that comes again, as in a data set smaller than a step,
+    goes on counting, or its responses would be the same once more."""
+    seen: Counter[str] = Counter()
+    first = []
+    for prompt in prompts:
+        first.append(seen[prompt.key] * num_samples)
+        seen[prompt.key] += 1
+    return first
 
 
 @contextmanager

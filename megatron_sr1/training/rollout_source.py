@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol
 
+from megatron_sr1.data import StepPrompts
 from megatron_sr1.metrics.clock import Clock
-from megatron_sr1.training.step_rewards import Rewards
-from megatron_sr1.types import NamedTensors, Prompt, RolloutGroup
+from megatron_sr1.training.step_rollouts import StepRollouts
+from megatron_sr1.types import NamedTensors
 
 
 class RolloutSource(Protocol):
@@ -16,7 +16,7 @@ class RolloutSource(Protocol):
 
     needs_room: bool  # its engines have the memory that only training needs, from `refresh` to the end of `take`
 
-    def take(self, prompts: Sequence[Prompt], step: int, clock: Clock) -> tuple[list[RolloutGroup], Rewards]:
+    def take(self, prompts: StepPrompts, step: int, clock: Clock) -> StepRollouts:
         """All groups and all rewards of a step, on every rank. Collective. The clock notes `seconds/rollout`."""
         ...
 

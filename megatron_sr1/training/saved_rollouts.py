@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
+from megatron_sr1.data import StepPrompts
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file
-from megatron_sr1.training.step_rewards import Rewards, scored_rewards
-from megatron_sr1.types import NamedTensors, Prompt, RolloutGroup
+from megatron_sr1.training.step_rewards import scored_rewards
+from megatron_sr1.training.step_rollouts import StepRollouts
+from megatron_sr1.types import NamedTensors, Prompt
 
 
 class SavedRollouts:
@@ -32,10 +34,17 @@ class SavedRollouts:
     ) -> None:
         pass
 
-    def take(self, prompts: Sequence[Prompt], step: int, clock: Clock) -> tuple[list[RolloutGroup], Rewards]:
-        """All groups and rewards of the step; see `read_rollouts` for errors."""
+    def take(self, prompts: StepPrompts, step: int, clock: Clock) -> StepRollouts:
+        """All groups and rewards of the step, and what of them was trained on; see `read_rollouts` for errors.
+
+        The file decides how many prompts are drawn, whatever `rollout.dynamic_sampling` says. Collective."""
         with clock("rollout"):
-            return read_rollouts(rollouts_file(self._folder, step), prompts, self._num_samples, self._names)
+            path = rollouts_file(self._folder, step)
+            return read_rollouts(path, partial(_all_prompts, prompts), self._num_samples, self._names)
 
     def refresh(self, weights: NamedTensors, version: int) -> None:
         """Nothing is drawn, so the weights stay where they are; no rank asks for one."""
+
+
+def _all_prompts(prompts: StepPrompts, further: int) -> list[Prompt]:
+    return [*prompts.first, *(prompts.more(further) if further else [])]

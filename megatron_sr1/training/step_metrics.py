@@ -7,38 +7,46 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_sr1.config import ObjectiveConfig
 from megatron_sr1.metrics import MetricLog
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.policy import StepResult
 from megatron_sr1.rewards import faithful, find_reward
 from megatron_sr1.streams import Preset
-from megatron_sr1.training.batches import rollout_advantages
+from megatron_sr1.training.live_groups import live_groups
 from megatron_sr1.training.step_rewards import Rewards, per_rollout
+from megatron_sr1.training.step_rollouts import StepRollouts
 from megatron_sr1.types import SECOND, PassName, Rollout, RolloutGroup
 
 _OF_SECOND = ("second_pass_accuracy", "language_shortcut_rate")
 
 
 def step_metrics(
-    groups: Sequence[RolloutGroup],
-    rewards: Rewards,
+    rollouts: StepRollouts,
     preset: Preset,
+    objective: ObjectiveConfig,
     results: Sequence[StepResult],
     clock: Clock,
-    *,
-    num_prompts: int,
 ) -> dict[str, float]:
     """All of them by name; those of several optimizer steps as their mean.
 
-    Args:
-        groups: of the `num_prompts` prompts of the step, those that could be graded.
+    Of what: `reward/*` and what the optimizer steps measure, of the groups that are trained on; everything else, of all
+    that was drawn, so that it speaks of the data as they come, whatever dynamic sampling keeps of them.
     """
     log = MetricLog()
-    log.add("groups/skipped", num_prompts - len(groups), "sum")
-    for name, share in dead_groups(groups, rewards, preset).items():
-        log.add(name, share)
-    _log_rewards(log, groups, rewards, preset)
-    num_tokens = _log_responses(log, groups, preset)
+    log.add("groups/skipped", len(rollouts.skipped), "sum")
+    alive, kept = live_groups(rollouts.groups, rollouts.rewards, preset, objective)
+    shares = {f"groups/dead/{stream.name}": row for stream, row in zip(preset.streams, ~alive, strict=True)}
+    for name, dead in {**shares, "groups/dead": ~kept}.items():
+        log.add(name, dead.float().mean().item())
+    if rollouts.rounds is not None:
+        _log_sampling(log, rollouts, kept)
+    asked = {later.name for later in preset.passes.later}
+    for name, value in summarise(rollouts.groups, rollouts.rewards).items():
+        if value is not None and (name not in _OF_SECOND or SECOND.name in asked):
+            log.add(name, value)
+    _log_rewards(log, rollouts.trained[1], preset)
+    num_tokens = _log_responses(log, rollouts.groups, preset)
     log.add("tokens_per_second", num_tokens / clock.seconds["seconds/rollout"])
     for result in results:
         for name, value in result.metrics.items():
@@ -70,25 +78,20 @@ def summarise(groups: Sequence[RolloutGroup], rewards: Rewards) -> dict[str, flo
     }
 
 
-def dead_groups(groups: Sequence[RolloutGroup], rewards: Rewards, preset: Preset) -> dict[str, float]:
-    """`groups/dead/<stream>`, the share of prompts whose responses are all the same to a stream, so that it teaches
-    nothing; `groups/dead`, to all streams."""
-    ids = torch.tensor([group.group_id for group in groups for _ in group.pairs])  # [B]
-    advantages = rollout_advantages(groups, rewards, preset, eps=1.0)  # [S, B, M], of any scale
-    alive = torch.stack([(advantages[:, ids == group.group_id] != 0).any(-1).any(-1) for group in groups], 1)  # [S, G]
-    dead = {f"groups/dead/{stream.name}": row for stream, row in zip(preset.streams, ~alive, strict=True)}
-    return {name: share.float().mean().item() for name, share in {**dead, "groups/dead": ~alive.any(0)}.items()}
-
-
 def _mean(values: Tensor) -> float | None:
     return values.mean().item() if len(values) else None
 
 
-def _log_rewards(log: MetricLog, groups: Sequence[RolloutGroup], rewards: Rewards, preset: Preset) -> None:
-    asked = {later.name for later in preset.passes.later}
-    for name, value in summarise(groups, rewards).items():
-        if value is not None and (name not in _OF_SECOND or SECOND.name in asked):
-            log.add(name, value)
+def _log_sampling(log: MetricLog, rollouts: StepRollouts, alive: Tensor) -> None:
+    """`alive`: [G]."""
+    trained = torch.tensor([place is not None for place in rollouts.places])
+    log.add("sampling/rounds", rollouts.rounds or 0)
+    log.add("sampling/drawn", rollouts.num_drawn)
+    log.add("sampling/dead_dropped", int((~alive & ~trained).sum()))
+    log.add("sampling/dead_trained", int((~alive & trained).sum()))
+
+
+def _log_rewards(log: MetricLog, rewards: Rewards, preset: Preset) -> None:
     for name, reward in rewards.items():
         if name != "format":  # in the summary already
             log.add(f"reward/{find_reward(name).shown}", reward.mean().item())

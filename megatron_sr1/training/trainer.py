@@ -11,10 +11,11 @@ from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
 from megatron_sr1.rewards import RewardError
 from megatron_sr1.streams import Preset
-from megatron_sr1.training.batches import Batcher, StreamBatch, rollout_advantages
+from megatron_sr1.training.batches import Batcher, StreamBatch
+from megatron_sr1.training.live_groups import step_advantages
 from megatron_sr1.training.logprob_gap import check_logprob_gap, max_logprob_gap
 from megatron_sr1.training.losses import PolicyLoss
-from megatron_sr1.training.step_rewards import Rewards, without_leaks
+from megatron_sr1.training.step_rewards import Rewards
 from megatron_sr1.types import LogProbs, RolloutGroup, Scoring
 
 
@@ -49,8 +50,7 @@ class Trainer:
             RewardError: so many groups were skipped that a replica has none; before the first step.
         """
         self._policy.return_to_device()
-        rewards = without_leaks(rewards, self._preset) if self._config.objective.leak_filter else rewards
-        advantages = rollout_advantages(groups, rewards, self._preset, self._config.objective.advantage_eps)
+        advantages = step_advantages(groups, rewards, self._preset, self._config.objective)
         batches = list(self._mini_batches(groups, advantages))
         old: list[list[LogProbs] | None] = [None] * len(batches)
         if len(batches) > 1:

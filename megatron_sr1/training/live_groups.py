@@ -1,0 +1,64 @@
+"""Which groups teach a policy anything, and which of a step's groups it is trained on.
+
+A group is dead to a stream where every response to its prompt has an advantage of exactly 0, as the trainer computes
+it: after the leak filter, over the rewards of all that was drawn. With scope "group" its responses then earn the same;
+with "batch" they are all at the mean of the batch; with `per_component` every reward is the same for all of them, or
+the rewards cancel each other. DAPO (arXiv 2503.14476, sec. 3.2) draws further prompts in place of groups without spread
+in its one reward; here a group is dead that is dead to every stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_sr1.config import ObjectiveConfig
+from megatron_sr1.streams import Preset
+from megatron_sr1.training.batches import rollout_advantages
+from megatron_sr1.training.step_rewards import Rewards, without_leaks
+from megatron_sr1.types import RolloutGroup
+
+
+def step_advantages(
+    groups: Sequence[RolloutGroup], rewards: Rewards, preset: Preset, objective: ObjectiveConfig
+) -> Tensor:
+    """[S, B, M]: those that a policy is trained with, see `rollout_advantages`."""
+    rewards = without_leaks(rewards, preset) if objective.leak_filter else rewards
+    return rollout_advantages(groups, rewards, preset, objective.advantage_eps)
+
+
+def live_groups(
+    groups: Sequence[RolloutGroup], rewards: Rewards, preset: Preset, objective: ObjectiveConfig
+) -> tuple[Tensor, Tensor]:
+    """Whether each group is alive to each stream, [S, G], and to any that has a weight in the loss, [G].
+
+    A stream of `loss_weight` 0 is measured and teaches nothing, so it keeps no group alive.
+    """
+    moves = step_advantages(groups, rewards, preset, objective) != 0  # [S, B, M]
+    member = torch.tensor([place for place, group in enumerate(groups) for _ in group.pairs])  # [B]
+    alive = torch.zeros(len(preset.streams), len(groups)).index_add(1, member, moves.any(2).float()) > 0
+    weighted = torch.tensor([stream.loss_weight != 0 for stream in preset.streams])
+    return alive, alive[weighted].any(0)
+
+
+def training_places(numbers: Sequence[int], alive: Sequence[bool], count: int) -> list[int | None]:
+    """The place of each group among the `count` prompts of the training batch; None: it is dropped.
+
+    The live groups come first, then the dead ones that are needed to fill the batch, each the oldest first; what is
+    chosen keeps the order of the draw. Where even so too few are graded, the last of the places stay empty whose first
+    prompts could not be: without further rounds every group has the place of its own number.
+
+    Args:
+        numbers: of the groups that are graded, in the order of the draw, increasing; the step began with those below
+            `count`.
+        alive: of each of them.
+    """
+    ranked = sorted(range(len(numbers)), key=lambda index: not alive[index])  # stable
+    chosen = set(ranked[:count])
+    graded = set(numbers)
+    ungraded = [place for place in range(count) if place not in graded]
+    empty = set(ungraded[len(ungraded) - (count - len(chosen)) :])
+    places = iter([place for place in range(count) if place not in empty])
+    return [next(places) if index in chosen else None for index in range(len(numbers))]

@@ -1,0 +1,223 @@
+"""GRPO's loop on real shards, a scripted engine and a policy that is one number: what it draws hangs on its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sr1.config import Config, load_config
+from megatron_sr1.data import Quarantine, SampleFeed, SampleStream, ShardDataset, StreamState, write_shards
+from megatron_sr1.loops import grpo
+from megatron_sr1.loops.evaluate import NoEvaluations
+from megatron_sr1.loops.run import Run
+from megatron_sr1.metrics import read_jsonl
+from megatron_sr1.policy import StepResult
+from megatron_sr1.rewards import Ungraded, Vectors, score_or_tell
+from megatron_sr1.rewards.table import for_prompt
+from megatron_sr1.rollout.request import Generation
+from megatron_sr1.streams import PRESETS
+from megatron_sr1.training import live_rollouts
+from megatron_sr1.training.checkpointer import Progress
+from megatron_sr1.training.live_rollouts import LiveRollouts
+from megatron_sr1.training.rollout_files import rollouts_file
+from megatron_sr1.training.saved_rollouts import SavedRollouts
+from megatron_sr1.training.trainer import NoTrainer
+from megatron_sr1.types import OneRank, Prompt, RolloutGroup
+from tests.data_cases import prompts
+from tests.scripted_engine import EOT, Letters, ScriptedEngine, generator, sampling
+
+PRESET = PRESETS["vision_r1"]
+RIGHT, WRONG, DRAWN = 0, 1, 2  # what the number of a prompt says of its answers, modulo 4; 3 is DRAWN, too
+SAMPLES = 2
+
+
+def texts(num: int, which: Callable[[int], bool] = lambda i: True) -> list[Prompt]:
+    """Questions without images; prompt i is answered as its number says."""
+    return [replace(prompt, images=()) for i, prompt in enumerate(prompts(4 * num)) if which(i)][:num]
+
+
+class Answering(ScriptedEngine):
+    """Half of the prompts are always right or always wrong; the others hang on the seed and on the weights."""
+
+    weights = 0
+
+    def update_weights(self, weights: Any, version: int) -> None:
+        super().update_weights(weights, version)
+        self.weights = dict(weights)["number"]
+
+    def step(self) -> list[Generation]:
+        request_id, ids = self._queue.pop()
+        self.log.append(f"end {request_id}")
+        found = re.search(r"Frage (\d+)", self.prompts[request_id])
+        assert found is not None
+        number = int(found[1])
+        drawn = hashlib.sha256(f"{self.draws[request_id].seed} {self.weights}".encode()).digest()[0] % 2
+        right = {RIGHT: 1, WRONG: 0}.get(number % 4, drawn)
+        text = rf"<think> {self.draws[request_id].seed % 97} </think> \boxed{{{number if right else -1}}}"
+        answer = (*Letters().text_ids(text), EOT)
+        return [Generation(request_id, ids, answer, (-0.5,) * len(answer), "stop")]
+
+
+class Here:
+    """`Graders` in this process, which cannot grade what is `spoiled`."""
+
+    ask = None  # no endpoint is asked
+
+    def __init__(self, names: Sequence[str], *arguments: Any, **options: Any) -> None:
+        self._names, self._shares = names, {}
+
+    def submit(self, group: RolloutGroup) -> None:
+        names = for_prompt(self._names, bool(group.prompt.images))
+        assert group.group_id not in self._shares
+        spoiled = "spoiled" in group.prompt.metadata
+        self._shares[group.group_id] = Ungraded("it is spoiled") if spoiled else score_or_tell(group, names)
+
+    def collect(self) -> list[tuple[int, Vectors | Ungraded]]:
+        shares, self._shares = list(self._shares.items()), {}
+        return shares
+
+    def close(self) -> None: ...
+
+
+class Spoiling:
+    """A generator that hands on groups that cannot be graded: those that `which` says, by the step, the number of the
+    call in it, and the place of the group in the call."""
+
+    def __init__(self, made: Any, which: Callable[[int, int, int], bool]) -> None:
+        self._made, self._which = made, which
+        self._calls: Counter[int] = Counter()
+
+    def generate(
+        self, prompts: Any, sampling: Any, step: int, on_group: Any, on_question: Any = None
+    ) -> list[RolloutGroup]:
+        call = self._calls[step]
+        self._calls[step] += 1
+
+        def spoiled(group: RolloutGroup) -> None:
+            place = group.group_id
+            more = {"spoiled": True} if self._which(step, call, place) else {}
+            on_group(replace(group, prompt=replace(group.prompt, metadata={**group.prompt.metadata, **more})))
+
+        return self._made.generate(prompts, sampling, step, spoiled)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._made, name)
+
+
+class Alone(OneRank):
+    def any(self, value: bool) -> bool:
+        return value
+
+    def meet(self) -> None: ...
+
+
+class Number:
+    """A policy and its trainer: every bit of what it is trained on goes into its number."""
+
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
+        self.trained: list[list[tuple[int, str]]] = []  # of each step: places and keys
+
+    def hf_weights(self) -> dict[str, int]:
+        return {"number": self.number}
+
+    def leave_device(self) -> None: ...
+
+    def return_to_device(self) -> None: ...
+
+    def update(self, groups: Sequence[RolloutGroup], rewards: dict[str, torch.Tensor]) -> list[StepResult]:
+        self.trained.append([(group.group_id, group.prompt.key) for group in groups])
+        firsts = [(group.group_id, pair.first) for group in groups for pair in group.pairs]
+        seen = [(place, first.rollout_id, first.prompt_ids, first.response_ids) for place, first in firsts]
+        values = [(name, value.tolist()) for name, value in sorted(rewards.items())]
+        digest = hashlib.sha256(f"{self.number} {seen} {values}".encode()).digest()
+        self.number = int.from_bytes(digest[:7], "little")
+        return [StepResult({"loss/answer/policy": float(self.number)}, grad_norm=1.0, learning_rate=1.0)]
+
+
+@dataclass(frozen=True)
+class NumberRun(Run):
+    """Keeps its checkpoints in a dictionary."""
+
+    kept: dict[int, tuple[int, Progress]] = field(default_factory=dict)
+
+    def checkpointer(self) -> Any:
+        def save(policy: Number, progress: Progress) -> None:
+            self.kept[progress.step] = (policy.number, progress)
+
+        return SimpleNamespace(save=save, steps=lambda: sorted(self.kept))
+
+    def accept(self, *arguments: Any) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return ""
+
+
+class Runs:
+    """Runs in one folder, one after the other, on the same shards."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, data: Sequence[Prompt], *settings: str) -> None:
+        patch.setattr(live_rollouts, "Graders", Here)
+        self.folder = folder
+        self._dataset = ShardDataset(write_shards(data, folder / "data", "train", 7))
+        fixed = ("rollout.prompts_per_step=4", f"rollout.samples_per_prompt={SAMPLES}", "train.batch_size=2")
+        self._settings = (*fixed, "objective.preset=vision_r1", "train.steps=6", "train.save_every=2", *settings)
+        self.kept: dict[str, dict[int, tuple[int, Progress]]] = {}
+
+    def config(self, name: str, *settings: str) -> Config:
+        return load_config(None, [*self._settings, f"run_dir={self.folder / name}", *settings])
+
+    def go(
+        self,
+        name: str,
+        *settings: str,
+        engine: ScriptedEngine | None = None,
+        saved: str | None = None,
+        trains: bool = True,
+        skips: bool = False,
+        wrapped: Callable[[Any], Any] = lambda made: made,
+    ) -> Number:
+        """Goes on with the run of this name, or begins it; `saved` names the run whose rollouts it is trained from."""
+        config = self.config(name, *settings, *(["rewards.on_error=skip_group"] if skips else []))
+        platform: Any = SimpleNamespace(is_main=True, ranks=Alone())
+        run = NumberRun(config, platform, self.kept.setdefault(name, {}))
+        first = max(run.kept, default=0)
+        policy: Any = Number(run.kept[first][0] if first else 0)
+        feed = SampleFeed(SampleStream(self._dataset, config.seed, window=8), Quarantine(0))
+        if first:
+            feed.restore(StreamState.from_json(run.kept[first][1].stream))
+        source: Any
+        if saved is not None:
+            source = SavedRollouts(self.folder / saved / "rollouts", PRESET, SAMPLES)
+        else:
+            source = LiveRollouts(
+                wrapped(generator(engine or Answering(), max_description=5)),
+                sampling(num_samples=SAMPLES, template="cot", later=()),
+                *(PRESET, config.rewards, run.platform.ranks, run.folder / "rollouts"),
+                objective=config.objective,
+                rounds=config.rollout.dynamic_sampling,
+            )
+        trainer: Any = policy if trains else NoTrainer()
+        with feed, source:
+            grpo._steps(run, first, PRESET, feed, policy, source, trainer, NoEvaluations())
+        return policy
+
+    def metrics(self, name: str) -> list[dict[str, float]]:
+        return read_jsonl(self.folder / name / "metrics.jsonl")
+
+    def lines(self, name: str, step: int) -> list[dict[str, Any]]:
+        path = rollouts_file(self.folder / name / "rollouts", step)
+        return [json.loads(line) for line in path.read_text().splitlines()]
