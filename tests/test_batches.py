@@ -33,7 +33,8 @@ def _streams(processor: Processor, config: Config, ranks: Ranks = ALONE) -> Stre
 def _packed(
     batcher: Batcher, config: Config, groups: list[RolloutGroup], rewards: dict[str, torch.Tensor], preset: Preset
 ) -> StreamBatch:
-    return batcher.streams(groups, rollout_advantages(groups, rewards, preset, config.objective.advantage_eps), preset)
+    advantages = rollout_advantages(groups, rewards, preset, config.objective.advantage_eps)
+    return batcher.streams(batcher.rows(groups, preset), advantages, preset)
 
 
 def _weights(batch: StreamBatch) -> list[torch.Tensor]:
@@ -47,7 +48,7 @@ def _by_sequence(batch: StreamBatch, values: list[torch.Tensor]) -> list[torch.T
 
 def test_each_pass_carries_its_own_advantage(processor: Processor) -> None:
     batch = _streams(processor, _config())
-    advantages = _by_sequence(batch, [row.advantages for row in batch.tokens])
+    advantages = _by_sequence(batch, batch.advantages)
     weights = _by_sequence(batch, _weights(batch))
     # first, second of (0,0); first, second of (0,1); first, second of (1,0); first of (1,1)
     assert len(advantages) == 7

@@ -20,6 +20,7 @@ from megatron_sr1.types import (
     EncodedImage,
     MicroBatch,
     Ranks,
+    RewardStream,
     Rollout,
     RolloutGroup,
     SftSample,
@@ -38,8 +39,8 @@ class SftBatch:
 
 
 @dataclass(frozen=True)
-class StreamBatch:
-    """This replica's share of one optimizer step's rollouts, both passes."""
+class StreamRows:
+    """This replica's share of one optimizer step's rollouts, both passes, packed: all that is known before rewards."""
 
     micro_batches: list[MicroBatch]
     tokens: list[ResponseTokens]  # of each micro-batch
@@ -47,8 +48,19 @@ class StreamBatch:
     num_of_kind: Mapping[str, int]  # the same by `token_kinds`, those alone that occur
 
 
+@dataclass(frozen=True)
+class StreamBatch(StreamRows):
+    """The same with what the loss is to make of it."""
+
+    advantages: list[Tensor]  # of each micro-batch [S, R]
+
+
 def rollout_advantages(
-    groups: Sequence[RolloutGroup], rewards: Mapping[str, Tensor], preset: Preset, eps: float
+    groups: Sequence[RolloutGroup],
+    rewards: Mapping[str, Tensor],
+    preset: Preset,
+    eps: float,
+    kl: Tensor | None = None,
 ) -> Tensor:
     """Advantages of a whole rollout batch, before it is cut into mini-batches: scope "batch" means all of it
     (Vision-SR1, arXiv 2508.19652, eq. 6).
@@ -56,6 +68,7 @@ def rollout_advantages(
     Args:
         rewards: per component [B], rollouts in the order of the groups and, within, of the samples.
         eps: see `group_advantages`.
+        kl: [S, B], see `stream_advantages`; needed where a stream's KL is in its reward.
 
     Returns:
         [S, B].
@@ -64,7 +77,9 @@ def rollout_advantages(
         ValueError: see `stream_advantages`.
     """
     group_ids = torch.tensor([group.group_id for group in groups for _ in group.pairs])  # [B]
-    return torch.stack([stream_advantages(stream, rewards, group_ids, eps) for stream in preset.streams])
+    kls = [None] * len(preset.streams) if kl is None else kl
+    each = zip(preset.streams, kls, strict=True)
+    return torch.stack([stream_advantages(stream, rewards, group_ids, eps, own) for stream, own in each])
 
 
 class Batcher:
@@ -91,18 +106,32 @@ class Batcher:
         weights = [torch.full((len(batch.targets),), weight, device=self._device) for batch in micro_batches]
         return SftBatch(micro_batches, weights)
 
-    def streams(self, groups: Sequence[RolloutGroup], advantages: Tensor, preset: Preset) -> StreamBatch:
-        """Advantages and weights of every response token in every stream.
+    def streams(self, rows: StreamRows, advantages: Tensor, preset: Preset) -> StreamBatch:
+        """The rows with the advantage of every response token in every stream, and what of them the head must
+        differentiate.
+
+        Args:
+            rows: see `rows`.
+            advantages: [S, B], rollouts in the order of the groups and, within, of the samples.
+        """
+        advantages = advantages.to(self._device)
+        of_tokens = [advantages[:, tokens.rollout] for tokens in rows.tokens]  # [S, R] each
+        triples = zip(rows.micro_batches, rows.tokens, of_tokens, strict=True)
+        micro_batches = [self._with_gradients(*triple, preset) for triple in triples]
+        return StreamBatch(micro_batches, rows.tokens, rows.num_tokens, rows.num_of_kind, of_tokens)
+
+    def rows(self, groups: Sequence[RolloutGroup], preset: Preset) -> StreamRows:
+        """Both passes of this replica's share of the groups, packed, with the weight of every response token in every
+        stream.
 
         Args:
             groups: all groups of the optimizer step, the same on every rank.
-            advantages: [S, B], rollouts in the order of the groups and, within, of the samples.
         """
         how = (preset.streams, self._config.objective.cut_responses)
         masks = [stream_masks(self._processor, pair, *how) for group in groups for pair in group.pairs]
         num_credited = torch.stack([first.sum(1) + second.sum(1) for first, second in masks], dim=1)  # [S, B]
         counts = zip(num_credited.long(), preset.streams, strict=True)
-        weights = torch.stack([token_weights(count, stream.aggregation) for count, stream in counts])  # [S, B]
+        weights = torch.stack([self._token_weights(count, stream) for count, stream in counts])  # [S, B]
 
         sequences: list[TokenSequence] = []
         responses: list[ResponseTokens] = []
@@ -114,24 +143,28 @@ class Batcher:
                         sequences.append(TokenSequence(response.prompt_ids, response.response_ids, seen))
                         responses.append(
                             ResponseTokens(
-                                advantages=advantages[:, index, None].expand_as(mask),
                                 token_weights=weights[:, index, None] * mask,
                                 generator_logprobs=torch.tensor(response.generator_logprobs),
                                 image_distance=self._image_distance(response),
+                                rollout=torch.full((len(response.response_ids),), index),
                             )
                         )
         micro_batches = self._pack(sequences)
         tokens = [row.moved(self._device) for row in into_rows(responses, micro_batches)]
         rollouts = _rollouts(groups)
-        return StreamBatch(
-            [self._with_grad_rows(*row, preset) for row in zip(micro_batches, tokens, strict=True)],
-            tokens,
-            sum(len(rollout.response_ids) for rollout in rollouts),
-            self._num_of_kind(rollouts),
-        )
+        num_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+        return StreamRows(micro_batches, tokens, num_tokens, self._num_of_kind(rollouts))
 
-    def _with_grad_rows(self, batch: MicroBatch, tokens: ResponseTokens, preset: Preset) -> MicroBatch:
-        matters = tokens.matters(preset.streams)
+    def _token_weights(self, num_tokens: Tensor, stream: RewardStream) -> Tensor:
+        constant = stream.constant_tokens or self._config.rollout.max_response_tokens
+        return token_weights(num_tokens, stream.aggregation, constant if stream.aggregation == "constant" else None)
+
+    def _with_gradients(
+        self, batch: MicroBatch, tokens: ResponseTokens, advantages: Tensor, preset: Preset
+    ) -> MicroBatch:
+        """The row with what of its scores the loss depends on."""
+        batch = replace(batch, entropy_grad=preset.has_entropy_bonus)
+        matters = tokens.matters(preset.streams, advantages)
         if self._config.objective.loss or matters.all():  # a loss of the user's own may look at any token
             return batch
         return replace(batch, grad_rows=torch.nonzero(matters).squeeze(1))

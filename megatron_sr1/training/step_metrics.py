@@ -70,9 +70,11 @@ def summarise(groups: Sequence[RolloutGroup], rewards: Rewards) -> dict[str, flo
 
 def dead_groups(groups: Sequence[RolloutGroup], rewards: Rewards, preset: Preset) -> dict[str, float]:
     """`groups/dead/<stream>`, the share of prompts whose responses are all the same to a stream, so that it teaches
-    nothing; `groups/dead`, to all streams."""
+    nothing; `groups/dead`, to all streams. By what they earn: a KL in the reward, which tells most apart, is left out.
+    """
     ids = torch.tensor([group.group_id for group in groups for _ in group.pairs])  # [B]
-    advantages = rollout_advantages(groups, rewards, preset, eps=1.0)  # [S, B], of any scale
+    no_kl = torch.zeros(len(preset.streams), len(ids))
+    advantages = rollout_advantages(groups, rewards, preset, 1.0, no_kl)  # [S, B], of any scale
     alive = torch.stack([(advantages[:, ids == group.group_id] != 0).any(1) for group in groups], 1)  # [S, G]
     dead = {f"groups/dead/{stream.name}": row for stream, row in zip(preset.streams, ~alive, strict=True)}
     return {name: share.float().mean().item() for name, share in {**dead, "groups/dead": ~alive.any(0)}.items()}
