@@ -21,7 +21,7 @@ from megatron_sr1.types import (
 )
 
 KL_COEF = Range(0, 1000)  # 0 switches the reference model off
-ENTROPY_COEF = Range(-10, 10)  # below 0 entropy is pushed down
+ENTROPY_COEF = Range(-1, 1, above=True, below=True)  # below 0 entropy is pushed down
 RATIO = Range(0, 1000, above=True)
 DUAL_CLIP = Range(1, 1000, above=True)
 _NUMBERS = {
