@@ -116,7 +116,8 @@ def _one_step(model_dir: str, overrides: tuple[str, ...], budget: int) -> dict[s
 
 
 def _trainer_steps(model_dir: str, overrides: tuple[str, ...]) -> trainer_cases.Steps:
-    with built(model_dir, (*trainer_cases.OVERRIDES, PLAIN, *overrides), keep_reference=True) as (policy, config):
+    options = (*trainer_cases.OVERRIDES, "train.micro_batch_tokens=512", PLAIN, *overrides)
+    with built(model_dir, options, keep_reference=True) as (policy, config):
         return trainer_cases.two_updates(policy, config, Processor.from_pretrained(model_dir))
 
 

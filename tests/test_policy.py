@@ -173,8 +173,8 @@ def _check_bf16(model_dir: str) -> None:
 
 
 def _check_trainer(model_dir: str) -> None:
-    """A whole trainer's step, with a KL in the reward and entropy bonuses of either sign, has transformers' gradients of
-    the loss in plain torch; at the first the KL is 0."""
+    """A whole step of a trainer, with a KL in the reward and entropy bonuses of both signs, has transformers' gradients
+    of the loss in plain torch; at the first the KL is 0."""
     from megatron_sr1.weights import export_hf_weights
 
     with built(model_dir, trainer_cases.OVERRIDES, keep_reference=True) as (policy, config):

@@ -43,12 +43,15 @@ def response_kl(
     """
     sums = torch.zeros(num_rollouts, len(streams), dtype=torch.float64)
     wanted = torch.tensor([stream.kl_in == "reward" for stream in streams])  # [S]
+    here = torch.zeros(num_rollouts, dtype=torch.bool)
     for tokens, before, held in zip(rows.tokens, old, reference, strict=True):
         pair = (before.logprobs.cpu().double(), held.logprobs.cpu().double())  # [R] each
         kl = torch.stack([kl_estimate(*pair, stream.kl_estimator) for stream in streams], 1)  # [R, S]
         credited = (tokens.token_weights != 0).t().cpu() & wanted  # [R, S]
-        sums.index_add_(0, tokens.rollout.cpu(), kl.masked_fill(~credited, 0.0))
-    mine = sorted({index for tokens in rows.tokens for index in tokens.rollout.tolist()})
+        rollout = tokens.rollout.cpu()
+        here[rollout] = True
+        sums.index_add_(0, rollout, kl.masked_fill(~credited, 0.0))
+    mine = here.nonzero().squeeze(1).tolist()
     whole = torch.zeros_like(sums)
     for index, numbers in replicas.gather([(index, sums[index].tolist()) for index in mine]):
         whole[index] = torch.tensor(numbers, dtype=torch.float64)
