@@ -148,6 +148,7 @@ class QwenVLModel(GPTModel):
             grad_rows=_local_grad_rows(batch, mine),
             accumulate_into=weight.main_grad if torch.is_grad_enabled() and weight.requires_grad else None,
         )
+        assert scores.entropy is not None, "it was asked for"
         entropy = scores.entropy if batch.entropy_grad else scores.entropy.detach()
         return self._all_scores(torch.stack([scores.logprobs, entropy]), mine, len(place))
 
