@@ -30,13 +30,14 @@ MAX_ANSWER_CHARACTERS = 512  # that are graded
 MAX_ASPECT = 200  # of an image's sides: transformers' `smart_resize` takes no more
 PresetName = Literal["vision_r1", "see_think", "summed", "gdpo", "vision_sr1", "perception_credit", "external_reasoner"]
 KlEstimator = Literal["k1", "k2", "k3"]
+KlPlace = Literal["loss", "reward"]
 AdvantageScope = Literal["group", "batch"]
-AdvantageKind = Literal["z_score", "centred", "leave_one_out", "batch_std"]
+AdvantageKind = Literal["z_score", "centred", "leave_one_out", "batch_std", "reward_std"]
 Normalize = Literal["sum", "per_component"]
 Surrogate = Literal["ppo", "cispo", "sapo"]
 RatioLevel = Literal["token", "sequence"]
 CutResponses = Literal["train", "mask"]
-Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 MismatchKind = Literal["none", "truncate", "mask"]
 MismatchLevel = Literal["token", "sequence"]
 
@@ -301,7 +302,8 @@ class MicroBatch:
     targets: Tensor  # [R] int64
     row_sequence: Tensor  # [R] int64: index into the list of sequences that was packed
     row_offset: Tensor  # [R] int64
-    grad_rows: Tensor | None = None  # [G] int64: the scored tokens whose log-probs the loss depends on; None: all
+    grad_rows: Tensor | None = None  # [G] int64: the scored tokens whose scores the loss depends on; None: all
+    entropy_grad: bool = False  # whether it depends on their entropies too, and not on their log-probs alone
 
 
 @dataclass(frozen=True)
@@ -344,13 +346,21 @@ class RewardStream:
     loss_weight: float = 1.0  # lambda
     kl_coef: float = 0.01  # beta
     kl_estimator: KlEstimator = "k3"
+    kl_in: KlPlace = "loss"
+    entropy_coef: float = 0.0  # of the bonus for entropy
     normalize: Normalize = "sum"  # per_component: GDPO
     advantage: AdvantageKind = "z_score"
     scope: AdvantageScope = "group"
     aggregation: Aggregation = "token_mean"
+    constant_tokens: int | None = None  # what "constant" divides by; None: the most tokens that a response may have
     surrogate: Surrogate = "ppo"
     ratio: RatioLevel = "token"  # sequence: GSPO
     clip: Clip = Clip()
+
+    @property
+    def kl_loss_coef(self) -> float:
+        """beta of the loss: 0 where the KL is taken off the reward."""
+        return self.kl_coef if self.kl_in == "loss" else 0.0
 
 
 @dataclass(frozen=True)
@@ -360,13 +370,13 @@ class LossInputs:
 
     trainer_logprobs: Tensor  # [R], carries the gradient
     old_logprobs: Tensor | None  # [R], None: on-policy, the detached trainer log-probs
-    ref_logprobs: Tensor | None  # [R], None only if every kl_coef is 0
+    ref_logprobs: Tensor | None  # [R], None only if every kl_loss_coef is 0
     advantages: Tensor  # [S, R]
     token_weights: Tensor  # [S, R]
     streams: tuple[RewardStream, ...]
     row_sequence: Tensor | None = None  # [R] int64, the response that each token is of, for ratios of whole responses
     generator_logprobs: Tensor | None = None  # [R], of whoever drew the tokens; for losses of a user's own
-    entropy: Tensor | None = None  # [R] nats, without gradient; for losses of a user's own
+    entropy: Tensor | None = None  # [R] nats; carries a gradient where a stream has an entropy_coef, and only there
 
 
 class LossFn(Protocol):

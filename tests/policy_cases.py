@@ -97,13 +97,16 @@ def packed_rows(
 
 
 class MeanLoss:
-    """-mean of all response log-probs of the step; the denominator is global."""
+    """-mean of all response log-probs of the step, and `bonus` times that of their entropies; the denominator is
+    global."""
 
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens = num_tokens
+    def __init__(self, num_tokens: int, bonus: float = 0.0) -> None:
+        self.num_tokens, self.bonus = num_tokens, bonus
 
     def __call__(self, index: int, logprobs: LogProbs) -> tuple[Tensor, dict[str, Tensor]]:
         loss = -logprobs.logprobs.sum() / self.num_tokens
+        if self.bonus and logprobs.entropy is not None:
+            loss = loss - self.bonus * logprobs.entropy.sum() / self.num_tokens
         return loss, {"loss": loss}
 
 

@@ -44,10 +44,16 @@ def batch_std(rewards: np.ndarray, groups: np.ndarray, eps: float = 1e-6) -> np.
     return (differences - differences.mean()) / (differences.std(ddof=1) + eps)
 
 
+def reward_std(rewards: np.ndarray, groups: np.ndarray, eps: float = 1e-6) -> np.ndarray:
+    """Lite PPO: centred by groups, divided by the spread of the batch's rewards as they are."""
+    return centred(rewards, groups) / (rewards.std(ddof=1) + eps)
+
+
 FORMULAS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "leave_one_out": leave_one_out,
     "centred": centred,
     "batch_std": batch_std,
+    "reward_std": reward_std,
 }
 
 
@@ -83,8 +89,9 @@ def test_equal_rewards_are_no_advantage_of_any_kind() -> None:
     rewards, groups = torch.tensor([0.1, 0.1, 0.1, 0.7]), torch.tensor([0, 0, 0, 1])
     for kind in ("z_score", *FORMULAS):
         assert not group_advantages(rewards, groups, 1e-6, "group", kind).any()
-    with pytest.raises(ValueError, match="batch_std divides"):
-        group_advantages(rewards, groups, 1e-6, "batch", "batch_std")
+    for kind in ("batch_std", "reward_std"):
+        with pytest.raises(ValueError, match=f"kind='{kind}', scope='batch'.*with scope"):
+            group_advantages(rewards, groups, 1e-6, "batch", kind)
     with pytest.raises(ValueError, match="kind='std'"):
         group_advantages(rewards, groups, 1e-6, "group", "std")
 

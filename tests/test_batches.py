@@ -33,7 +33,8 @@ def _streams(processor: Processor, config: Config, ranks: Ranks = ALONE) -> Stre
 def _packed(
     batcher: Batcher, config: Config, groups: list[RolloutGroup], rewards: dict[str, torch.Tensor], preset: Preset
 ) -> StreamBatch:
-    return batcher.streams(groups, rollout_advantages(groups, rewards, preset, config.objective.advantage_eps), preset)
+    advantages = rollout_advantages(groups, rewards, preset, config.objective.advantage_eps)
+    return batcher.streams(batcher.rows(groups, preset), advantages, preset)
 
 
 def _weights(batch: StreamBatch) -> list[torch.Tensor]:
@@ -47,7 +48,7 @@ def _by_sequence(batch: StreamBatch, values: list[torch.Tensor]) -> list[torch.T
 
 def test_each_pass_carries_its_own_advantage(processor: Processor) -> None:
     batch = _streams(processor, _config())
-    advantages = _by_sequence(batch, [row.advantages for row in batch.tokens])
+    advantages = _by_sequence(batch, batch.advantages)
     weights = _by_sequence(batch, _weights(batch))
     # first, second of (0,0); first, second of (0,1); first, second of (1,0); first of (1,1)
     assert len(advantages) == 7
@@ -211,3 +212,32 @@ def test_the_head_needs_a_gradient_only_where_the_loss_depends_on_a_token(proces
     assert [bool(row.all()) for row in by_sequence] == [False, False, True, True]
     assert not any(by_sequence[row].any() for row in (0, 1))
     assert all(micro.grad_rows is None for micro in _streams(processor, _config()).micro_batches)
+
+
+def test_a_bonus_needs_every_credited_token_and_a_kl_in_the_reward_none(processor: Processor) -> None:
+    """Group 1 earns the same throughout: a KL in the reward is in its advantages alone, which are given here."""
+    rewards = their_rewards() | {"acc": torch.tensor([1.0, 0.0, 1.0, 1.0]), "fmt": torch.ones(4)}
+    kept = {}
+    for name, switches in {
+        "reward": ("objective.kl_in=reward", "objective.kl_estimator=k1"),
+        "loss": ("objective.kl_in=loss",),
+        "bonus": ("objective.kl_coef=0", "objective.entropy_coef=0.01"),
+        "none": ("objective.kl_coef=0",),
+    }.items():
+        config = _config("objective.preset=see_think", *switches)
+        preset, groups = preset_from_config(config.objective), two_groups(processor)
+        batcher = Batcher(config, processor, ALONE)
+        advantages = rollout_advantages(groups, rewards, preset, 1e-6, torch.zeros(1, 4, 1))
+        batch = batcher.streams(batcher.rows(groups, preset), advantages, preset)
+        rows = [torch.arange(len(m.targets)) if m.grad_rows is None else m.grad_rows for m in batch.micro_batches]
+        kept[name] = sum(len(row) for row in rows)
+        assert {micro.entropy_grad for micro in batch.micro_batches} == {name == "bonus"}
+    first = [len(pair.first.response_ids) for group in two_groups(processor) for pair in group.pairs]
+    assert kept == {"reward": sum(first[:2]), "loss": sum(first), "bonus": sum(first), "none": sum(first[:2])}
+
+
+@pytest.mark.parametrize(("overrides", "tokens"), [((), 2048), (("objective.constant_tokens=50",), 50)])
+def test_a_constant_divides_every_response_alike(processor: Processor, overrides: tuple[str, ...], tokens: int) -> None:
+    batch = _streams(processor, _config("objective.aggregation=constant", *overrides))
+    found = {weight for row in _weights(batch) for weight in row.unique().tolist()}
+    assert sorted(found) == pytest.approx([0.0, 1 / (4 * tokens)], rel=1e-6)

@@ -110,14 +110,18 @@ def _relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+BONUS = 0.2  # of entropy, in the loss
+
+
 class _MeanLoss:
-    """-mean of all response log-probs."""
+    """-mean of all response log-probs, and of their entropies."""
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
 
     def __call__(self, index: int, logprobs: LogProbs) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = -logprobs.logprobs.sum() / self.num_tokens
+        assert logprobs.entropy is not None
+        loss = -(logprobs.logprobs + BONUS * logprobs.entropy).sum() / self.num_tokens
         return loss, {"loss": loss}
 
 
@@ -166,8 +170,9 @@ def _check_family(model_dir: str, family: str) -> None:
         assert _relative_error(entropies[index], expected[1]) < TOLERANCE, (family, index)
 
     num_tokens = sum(len(sequence.response_ids) for sequence in sequences)
-    loss = -torch.cat([expected[0] for expected in theirs]).sum() / num_tokens
+    loss = -torch.cat([expected[0] + BONUS * expected[1] for expected in theirs]).sum() / num_tokens
     loss.backward()
+    batches = [replace(batch, entropy_grad=True) for batch in batches]
     result = policy.train_step(batches, _MeanLoss(num_tokens), Scoring())
     assert result.metrics["loss"] == pytest.approx(loss.item(), rel=TOLERANCE)
     expected_gradients = _hf_gradients(model, policy.architecture)

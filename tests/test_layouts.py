@@ -5,6 +5,7 @@ One rank writes the expectation for each family of models; each launch of severa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from megatron_sr1.packing import gather_rows
 from megatron_sr1.processor import Processor
 from megatron_sr1.types import Scoring
+from tests import trainer_cases
 from tests.model_zoo import create_family
 from tests.policy_cases import (
     BUDGET,
@@ -75,6 +77,13 @@ LAYOUTS: dict[int, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
 }
 
 
+# of a trainer's whole steps, on the smallest model
+TRAINER_LAYOUTS: dict[int, tuple[tuple[str, ...], ...]] = {
+    2: ((), (f"{TP}=2", SP), (f"{PP}=2",), (f"{CP}=2",)),
+    4: ((f"{TP}=2",),),  # and two replicas
+}
+
+
 def _gradients(policy: Any) -> dict[str, Tensor]:
     """Of the last step, under their Hugging Face names. Complete on every rank without a distributed optimizer."""
     from megatron_sr1.weights import export_hf_weights
@@ -94,7 +103,8 @@ def _one_step(model_dir: str, overrides: tuple[str, ...], budget: int) -> dict[s
         scores = policy.logprobs(batches, Scoring())
         logprobs = gather_rows([score.logprobs for score in scores], batches, len(mine))
         entropies = gather_rows([score.entropy for score in scores], batches, len(mine))
-        result = policy.train_step(batches, MeanLoss(num_tokens), Scoring())
+        batches = [replace(batch, entropy_grad=True) for batch in batches]
+        result = policy.train_step(batches, MeanLoss(num_tokens, bonus=0.2), Scoring())
         return {
             "logprobs": dict(zip(mine, logprobs, strict=True)),
             "entropies": dict(zip(mine, entropies, strict=True)),
@@ -103,6 +113,36 @@ def _one_step(model_dir: str, overrides: tuple[str, ...], budget: int) -> dict[s
             "weights": {name: tensor.clone() for name, tensor in policy.hf_weights()},
             "num_rows": len(batches),
         }
+
+
+def _trainer_steps(model_dir: str, overrides: tuple[str, ...]) -> trainer_cases.Steps:
+    options = (*trainer_cases.OVERRIDES, "train.micro_batch_tokens=512", PLAIN, *overrides)
+    with built(model_dir, options, keep_reference=True) as (policy, config):
+        return trainer_cases.two_updates(policy, config, Processor.from_pretrained(model_dir))
+
+
+def _check_trainer(folder: str, num_ranks: int) -> None:
+    """A KL in the reward is gathered over replicas before advantages are made, and the bonus is of whole distributions:
+    both steps report the same, by their loss terms and gradient norms, and leave the same weights."""
+    if num_ranks == 1:
+        torch.save(_trainer_steps(f"{folder}/{DENSE}", ()), f"{folder}/trainer.pt")
+        return
+    expected = torch.load(f"{folder}/trainer.pt", weights_only=False)
+    assert abs(expected.second.metrics["loss/answer/kl_in_reward"]) > 1e-3
+    assert (
+        expected.second.metrics["loss/visual/entropy_bonus"] < 0 < expected.second.metrics["loss/answer/entropy_bonus"]
+    )
+    for overrides in TRAINER_LAYOUTS[num_ranks]:
+        found = _trainer_steps(f"{folder}/{DENSE}", overrides)
+        for name in ("first", "second"):
+            ours, theirs = getattr(found, name), getattr(expected, name)
+            assert ours.metrics.keys() == theirs.metrics.keys()
+            for key, value in theirs.metrics.items():
+                assert ours.metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-6), (overrides, name, key)
+            assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=TOLERANCE), (overrides, name)
+        for key, weight in found.between.items():
+            gap = (weight - expected.between[key]).abs().max().item()
+            assert gap < STEP_TOLERANCE * LEARNING_RATE, f"{overrides}: {key} differs by {gap} after a step"
 
 
 def _check(found: dict[str, Any], expected: dict[str, Any], name: str) -> None:
@@ -127,6 +167,8 @@ def _walk(rank: int, num_ranks: int, folder: str) -> None:
         for family in (UNTIED, *EVERY):
             torch.save(_one_step(f"{folder}/{family}", (PLAIN,), BUDGET), f"{folder}/{family}.pt")
         _check_packing(folder)
+    if num_ranks in (1, *TRAINER_LAYOUTS):
+        _check_trainer(folder, num_ranks)
     for number, (families, overrides) in enumerate(LAYOUTS[num_ranks]):
         for family in families:
             expected = torch.load(f"{folder}/{family}.pt", weights_only=False)

@@ -262,12 +262,13 @@ def test_bad_components_are_named() -> None:
         ("token_mean", [1 / 10, 1 / 10, 0, 1 / 10]),  # 2 + 5 + 0 + 3 tokens
         ("sequence_mean", [1 / 8, 1 / 20, 0, 1 / 12]),  # 4 rollouts, the empty one included
         ("sequence_sum", [1 / 4, 1 / 4, 0, 1 / 4]),
+        ("constant", [1 / 64, 1 / 64, 0, 1 / 64]),
     ],
 )
 def test_weights_by_hand(aggregation: str, expected: list[float]) -> None:
-    lengths = ids(2, 5, 0, 3)
-    torch.testing.assert_close(token_weights(lengths, aggregation), torch.tensor(expected))
-    both = token_weights(torch.stack([lengths, torch.zeros_like(lengths)]), aggregation)
+    lengths, constant = ids(2, 5, 0, 3), 16 if aggregation == "constant" else None
+    torch.testing.assert_close(token_weights(lengths, aggregation, constant), torch.tensor(expected))
+    both = token_weights(torch.stack([lengths, torch.zeros_like(lengths)]), aggregation, constant)
     torch.testing.assert_close(both, torch.tensor([expected, [0.0] * 4]))  # a stream without tokens divides nothing
 
 
@@ -283,3 +284,6 @@ def test_bad_token_counts_are_named() -> None:
         token_weights(torch.zeros(0, dtype=torch.int64), "token_mean")
     with pytest.raises(ValueError, match="aggregation='mean'"):
         token_weights(ids(1), "mean")
+    for aggregation, constant in (("constant", None), ("constant", 0), ("token_mean", 8)):
+        with pytest.raises(ValueError, match=f"aggregation='{aggregation}', constant={constant}"):
+            token_weights(ids(1), aggregation, constant)

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_sr1.packing import gather_rows
 from megatron_sr1.processor import Processor
 from megatron_sr1.types import MicroBatch, Scoring, TokenSequence
+from tests import trainer_cases
 from tests.policy_cases import (
     LEARNING_RATE,
     STEP_TOLERANCE,
@@ -171,6 +172,34 @@ def _check_bf16(model_dir: str) -> None:
     assert 0.5 < (rounded[0] - rounded[-1]) / (exact[0] - exact[-1]) < 1.5, (exact, rounded)
 
 
+def _check_trainer(model_dir: str) -> None:
+    """A whole step of a trainer, with a KL in the reward and entropy bonuses of both signs, has transformers' gradients
+    of the loss in plain torch; at the first the KL is 0."""
+    from megatron_sr1.weights import export_hf_weights
+
+    with built(model_dir, trainer_cases.OVERRIDES, keep_reference=True) as (policy, config):
+        processor = Processor.from_pretrained(model_dir)
+        steps = trainer_cases.two_updates(policy, config, processor)
+        assert steps.first.metrics["loss/answer/kl_in_reward"] == 0.0
+        hf, prefixes = _hf_model(model_dir), policy.architecture.family
+        for name, parameter in hf.named_parameters():
+            name = name.replace("model.language_model.", prefixes.language_prefix)
+            parameter.data.copy_(steps.between[name.replace("model.visual.", prefixes.vision_prefix)])
+        loss, taken = trainer_cases.plain_loss(hf, _hf_model(model_dir), processor)
+        loss.backward()
+        assert abs(taken) > 1e-3
+        assert steps.second.metrics["loss/answer/kl_in_reward"] == pytest.approx(taken, rel=1e-3)
+        found = dict(export_hf_weights(policy.chunks, policy.architecture, policy.groups, read=_main_grad))
+        for name, parameter in hf.named_parameters():
+            name = name.replace("model.language_model.", prefixes.language_prefix)
+            name = name.replace("model.visual.", prefixes.vision_prefix)
+            assert relative_error(found[name], parameter.grad) < TOLERANCE, name
+
+
+def _main_grad(parameter: Any) -> Tensor:
+    return parameter.main_grad
+
+
 def _check_everything(rank: int, num_ranks: int, model_dir: str, folder: str) -> None:
     _check_steps(model_dir, folder)
     _check_steps(model_dir, folder, "optimizer.vision_lr=3e-4", vision_lr=3e-4)
@@ -179,6 +208,7 @@ def _check_everything(rank: int, num_ranks: int, model_dir: str, folder: str) ->
     _check_frozen_tower(model_dir)
     _check_text_only_step(model_dir)
     _check_bf16(model_dir)
+    _check_trainer(model_dir)
 
 
 def test_one_rank_equals_transformers_and_adamw(tiny_model_dir: str, tmp_path: Path) -> None:

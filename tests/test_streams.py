@@ -82,20 +82,36 @@ def test_a_preset_is_changed_stream_by_stream() -> None:
 def test_what_a_stream_does_not_say_the_objective_says() -> None:
     own = {"advantage": "centred", "scope": "batch", "aggregation": "sequence_sum", "kl_estimator": "k1"}
     clips = {"clip_low": 0.1, "clip_high": 0.4, "dual_clip": None}
+    more = {"kl_in": "reward", "entropy_coef": -0.5}
     said, silent = objective(
-        {"name": "a", "rewards": {"acc": 1}, **own, **clips},
+        {"name": "a", "rewards": {"acc": 1}, **own, **clips, **more},
         {"name": "b", "rewards": {"acc": 1}},
         advantage="leave_one_out",
         aggregation="sequence_mean",
         kl_estimator="k2",
         clip_low=0.3,
         dual_clip=3.0,
+        entropy_coef=0.25,
     ).streams
+    assert (said.kl_in, said.entropy_coef, said.kl_coef, said.kl_loss_coef) == ("reward", -0.5, 0.01, 0.0)
+    assert (silent.kl_in, silent.entropy_coef, silent.kl_loss_coef) == ("loss", 0.25, 0.01)
     assert (said.advantage, said.scope, said.aggregation, said.kl_estimator) == tuple(own.values())
     assert said.clip == Clip(0.1, 0.4, None) and silent.clip == Clip(0.3, 0.2, 3.0)
     assert (silent.advantage, silent.scope, silent.aggregation, silent.kl_estimator) == (
         *("leave_one_out", "group", "sequence_mean", "k2"),
     )
+
+
+def test_the_constant_is_of_the_streams_that_divide_by_it() -> None:
+    constant = {"aggregation": "constant"}
+    streams = objective(
+        {"name": "a", "rewards": {"acc": 1}, **constant, "constant_tokens": 7},
+        {"name": "b", "rewards": {"acc": 1}, **constant},
+        {"name": "c", "rewards": {"acc": 1}},
+        {"name": "d", "rewards": {"acc": 1}, **constant, "constant_tokens": None},
+        constant_tokens=9,
+    ).streams
+    assert [stream.constant_tokens for stream in streams] == [7, 9, None, None]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +131,15 @@ def test_what_a_stream_does_not_say_the_objective_says() -> None:
         ("[{name: a, rewards: {acc: 1}, kl_coef: -1}]", r"\(a\).kl_coef=-1"),
         ("[{name: a, rewards: {acc: 1}, kl_coef: null}]", r"\(a\).kl_coef=None"),
         ("[{name: a, rewards: {acc: 1}, dual_clip: 0.5}]", r"\(a\).dual_clip=0.5"),
+        ("[{name: a, rewards: {acc: 1}, kl_in: rewards}]", r"\(a\).kl_in='rewards'.*loss, reward"),
+        ("[{name: a, rewards: {acc: 1}, kl_in: null}]", r"\(a\).kl_in=None"),
+        ("[{name: a, rewards: {acc: 1}, entropy_coef: 1.5}]", r"\(a\).entropy_coef=1.5.*greater than -1"),
+        ("[{name: a, rewards: {acc: 1}, entropy_coef: true}]", r"\(a\).entropy_coef=True"),
+        ("[{name: a, rewards: {acc: 1}, entropy_coef: null}]", r"\(a\).entropy_coef=None"),
+        ("[{name: a, rewards: {acc: 1}, entropy_coef: .nan}]", r"\(a\).entropy_coef=nan"),
+        ("[{name: a, rewards: {acc: 1}, constant_tokens: 2.5}]", r"\(a\).constant_tokens=2.5.*a whole number"),
+        ("[{name: a, rewards: {acc: 1}, constant_tokens: 0}]", r"\(a\).constant_tokens=0"),
+        ("[{name: a, rewards: {acc: 1}, aggregation: fixed}]", r"\(a\).aggregation='fixed'.*constant"),
         ("[{name: a, rewards: {acc: 1}, advantage: std}]", r"\(a\).advantage='std'.*leave_one_out"),
         ("[{name: a, rewards: {acc: 1}, enabled: 'no'}]", r"\(a\).enabled='no'"),
         ("[a]", r"objective.streams\[0\]='a'"),
@@ -156,6 +181,51 @@ def test_a_slip_in_a_stream_is_named_with_its_place(streams: str, words: str) ->
             [{"name": "a", "rewards": {"acc": 1}, "advantage": "batch_std", "scope": "batch"}],
             {},
             "scope=batch contradic",
+        ),
+        (
+            [{"name": "a", "rewards": {"acc": 1}, "advantage": "reward_std", "scope": "batch"}],
+            {},
+            "advantage=reward_std .* scope=batch contradic",
+        ),
+        (
+            [{"name": "a", "rewards": {"acc": 1}, "kl_coef": 0}],
+            {"kl_in": "reward", "kl_estimator": "k1"},
+            "stream 'a': kl_in=reward .* kl_coef is 0. Set kl_coef, or kl_in=loss",
+        ),
+        (
+            [{"name": "a", "rewards": {"acc": 1}}],
+            {"kl_in": "reward"},
+            "kl_in=reward with kl_estimator=k3 .*Set kl_estimator=k1",
+        ),
+        (
+            [{"name": "a", "rewards": {"acc": 1}, "kl_in": "reward", "kl_estimator": "k2"}],
+            {},
+            "kl_in=reward with kl_estimator=k2 ",
+        ),
+        (
+            [{"name": "a", "rewards": {"acc": 1}, "kl_in": "reward", "normalize": "per_component"}],
+            {"kl_estimator": "k1"},
+            "normalize=per_component makes an advantage of each",
+        ),
+        (
+            [{"name": "a", "rewards": {"acc": 1}}],
+            {"kl_in": "reward", "kl_estimator": "k1", "loss": "math:sqrt"},
+            "stream 'a': kl_in=reward is of our loss, and objective.loss='math:sqrt'",
+        ),
+        (
+            [{"name": "a", "rewards": {"acc": 1}, "entropy_coef": -0.1}],
+            {"loss": "math:sqrt"},
+            "stream 'a': entropy_coef=-0.1 is of our loss",
+        ),
+        (
+            [{"name": "a", "rewards": {"acc": 1}, "constant_tokens": 9}],
+            {},
+            "'a' has constant_tokens=9, which belongs to aggregation=constant, and its aggregation is token_mean",
+        ),
+        (
+            [{"name": "a", "rewards": {"acc": 1}}],
+            {"constant_tokens": 9},
+            "objective.constant_tokens=9 belongs to aggregation=constant, and no stream has it",
         ),
     ],
 )

@@ -35,6 +35,11 @@ class Recorder:
         values = [-0.01 * batch.row_offset.float() + self.moved for batch in batches]
         return [LogProbs(value, torch.zeros_like(value)) for value in values]
 
+    def reference_logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
+        """Its distance to the generator's is the target's id in thousandths of a nat, so of every response its own."""
+        values = [-0.01 * batch.row_offset.float() - 1e-3 * batch.targets.float() for batch in batches]
+        return [LogProbs(value, torch.zeros_like(value)) for value in values]
+
     def train_step(self, batches: Sequence[MicroBatch], loss_fn: LossFn, scoring: Scoring) -> StepResult:
         metrics: dict[str, float] = {}
         for index, logprobs in enumerate(self.logprobs(batches, scoring)):
@@ -44,9 +49,11 @@ class Recorder:
         return StepResult(metrics, grad_norm=0.0, learning_rate=0.0)
 
 
-def _metrics(tiny_model_dir: str, moves: float, *overrides: str, start: float = 0.0) -> list[dict[str, float]]:
-    """Of the two optimizer steps on a batch of two prompts."""
-    batch = ("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "train.batch_size=1")
+def _metrics(
+    tiny_model_dir: str, moves: float, *overrides: str, start: float = 0.0, size: int = 1
+) -> list[dict[str, float]]:
+    """Of the two optimizer steps, or one of two prompts, on a batch of two prompts."""
+    batch = ("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", f"train.batch_size={size}")
     config = load_config(None, [*batch, "train.micro_batch_tokens=256", *overrides])
     processor = Processor.from_pretrained(tiny_model_dir)
     preset = preset_from_config(config.objective)
@@ -64,6 +71,47 @@ def test_the_batch_of_an_advantage_is_the_rollout_batch(tiny_model_dir: str, sco
     scores = (rewards - rewards.mean(over, keepdim=True)) / rewards.std(over, keepdim=True)
     losses = [step["loss/answer/policy"] for step in steps]
     assert losses == pytest.approx((-scores.mean(1)).tolist(), rel=1e-4, abs=1e-6)
+
+
+def _summed_kl(processor: Processor) -> torch.Tensor:
+    """[2, 2]: of each first pass of the two groups to the recorder's reference."""
+    pairs = [pair for group in two_groups(processor) for pair in group.pairs]
+    return torch.tensor([1e-3 * sum(pair.first.response_ids) for pair in pairs], dtype=torch.float64).view(2, 2)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("scope", ["batch", "group"])
+def test_a_kl_in_the_reward_is_of_the_weights_that_drew_the_whole_batch(
+    tiny_model_dir: str, scope: str, size: int
+) -> None:
+    """Updates move the policy by a nat a token in between, and no KL sees it: eq. 6 of rewards less beta KL, written
+    out. One optimizer step or two, the advantages are the same."""
+    settings = (f"objective.advantage_scope={scope}", "objective.aggregation=sequence_mean", "objective.clip_high=9")
+    kl_settings = ("objective.kl_in=reward", "objective.kl_estimator=k1", "objective.kl_coef=0.5")
+    steps = _metrics(tiny_model_dir, 1.0, *settings, *kl_settings, size=size)
+    kl = 0.5 * _summed_kl(Processor.from_pretrained(tiny_model_dir))
+    rewards = torch.tensor([[1.1, 0.1], [1.1, 0.0]]) - kl
+    over = {"batch": (0, 1), "group": (1,)}[scope]
+    scores = (rewards - rewards.mean(over, keepdim=True)) / rewards.std(over, keepdim=True)
+    assert kl.std() > 0.1, "it matters"
+    expected = -scores.mean(1) if size == 1 else -scores.mean()[None]
+    expected = expected * torch.tensor([1.0, torch.e])[: len(expected)]  # the ratio after one update
+    if scope == "batch" and size == 1:
+        assert abs(expected[0]) > 0.1, "a half of the batch has a mean of its own"
+    assert [step["loss/answer/policy"] for step in steps] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5)
+    taken = kl.mean(1) if size == 1 else kl.mean()[None]
+    assert [step["loss/answer/kl_in_reward"] for step in steps] == pytest.approx(taken.tolist(), rel=1e-5)
+
+
+def test_each_stream_takes_the_kl_of_its_own_tokens_or_none(tiny_model_dir: str) -> None:
+    """The visual stream credits second passes, of which one is missing; the answer stream's KL is in its loss."""
+    visual = "{name: visual, kl_in: reward, kl_estimator: k1, kl_coef: 0.5}"
+    (step,) = _metrics(tiny_model_dir, 0.0, f"objective.streams=[{visual}]", "objective.advantage=centred", size=2)
+    groups = two_groups(Processor.from_pretrained(tiny_model_dir))
+    seconds = [pair.second for group in groups for pair in group.pairs if pair.second is not None]
+    total = sum(1e-3 * token for second in seconds for token in second.response_ids)
+    assert len(seconds) == 3 and step["loss/visual/kl_in_reward"] == pytest.approx(0.5 * total / 4, rel=1e-6)
+    assert "loss/answer/kl_in_reward" not in step and step["loss/answer/kl"] > 0
 
 
 def test_the_gap_to_the_generator_leaves_the_updates_out(tiny_model_dir: str) -> None:

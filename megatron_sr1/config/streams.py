@@ -7,29 +7,34 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from megatron_sr1.config.rules import ConfigError, Range, require
+from megatron_sr1.config.rules import COUNT, ConfigError, Range, require
 from megatron_sr1.types import (
     AdvantageKind,
     AdvantageScope,
     Aggregation,
     KlEstimator,
+    KlPlace,
     Normalize,
     RatioLevel,
     Surrogate,
 )
 
 KL_COEF = Range(0, 1000)  # 0 switches the reference model off
+ENTROPY_COEF = Range(-1, 1, above=True, below=True)  # below 0 entropy is pushed down
 RATIO = Range(0, 1000, above=True)
 DUAL_CLIP = Range(1, 1000, above=True)
 _NUMBERS = {
     "loss_weight": Range(0, 1000),
     "kl_coef": KL_COEF,
+    "entropy_coef": ENTROPY_COEF,
+    "constant_tokens": COUNT,
     "clip_low": RATIO,
     "clip_high": RATIO,
     "dual_clip": DUAL_CLIP,
 }
 _CHOICES = {
     "kl_estimator": get_args(KlEstimator),
+    "kl_in": get_args(KlPlace),
     "normalize": get_args(Normalize),
     "advantage": get_args(AdvantageKind),
     "scope": get_args(AdvantageScope),
@@ -38,7 +43,8 @@ _CHOICES = {
     "ratio": get_args(RatioLevel),
 }
 KEYS = ("name", "pass", "tokens", "rewards", "enabled", *_NUMBERS, *_CHOICES)
-_NULLABLE = ("dual_clip",)
+_NULLABLE = ("dual_clip", "constant_tokens")
+_WHOLE = ("constant_tokens",)
 _WEIGHT = Range(-1e6, 1e6)
 
 
@@ -69,7 +75,7 @@ def _check(where: str, key: str, value: Any) -> None:
         raise ConfigError(f"{where} is no key of a stream.{meant} Known keys: {', '.join(KEYS)}.")
     if key in _NUMBERS:
         if value is not None or key not in _NULLABLE:
-            _check_number(where, value, _NUMBERS[key])
+            _check_number(where, value, _NUMBERS[key], whole=key in _WHOLE)
     elif key in _CHOICES:
         allowed = _CHOICES[key]
         require(value in allowed, where, value, "one of " + ", ".join(allowed), "Set it to one of them.")
@@ -86,6 +92,7 @@ def _check(where: str, key: str, value: Any) -> None:
         require(isinstance(value, str) and value != "", where, value, "a word", "Write it in quotes if need be.")
 
 
-def _check_number(where: str, value: Any, allowed: Range) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    require(is_number and value in allowed, where, value, f"a number, {allowed}", "Set it to such a number.")
+def _check_number(where: str, value: Any, allowed: Range, *, whole: bool = False) -> None:
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    fits = is_number and math.isfinite(value) and value in allowed
+    require(fits, where, value, f"a {'whole ' if whole else ''}number, {allowed}", "Set it to such a number.")

@@ -7,13 +7,14 @@ from typing import Any, Literal, get_args
 
 from megatron_sr1.config.passes import check_passes
 from megatron_sr1.config.rules import COUNT, COUNT_OR_NONE, Range, check_numbers, one_of, require
-from megatron_sr1.config.streams import DUAL_CLIP, KL_COEF, RATIO, check_streams
+from megatron_sr1.config.streams import DUAL_CLIP, ENTROPY_COEF, KL_COEF, RATIO, check_streams
 from megatron_sr1.types import (
     AdvantageKind,
     AdvantageScope,
     Aggregation,
     CutResponses,
     KlEstimator,
+    KlPlace,
     MismatchKind,
     MismatchLevel,
     PresetName,
@@ -38,6 +39,8 @@ _OPTIMIZER_NUMBERS = {
 _OBJECTIVE_NUMBERS = {
     "format_weight": Range(0, 1),
     "kl_coef": KL_COEF,
+    "entropy_coef": ENTROPY_COEF,
+    "constant_tokens": COUNT,
     "advantage_eps": Range(0, 1, above=True),
     "clip_low": RATIO,
     "clip_high": RATIO,
@@ -86,10 +89,16 @@ class ObjectiveConfig:
     format_weight: float = 0.1  # alpha
     kl_coef: float = 0.01  # beta, of every stream
     kl_estimator: KlEstimator = "k3"  # k2 has the gradient of the KL divergence; objective/losses.py has the formulas
-    advantage: AdvantageKind = "z_score"  # centred: Dr.GRPO; leave_one_out: RLOO; batch_std: REINFORCE++ baseline
+    # reward: kl_coef times the KL of a response, summed over its tokens in the stream, comes off its reward before
+    # advantages are made (RLHF, RLOO), with kl_estimator=k1; loss: a term of the loss (GRPO)
+    kl_in: KlPlace = "loss"
+    entropy_coef: float = 0.0  # of the entropy bonus: the loss falls by it times the entropy; below 0 it rises
+    advantage: AdvantageKind = "z_score"  # all kinds: docs/algorithms.md
     advantage_scope: AdvantageScope = "group"  # whose mean and spread: of the responses to one prompt, or of the step
     advantage_eps: float = 1e-6  # added to the spread
-    aggregation: Aggregation = "token_mean"  # token_mean: DAPO; sequence_mean: GRPO; sequence_sum: the paper's 1/B
+    # token_mean: DAPO; sequence_mean: GRPO; sequence_sum: the paper's 1/B; constant: Dr.GRPO, that over constant_tokens
+    aggregation: Aggregation = "token_mean"
+    constant_tokens: int | None = None  # what aggregation=constant divides by; null: rollout.max_response_tokens
     surrogate: Surrogate = "ppo"  # cispo, sapo: objective/surrogates.py
     ratio: RatioLevel = "token"  # sequence: one probability ratio for all of a stream's tokens in a response (GSPO)
     clip_low: float = 0.2  # the ratio of new to old probability is held above 1 - clip_low
@@ -112,6 +121,7 @@ class ObjectiveConfig:
         check_passes(self.passes)
         one_of("objective.advantage", self.advantage, get_args(AdvantageKind))
         one_of("objective.kl_estimator", self.kl_estimator, get_args(KlEstimator))
+        one_of("objective.kl_in", self.kl_in, get_args(KlPlace))
         one_of("objective.advantage_scope", self.advantage_scope, get_args(AdvantageScope))
         one_of("objective.aggregation", self.aggregation, get_args(Aggregation))
         one_of("objective.surrogate", self.surrogate, get_args(Surrogate))

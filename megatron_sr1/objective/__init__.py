@@ -2,13 +2,14 @@
 
 from megatron_sr1.objective.advantages import group_advantages, stream_advantages
 from megatron_sr1.objective.denominators import token_weights
-from megatron_sr1.objective.losses import kl_estimate, sft_loss, stream_loss
+from megatron_sr1.objective.losses import entropy_bonus, kl_estimate, sft_loss, stream_loss
 from megatron_sr1.objective.mismatch import Mismatch, importance_weights, token_kinds
 from megatron_sr1.objective.own_loss import OwnLoss
 
 __all__ = [
     "Mismatch",
     "OwnLoss",
+    "entropy_bonus",
     "group_advantages",
     "importance_weights",
     "kl_estimate",

@@ -5,6 +5,8 @@
     leave_one_out  A_i = r_i - mean of the others            RLOO, arXiv 2402.14740; = n / (n - 1) (r_i - mean)
     batch_std      A_i = (r_i - mean) / (std_B + eps)        REINFORCE++ with baseline, arXiv 2501.03262: std_B is that
                                                              of the centred rewards of the whole batch
+    reward_std     A_i = (r_i - mean) / (std_R + eps)        Lite PPO, arXiv 2508.08221: std_R is that of the rewards
+                                                             of the whole batch as they are
 
 `std` is the sample standard deviation (divisor n - 1), as in the public GRPO implementations. The paper writes the
 statistics over the rollout batch; GRPO takes them over the K responses to one prompt: scope "batch" and "group".
@@ -38,7 +40,7 @@ def group_advantages(
         rewards: [B] floating point.
         group_ids: [B] integers; equal where two rollouts answer one prompt. They need not be sorted or contiguous.
         eps: added to the standard deviation, in units of the reward.
-        scope: "group" or "batch"; "batch_std" is of groups.
+        scope: "group" or "batch"; "batch_std" and "reward_std" are of groups.
         kind: see above.
 
     Returns:
@@ -71,10 +73,16 @@ def group_advantages(
         scores = centred * (count / (count - 1).clamp(min=1))[member]
     elif kind == "batch_std":
         scores = centred / ((centred.square().sum() / max(1, centred.numel() - 1)).sqrt() + eps)
+    elif kind == "reward_std":
+        scores = centred / (_std(values) + eps)
     else:
         std = (group_sum(centred.square()) / (count - 1).clamp(min=1)).sqrt()  # [G]
         scores = centred / (std[member] + eps)
     return scores.to(rewards.dtype)
+
+
+def _std(values: Tensor) -> Tensor:
+    return (values - values.mean()).square().sum().div(max(1, values.numel() - 1)).sqrt()
 
 
 def stream_advantages(
@@ -82,11 +90,13 @@ def stream_advantages(
     component_rewards: Mapping[str, Tensor],
     group_ids: Tensor,
     eps: float,
+    kl: Tensor | None = None,
 ) -> Tensor:
     """Advantages of one stream from its reward components, by its own kind z and scope.
 
         normalize "sum":            A = z(sum_c w_c r_c)
         normalize "per_component":  A = sum_c w_c z(r_c)             GDPO, arXiv 2601.05242
+        kl_in "reward":             A = z(sum_c w_c r_c - beta KL)   InstructGPT, arXiv 2203.02155, eq. 2
 
     GDPO ends with one more z-score of the summed advantages over the batch. Each z(r_c) already has mean 0 in every
     group, so that step is one common factor for the whole batch; it is left out, as the weights then keep their
@@ -98,12 +108,14 @@ def stream_advantages(
             second pass. Components of other streams may be present.
         group_ids: [B] integers.
         eps: added to each standard deviation.
+        kl: [B] nats, of the weights that drew the responses to the reference, summed over each response's tokens in the
+            stream; needed where the stream's KL is in the reward.
 
     Returns:
         [B], dtype of the first component.
 
     Raises:
-        ValueError: a component is missing, or see `group_advantages`.
+        ValueError: a component or the KL is missing, or see `group_advantages`.
     """
     missing = [name for name, _ in stream.rewards if name not in component_rewards]
     if missing:
@@ -118,6 +130,9 @@ def stream_advantages(
                 f"component_rewards[{name!r}]: need floating point {tuple(group_ids.shape)}, got {reward.dtype} "
                 f"{tuple(reward.shape)}."
             )
+    in_reward = stream.kl_in == "reward"
+    if in_reward:
+        _check_kl(stream, kl, group_ids)
     dtype = component_rewards[stream.rewards[0][0]].dtype
     weighted = [(weight, component_rewards[name].to(torch.float64)) for name, weight in stream.rewards]
     how = (stream.scope, stream.advantage)
@@ -125,7 +140,19 @@ def stream_advantages(
         terms = [weight * group_advantages(reward, group_ids, eps, *how) for weight, reward in weighted]
         return torch.stack(terms).sum(dim=0).to(dtype)
     total = torch.stack([weight * reward for weight, reward in weighted]).sum(dim=0)
+    if in_reward and kl is not None:
+        total = total - stream.kl_coef * kl.to(torch.float64)
     return group_advantages(total, group_ids, eps, *how).to(dtype)
+
+
+def _check_kl(stream: RewardStream, kl: Tensor | None, group_ids: Tensor) -> None:
+    if kl is None or kl.shape != group_ids.shape or not bool(torch.isfinite(kl).all()):
+        raise ValueError(
+            f"kl: stream {stream.name!r} has kl_in='reward', so it needs a finite number for each of "
+            f"{len(group_ids)} rollouts, got {kl}."
+        )
+    if stream.normalize == "per_component":
+        raise ValueError(f"stream {stream.name!r}: kl_in='reward' needs one sum of rewards, normalize='sum'.")
 
 
 def _check(rewards: Tensor, group_ids: Tensor, eps: float, scope: AdvantageScope, kind: AdvantageKind) -> None:
@@ -140,8 +167,8 @@ def _check(rewards: Tensor, group_ids: Tensor, eps: float, scope: AdvantageScope
         raise ValueError(f"eps={eps!r}: must be greater than 0.")
     if scope not in get_args(AdvantageScope):
         raise ValueError(f"scope={scope!r}: must be one of {', '.join(get_args(AdvantageScope))}.")
-    if kind not in get_args(AdvantageKind) or (kind == "batch_std" and scope == "batch"):
+    if kind not in get_args(AdvantageKind) or (kind in ("batch_std", "reward_std") and scope == "batch"):
         raise ValueError(
-            f"kind={kind!r}, scope={scope!r}: kinds are {', '.join(get_args(AdvantageKind))}, and batch_std divides "
-            'what is centred by groups: with scope "batch" it is z_score.'
+            f"kind={kind!r}, scope={scope!r}: kinds are {', '.join(get_args(AdvantageKind))}, and batch_std and "
+            'reward_std divide what is centred by groups: with scope "batch" they are z_score.'
         )

@@ -1,10 +1,13 @@
 """The policy loss and the supervised loss: pure functions of tensors.
 
     L = sum_s  lambda_s * sum_r w[s,r] * surrogate(A[s,r], ratio[r])  +  beta_s * sum_r w[s,r] * kl(r)
+                                                                      -  eta_s * sum_r w[s,r] * H[r]
 
-with ratio = pi / pi_old. Sources: Vision-SR1, arXiv 2508.19652, eq. 7-9 (one policy and one KL term per stream, added
-only at the end); the surrogates, `surrogates.py`; KL estimators, http://joschu.net/blog/kl-approx.html. The KL term
-carries beta_s only: lambda_s does not multiply it.
+with ratio = pi / pi_old and H the entropy of the token's whole distribution. Sources: Vision-SR1, arXiv 2508.19652, eq.
+7-9 (one policy and one KL term per stream, added only at the end); the surrogates, `surrogates.py`; KL estimators,
+http://joschu.net/blog/kl-approx.html; the entropy bonus, A3C, arXiv 1602.01783, section 4. The KL term carries beta_s
+only, and the bonus eta_s (`entropy_coef`): lambda_s does not multiply them. Where the KL is in the reward, beta_s is 0
+here.
 
 Shape legend: R scored tokens of the micro-batch, S streams. Log-probs are in nats.
 """
@@ -34,9 +37,11 @@ def stream_loss(inputs: LossInputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         `loss/<s>/ratio_mean`          sum of w * ratio
         `loss/<s>/clip_fraction`       sum of w over the tokens that PPO clipping holds
         `loss/<s>/dual_clip_fraction`  sum of w over the tokens that dual clipping holds
+        `loss/<s>/entropy_bonus`       eta times the sum of w * H, which the loss is less by; where there is a bonus
 
     Raises:
-        ValueError: a shape, dtype or clip bound is wrong, or a KL coefficient asks for a missing reference.
+        ValueError: a shape, dtype or clip bound is wrong, a KL coefficient asks for a missing reference, or an entropy
+            coefficient for missing entropies.
     """
     check_inputs(inputs)
     trainer = inputs.trainer_logprobs
@@ -51,7 +56,7 @@ def stream_loss(inputs: LossInputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         kl = trainer.new_zeros(())
         if inputs.ref_logprobs is not None:
             kl = (weight * kl_estimate(trainer, inputs.ref_logprobs, stream.kl_estimator)).sum()
-        loss = loss + stream.loss_weight * policy + stream.kl_coef * kl
+        loss = loss + stream.loss_weight * policy + stream.kl_loss_coef * kl
         sums = {
             "weight": weight.sum(),
             "policy": policy,
@@ -61,7 +66,29 @@ def stream_loss(inputs: LossInputs) -> tuple[Tensor, Mapping[str, Tensor]]:
             "dual_clip_fraction": (weight * dual_clipped).sum(),
         }
         metrics.update({f"loss/{stream.name}/{key}": value.detach() for key, value in sums.items()})
-    return loss, metrics
+    bonus, bonuses = entropy_bonus(inputs)
+    return (loss if bonus is None else loss - bonus), {**metrics, **bonuses}
+
+
+def entropy_bonus(inputs: LossInputs) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """What the loss is less by, sum_s eta_s * sum_r w[s,r] * H[r], with the gradient of the entropies; None where no
+    stream has a coefficient. And `loss/<s>/entropy_bonus`, detached, of the streams that have one.
+
+    Raises:
+        ValueError: a stream has a coefficient, and there are no entropies.
+    """
+    users = [(index, stream) for index, stream in enumerate(inputs.streams) if stream.entropy_coef != 0.0]
+    if not users:
+        return None, {}
+    if inputs.entropy is None:
+        raise ValueError(f"entropy: None, but streams {[stream.name for _, stream in users]} have an entropy_coef.")
+    rows = [index for index, _ in users]
+    weights = inputs.token_weights[rows].to(inputs.entropy.dtype)
+    coefficients = weights.new_tensor([stream.entropy_coef for _, stream in users])  # eta
+    credited = (weights * inputs.entropy).masked_fill(weights == 0, 0.0)  # what is not finite there is no part of it
+    bonuses = coefficients * credited.sum(1)
+    names = (f"loss/{stream.name}/entropy_bonus" for _, stream in users)
+    return bonuses.sum(), dict(zip(names, bonuses.detach(), strict=True))
 
 
 def sft_loss(logprobs: Tensor, weights: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -115,9 +142,11 @@ def check_inputs(inputs: LossInputs) -> None:
             _check_shape(name, value, (num_tokens,))
     _check_shape("advantages", inputs.advantages, (num_streams, num_tokens))
     _check_shape("token_weights", inputs.token_weights, (num_streams, num_tokens))
-    needy = [stream.name for stream in inputs.streams if stream.kl_coef != 0.0]
+    needy = [stream.name for stream in inputs.streams if stream.kl_loss_coef != 0.0]
     if inputs.ref_logprobs is None and needy:
         raise ValueError(f"ref_logprobs: None, but streams {needy} have a kl_coef; give them, or set kl_coef to 0.")
+    if inputs.entropy is not None and inputs.entropy.shape != (num_tokens,):
+        raise ValueError(f"entropy: shape {tuple(inputs.entropy.shape)}, expected {(num_tokens,)}.")
     for clip in (stream.clip for stream in inputs.streams):
         if clip.low < 0 or clip.high < 0 or (clip.dual is not None and clip.dual <= 1):
             raise ValueError(f"clip={clip}: low and high must be 0 or more, dual greater than 1 or None.")

@@ -148,7 +148,9 @@ class QwenVLModel(GPTModel):
             grad_rows=_local_grad_rows(batch, mine),
             accumulate_into=weight.main_grad if torch.is_grad_enabled() and weight.requires_grad else None,
         )
-        return self._all_scores(torch.stack([scores.logprobs, scores.entropy.detach()]), mine, len(place))
+        assert scores.entropy is not None, "it was asked for"
+        entropy = scores.entropy if batch.entropy_grad else scores.entropy.detach()
+        return self._all_scores(torch.stack([scores.logprobs, entropy]), mine, len(place))
 
     def _all_scores(self, scores: Tensor, mine: Tensor, num_scored: int) -> Tensor:
         """[2, R] of the row's scored tokens, of which this context-parallel rank made those at `mine`.

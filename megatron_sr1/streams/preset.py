@@ -60,6 +60,16 @@ class Preset:
         return any(stream.kl_coef > 0 for stream in self.streams)
 
     @property
+    def kl_in_reward(self) -> bool:
+        """Whether a stream's KL is taken off its reward: then old and reference log-probs come before advantages."""
+        return any(stream.kl_in == "reward" for stream in self.streams)
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether the entropy of a stream's tokens has a gradient."""
+        return any(stream.entropy_coef != 0 for stream in self.streams)
+
+    @property
     def passes(self) -> Passes:
         """Those of a prompt with images. After a description the second pass is measured even if it earns nothing."""
         wanted = {*self._needed, *self.asked, *((SECOND.name,) if self.template == "see_think" else ())}
@@ -100,11 +110,12 @@ class Preset:
                 f"{where}: tokens={stream.tokens!r} is no segment of the {stream.trajectory} pass. It has "
                 f"{', '.join(allowed)}."
             )
-        if stream.advantage == "batch_std" and stream.scope == "batch":
+        if stream.advantage in ("batch_std", "reward_std") and stream.scope == "batch":
             raise ValueError(
-                f"{where}: advantage=batch_std centres each group and divides by the spread of the whole batch, so "
-                "scope=batch contradicts it. Set scope=group, or advantage=z_score."
+                f"{where}: advantage={stream.advantage} centres each group and divides by the spread of the whole "
+                "batch, so scope=batch contradicts it. Set scope=group, or advantage=z_score."
             )
+        _check_kl_in_reward(where, stream)
         if stream.surrogate != "ppo" and (stream.ratio == "sequence" or stream.clip.dual is not None):
             found = "ratio=sequence" if stream.ratio == "sequence" else f"dual_clip={stream.clip.dual}"
             raise ValueError(
@@ -186,10 +197,19 @@ def preset_from_config(objective: ObjectiveConfig) -> Preset:
         written[name] = {**written.get(name, {}), **entry}
     streams = tuple(_stream(entry, objective) for entry in written.values() if entry.get("enabled", True))
     later, asked = later_passes(objective.passes)
-    return Preset(objective.name, objective.template or template, streams, later, asked)
+    preset = Preset(objective.name, objective.template or template, streams, later, asked)
+    _check_against_objective(objective, preset)
+    return preset
 
 
 def _stream(entry: Written, objective: ObjectiveConfig) -> RewardStream:
+    aggregation = entry.get("aggregation", objective.aggregation)
+    constant = entry.get("constant_tokens", objective.constant_tokens) if aggregation == "constant" else None
+    if entry.get("constant_tokens") is not None and aggregation != "constant":
+        raise ValueError(
+            f"objective.streams: {entry['name']!r} has constant_tokens={entry['constant_tokens']}, which belongs to "
+            f"aggregation=constant, and its aggregation is {aggregation}. Leave it out, or set aggregation=constant."
+        )
     return RewardStream(
         name=entry["name"],
         trajectory=entry.get("pass", "first"),
@@ -198,10 +218,13 @@ def _stream(entry: Written, objective: ObjectiveConfig) -> RewardStream:
         loss_weight=float(entry.get("loss_weight", 1.0)),
         kl_coef=float(entry.get("kl_coef", objective.kl_coef)),
         kl_estimator=entry.get("kl_estimator", objective.kl_estimator),
+        kl_in=entry.get("kl_in", objective.kl_in),
+        entropy_coef=float(entry.get("entropy_coef", objective.entropy_coef)),
         normalize=entry.get("normalize", "sum"),
         advantage=entry.get("advantage", objective.advantage),
         scope=entry.get("scope", objective.advantage_scope),
-        aggregation=entry.get("aggregation", objective.aggregation),
+        aggregation=aggregation,
+        constant_tokens=constant,
         surrogate=entry.get("surrogate", objective.surrogate),
         ratio=entry.get("ratio", objective.ratio),
         clip=Clip(
@@ -210,6 +233,45 @@ def _stream(entry: Written, objective: ObjectiveConfig) -> RewardStream:
             entry.get("dual_clip", objective.dual_clip),
         ),
     )
+
+
+def _check_kl_in_reward(where: str, stream: RewardStream) -> None:
+    """Whether a KL in the reward says something, and what it should: near the reference a policy gradient on k2 or k3
+    vanishes, for both are squares there, and only that on k1 is the gradient of the KL divergence."""
+    if stream.kl_in == "loss":
+        return
+    if stream.kl_coef == 0:
+        raise ValueError(
+            f"{where}: kl_in=reward takes kl_coef times the KL off the reward, and kl_coef is 0. Set kl_coef, or "
+            "kl_in=loss."
+        )
+    if stream.kl_estimator != "k1":
+        raise ValueError(
+            f"{where}: kl_in=reward with kl_estimator={stream.kl_estimator} would hold nothing near the reference, for "
+            "as a reward only k1 has the gradient of the KL divergence. Set kl_estimator=k1, or kl_in=loss."
+        )
+    if stream.normalize == "per_component":
+        raise ValueError(
+            f"{where}: kl_in=reward takes the KL off one sum of rewards, and normalize=per_component makes an "
+            "advantage of each reward by itself. Set normalize=sum, or kl_in=loss."
+        )
+
+
+def _check_against_objective(objective: ObjectiveConfig, preset: Preset) -> None:
+    """Whether keys that are of all streams have one to act on, and none acts where a loss of the user's own does."""
+    if objective.constant_tokens is not None and all(stream.aggregation != "constant" for stream in preset.streams):
+        raise ValueError(
+            f"objective.constant_tokens={objective.constant_tokens} belongs to aggregation=constant, and no stream has "
+            "it. Leave it out, or set objective.aggregation=constant."
+        )
+    for stream in preset.streams if objective.loss else ():
+        if stream.kl_in == "reward" or stream.entropy_coef != 0:
+            found = "kl_in=reward" if stream.kl_in == "reward" else f"entropy_coef={stream.entropy_coef}"
+            raise ValueError(
+                f"objective {preset.name!r}, stream {stream.name!r}: {found} is of our loss, and objective.loss="
+                f"{objective.loss!r} takes its place: it may have a KL term and a bonus of its own, which would count "
+                "twice or not at all. Leave one of the two out."
+            )
 
 
 def check_objective(objective: ObjectiveConfig, rewards: RewardsConfig, megatron_dir: str = "") -> None:

@@ -41,8 +41,9 @@ class SftBatch:
 
 
 @dataclass(frozen=True)
-class StreamBatch:
-    """This replica's share of one optimizer step's rollouts: the first passes, and the later ones that are trained."""
+class StreamRows:
+    """This replica's share of one optimizer step's rollouts, packed: the first passes, and the later ones that are
+    trained; all that is known before rewards."""
 
     micro_batches: list[MicroBatch]
     tokens: list[ResponseTokens]  # of each micro-batch
@@ -50,8 +51,19 @@ class StreamBatch:
     num_of_kind: Mapping[str, int]  # the same by `token_kinds`, those alone that occur
 
 
+@dataclass(frozen=True)
+class StreamBatch(StreamRows):
+    """The same with what the loss is to make of it."""
+
+    advantages: list[Tensor]  # of each micro-batch [S, R]
+
+
 def rollout_advantages(
-    groups: Sequence[RolloutGroup], rewards: Mapping[str, Tensor], preset: Preset, eps: float
+    groups: Sequence[RolloutGroup],
+    rewards: Mapping[str, Tensor],
+    preset: Preset,
+    eps: float,
+    kl: Tensor | None = None,
 ) -> Tensor:
     """Advantages of a whole rollout batch, before it is cut into mini-batches: scope "batch" means all of it
     (Vision-SR1, arXiv 2508.19652, eq. 6).
@@ -59,6 +71,7 @@ def rollout_advantages(
     Args:
         rewards: per component [B], rollouts in the order of the groups and, within, of the samples.
         eps: see `group_advantages`.
+        kl: [S, B, M], see `stream_advantages`; needed where a stream's KL is in its reward.
 
     Returns:
         [S, B, M]: of the m samples of a stream's pass, each compared with those of all siblings; M is the largest m,
@@ -69,10 +82,12 @@ def rollout_advantages(
     """
     group_ids = torch.tensor([group.group_id for group in groups for _ in group.pairs])  # [B]
     advantages = torch.zeros(len(preset.streams), len(group_ids), preset.most_samples)
-    for row, stream in zip(advantages, preset.streams, strict=True):
+    for index, stream in enumerate(preset.streams):
         number = preset.num_samples(stream.trajectory)
         own = {name: _per_response(name, rewards[name], stream, number) for name, _ in stream.rewards}
-        row[:, :number] = stream_advantages(stream, own, group_ids.repeat_interleave(number), eps).view(-1, number)
+        held = None if kl is None else kl[index, :, :number].flatten()
+        found = stream_advantages(stream, own, group_ids.repeat_interleave(number), eps, held)
+        advantages[index, :, :number] = found.view(-1, number)
     return advantages
 
 
@@ -106,17 +121,31 @@ class Batcher:
         weights = [torch.full((len(batch.targets),), weight, device=self._device) for batch in micro_batches]
         return SftBatch(micro_batches, weights)
 
-    def streams(self, groups: Sequence[RolloutGroup], advantages: Tensor, preset: Preset) -> StreamBatch:
-        """Advantages and weights of every response token in every stream.
+    def streams(self, rows: StreamRows, advantages: Tensor, preset: Preset) -> StreamBatch:
+        """The rows with the advantage of every response token in every stream, and what of them the head must
+        differentiate.
+
+        Args:
+            rows: see `rows`.
+            advantages: [S, B, M], see `rollout_advantages`.
+        """
+        flat = advantages.flatten(1).to(self._device)  # [S, B * M]
+        of_tokens = [flat[:, tokens.place] for tokens in rows.tokens]  # [S, R] each
+        triples = zip(rows.micro_batches, rows.tokens, of_tokens, strict=True)
+        micro_batches = [self._with_gradients(*triple, preset) for triple in triples]
+        return StreamBatch(micro_batches, rows.tokens, rows.num_tokens, rows.num_of_kind, of_tokens)
+
+    def rows(self, groups: Sequence[RolloutGroup], preset: Preset) -> StreamRows:
+        """The scored responses of this replica's share of the groups, packed, with the weight of each token in
+        every stream.
 
         Args:
             groups: all groups of the optimizer step, the same on every rank.
-            advantages: [S, B, M], see `rollout_advantages`.
         """
         how = (preset.streams, self._config.objective.cut_responses)
         scored = [scored_responses(pair, preset) for group in groups for pair in group.pairs]
         masks = [[response_masks(self._processor, each, *how) for each in responses] for responses in scored]
-        weights = _weights(scored, masks, preset)  # [S, B, M]
+        weights = self._weights(scored, masks, preset)  # [S, B, M]
 
         sequences: list[TokenSequence] = []
         responses: list[ResponseTokens] = []
@@ -127,26 +156,46 @@ class Batcher:
                     rollout, number = response.rollout, response.number
                     seen = images if response.pass_name == "first" else ()
                     sequences.append(TokenSequence(rollout.prompt_ids, rollout.response_ids, seen))
+                    place = index * preset.most_samples + number
                     responses.append(
                         ResponseTokens(
-                            advantages=advantages[:, index, number, None].expand_as(mask),
                             token_weights=weights[:, index, number, None] * mask,
                             generator_logprobs=torch.tensor(rollout.generator_logprobs),
                             image_distance=self._image_distance(rollout),
+                            place=torch.full((len(rollout.response_ids),), place),
                         )
                     )
         micro_batches = self._pack(sequences)
         tokens = [row.moved(self._device) for row in into_rows(responses, micro_batches)]
         rollouts = [response.rollout for pair in scored for response in pair]
-        return StreamBatch(
-            [self._with_grad_rows(*row, preset) for row in zip(micro_batches, tokens, strict=True)],
-            tokens,
-            sum(len(rollout.response_ids) for rollout in rollouts),
-            self._num_of_kind(rollouts),
-        )
+        num_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+        return StreamRows(micro_batches, tokens, num_tokens, self._num_of_kind(rollouts))
 
-    def _with_grad_rows(self, batch: MicroBatch, tokens: ResponseTokens, preset: Preset) -> MicroBatch:
-        matters = tokens.matters(preset.streams)
+    def _weights(
+        self, scored: Sequence[Sequence[Response]], masks: Sequence[Sequence[Tensor]], preset: Preset
+    ) -> Tensor:
+        """[S, B, M]: the weight of each token that a stream credits in a response, see `token_weights`. All responses
+        of a stream's pass count, those that are missing among them."""
+        counts = torch.zeros(len(preset.streams), len(scored), preset.most_samples, dtype=torch.int64)
+        for index, responses in enumerate(scored):
+            for response, mask in zip(responses, masks[index], strict=True):
+                counts[:, index, response.number] += mask.sum(1).long()  # 0 for streams of other passes
+        weights = torch.zeros(counts.shape)
+        for row, count, stream in zip(weights, counts, preset.streams, strict=True):
+            number = preset.num_samples(stream.trajectory)
+            row[:, :number] = self._token_weights(count[:, :number].flatten(), stream).view(-1, number)
+        return weights
+
+    def _token_weights(self, num_tokens: Tensor, stream: RewardStream) -> Tensor:
+        constant = stream.constant_tokens or self._config.rollout.max_response_tokens
+        return token_weights(num_tokens, stream.aggregation, constant if stream.aggregation == "constant" else None)
+
+    def _with_gradients(
+        self, batch: MicroBatch, tokens: ResponseTokens, advantages: Tensor, preset: Preset
+    ) -> MicroBatch:
+        """The row with what of its scores the loss depends on."""
+        batch = replace(batch, entropy_grad=preset.has_entropy_bonus)
+        matters = tokens.matters(preset.streams, advantages)
         if self._config.objective.loss or matters.all():  # a loss of the user's own may look at any token
             return batch
         return replace(batch, grad_rows=torch.nonzero(matters).squeeze(1))
@@ -208,17 +257,3 @@ class Batcher:
             for group in groups
         ]
         return [(groups[index], starts[index]) for index in self._mine(lengths)]
-
-
-def _weights(scored: Sequence[Sequence[Response]], masks: Sequence[Sequence[Tensor]], preset: Preset) -> Tensor:
-    """[S, B, M]: the weight of each token that a stream credits in a response, see `token_weights`. All responses of a
-    stream's pass count, those that are missing among them."""
-    counts = torch.zeros(len(preset.streams), len(scored), preset.most_samples, dtype=torch.int64)
-    for index, responses in enumerate(scored):
-        for response, mask in zip(responses, masks[index], strict=True):
-            counts[:, index, response.number] += mask.sum(1).long()  # 0 for streams of other passes
-    weights = torch.zeros(counts.shape)
-    for row, count, stream in zip(weights, counts, preset.streams, strict=True):
-        number = preset.num_samples(stream.trajectory)
-        row[:, :number] = token_weights(count[:, :number].flatten(), stream.aggregation).view(-1, number)
-    return weights

@@ -22,11 +22,15 @@ from megatron_sr1.types import RolloutGroup
 
 
 def step_advantages(
-    groups: Sequence[RolloutGroup], rewards: Rewards, preset: Preset, objective: ObjectiveConfig
+    groups: Sequence[RolloutGroup],
+    rewards: Rewards,
+    preset: Preset,
+    objective: ObjectiveConfig,
+    kl: Tensor | None = None,
 ) -> Tensor:
     """[S, B, M]: those that a policy is trained with, see `rollout_advantages`."""
     rewards = without_leaks(rewards, preset) if objective.leak_filter else rewards
-    return rollout_advantages(groups, rewards, preset, objective.advantage_eps)
+    return rollout_advantages(groups, rewards, preset, objective.advantage_eps, kl)
 
 
 def live_groups(
@@ -34,9 +38,12 @@ def live_groups(
 ) -> tuple[Tensor, Tensor]:
     """Whether each group is alive to each stream, [S, G], and to any that has a weight in the loss, [G].
 
-    A stream of `loss_weight` 0 is measured and teaches nothing, so it keeps no group alive.
+    By what they earn: a KL in the reward, which tells most apart, is left out. A stream of `loss_weight` 0 is measured
+    and teaches nothing, so it keeps no group alive.
     """
-    moves = step_advantages(groups, rewards, preset, objective) != 0  # [S, B, M]
+    num_rollouts = sum(len(group.pairs) for group in groups)
+    no_kl = torch.zeros(len(preset.streams), num_rollouts, preset.most_samples)
+    moves = step_advantages(groups, rewards, preset, objective, no_kl) != 0  # [S, B, M]
     member = torch.tensor([place for place, group in enumerate(groups) for _ in group.pairs])  # [B]
     alive = torch.zeros(len(preset.streams), len(groups)).index_add(1, member, moves.any(2).float()) > 0
     weighted = torch.tensor([stream.loss_weight != 0 for stream in preset.streams])

@@ -54,17 +54,20 @@ class PolicyLoss:
         weights, bounded = importance_weights(
             drawing, tokens.generator_logprobs, micro_batch.row_sequence, self._mismatch
         )
+        entropy = logprobs.entropy
+        if entropy is not None and not self._preset.has_entropy_bonus:
+            entropy = entropy.detach()  # the head gives it no gradient then
         loss, metrics = self._loss(
             LossInputs(
                 trainer_logprobs=trainer,
                 old_logprobs=old,
                 ref_logprobs=None if self._reference is None else self._reference[index].logprobs,
-                advantages=tokens.advantages * weights,
+                advantages=self._batch.advantages[index] * weights,
                 token_weights=tokens.token_weights,
                 streams=self._preset.streams,
                 row_sequence=micro_batch.row_sequence,
                 generator_logprobs=tokens.generator_logprobs,
-                entropy=None if logprobs.entropy is None else logprobs.entropy.detach(),
+                entropy=entropy,
             )
         )
         gap = (drawing.detach() - tokens.generator_logprobs).abs()  # before any update, so both of the same weights

@@ -19,25 +19,27 @@ from megatron_sr1.types import MicroBatch, RewardStream
 class ResponseTokens:
     """Per-token inputs of the loss, of one response (n tokens) or of one packed row (n = R)."""
 
-    advantages: Tensor  # [S, n]
     token_weights: Tensor  # [S, n]: 0 outside a stream, 1 / its global denominator inside
     generator_logprobs: Tensor  # [n]
     image_distance: Tensor  # [n]: tokens since the prompt's last visual token, -1 without images
+    place: Tensor  # [n] int64: of the response among the B * M of the optimizer step: b * M + its number in its pass
 
     def moved(self, device: torch.device) -> ResponseTokens:
         """The same on `device`."""
         return ResponseTokens(
-            self.advantages.to(device),
             self.token_weights.to(device),
             self.generator_logprobs.to(device),
             self.image_distance.to(device),
+            self.place.to(device),
         )
 
-    def matters(self, streams: Sequence[RewardStream]) -> Tensor:
-        """[n] bool: tokens the loss depends on, which a stream credits with an advantage or holds to the reference.
-        Others, such as those of a group with equal rewards where there is no KL term, cost no backward in the head."""
-        held = torch.tensor([stream.kl_coef > 0 for stream in streams], device=self.token_weights.device)[:, None]
-        return ((self.token_weights != 0) & (held | (self.advantages != 0))).any(0)
+    def matters(self, streams: Sequence[RewardStream], advantages: Tensor) -> Tensor:
+        """[n] bool: tokens the loss depends on, which a stream credits with one of the advantages [S, n], holds to the
+        reference in the loss, or gives a bonus for their entropy. Others, such as those of a group with equal rewards
+        where there is neither, cost no backward in the head."""
+        always = [stream.kl_loss_coef > 0 or stream.entropy_coef != 0 for stream in streams]
+        held = torch.tensor(always, device=self.token_weights.device)[:, None]
+        return ((self.token_weights != 0) & (held | (advantages != 0))).any(0)
 
 
 def into_rows(responses: Sequence[ResponseTokens], rows: Sequence[MicroBatch]) -> list[ResponseTokens]:
@@ -47,9 +49,9 @@ def into_rows(responses: Sequence[ResponseTokens], rows: Sequence[MicroBatch]) -
         ValueError: see `packing.scatter_rows`.
     """
     columns = (
-        scatter_rows([response.advantages for response in responses], rows),
         scatter_rows([response.token_weights for response in responses], rows),
         scatter_rows([response.generator_logprobs for response in responses], rows),
         scatter_rows([response.image_distance for response in responses], rows),
+        scatter_rows([response.place for response in responses], rows),
     )
     return [ResponseTokens(*row) for row in zip(*columns, strict=True)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from megatron_sr1.config import Config
@@ -11,10 +13,11 @@ from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
 from megatron_sr1.rewards import RewardError
 from megatron_sr1.streams import Preset
-from megatron_sr1.training.batches import Batcher, StreamBatch
+from megatron_sr1.training.batches import Batcher, StreamRows
 from megatron_sr1.training.live_groups import step_advantages
 from megatron_sr1.training.logprob_gap import check_logprob_gap, max_logprob_gap
 from megatron_sr1.training.losses import PolicyLoss
+from megatron_sr1.training.response_kl import response_kl
 from megatron_sr1.training.step_rewards import Rewards
 from megatron_sr1.types import LogProbs, RolloutGroup, Scoring
 
@@ -43,32 +46,77 @@ class Trainer:
         self._batcher = Batcher(config, processor, policy.replicas, policy.platform.device)
 
     def update(self, groups: Sequence[RolloutGroup], rewards: Rewards) -> list[StepResult]:
-        """One optimizer step per `train.batch_size` prompts. With several, old log-probs are taken before the first.
+        """One optimizer step per `train.batch_size` prompts. With several, old log-probs are taken before the first;
+        where a KL is in the reward, old and reference log-probs are, and before the advantages.
 
         Raises:
             ValueError: trainer and generator are too far apart, see `check_logprob_gap`.
             RewardError: so many groups were skipped that a replica has none; before the first step.
         """
         self._policy.return_to_device()
-        advantages = step_advantages(groups, rewards, self._preset, self._config.objective)
-        batches = list(self._mini_batches(groups, advantages))
-        old: list[list[LogProbs] | None] = [None] * len(batches)
-        if len(batches) > 1:
-            old = [self._policy.logprobs(batch.micro_batches, self._scoring) for batch in batches]
+        shares = list(self._shares(groups))
+        rows = [self._batcher.rows(groups[share], self._preset) for share in shares]
+        old: list[list[LogProbs]] = []
+        reference: list[list[LogProbs]] = []
+        if len(shares) > 1 or self._preset.kl_in_reward:
+            old = [self._policy.logprobs(row.micro_batches, self._scoring) for row in rows]
+        kl = None
+        if self._preset.kl_in_reward:
+            reference = [self._policy.reference_logprobs(row.micro_batches, self._scoring) for row in rows]
+            kls = [self._kl(*each) for each in zip(shares, rows, old, reference, strict=True)]
+            kl = torch.cat(kls, 1)  # [S, B, M]
+        advantages = step_advantages(groups, rewards, self._preset, self._config.objective, kl)
         results = []
-        for batch, before in zip(batches, old, strict=True):
-            reference = None
-            if self._preset.needs_reference:
-                reference = self._policy.reference_logprobs(batch.micro_batches, self._scoring)
-            loss = PolicyLoss(batch, before, reference, self._preset, self._config.objective)
-            results.append(self._policy.train_step(batch.micro_batches, loss, self._scoring))
-            check_logprob_gap(results[-1].metrics, self._max_logprob_gap)
+        for number, share in enumerate(shares):
+            batch = self._batcher.streams(rows[number], advantages[:, self._rollouts(share)], self._preset)
+            before = old[number] if len(shares) > 1 else None  # of the only step the policy's present ones
+            held = reference[number] if reference else self._reference(batch)
+            loss = PolicyLoss(batch, before, held, self._preset, self._config.objective)
+            result = self._policy.train_step(batch.micro_batches, loss, self._scoring)
+            results.append(result if kl is None else self._with_penalties(result, kl[:, self._rollouts(share)]))
+            check_logprob_gap(result.metrics, self._max_logprob_gap)
         return results
 
-    def _mini_batches(self, groups: Sequence[RolloutGroup], advantages: Tensor) -> Iterator[StreamBatch]:
-        """Each of the prompts of `train.batch_size`, without groups that were skipped."""
-        size = self._config.train.batch_size
+    def _reference(self, rows: StreamRows) -> list[LogProbs] | None:
+        """None where no stream is held to it."""
+        if not self._preset.needs_reference:
+            return None
+        return self._policy.reference_logprobs(rows.micro_batches, self._scoring)
+
+    def _kl(self, share: slice, rows: StreamRows, old: list[LogProbs], reference: list[LogProbs]) -> Tensor:
+        """[S, b, M] of the b rollouts of an optimizer step."""
+        rollouts, most = self._rollouts(share), self._preset.most_samples
+        number = (rollouts.stop - rollouts.start) * most
+        kl = response_kl(rows, old, reference, self._preset.streams, number, self._policy.replicas)
+        return kl.view(len(kl), -1, most)
+
+    def _with_penalties(self, result: StepResult, kl: Tensor) -> StepResult:
+        """`loss/<s>/kl_in_reward`: what was taken off the reward of a response, mean over the step.
+
+        Args:
+            kl: [S, b, M] nats.
+        """
+        means = [
+            row[:, : self._preset.num_samples(stream.trajectory)].mean().item()
+            for row, stream in zip(kl, self._preset.streams, strict=True)
+        ]
+        pairs = zip(self._preset.streams, means, strict=True)
+        taken = {
+            f"loss/{stream.name}/kl_in_reward": stream.kl_coef * mean
+            for stream, mean in pairs
+            if stream.kl_in == "reward"
+        }
+        return replace(result, metrics={**result.metrics, **taken})
+
+    def _rollouts(self, share: slice) -> slice:
+        """Of the groups, which are whole."""
         samples = self._config.rollout.samples_per_prompt
+        return slice(share.start * samples, share.stop * samples)
+
+    def _shares(self, groups: Sequence[RolloutGroup]) -> Iterator[slice]:
+        """Which groups each optimizer step trains on: those of the prompts of `train.batch_size`, but for groups that
+        were skipped."""
+        size = self._config.train.batch_size
         for first in range(0, self._config.rollout.prompts_per_step, size):
             start, end = (sum(group.group_id < limit for group in groups) for limit in (first, first + size))
             if end - start < self._policy.replicas.num_ranks:
@@ -76,5 +124,4 @@ class Trainer:
                     f"only {end - start} of {size} prompts of an optimizer step are graded, which is less than the "
                     f"{self._policy.replicas.num_ranks} replicas of the policy. See above for why."
                 )
-            rollouts = slice(start * samples, end * samples)
-            yield self._batcher.streams(groups[start:end], advantages[:, rollouts], self._preset)
+            yield slice(start, end)

@@ -2,6 +2,7 @@
 readable reference.
 
     L = sum_s  lambda_s * sum_r w[s,r] * surrogate(A[s,r], ratio[r])  +  beta_s * sum_r w[s,r] * kl_s(r)
+             - eta_s * sum_r w[s,r] * H[r]
 
     dL/dlogp[r] = ratio[r] * sum_s lambda_s * w[s,r] * (-A[s,r]) * [no clipping holds (s,r)]
                 + sum_s beta_s * w[s,r] * kl_s'(r)
@@ -9,7 +10,8 @@ readable reference.
     kl' = 1 (k1),  -d (k2),  -(e^d - 1) (k3),   d = log pi_ref - log pi
 
 The gradient needs nothing but the inputs, so forward computes it and keeps it, one [R] tensor; backward multiplies it
-by the incoming scalar. Automatic differentiation of the reference keeps about six such tensors for each stream.
+by the incoming scalar. Automatic differentiation of the reference keeps about six such tensors for each stream. The
+entropy bonus is linear in H, so it is the reference's own and added behind.
 
 Shapes: R scored tokens of the micro-batch, S streams.
 """
@@ -25,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_sr1.kernels.policy_loss.torch_loss import torch_loss
-from megatron_sr1.objective.losses import check_inputs
+from megatron_sr1.objective.losses import check_inputs, entropy_bonus
 from megatron_sr1.types import KlEstimator, LossInputs, RewardStream
 
 LossBackend = Literal["auto", "torch", "triton"]
@@ -52,8 +54,9 @@ def fused_stream_loss(inputs: LossInputs, *, backend: LossBackend = "auto") -> t
             on a GPU where Triton is installed, else "torch".
 
     Returns:
-        The loss, a scalar, and the detached scalars `loss/<stream>/<name>` for each of METRICS; `stream_loss` says
-        what they are. They share the memory of one [S, 6] tensor. The loss can be differentiated once.
+        The loss, a scalar, and the detached scalars `loss/<stream>/<name>` for each of METRICS, and of the bonuses;
+        `stream_loss` says what they are. Those of METRICS share the memory of one [S, 6] tensor. The loss can be
+        differentiated once.
 
     Raises:
         ValueError: what `stream_loss` refuses, an unknown KL estimator or backend, or a backend that cannot take
@@ -73,7 +76,9 @@ def fused_stream_loss(inputs: LossInputs, *, backend: LossBackend = "auto") -> t
             )
     loss, totals = _FusedLoss.apply(inputs.trainer_logprobs, inputs, _choose(backend, inputs.trainer_logprobs))
     names = (f"loss/{stream.name}/{metric}" for stream in inputs.streams for metric in METRICS)
-    return loss, dict(zip(names, totals.flatten().unbind(), strict=True))
+    metrics = dict(zip(names, totals.flatten().unbind(), strict=True))
+    bonus, bonuses = entropy_bonus(inputs)
+    return (loss if bonus is None else loss - bonus), {**metrics, **bonuses}
 
 
 class _FusedLoss(torch.autograd.Function):

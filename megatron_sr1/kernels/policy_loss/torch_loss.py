@@ -28,7 +28,7 @@ def torch_loss(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
 
     held = clipped if dual_clipped is None else torch.maximum(clipped, dual_clipped)
     lambdas = weights.new_tensor([stream.loss_weight for stream in inputs.streams])
-    betas = weights.new_tensor([stream.kl_coef for stream in inputs.streams])
+    betas = weights.new_tensor([stream.kl_loss_coef for stream in inputs.streams])
     of_ratio = lambdas @ opposite.mul_(weights).mul_(1.0 - held)  # [R] d loss / d ratio
     gradient = (of_ratio * ratio).masked_fill_(of_ratio == 0, 0.0)
     sums = [

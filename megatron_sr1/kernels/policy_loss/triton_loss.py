@@ -42,7 +42,7 @@ def triton_loss(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
     totals = trainer.new_empty(num_streams, NUM_TERMS.value)
     loss = trainer.new_empty(())
     weights = tuple(float(stream.loss_weight) for stream in inputs.streams)
-    kl_coefs = tuple(float(stream.kl_coef) for stream in inputs.streams)
+    kl_coefs = tuple(float(stream.kl_loss_coef) for stream in inputs.streams)
     with torch.cuda.device_of(trainer):
         if num_blocks:
             clips = [stream.clip for stream in inputs.streams]
