@@ -40,6 +40,9 @@ OTHER: dict[str, Any] = {
     "rollout.max_running_requests": 7,
     "rollout.top_p": None,  # 1 and 0 are the only values
     "rollout.top_k": None,
+    "model.freeze": ("vision",),
+    "model.min_pixels": 10_000,
+    "model.max_pixels": 10_000,
     "recompute.modules": ("mlp",),
     "data.train_weights": ((2.0,), {}),
     "data.cold_start_weights": ((2.0,), {"data.cold_start": ("train.tar",)}),
