@@ -366,7 +366,7 @@ class Processor:
         return table
 
 
-def _changes(pixels: PixelLimits | None) -> dict[str, int]:
+def _changes(pixels: PixelLimits | None) -> dict[str, Any]:
     """Arguments of transformers' image processor. By these names: in a file they win over `size`."""
     return {} if pixels is None else {"min_pixels": pixels.least, "max_pixels": pixels.most}
 

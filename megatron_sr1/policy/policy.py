@@ -181,6 +181,7 @@ class Policy(Scorer):
     @torch.no_grad()
     def _exchange_weights(self) -> None:
         """Swaps trained and reference values in place, one parameter at a time."""
+        assert self._reference is not None
         for parameter, other in zip(self._trained_parameters(), self._reference, strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(other)

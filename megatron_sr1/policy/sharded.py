@@ -24,7 +24,8 @@ def sharded_weights(
             some of them may be left out.
     """
     metadata = {"non_homogeneous_layers": True} if by_layer else None
-    states = {f"chunk_{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
+    modules: Sequence[Any] = chunks
+    states = {f"chunk_{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(modules)}
     if extra_state:
         return states
     return {
