@@ -21,6 +21,7 @@ import numpy as np
 
 from megatron_sr1.ahead import Later
 from megatron_sr1.chat_template import TEMPLATE_ERRORS, check_it_ends
+from megatron_sr1.config import PixelLimits
 from megatron_sr1.types import MAX_ASPECT, EncodedImage, Normalisation
 
 if TYPE_CHECKING:
@@ -90,8 +91,11 @@ class Processor:
         self._frame(1)  # what is wrong with the template is told before anything else is made
 
     @classmethod
-    def from_pretrained(cls, hf_dir: str, *, num_threads: int = 2) -> Processor:
+    def from_pretrained(cls, hf_dir: str, *, pixels: PixelLimits | None = None, num_threads: int = 2) -> Processor:
         """Reads the tokenizer and preprocessor files of `hf_dir`; runs no code from there.
+
+        Args:
+            pixels: of every image, in place of those that the files state.
 
         transformers decides as it is imported whether torchvision and torchaudio are there to be used, hence here and
         not at the import of this module: the platform looks first whether they can be loaded.
@@ -125,7 +129,8 @@ class Processor:
                     f"{legacy_template} has no chat_template: {_first_line(error)}. Copy it again."
                 ) from error
         try:
-            return cls(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(hf_dir), num_threads=num_threads)
+            images = Qwen2VLImageProcessorPil.from_pretrained(hf_dir, **_changes(pixels))
+            return cls(tokenizer, images, num_threads=num_threads)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{hf_dir}: its image processor cannot be read, {_first_line(error)}. Copy preprocessor_config.json "
@@ -167,8 +172,9 @@ class Processor:
     def grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """Patches along time, height and width of a still image; no pixel is read.
 
-        The image is resized to multiples of patch_size * merge_size whose product lies within the pixel limits of
-        preprocessor_config.json (`smart_resize` of transformers' own processor).
+        The image is resized to multiples of patch_size * merge_size whose product lies within the pixel limits
+        (`smart_resize` of transformers' own processor); a side is never less than one of these multiples, so a thin
+        image may have more pixels than the limit. What counts tokens counts these.
 
         Args:
             size: width and height in pixels, as `Image.size` gives them.
@@ -358,6 +364,11 @@ class Processor:
         for piece, token in self._tokenizer.get_vocab().items():
             table[token] = added[token].encode() if token in added else bytes(byte_of[char] for char in piece)
         return table
+
+
+def _changes(pixels: PixelLimits | None) -> dict[str, Any]:
+    """Arguments of transformers' image processor. By these names: in a file they win over `size`."""
+    return {} if pixels is None else {"min_pixels": pixels.least, "max_pixels": pixels.most}
 
 
 def _first_line(error: Exception) -> str:

@@ -52,5 +52,6 @@ def hf_config(class_name: str = DENSE, **sizes: Any) -> HfConfig:
         "mrope_section": (1, 0, 0),
         "mrope_interleaved": None,
         "deepstack_layers": (),
+        "visual_token_side": 28,
     }
     return HfConfig(**numbers | sizes)

@@ -12,12 +12,14 @@ import torch.distributed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from megatron_sr1.config import PixelLimits
 from megatron_sr1.digits.tiny_model import create_tiny_model
 from megatron_sr1.types import Prompt, RolloutGroup, Sampling
 
 MAX_MODEL_TOKENS = 512
 MAX_RESPONSE = 24
 TOLERANCE = 1e-3  # nats
+PIXELS = PixelLimits(2 * 28**2, 24 * 28**2)  # model.min_pixels and max_pixels: not what the model's own files say
 IMAGE_SIZES = [(84, 28), (56, 56), (90, 41)]  # width, height; the last is resized
 
 
@@ -67,7 +69,7 @@ def describing_processor(model_dir: str) -> Any:
         def decode(self, ids: Any) -> str:
             return "<description>" + super().decode(ids).replace("<", "") + " .</description>"
 
-    return Describing.from_pretrained(model_dir)
+    return Describing.from_pretrained(model_dir, pixels=PIXELS)
 
 
 def finishing_engine() -> Any:
@@ -108,7 +110,7 @@ def reference_differences(
 
     save_file(weights, folder / "model" / "model.safetensors", metadata={"format": "pt"})
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32).eval()
-    processor = Processor.from_pretrained(str(folder / "model"))
+    processor = Processor.from_pretrained(str(folder / "model"), pixels=PIXELS)
     worst = 0.0
     for group in groups:
         pair = group.pairs[0]

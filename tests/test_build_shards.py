@@ -407,6 +407,9 @@ def test_lengths_are_those_of_transformers(tool: ModuleType, tmp_path: Path, tin
     assert index.tokenizer == tiny_model_dir
     assert [problem["kind"] for problem in problems(out)] == ["too_long", "image_size"]
     assert f"has {max(full)} tokens" in problems(out)[0]["reason"]
+    few = ("--model", tiny_model_dir, "--max-prompt-tokens", max(short), "--max-pixels", 28 * 28)
+    out = run_jsonl(tool, tmp_path / "few", rows, images, *few)  # each image is a token then
+    assert len(read_index(index_path(out / "train-00000.tar")).samples) == 4
 
 
 # ---------------------------------------------------------------- shards

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sr1.config import ConfigError
 from megatron_sr1.processor import Processor
 from megatron_sr1.types import Scoring
 from tests.model_zoo import create_family
@@ -42,6 +43,7 @@ def _check_moves(rank: int, num_ranks: int, folder: str) -> None:
     from megatron_sr1.training.checkpointer import Checkpointer, Progress
 
     _check_shares(rank, folder)
+    _check_frozen(folder)
     for family, (saving, loading) in MOVES.items():
         model_dir, path = f"{folder}/{family}", Path(folder) / f"{family}_checkpoints"
         with built(model_dir, saving) as (policy, config):
@@ -112,6 +114,30 @@ def _check_shares(rank: int, folder: str) -> None:
         checkpoints = Checkpointer(path, 1, policy.platform)
         checkpoints.restore(policy, Progress(1, 8, "data", "model"))
         assert {group["max_lr"] for group in policy.optimizer.param_groups} == {config.optimizer.lr}
+
+
+def _check_frozen(folder: str) -> None:
+    """What is frozen has no state to save; the rest goes on in another layout. Megatron-Core could not save where a
+    stage trains nothing, so that is refused."""
+    from megatron_sr1.training.checkpointer import Checkpointer, Progress
+
+    model_dir, freeze = f"{folder}/qwen2_5_vl_tied", "model.freeze=['.*layers[.][012][.].*',vision,embeddings]"
+    checkpoints = None
+    with built(model_dir, ["layout.tensor=2", freeze]) as (policy, config):
+        checkpoints = Checkpointer(Path(folder) / "frozen", 1, policy.platform)
+        _steps(policy, config, model_dir, 1)
+        checkpoints.save(policy, Progress(1, 8, "data", "model"))
+        wanted = _steps(policy, config, model_dir, 1)
+        weights = {name: tensor.clone() for name, tensor in policy.hf_weights()}
+    with built(model_dir, ["layout.pipeline=2", freeze]) as (policy, config):
+        checkpoints.restore(policy, checkpoints.newest())
+        (found,) = _steps(policy, config, model_dir, 1)
+        assert found.grad_norm == pytest.approx(wanted[0].grad_norm, rel=TOLERANCE)
+        for key, tensor in policy.hf_weights():
+            assert (tensor - weights[key]).abs().max() < STEP_TOLERANCE * LEARNING_RATE, key
+    refused = pytest.raises(ConfigError, match=r"rank 1 of 2 has nothing to train .* Lower layout\.pipeline")
+    with refused, built(model_dir, ["layout.pipeline=2", "model.freeze=[language,embeddings]"]):
+        pass
 
 
 # learning rates, schedule and all else of the optimizer, other than what the checkpoint was saved with

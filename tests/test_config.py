@@ -78,7 +78,7 @@ def test_braces_that_a_shell_has_expanded_are_refused(braces) -> None:
         ("train: {stepz: 3}", [], ["train.stepz", "save_every"]),
         ("", ["rollout.samples=3"], ["rollout.samples", "samples_per_prompt"]),
         ("train: {steps: many}", [], ["train.steps", "many"]),
-        ("model: {train_vision: 7.5}", [], ["model.train_vision", "7.5"]),
+        ("model: {fused: 7.5}", [], ["model.fused", "7.5"]),
         ("train: 3", [], ["train=3", "keys with values"]),
         ("", ["train.steps"], ["train.steps", "key=value"]),
     ],

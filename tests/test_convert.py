@@ -117,7 +117,8 @@ def check_training_checkpoint(folder: Path, hf_dir: Path) -> None:
     layout = LayoutConfig(tensor=2, pipeline=2, sequence_parallel=True)
     config = Config(nproc=4, layout=layout, model=ModelConfig(hf_dir=str(hf_dir)))
     policy = Policy(config, platform, num_optimizer_steps=1, keep_reference=False)
-    progress = Progress(step=10, position=0, dataset_fingerprint="", model_dir=str(hf_dir))
+    pixels = {"least": 3000, "most": 30_000}  # of model.min_pixels and max_pixels
+    progress = Progress(step=10, position=0, dataset_fingerprint="", model_dir=str(hf_dir), pixels=pixels)
     saved = Checkpointer(folder / "checkpoints", 1, platform).save(policy, progress)
     with pytest.raises(ValueError, match=r"step_000010 has no hf/config\.json\. Give --hf"):
         megatron_to_hf(str(saved), None, folder / "no_config", platform, silent)
@@ -125,6 +126,9 @@ def check_training_checkpoint(folder: Path, hf_dir: Path) -> None:
     if platform.is_main:
         assert len(list((folder / "exported").glob("*.safetensors"))) > 3
         assert_same_bits(hf_dir, folder / "exported")
+        said = json.loads((folder / "exported" / "preprocessor_config.json").read_text())
+        own = json.loads((hf_dir / "preprocessor_config.json").read_text())
+        assert said == own | {"min_pixels": 3000, "max_pixels": 30_000}, "the images that it was trained with"
 
 
 def check_four_ranks(rank: int, num_ranks: int, path: str) -> None:

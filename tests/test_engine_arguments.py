@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sr1.config import ConfigError, RolloutConfig, load_config, read_hf_config
+from megatron_sr1.config import ConfigError, PixelLimits, RolloutConfig, load_config, read_hf_config
 from megatron_sr1.config.engine_arguments import _OWNED, _names_of_vllm, check_engine_arguments
 from megatron_sr1.estimate.engine import engine_bytes
 from megatron_sr1.rollout.vllm.arguments import EngineLimits, engine_arguments
@@ -48,6 +48,13 @@ def test_the_same_is_asked_for_everywhere_but_for_what_a_platform_decides(tiny_m
     assert on_cpu["mm_encoder_tp_mode"] == "data" and on_cpu["mm_processor_cache_gb"] == 0
     assert arguments(tiny_model_dir, True, tensor_parallel=1)["mm_encoder_tp_mode"] == "weights"
     assert on_cpu["kv_cache_memory_bytes"] == 2 << 30 and on_cpu["limit_mm_per_prompt"] == {"image": 3, "video": 0}
+
+
+def test_an_engine_prepares_images_of_the_trainers_pixels(tiny_model_dir: str) -> None:
+    """vLLM's own preparation, by which it lays out its memory; what the trainer prepares is sent as it is."""
+    assert arguments(tiny_model_dir, False)["mm_processor_kwargs"] == {"use_fast": False}
+    asked = arguments(tiny_model_dir, False, pixels=PixelLimits(5000, 6000))["mm_processor_kwargs"]
+    assert asked == {"use_fast": False, "min_pixels": 5000, "max_pixels": 6000}
 
 
 def test_weights_that_come_from_the_trainer_are_not_read_from_the_model_directory(tiny_model_dir: str) -> None:

@@ -142,8 +142,9 @@ def test_killed_and_continued_it_is_the_same_to_the_bit(whole: Evaluations) -> N
 
 def test_another_evaluation_is_not_continued(whole: Evaluations) -> None:
     before = whole.file("whole-evaluation", "evaluate.jsonl").read_bytes()
-    refused = whole.run("whole-evaluation", "seed=2", "evaluate.chunk_prompts=5")
+    refused = whole.run("whole-evaluation", "seed=2", "model.max_pixels=30000", "evaluate.chunk_prompts=5")
     assert refused.returncode != 0
-    assert "seed was 1 and is 2; evaluate.chunk_prompts was 4 and is 5." in refused.stderr
+    said = "seed was 1 and is 2; evaluate.chunk_prompts was 4 and is 5; model.max_pixels was None and is 30000."
+    assert said in refused.stderr
     assert "--restart" in refused.stderr.splitlines()[-1]
     assert whole.file("whole-evaluation", "evaluate.jsonl").read_bytes() == before

@@ -18,6 +18,7 @@ from megatron_sr1.config import Config, load_config
 from megatron_sr1.packing import gather_rows, pack
 from megatron_sr1.processor import Processor
 from megatron_sr1.types import LogProbs, MicroBatch, Prompt, Rollout, RolloutGroup, RolloutPair, Scoring, TokenSequence
+from tests.freeze_cases import check_frozen, published_tensors
 from tests.model_zoo import ZOO, create_family, publish_experts
 from tests.ranks import run_ranks
 
@@ -95,17 +96,6 @@ def _hf_scores(model: Any, sequence: TokenSequence, image_token_id: int) -> Tens
     return torch.stack([scores.gather(1, response[:, None])[:, 0], entropy])
 
 
-def _hf_gradients(model: torch.nn.Module, architecture: Any) -> dict[str, Tensor]:
-    """By the names of published checkpoints, and lying as in those."""
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        name = name.replace("model.language_model.", architecture.family.language_prefix)
-        name = name.replace("model.visual.", architecture.family.vision_prefix)
-        assert parameter.grad is not None, name
-        gradients[name] = parameter.grad.transpose(1, 2) if ".mlp.experts." in name else parameter.grad
-    return gradients
-
-
 def _relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
@@ -175,7 +165,8 @@ def _check_family(model_dir: str, family: str) -> None:
     batches = [replace(batch, entropy_grad=True) for batch in batches]
     result = policy.train_step(batches, _MeanLoss(num_tokens), Scoring())
     assert result.metrics["loss"] == pytest.approx(loss.item(), rel=TOLERANCE)
-    expected_gradients = _hf_gradients(model, policy.architecture)
+    expected_gradients = published_tensors(model, policy.architecture, lambda parameter: parameter.grad)
+    assert None not in expected_gradients.values()
     gradients = dict(
         export_hf_weights(policy.chunks, policy.architecture, policy.groups, read=lambda parameter: parameter.main_grad)
     )
@@ -234,6 +225,8 @@ def _check_families(rank: int, num_ranks: int, folder: str) -> None:
         _check_parts(model_dir, CASES[case][0])
         _check_family(str(model_dir), CASES[case][0])
         _check_greedy(str(model_dir), CASES[case][0])
+        if case in ZOO:
+            check_frozen(str(model_dir), CASES[case][0], _policy, _sequences, _hf_scores)
     _check_published_configs(Path(folder))
     _check_refusals(Path(folder))
     _check_deepstack_layer()

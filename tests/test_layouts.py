@@ -40,6 +40,7 @@ UNTIED = "qwen2_5_vl_untied"
 EVERY = (DENSE, DEEPSTACK, MIXTURE)
 
 MAX_THREADS = 150  # three for each of a layout's groups, and torch's own
+FROZEN = "model.freeze=['.*layers[.][0][.].*','.*layers[.]3[.].*o_proj.*',embeddings,vision]"
 SMALL_BUDGET = 60  # most sequences alone: rows of text only, of images only
 # number of ranks -> (families, overrides); a mixture under tensor parallelism needs sequence parallelism
 LAYOUTS: dict[int, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
@@ -59,11 +60,15 @@ LAYOUTS: dict[int, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
         (EVERY, (PLAIN,)),
         ((MIXTURE,), (f"{EP}=2",)),
         ((MIXTURE,), (f"{EP}=2", f"{TP}=2", SP, PLAIN)),
+        ((DENSE,), (f"{TP}=2", "recompute.mode=full", FROZEN)),
+        ((DEEPSTACK,), (f"{PP}=2", f"{VPP}=2", "recompute.mode=full", FROZEN)),
+        ((MIXTURE,), (f"{EP}=2", f"{TP}=2", SP, FROZEN)),
     ],
     4: [
         ((DENSE, UNTIED, DEEPSTACK), (f"{TP}=4",)),  # of 2 key/value heads
         ((UNTIED, *EVERY), (f"{PP}=4",)),
         ((DENSE, DEEPSTACK), (f"{TP}=2", f"{PP}=2")),
+        ((DENSE, DEEPSTACK), (f"{TP}=2", f"{PP}=2", FROZEN)),
         (EVERY, (f"{TP}=2", f"{CP}=2", SP, "recompute.mode=full", "recompute.vision=true")),
         (EVERY, (f"{PP}=2", f"{CP}=2")),
         ((MIXTURE,), (f"{PP}=2", f"{VPP}=2", f"{EP}=2")),
@@ -100,6 +105,7 @@ def _one_step(model_dir: str, overrides: tuple[str, ...], budget: int) -> dict[s
     num_tokens = sum(len(sequence.response_ids) for sequence in make_sequences(processor))
     with built(model_dir, overrides) as (policy, config):
         batches, mine = packed_rows(policy, config, processor, budget)
+        start = {name: tensor.clone() for name, tensor in policy.hf_weights()} if FROZEN in overrides else {}
         scores = policy.logprobs(batches, Scoring())
         logprobs = gather_rows([score.logprobs for score in scores], batches, len(mine))
         entropies = gather_rows([score.entropy for score in scores], batches, len(mine))
@@ -111,6 +117,9 @@ def _one_step(model_dir: str, overrides: tuple[str, ...], budget: int) -> dict[s
             "result": result,
             "gradients": {} if config.layout.distributed_optimizer else _gradients(policy),
             "weights": {name: tensor.clone() for name, tensor in policy.hf_weights()},
+            "kept": {
+                name for name, tensor in policy.hf_weights() if name in start and torch.equal(tensor, start[name])
+            },
             "num_rows": len(batches),
         }
 
@@ -153,6 +162,7 @@ def _check(found: dict[str, Any], expected: dict[str, Any], name: str) -> None:
     assert found["result"].metrics["loss"] == pytest.approx(expected["result"].metrics["loss"], rel=TOLERANCE), name
     assert found["result"].grad_norm == pytest.approx(expected["result"].grad_norm, rel=TOLERANCE), name
     assert found["weights"].keys() == expected["weights"].keys(), name
+    assert found["kept"] == expected["kept"], f"{name}: others are frozen"
     for key, gradient in found["gradients"].items():
         error = relative_error(gradient, expected["gradients"][key])
         assert error < TOLERANCE, f"{name}: the gradient of {key} differs by {error}"
@@ -166,12 +176,15 @@ def _walk(rank: int, num_ranks: int, folder: str) -> None:
     if num_ranks == 1:
         for family in (UNTIED, *EVERY):
             torch.save(_one_step(f"{folder}/{family}", (PLAIN,), BUDGET), f"{folder}/{family}.pt")
+            if family != UNTIED:
+                torch.save(_one_step(f"{folder}/{family}", (PLAIN, FROZEN), BUDGET), f"{folder}/{family}.frozen.pt")
         _check_packing(folder)
     if num_ranks in (1, *TRAINER_LAYOUTS):
         _check_trainer(folder, num_ranks)
     for number, (families, overrides) in enumerate(LAYOUTS[num_ranks]):
         for family in families:
-            expected = torch.load(f"{folder}/{family}.pt", weights_only=False)
+            frozen = ".frozen" if FROZEN in overrides else ""
+            expected = torch.load(f"{folder}/{family}{frozen}.pt", weights_only=False)
             for options in _optimizers(overrides, num_ranks):
                 name = f"{family} on {num_ranks} ranks, {' '.join(options)}"
                 _check(_one_step(f"{folder}/{family}", options, (BUDGET, SMALL_BUDGET)[number % 2]), expected, name)

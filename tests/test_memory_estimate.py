@@ -65,7 +65,9 @@ def _check_published_layers() -> None:
 STATES = {  # name: ranks, family, overrides
     "fp32": (1, "qwen2_5_vl_untied", ["objective.kl_coef=0.01"]),
     "bf16": (1, "qwen3_vl", ["precision.dtype=bf16"]),
-    "frozen_tower": (1, "qwen3_vl", ["model.train_vision=false"]),
+    "frozen_tower": (1, "qwen3_vl", ["model.freeze=[vision,merger]", "objective.kl_coef=0.01"]),
+    "frozen_language": (1, "qwen3_vl", ["model.freeze=[language,embeddings]"]),
+    "frozen_layers": (1, "qwen3_vl_moe", ["model.freeze=['.*layers[.][01][.].*',vision]", "precision.dtype=bf16"]),
     "tensor": (2, "qwen2_5_vl_tied", ["layout.tensor=2", "layout.sequence_parallel=true"]),
     "data": (2, "qwen2_5_vl_untied", ["precision.dtype=bf16"]),
     "data_alone": (2, "qwen2_5_vl_untied", ["layout.distributed_optimizer=false", "precision.dtype=bf16"]),
@@ -113,14 +115,9 @@ def _check_state(name: str, model_dir: str, overrides: list[str]) -> None:
 
 def _count_here(policy: Any) -> Any:
     """This rank's parameters, without the fake ranks that counting a layout needs."""
-    from megatron_sr1.policy.parameter_counts import StageCount
+    from megatron_sr1.policy.parameter_counts import count_chunks
 
-    sizes = [(name, p.numel()) for chunk in policy.chunks for name, p in chunk.named_parameters()]
-    vision = sum(size for name, size in sizes if name.startswith("vision."))
-    experts = sum(size for name, size in sizes if ".experts." in name)
-    stage = policy.groups.pipeline.rank()
-    language = sum(size for _, size in sizes) - vision
-    return StageCount(stage, (4,), language, vision, experts, 0, max(size for _, size in sizes))
+    return count_chunks(policy.groups.pipeline.rank(), (4,), policy.chunks)
 
 
 def _optimizer_bytes(optimizer: Any, parameters: list[torch.nn.Parameter]) -> int:

@@ -118,7 +118,7 @@ def _check_ban(model_dir: str) -> None:
 
 def _check_frozen_tower(model_dir: str) -> None:
     """A frozen tower's images are encoded once for all passes of a step, and its weights stay."""
-    with built(model_dir, ["model.train_vision=false"], keep_reference=True) as (policy, config):
+    with built(model_dir, ["model.freeze=[vision,merger]"], keep_reference=True) as (policy, config):
         batches, _ = packed_rows(policy, config, Processor.from_pretrained(model_dir))
         vision = {name: value.clone() for name, value in policy.hf_weights() if name.startswith("visual.")}
         shared = policy.chunks[0].shared_vision
@@ -203,7 +203,7 @@ def _main_grad(parameter: Any) -> Tensor:
 def _check_everything(rank: int, num_ranks: int, model_dir: str, folder: str) -> None:
     _check_steps(model_dir, folder)
     _check_steps(model_dir, folder, "optimizer.vision_lr=3e-4", vision_lr=3e-4)
-    _check_steps(model_dir, folder, "model.train_vision=false", vision_lr=0.0)
+    _check_steps(model_dir, folder, "model.freeze=[vision,merger]", vision_lr=0.0)
     _check_ban(model_dir)
     _check_frozen_tower(model_dir)
     _check_text_only_step(model_dir)

@@ -228,7 +228,7 @@ def test_recipe_names_its_model_and_the_papers_numbers(file: str, monkeypatch: p
     assert (config.train.steps, config.optimizer.lr, config.optimizer.weight_decay) == (200, 1e-6, 0.01)
     assert (objective.preset, objective.kl_coef, objective.kl_estimator) == ("vision_sr1", 0.01, "k3")
     assert (rollout.temperature, rollout.max_response_tokens, config.optimizer.clip_grad) == (1.0, 2048, 1.0)
-    assert config.model.train_vision and rollout.max_model_tokens == 8192
+    assert not config.model.freeze and rollout.max_model_tokens == 8192
 
 
 OF_THE_DRY_RUN = ("phase", "--gpu", "--host", "Most of it")  # how much fits, and on what machine

@@ -40,6 +40,9 @@ OTHER: dict[str, Any] = {
     "rollout.max_running_requests": 7,
     "rollout.top_p": None,  # 1 and 0 are the only values
     "rollout.top_k": None,
+    "model.freeze": ("vision",),
+    "model.min_pixels": 10_000,
+    "model.max_pixels": 10_000,
     "recompute.modules": ("mlp",),
     "data.train_weights": ((2.0,), {}),
     "data.cold_start_weights": ((2.0,), {"data.cold_start": ("train.tar",)}),
@@ -50,6 +53,7 @@ OTHER: dict[str, Any] = {
     "objective.constant_tokens": 1024,
     "objective.preset": "gdpo",
     "objective.streams": ([{"name": "visual", "loss_weight": 0.25}], {}),
+    "objective.passes": [{"name": "blind", "context": "nothing"}],
     "objective.template": "cot",
     "rewards.workers": 3,
     "rewards.judge.url": ("http://127.0.0.1:1", {"rewards.judge.model": "m"}),

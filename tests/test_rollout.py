@@ -20,6 +20,7 @@ from tests.ranks import run_ranks
 from tests.rollout_cases import (
     MAX_MODEL_TOKENS,
     MAX_RESPONSE,
+    PIXELS,
     TOLERANCE,
     changed_weight,
     describing_processor,
@@ -42,7 +43,9 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
     model_dir = f"{folder}/model"
     engine = finishing_engine()(
         model_dir,
-        EngineLimits(MAX_MODEL_TOKENS, max_running_requests=256, kv_cache_gib=0.25, max_images=2, seed=0),
+        EngineLimits(
+            MAX_MODEL_TOKENS, max_running_requests=256, kv_cache_gib=0.25, max_images=2, seed=0, pixels=PIXELS
+        ),
     )
     processor = describing_processor(model_dir)
 
@@ -92,6 +95,7 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
 def compared_pictures(engine: Any, processor: Any, seed: int) -> dict[str, list[str]]:
     """Differences of picture files of every kind as the stream decodes them, and of what a careless reader makes of
     two of them."""
+    from megatron_sr1.processor import Processor
     from megatron_sr1.rollout.pixels import pixel_differences
     from megatron_sr1.rollout.plan import plan_first
 
@@ -104,9 +108,16 @@ def compared_pictures(engine: Any, processor: Any, seed: int) -> dict[str, list[
     ]
     for prompt in careless:
         prompt.images[0].load()
+    whole = Processor.from_pretrained(processor._tokenizer.name_or_path)  # without the limits that the engine has
+    large = [Prompt("large", "?", "0", (Image.new("RGB", (280, 196), "red"),))]
     return {
-        name: pixel_differences(engine, processor, [plan_first(processor, prompt, "cot") for prompt in prompts])
-        for name, prompts in (("decoded", decoded), ("careless", careless))
+        name: pixel_differences(engine, looking, [plan_first(looking, prompt, "cot") for prompt in prompts])
+        for name, looking, prompts in (
+            ("decoded", processor, decoded),
+            ("careless", processor, careless),
+            ("limited", processor, large),
+            ("unlimited", whole, large),
+        )
     }
 
 
@@ -197,6 +208,8 @@ def test_restored_weights_give_the_old_rollouts_exactly(facts: list[dict[str, An
 def test_trainer_and_engine_see_the_same_pixels_of_every_picture(facts: list[dict[str, Any]]) -> None:
     for fact in facts:
         assert fact["pictures"]["decoded"] == []
+        assert fact["pictures"]["limited"] == []
+        assert "grid (time, height, width) is (1, 8, 10), the trainer's (1, 12, 18)" in fact["pictures"]["unlimited"][1]
         turned, clear = fact["pictures"]["careless"]
         assert "sample 'turned', image 0: the engine's grid" in turned, "what EXIF turns, the engine turns"
         assert "sample 'clear', image 0: " in clear, "the engine puts transparent pixels on white"
@@ -278,7 +291,8 @@ def test_a_prompt_that_does_not_fit_is_found_when_the_data_is_read(folder: Path)
     from megatron_sr1.rollout import Limits, Planner
     from megatron_sr1.types import Passes
 
-    planner = Planner(Processor.from_pretrained(str(folder / "model")), Limits(MAX_RESPONSE, MAX_MODEL_TOKENS, 100))
+    processor = Processor.from_pretrained(str(folder / "model"), pixels=PIXELS)
+    planner = Planner(processor, Limits(MAX_RESPONSE, MAX_MODEL_TOKENS, 100))
     check = prompt_check(planner, lambda _: Passes("see_think", True))
     image = (Image.new("RGB", (28, 28)),)
     for each in prompts(8):

@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_sr1.config import RolloutConfig
+from megatron_sr1.config import ModelConfig, PixelLimits, RolloutConfig, check_pixels, pixel_limits
 from megatron_sr1.data import ShardDataset
 from megatron_sr1.data.build.builder import BuildOptions, BuildReport, build_shards, problems_path
 from megatron_sr1.data.build.check import check_shards
@@ -60,6 +60,7 @@ class ModelRules:
 
     hf_dir: str | None
     max_prompt_tokens: int | None
+    pixels: PixelLimits | None = None  # of an image; None: what the model's files say
 
     @cached_property
     def _processor(self) -> Processor:
@@ -68,7 +69,7 @@ class ModelRules:
 
         assert self.hf_dir is not None
         define_missing_torchvision_ops()
-        return Processor.from_pretrained(self.hf_dir)
+        return Processor.from_pretrained(self.hf_dir, pixels=self.pixels)
 
     @property
     def tokenizer(self) -> str:
@@ -153,6 +154,8 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
         default=_default_limit(),
         help="with --model; visual tokens count (%(default)s)",
     )
+    parser.add_argument("--min-pixels", type=int, metavar="N", help="with --model: as model.min_pixels of the training")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="with --model: as model.max_pixels of the training")
     parser.add_argument(
         "--show", type=int, default=3, metavar="N", help="print the first N samples as a model sees them (%(default)s)"
     )
@@ -169,6 +172,8 @@ def check_build_arguments(args: argparse.Namespace, parser: argparse.ArgumentPar
         parser.error(f"--out {str(args.out)!r}: it is a file; give a folder, or a name that is free for one")
     if args.model is not None and not (Path(args.model) / "config.json").is_file():
         parser.error(f"--model {args.model!r}: there is no config.json in it. Give a model in Hugging Face format")
+    if args.model is None and (args.min_pixels, args.max_pixels) != (None, None):
+        parser.error("--min-pixels and --max-pixels are for counting a model's tokens. Give --model too")
 
 
 def _default_limit() -> int:
@@ -199,9 +204,11 @@ def run_build(
         BrokenProcessPool: a worker was killed.
     """
     limit = args.max_prompt_tokens if args.model else None
+    pixels = _pixels(args)
     settings = {"input": args.input, **settings, "model": args.model, "max_prompt_tokens": limit}
+    settings |= {"pixels": asdict(pixels)} if pixels is not None else {}
     max_bytes = int(args.max_shard_mb * BYTES_PER_MB)
-    rules = ModelRules(args.model, limit)
+    rules = ModelRules(args.model, limit, pixels)
     options = BuildOptions(args.out, args.name, max_bytes, args.workers, settings, keep_duplicates)
     with _progress(console) as progress:
         task = progress.add_task("samples", total=None)
@@ -215,6 +222,18 @@ def run_build(
         console.print(f"{args.out} is complete already; nothing to do.", soft_wrap=True)
     _print_report(report, options, console)
     _show_samples(report, options, rules, args.show, console)
+
+
+def _pixels(args: argparse.Namespace) -> PixelLimits | None:
+    """
+    Raises:
+        ConfigError: images of --model cannot be made of such a size.
+    """
+    if args.model is None:
+        return None
+    model = ModelConfig(hf_dir=args.model, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+    check_pixels(model)
+    return pixel_limits(model)
 
 
 def _check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

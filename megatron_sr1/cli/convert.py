@@ -200,7 +200,7 @@ def _config(args: argparse.Namespace, folder: str) -> Config:
     )
     return Config(
         nproc=layout.model_ranks,
-        model=ModelConfig(hf_dir=hf_dir, megatron_dir=folder if is_megatron else "", train_vision=False),
+        model=ModelConfig(hf_dir=hf_dir, megatron_dir=folder if is_megatron else "", freeze=("vision", "merger")),
         layout=layout,
         train=TrainConfig(batch_size=1),
     )

@@ -15,11 +15,13 @@ from megatron_sr1.config.data import DataConfig
 from megatron_sr1.config.evaluation import EvaluateConfig
 from megatron_sr1.config.families import FAMILIES, Family
 from megatron_sr1.config.files import dump_config, load_config
+from megatron_sr1.config.freeze import FROZEN_PARTS, everything_frozen
 from megatron_sr1.config.hf_config import HfConfig, read_hf_config
 from megatron_sr1.config.judge import Endpoint, JudgeConfig
 from megatron_sr1.config.model import LayoutConfig, ModelConfig, OffloadConfig, PrecisionConfig, RecomputeConfig
 from megatron_sr1.config.model_files import check_folders, check_weights, how_to_get, missing_files, model_fingerprint
 from megatron_sr1.config.paths import home_path
+from megatron_sr1.config.pixels import PixelLimits, check_pixels, pixel_limits, write_pixel_limits
 from megatron_sr1.config.resume import Change, changes_of, check_resume, saved_steps, values_by_key
 from megatron_sr1.config.rewards import RewardsConfig
 from megatron_sr1.config.rollout import (
@@ -38,6 +40,7 @@ from megatron_sr1.config.yaml_files import read_mapping, read_overrides
 __all__ = [
     "BATCHED_TOKENS",
     "FAMILIES",
+    "FROZEN_PARTS",
     "PRESET_NAMES",
     "Change",
     "Command",
@@ -55,6 +58,7 @@ __all__ = [
     "ObjectiveConfig",
     "OffloadConfig",
     "OptimizerConfig",
+    "PixelLimits",
     "PrecisionConfig",
     "RecomputeConfig",
     "RewardsConfig",
@@ -67,9 +71,11 @@ __all__ = [
     "check_command",
     "check_folders",
     "check_model",
+    "check_pixels",
     "check_resume",
     "check_weights",
     "dump_config",
+    "everything_frozen",
     "graph_sizes",
     "home_path",
     "how_to_get",
@@ -77,6 +83,7 @@ __all__ = [
     "load_config",
     "missing_files",
     "model_fingerprint",
+    "pixel_limits",
     "read_hf_config",
     "read_mapping",
     "read_overrides",
@@ -85,4 +92,5 @@ __all__ = [
     "saved_steps",
     "typical_tokens",
     "values_by_key",
+    "write_pixel_limits",
 ]

@@ -9,8 +9,10 @@ from typing import Literal
 
 from megatron_sr1.config.engine_arguments import check_engine_arguments
 from megatron_sr1.config.families import HfConfig
+from megatron_sr1.config.freeze import check_parts
 from megatron_sr1.config.hf_config import read_hf_config
 from megatron_sr1.config.model import PrecisionConfig
+from megatron_sr1.config.pixels import check_pixels
 from megatron_sr1.config.rules import ConfigError, require
 from megatron_sr1.config.tracking import check_trackers
 from megatron_sr1.config.whole import Config
@@ -24,6 +26,8 @@ def check_command(command: Command, config: Config) -> None:
         ConfigError: see the functions below.
     """
     check_model(config)
+    rollout = config.rollout
+    check_pixels(config.model, None if command == "sft" else rollout.max_model_tokens - rollout.max_response_tokens)
     row_tokens(config)
     check_trackers(config.track)
     if command == "grpo":
@@ -37,10 +41,11 @@ def check_model(config: Config) -> None:
 
     Raises:
         ConfigError: what `read_hf_config` refuses, settings that are not supported, or heads, layers or experts that
-            the layout does not divide; bf16 layers that it does not have.
+            the layout does not divide; bf16 layers that it does not have; parts that cannot be frozen together.
     """
     model, layout = read_hf_config(config.model.hf_dir), config.layout
     model.check_supported()
+    check_parts(config.model.freeze, config.optimizer.vision_lr, model)
     heads, layers = ("num_attention_heads", model.num_heads), ("num_hidden_layers", model.num_layers)
     _check_division("layout.tensor", layout.tensor, *heads)
     _check_division("layout.tensor", layout.tensor, "intermediate_size", model.ffn_size)

@@ -33,7 +33,7 @@ _OWNED = {
     "quantization": f"{_FIXED} weights arrive as the trainer has them.",
     "load_format": f"{_FIXED} weights arrive from the trainer.",
     "hf_overrides": f"{_FIXED} trainer and engine read the same config.json.",
-    "mm_processor_kwargs": f"{_FIXED} trainer and engine must see the same pixels.",
+    "mm_processor_kwargs": "Set model.min_pixels and model.max_pixels, which the trainer reads too.",
     "mm_processor_cache_gb": f"{_FIXED} images come to the engine prepared.",
     "logprobs_mode": f"{_FIXED} the log-probs must be of the distribution that was drawn from.",
     "generation_config": f"{_FIXED} no default of the model directory may change how tokens are drawn.",

@@ -68,6 +68,7 @@ class HfConfig:
     mrope_section: tuple[int, int, int]  # frequencies of time, height, width; together half a head
     mrope_interleaved: bool | None  # None: not written; transformers goes by the family
     deepstack_layers: tuple[int, ...]  # of the vision tower: the n-th one's features are added after language layer n
+    visual_token_side: int  # pixels: a visual token is a square of merged patches
     unsupported: tuple[str, ...] = field(default=(), compare=False)  # settings the policy computes otherwise
 
     def check_supported(self) -> None:

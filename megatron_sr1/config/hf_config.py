@@ -16,6 +16,7 @@ from megatron_sr1.config.json_section import REMEDY, JsonSection, read_json
 from megatron_sr1.config.rules import ConfigError, require
 from megatron_sr1.config.supported import rope_section, unsupported_settings
 
+SPATIAL_MERGE = 2  # patches along a side of a visual token, where vision_config does not say
 _MAX_LAYERS = 10**4  # lists and modules are made of them
 _VISION_COUNTS = (
     *("hidden_size", "intermediate_size", "num_heads", "in_channels", "in_chans", "patch_size", "spatial_merge_size"),
@@ -45,7 +46,8 @@ def read_hf_config(hf_dir: str) -> HfConfig:
     is_old = family.keys_at_top and tree.is_null("text_config")
     tree.check(is_old or not tree.is_null("text_config"), "text_config", "a JSON object")
     text = tree if is_old else tree.section("text_config")
-    _check_vision(tree.section("vision_config"))
+    vision = tree.section("vision_config")
+    _check_vision(vision)
     for part in (tree, text):
         _check_dtype(part)
     tied = tree.flag("tie_word_embeddings") or (family.tied_in_text and text.flag("tie_word_embeddings"))
@@ -57,7 +59,9 @@ def read_hf_config(hf_dir: str) -> HfConfig:
         repository=name if _is_repository(name) else None,
         vocab_size=text.count("vocab_size", family.defaults["vocab_size"]),
         tied=bool(tied),
-        deepstack_layers=tree.section("vision_config").numbers("deepstack_visual_indexes", family.deepstack_layers),
+        deepstack_layers=vision.numbers("deepstack_visual_indexes", family.deepstack_layers),
+        visual_token_side=vision.count("patch_size", family.defaults["patch_size"])
+        * vision.count("spatial_merge_size", SPATIAL_MERGE),
         **_layer_sizes(text, family),
         **_experts(text, family),
         **_rotary(text, family),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from megatron_sr1.config.freeze import check_entries
 from megatron_sr1.config.rules import COUNT, Range, check_numbers, one_of, require
 
 LayerSpec = Literal["auto", "te", "torch"]
@@ -24,14 +25,24 @@ class ModelConfig:
 
     hf_dir: str = ""  # the folder of the model that the run starts from
     megatron_dir: str = ""  # the weights as `megatron-sr1 convert hf-to-megatron` wrote them; empty: those of hf_dir
-    train_vision: bool = True  # false: the vision tower and its merger stay as they are
+    min_pixels: int | None = None  # smaller images are enlarged to so many pixels; null: what the model's files say
+    max_pixels: int | None = None  # larger ones are made smaller; a very thin one may keep more; null: likewise
+    freeze: tuple[str, ...] = ()  # not trained: vision, merger, language, embeddings, or a regex of whole tensor names
     max_position: int = 4096  # longest packed sequence the policy is built for, tokens
     layer_spec: LayerSpec = "auto"  # te: Transformer Engine's layers; torch: plain ones; auto: te on GPUs
     fused: bool = True  # with te: SwiGLU is one kernel, and products add weight gradients where they are kept
 
     def __post_init__(self) -> None:
         one_of("model.layer_spec", self.layer_spec, get_args(LayerSpec))
-        check_numbers("model", self, {"max_position": COUNT})
+        check_entries(self.freeze)
+        check_numbers("model", self, dict.fromkeys(("max_position", "min_pixels", "max_pixels"), COUNT))
+        require(
+            self.min_pixels is None or self.max_pixels is None or self.min_pixels <= self.max_pixels,
+            "model.min_pixels",
+            self.min_pixels,
+            f"at most model.max_pixels={self.max_pixels}",
+            "Lower it, or raise the other.",
+        )
 
 
 @dataclass(frozen=True)

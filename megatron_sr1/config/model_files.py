@@ -6,24 +6,24 @@ import hashlib
 import json
 from pathlib import Path
 
-from megatron_sr1.config.hf_config import read_hf_config
+from megatron_sr1.config.hf_config import SPATIAL_MERGE, read_hf_config
 from megatron_sr1.config.json_section import read_json
+from megatron_sr1.config.pixels import PREPROCESSOR, PROCESSOR, check_stated_pixels, image_processor
 from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.token_ids import check_token_ids
 from megatron_sr1.config.whole import Config
 
 _PIECES, _PIECE_BYTES = 64, 1 << 16  # of a weight file, in its fingerprint
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_PREPROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _PROMPT_FILES = (  # that say how a sample becomes tokens and pixels
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"),
-    *(_PREPROCESSOR, _PROCESSOR),
+    *(PREPROCESSOR, PROCESSOR),
 )
 _SIDE_FILES = (
     ("tokenizer.json", "vocab.json"),
     ("tokenizer_config.json",),
-    (_PREPROCESSOR, _PROCESSOR),
+    (PREPROCESSOR, PROCESSOR),
 )
 
 
@@ -98,39 +98,27 @@ def check_folders(config: Config) -> None:
 
 def _check_preprocessor(folder: Path) -> None:
     """Its patches must be those of config.json's vision tower; a sister model's have another size."""
-    file = folder / _PREPROCESSOR
-    if (folder / _PROCESSOR).is_file():  # where releases from 5 on keep it, and where they look first
-        processor = read_json(folder / _PROCESSOR)
-        if not processor.is_null("image_processor"):
-            file = folder / _PROCESSOR
-    found = read_json(file)
-    found = found.section("image_processor") if file.name == _PROCESSOR else found
+    found = image_processor(folder)
     std, rescale = found.values.get("image_std"), found.values.get("rescale_factor", 1 / 255)
     are_positive = isinstance(std, list) and len(std) == 3 and all(type(value) in (int, float) for value in std)
     found.check(std is None or (are_positive and min(std or [0]) > 0), "image_std", "three numbers greater than 0")
     found.check(type(rescale) is float and abs(rescale * 255 - 1) < 1e-3, "rescale_factor", "1/255")
     for name in ("do_rescale", "do_normalize", "do_resize"):
         found.check(found.flag(name, default=True) is not False, name, "true: the vision tower has seen no others")
-    limits = [(found, "min_pixels", "max_pixels")]
-    if isinstance(found.values.get("size"), dict):
-        limits.append((found.section("size"), "shortest_edge", "longest_edge"))
-    for section, low, high in limits:
-        if not section.is_null(low) and not section.is_null(high):
-            most = section.count(high, largest=2**40)
-            section.check(section.count(low, largest=2**40) <= most, low, f"at most {high}={most}")
+    check_stated_pixels(found)
     model = read_hf_config(str(folder))
     vision = read_json(model.path).section("vision_config")
     # defaults: of transformers' classes
     for ours, theirs, default in (
         ("patch_size", "patch_size", model.family.defaults["patch_size"]),
-        ("merge_size", "spatial_merge_size", 2),
+        ("merge_size", "spatial_merge_size", SPATIAL_MERGE),
         ("temporal_patch_size", "temporal_patch_size", 2),
     ):
         cut, wanted = found.count(ours, 14 if ours == "patch_size" else 2), vision.count(theirs, default)
         if cut != wanted:
             raise ConfigError(
-                f"{file}: {found.prefix}{ours}={cut} is not allowed: {model.path} has vision_config.{theirs}={wanted}. "
-                "It is the file of another model: take the one that belongs to this model."
+                f"{found.path}: {found.prefix}{ours}={cut} is not allowed: {model.path} has vision_config.{theirs}="
+                f"{wanted}. It is the file of another model: take the one that belongs to this model."
             )
 
 

@@ -38,7 +38,9 @@ RULES: Mapping[str, Rule] = {
     "timeout_minutes": "free",
     "model.hf_dir": "content",
     "model.megatron_dir": "content",
-    "model.train_vision": "refused",
+    "model.min_pixels": "refused",
+    "model.max_pixels": "refused",
+    "model.freeze": "refused",
     "model.max_position": "free",
     "model.layer_spec": "free",
     "model.fused": "free",
@@ -134,6 +136,8 @@ def changes_of(config: Config) -> list[Change]:
         kept, now = without_secrets(_flat(OmegaConf.to_container(read_mapping(path)))), values_by_key(config)
     except ConfigError as error:
         raise ConfigError(f"{path} is not a configuration: {error} Or choose another run_dir.") from error
+    if kept.get("model.train_vision") is False:  # what releases before model.freeze said
+        kept["model.freeze"] = ["vision", "merger"]
     then = {key: kept.get(key, default) for key, default in values_by_key(Config()).items()}
     return [Change(key, then[key], value) for key, value in now.items() if then[key] != value]
 

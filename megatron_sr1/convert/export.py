@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from megatron_sr1.config import PixelLimits
 from megatron_sr1.convert.layout import assign, config_dir
 from megatron_sr1.convert.load import MegatronSource
 from megatron_sr1.platform import Platform
@@ -34,7 +35,8 @@ def megatron_to_hf(
     """Writes the model of a checkpoint into `out_dir`, an empty folder. All ranks call it and share the work.
 
     Args:
-        hf_dir: for configuration, tokenizer and processor files; None: those that the checkpoint brings along.
+        hf_dir: for configuration, tokenizer and processor files; None: those that the checkpoint brings along. The
+            image processor's get the pixel limits of the run whose checkpoint it is.
         advance: told the bytes that this rank has done, and those it has to do.
         dtype: of the floating-point tensors; None: as stored.
 
@@ -46,7 +48,7 @@ def megatron_to_hf(
     shards = PlannedShards(out_dir, tensors, max_shard_bytes)
     if platform.is_main:
         shards.create()
-        copy_side_files(source.hf_dir, out_dir)
+        copy_side_files(source.hf_dir, out_dir, pixels=_trained_pixels(Path(megatron_dir)))
         if dtype is not None:
             _name_dtype(out_dir / "config.json", dtype)
     torch.distributed.barrier()
@@ -63,6 +65,22 @@ def megatron_to_hf(
     torch.distributed.all_gather_object(gathered, shards.written)
     written = sum((Counter(part) for part in gathered), Counter())
     assert all(written[name] == info.nbytes for name, info in tensors.items())
+
+
+def _trained_pixels(megatron_dir: Path) -> PixelLimits | None:
+    """What images were resized to in the run that saved the checkpoint; None: what its model's files say.
+
+    Raises:
+        ValueError: its progress.json is damaged.
+    """
+    path = megatron_dir / "progress.json"
+    if not path.is_file():  # converted, not trained
+        return None
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8")).get("pixels")
+        return PixelLimits(int(kept["least"]), int(kept["most"])) if kept else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}). Copy the checkpoint again.") from error
 
 
 def _cast(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:

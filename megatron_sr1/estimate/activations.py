@@ -4,7 +4,8 @@
     interleaved  min(rows * v, 2 (P - p - 1) + (v - 1) P + 1) rows of one of its v chunks each
     (Narayanan et al. 2021, arXiv 2104.04473; Megatron-Core's schedules)
 
-Recomputation keeps a layer's input alone, [S, H], and one recomputed unit at a time is whole in backward.
+Recomputation keeps a layer's input alone, [S, H], and one recomputed unit at a time is whole in backward. Frozen
+language layers count like the others: they pass gradients on to whatever is trained before them.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def stage_activations(
         layers += flight * inputs * (inputs + 1) / 2 * _input(shapes[0]) if shapes else 0.0
     vision = head = 0.0
     if first:
-        tower = vision_bytes(model, config, row_tokens, element=element)
-        vision = tower.kept * (flight if config.model.train_vision else num_rows)
+        tower = vision_bytes(model, config, count, row_tokens, element=element)
+        vision = tower.kept * (flight if count.trained_tower or count.trained_mergers else num_rows)
         working = max(working, tower.working)
     if last:
         head, of_head = _head(model, layout, row_tokens, element)

@@ -15,6 +15,7 @@ ROOM_FOR_LESS_RECOMPUTE = 0.15
 MAX_BUBBLE = 0.2
 MAX_IMBALANCE = 0.25
 MIN_CONTEXT_TOKENS = 4096  # of a sequence on a context rank; shorter pieces exchange more than they compute
+FEW_VISUAL_TOKENS = 16  # of an image, under which no writing can be read
 FP8_MULTIPLE = 16  # sides of a matrix that fp8 products take
 
 
@@ -70,6 +71,17 @@ def _tokens(plan: RunPlan) -> Iterator[str]:
             f"model.max_position={config.model.max_position} is less than rollout.max_model_tokens={longest}. Raise it."
         )
     room = longest - config.rollout.max_response_tokens
+    largest = (config.model.max_pixels or 0) // plan.model.visual_token_side**2
+    if plan.command != "sft" and largest >= room:
+        yield (
+            f"model.max_pixels={config.model.max_pixels} lets an image take {largest} tokens, and {room} are left to a "
+            "prompt (rollout.max_model_tokens - max_response_tokens). Lower the first or raise the second."
+        )
+    if config.model.max_pixels is not None and largest < FEW_VISUAL_TOKENS:
+        yield (
+            f"model.max_pixels={config.model.max_pixels} leaves an image {largest} token{'s' if largest > 1 else ''}, "
+            f"of {plan.model.visual_token_side} x {plan.model.visual_token_side} pixels: little can be seen. Raise it."
+        )
     if plan.command == "grpo" and not 0 < config.data.max_prompt_tokens <= room:
         yield (
             f"data.max_prompt_tokens={config.data.max_prompt_tokens} lets prompts through that leave no room for a "

@@ -25,6 +25,7 @@ from megatron_sr1.estimate.host import host_bytes
 from megatron_sr1.estimate.machine import GIB, Machine
 from megatron_sr1.estimate.state import TrainerState, gathered_bytes, trainer_state
 from megatron_sr1.policy.architecture import Architecture
+from megatron_sr1.policy.frozen import check_shares
 from megatron_sr1.policy.parameter_counts import StageCount, count_stages
 from megatron_sr1.policy.read import read_architecture
 from megatron_sr1.streams import preset_from_config
@@ -90,14 +91,17 @@ def make_plan(command: Command, config: Config, machine: Machine) -> RunPlan:
     """The plan of a command whose configuration `config.check_command` has passed.
 
     Raises:
-        ConfigError: nodes that would be filled in part.
+        ConfigError: nodes that would be filled in part; what `model.freeze` names is not there, all there is, or all of
+            a pipeline stage.
     """
     model, rows = read_architecture(config.model.hf_dir), row_tokens(config)
     length, sequences = _sequences(command, config)
     num_rows = max(1, math.ceil(length * sequences / config.data_ranks / rows))
     stages: tuple[StagePlan, ...] = ()
     if command != "evaluate":
-        counts = count_stages(config.model.hf_dir, config.layout, config.nproc)
+        counts = count_stages(config.model.hf_dir, config.layout, config.nproc, config.model.freeze)
+        trained = [(count.trained_experts, count.trained - count.trained_experts) for count in counts]
+        check_shares(config.model.freeze, trained, "pipeline stage")
         stages = tuple(_stage(model, config, count, command, rows, num_rows) for count in counts)
     engine = None if command == "sft" else engine_bytes(model, config)
     phases = tuple(_phases(config, stages, engine))

@@ -4,7 +4,7 @@
     fp8 copies q * 2           each fp8 weight, cast once a step: as it is and transposed (Transformer Engine)
     gradients  m * 4           Megatron's fp32 buffer, of trained parameters only; it stays allocated between steps
     optimizer  m / d * 12      fp32 weights and AdamW's two moments; 8 where the weights are fp32 themselves
-    reference  n * w           the starting weights, beside the others (policy.py); not shared by data parallelism
+    reference  m * w           the starting weights, beside the others (policy.py); not shared by data parallelism
 
     checkpoint b * 4 * (2 + 1 / d) while it is written, on the rank that gathers what d ranks share: a bucket of one
                kind of state at a time, as it arrives, as it is sent, and as the collective may copy it flat
@@ -61,15 +61,14 @@ def trainer_state(count: StageCount, config: Config, *, keep_reference: bool) ->
     """The state of a rank of the stage that was counted."""
     width = weight_bytes(config)
     per_trained = 8 if width == 4 else 12
-    trained = count.total if config.model.train_vision else count.language
-    dense = trained - count.experts
-    shared = -(-dense // dense_shards(config)) + -(-count.experts // expert_shards(config))
+    dense = count.trained - count.trained_experts
+    shared = -(-dense // dense_shards(config)) + -(-count.trained_experts // expert_shards(config))
     return TrainerState(
         weights=count.total * width,
         fp8_copies=_fp8_weights(count, config) * 2,
-        gradients=trained * GRADIENT_BYTES,
+        gradients=count.trained * GRADIENT_BYTES,
         optimizer=shared * per_trained,
-        reference=count.total * width if keep_reference else 0,
+        reference=count.trained * width if keep_reference else 0,
     )
 
 
@@ -78,8 +77,8 @@ def gathered_bytes(count: StageCount, config: Config) -> int:
     a bucket whole."""
     if not config.layout.distributed_optimizer:
         return 0
-    experts = count.experts
-    dense = (count.total if config.model.train_vision else count.language) - experts
+    experts = count.trained_experts
+    dense = count.trained - experts
     shares = ((dense, dense_shards(config)), (experts, expert_shards(config)))  # a buffer each
     return max(
         int(_largest_bucket(part, shards, count, config) * GRADIENT_BYTES * (2 + 1 / shards)) for part, shards in shares

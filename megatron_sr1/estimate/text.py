@@ -79,6 +79,8 @@ def _phase(plan: RunPlan, phase: Phase) -> Iterator[str]:
     if plan.stages and phase is plan.phases[0]:
         yield _row("  layers", [f"{sum(stage.count.layers)}" for stage in plan.stages])
         yield _row("  parameters, millions", [f"{stage.count.total / 1e6:,.0f}" for stage in plan.stages])
+        if plan.config.model.freeze:
+            yield _row("  of these trained", [f"{stage.count.trained / 1e6:,.0f}" for stage in plan.stages])
         yield _row("  rows in flight", [f"{stage.activations.rows_in_flight:g}" for stage in plan.stages])
     for name in phase.stages[0]:
         values = [bytes_of[name] for bytes_of in phase.stages]

@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_sr1.config import Config
 from megatron_sr1.policy.architecture import Architecture
+from megatron_sr1.policy.parameter_counts import StageCount
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,11 @@ class VisionBytes:
     working: float  # while the row is encoded, or its backward runs
 
 
-def vision_bytes(model: Architecture, config: Config, row_tokens: int, *, element: int) -> VisionBytes:
-    """The tower's share of a row's activations; a frozen tower keeps none, but its results for the whole step."""
+def vision_bytes(
+    model: Architecture, config: Config, count: StageCount, row_tokens: int, *, element: int
+) -> VisionBytes:
+    """The tower's share of a row's activations. A tower that is frozen with its mergers keeps none, but its results for
+    the whole step; before mergers that are trained it keeps their inputs."""
     tower, layout = model.hf.vision_config.to_dict(), config.layout
     per_token, ranks = tower["spatial_merge_size"] ** 2, layout.tensor * layout.context
     patches = row_tokens * per_token / ranks
@@ -40,10 +44,12 @@ def vision_bytes(model: Architecture, config: Config, row_tokens: int, *, elemen
     num_windowed = tower["depth"] - len(tower["fullatt_block_indexes"]) if _has_windows(tower) else 0
     block = patches * max(over_images, in_windows if num_windowed else 0.0)
     whole = patches * (num_windowed * in_windows + (tower["depth"] - num_windowed) * over_images)
-    if not config.model.train_vision:
+    if not count.trained_tower and not count.trained_mergers:
         return VisionBytes(kept=results, working=block + results)
     embedding = patches * element * patch_values(tower)  # the patches themselves, for the gradient of their embedding
     merger = patches * merger_bytes(model, tower, element)
+    if not count.trained_tower:
+        return VisionBytes(kept=merger, working=block + 3 * results)
     blocks = tower["depth"] * patches * element * tower["hidden_size"] if config.recompute.vision else whole
     again = block if config.recompute.vision else 0.0
     # encoding ends in each rank's part of the visual tokens, gathered, put in order, and written into the row

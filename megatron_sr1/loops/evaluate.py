@@ -56,6 +56,7 @@ from megatron_sr1.streams import Preset, own_code, preset_from_config
 from megatron_sr1.types import SECOND, Generator, Prompt, Ranks, RolloutGroup, Sampling, Template
 
 _RECORDED = ("max_prompts", "samples", "temperature", "chunk_prompts", "rounded_decimals")
+_PIXELS = ("min_pixels", "max_pixels")
 _LOG_WIDTH = 120  # characters of a table in a file
 
 
@@ -184,6 +185,7 @@ def _identity(config: Config, heldout: Heldout, model: str) -> Identity:
         "the template": preset.template,
         **({"the passes": repr(preset.passes.later)} if preset.passes.later not in ((), (SECOND,)) else {}),
         **({"the rewards": ", ".join(f"{name} ({digest})" for name, digest in code.items())} if code else {}),
+        **{f"model.{name}": limit for name in _PIXELS if (limit := getattr(config.model, name)) is not None},
         "seed": config.seed,
         "rollout.max_response_tokens": rollout.max_response_tokens,
         "rollout.max_description_tokens": rollout.max_description_tokens,

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from megatron_sr1.config import Config, kv_token_bytes, read_hf_config, running_requests
+from megatron_sr1.config import Config, kv_token_bytes, pixel_limits, read_hf_config, running_requests
 from megatron_sr1.data import Check, LeftOut
 from megatron_sr1.loops.run import Run
 from megatron_sr1.platform import TeamRanks
@@ -49,6 +49,7 @@ def build_generator(run: Run, weights: Callable[[], NamedTensors] | None = None)
         seed=run.config.seed,
         tensor_parallel=rollout.engine_tensor,
         cuda_graphs=rollout.cuda_graphs,
+        pixels=pixel_limits(run.config.model),
         more=rollout.engine,
     )
     engine = Engine(

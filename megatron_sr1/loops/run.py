@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from megatron_sr1.config import Config, changes_of, check_resume, dump_config, model_fingerprint
+from megatron_sr1.config import Config, changes_of, check_resume, dump_config, model_fingerprint, pixel_limits
 from megatron_sr1.config.mistakes import FULL
 from megatron_sr1.config.rules import require
 from megatron_sr1.convert.greedy import compare_greedy
@@ -45,12 +45,13 @@ class Run:
 
     @cached_property
     def processor(self) -> Processor:
-        """Of the model the run starts from.
+        """Of the model the run starts from, with the run's pixel limits.
 
         Raises:
             ValueError: see `Processor.from_pretrained`.
         """
-        return Processor.from_pretrained(self.config.model.hf_dir, num_threads=self.config.data.workers)
+        model = self.config.model
+        return Processor.from_pretrained(model.hf_dir, pixels=pixel_limits(model), num_threads=self.config.data.workers)
 
     @cached_property
     def planner(self) -> Planner:
@@ -180,7 +181,9 @@ class Run:
     def _save(self, num_done: int, feed: SampleFeed, policy: Policy) -> None:
         model = self.config.model.megatron_dir or self.config.model.hf_dir
         fingerprint = self._fingerprint if self.platform.is_main else ""  # who writes it reads for it
-        place = (num_done, feed.position, feed.fingerprint, model, feed.state().to_json(), fingerprint)
+        limits = pixel_limits(self.config.model)
+        pixels = {} if limits is None else asdict(limits)
+        place = (num_done, feed.position, feed.fingerprint, model, feed.state().to_json(), fingerprint, pixels)
         self.checkpointer().save(policy, Progress(*place))
 
     def say(self, text: str) -> None:
@@ -189,9 +192,11 @@ class Run:
             print(text, flush=True)
 
     def export(self, policy: Policy) -> None:
-        """Writes the policy's weights, with the starting model's configuration and processor files. Collective."""
+        """Writes the policy's weights, with the starting model's configuration and processor files, in which the image
+        processor has the run's pixel limits. Collective."""
         if self.platform.is_main:
-            write_hf_dir(policy.hf_weights(), self.config.model.hf_dir, self.export_dir)
+            model = self.config.model
+            write_hf_dir(policy.hf_weights(), model.hf_dir, self.export_dir, pixels=pixel_limits(model))
         else:
             for _ in policy.hf_weights():
                 pass

@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron_sr1.config import Config, ModelConfig
 from megatron_sr1.platform import Platform, start_platform
 from megatron_sr1.policy.architecture import Architecture
+from megatron_sr1.policy.frozen import read_frozen
 from megatron_sr1.policy.groups import ParallelGroups, build_groups
 from megatron_sr1.policy.layers.deepstack import DeepstackLayer
 from megatron_sr1.policy.layers.self_attention import PackedSelfAttention
@@ -20,14 +21,19 @@ from megatron_sr1.policy.transformer_config import transformer_config
 def build_chunks(
     architecture: Architecture, config: Config, platform: Platform, groups: ParallelGroups, device: torch.device
 ) -> list[QwenVLModel]:
-    """This rank's chunks of the layers in order, one without a virtual pipeline. Their weights are not initialised.
+    """This rank's chunks of the layers in order, one without a virtual pipeline. Their weights are not initialised;
+    those that `model.freeze` names are marked.
 
     Args:
         device: where the parameters are made; "meta" makes none.
+
+    Raises:
+        ConfigError: see `read_frozen`.
     """
     spec = layer_spec_name(config.model.layer_spec, platform, config.precision.dtype)
     on_host = platform.on_cpu or device.type == "meta"
     megatron_config = transformer_config(architecture, config, spec=spec, on_cpu=on_host)
+    frozen = read_frozen(architecture, config)
     chunks = []
     with torch.device(device):
         for number in range(config.layout.virtual):
@@ -45,11 +51,13 @@ def build_chunks(
                     block,
                     groups,
                     config,
+                    frozen,
                     vp_stage=vp_stage,
                     is_first=groups.is_first_stage and number == 0,
                     is_last=groups.is_last_stage and number == config.layout.virtual - 1,
                 )
             )
+    frozen.apply(chunks, architecture, groups)
     return chunks
 
 

@@ -19,6 +19,7 @@ from megatron_sr1.config import Config
 from megatron_sr1.kernels import linear_logprob
 from megatron_sr1.packing.context import context_index
 from megatron_sr1.policy.architecture import Architecture
+from megatron_sr1.policy.frozen import Frozen
 from megatron_sr1.policy.groups import ParallelGroups
 from megatron_sr1.policy.layers.deepstack import PackedRow, with_deepstack
 from megatron_sr1.policy.layers.rotary import MultimodalRotary
@@ -38,6 +39,7 @@ class QwenVLModel(GPTModel):
         block: TransformerBlockSubmodules,
         groups: ParallelGroups,
         config: Config,
+        frozen: Frozen,
         *,
         vp_stage: int | None,
         is_first: bool,
@@ -59,6 +61,7 @@ class QwenVLModel(GPTModel):
         )
         self.architecture = architecture
         self.groups = groups
+        self.needs_root = frozen.needs_root
         self.logits = config.precision.logits
         self.rotary = MultimodalRotary(
             architecture.head_dim,
@@ -70,12 +73,11 @@ class QwenVLModel(GPTModel):
             self.vision = AutoModel.from_config(
                 architecture.hf.vision_config, attn_implementation="sdpa", dtype=megatron_config.params_dtype
             )
-            self.vision.requires_grad_(config.model.train_vision)
             self.shared_vision = SharedVision(
                 self.vision,
                 group=groups.tensor_context,
                 context_group=groups.context,
-                trained=config.model.train_vision,
+                trained=frozen.trains_vision,
                 recompute=config.recompute.vision,
             )
 
@@ -118,7 +120,10 @@ class QwenVLModel(GPTModel):
             ]
         if self.config.sequence_parallel:
             parts = [tensor_parallel.scatter_to_sequence_parallel_region(x, group=self.groups.tensor) for x in parts]
-        return with_deepstack(parts[0], parts[1:])
+        hidden = with_deepstack(parts[0], parts[1:])
+        if self.needs_root and torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()
+        return hidden
 
     def _score(self, hidden: Tensor, batch: MicroBatch, local: Tensor, scoring: Scoring) -> Tensor:
         if self.config.sequence_parallel:

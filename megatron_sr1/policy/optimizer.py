@@ -71,8 +71,9 @@ def build_optimizer(
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:
-    """That of the language model, in the next step."""
-    return next(group["lr"] for group in optimizer.param_groups if group["default_config"])
+    """That of the language model in the next step; of the vision tower, where that alone is trained at its own."""
+    groups = optimizer.param_groups  # the same on every rank, some without parameters of it
+    return next((group["lr"] for group in groups if group["default_config"]), groups[0]["lr"])
 
 
 def prepare_adam_state(optimizer: MegatronOptimizer) -> None:
@@ -96,6 +97,12 @@ def prepare_adam_state(optimizer: MegatronOptimizer) -> None:
 def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     """torch's, or Transformer Engine's, inside Megatron's; ranks without parameters of a kind have none for it."""
     return [part.optimizer for part in _parts(optimizer) if part.optimizer is not None]
+
+
+def num_stepped(optimizer: MegatronOptimizer) -> list[int]:
+    """Parameters, or parts of them, that this rank steps: of each kind that any rank steps, in one order."""
+    groups = [[] if part.optimizer is None else part.optimizer.param_groups for part in _parts(optimizer)]
+    return [sum(len(group["params"]) for group in of_kind) for of_kind in groups]
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from megatron_sr1.platform.fake_ranks import fake_ranks
 from megatron_sr1.policy.build import build_chunks
 from megatron_sr1.policy.groups import build_groups
 from megatron_sr1.policy.read import read_architecture
+from megatron_sr1.weights.frozen import MERGERS
 
 
 @dataclass(frozen=True)
@@ -23,27 +25,34 @@ class StageCount:
     vision: int
     experts: int  # of `language`, those of routed experts: other ranks share their optimizer state
     linear: int  # of `language`, the weights of the layers' matrix products, which fp8 casts
-    largest: int  # the parameter that has most
+    largest: int  # the trained parameter that has most
+    trained: int  # of all, those that model.freeze leaves to be trained; they alone have gradients and optimizer state
+    trained_experts: int  # of `experts`
+    trained_tower: int  # of `vision`, without mergers
+    trained_mergers: int  # of `vision`
 
     @property
     def total(self) -> int:
         return self.language + self.vision
 
 
-def count_stages(hf_dir: str, layout: LayoutConfig, num_ranks: int) -> tuple[StageCount, ...]:
+def count_stages(
+    hf_dir: str, layout: LayoutConfig, num_ranks: int, freeze: tuple[str, ...] = ()
+) -> tuple[StageCount, ...]:
     """A rank of every pipeline stage, in order. A tied head counts on the last stage too where that is not the first,
     for it is a copy there; the vocabulary counts with its padding to equal shards.
 
     Args:
         hf_dir: a model directory of which only config.json is read.
         num_ranks: of the whole run.
+        freeze: see `ModelConfig`.
 
     Raises:
-        ConfigError: the layout does not fit the model or `num_ranks`.
+        ConfigError: the layout does not fit the model or `num_ranks`; `freeze` names what is not there, or everything.
         ValueError: a model class that is not supported.
     """
     config = Config(
-        model=ModelConfig(hf_dir=hf_dir, layer_spec="torch"),
+        model=ModelConfig(hf_dir=hf_dir, layer_spec="torch", freeze=freeze),
         layout=layout,
         nproc=num_ranks,
         train=TrainConfig(batch_size=num_ranks),
@@ -64,13 +73,37 @@ def _count_rank(config: Config, stage: int, rank: int) -> StageCount:
         assert groups.pipeline.rank() == stage, (groups.pipeline.rank(), stage)
         chunks = build_chunks(read_architecture(config.model.hf_dir), config, platform, groups, torch.device("meta"))
         layers = tuple(len(chunk.decoder.layers) for chunk in chunks)
-        sizes = [(name, weight.numel()) for chunk in chunks for name, weight in chunk.named_parameters()]
-    vision = sum(size for name, size in sizes if name.startswith("vision."))
-    experts = sum(size for name, size in sizes if ".experts." in name)
-    layers_of_decoder = [(name, size) for name, size in sizes if name.startswith("decoder.layers.")]
-    linear = sum(size for name, size in layers_of_decoder if ".linear_" in name and name.endswith(".weight"))
-    language, largest = sum(size for _, size in sizes) - vision, max(size for _, size in sizes)
-    return StageCount(stage, layers, language, vision, experts, linear, largest)
+        return count_chunks(stage, layers, chunks)
+
+
+def count_chunks(stage: int, layers: tuple[int, ...], chunks: Sequence[torch.nn.Module]) -> StageCount:
+    """The parameters of a rank's chunks."""
+    named = [(name, weight) for chunk in chunks for name, weight in chunk.named_parameters()]
+    every = [(name, weight.numel()) for name, weight in named]
+    trained = [(name, weight.numel()) for name, weight in named if weight.requires_grad]
+    vision, mergers = _of(trained, "vision."), _of(trained, *MERGERS)
+    linear = [entry for entry in every if ".linear_" in entry[0] and entry[0].endswith(".weight")]
+    return StageCount(
+        stage,
+        layers,
+        language=sum(size for _, size in every) - _of(every, "vision."),
+        vision=_of(every, "vision."),
+        experts=_experts(every),
+        linear=_of(linear, "decoder.layers."),
+        largest=max((size for _, size in trained), default=0),
+        trained=sum(size for _, size in trained),
+        trained_experts=_experts(trained),
+        trained_tower=vision - mergers,
+        trained_mergers=mergers,
+    )
+
+
+def _of(sizes: Iterable[tuple[str, int]], *prefixes: str) -> int:
+    return sum(size for name, size in sizes if name.startswith(prefixes))
+
+
+def _experts(sizes: Iterable[tuple[str, int]]) -> int:
+    return sum(size for name, size in sizes if ".experts." in name)
 
 
 def count_table(hf_dir: str, layout: LayoutConfig, num_ranks: int) -> str:

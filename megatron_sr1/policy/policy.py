@@ -13,9 +13,16 @@ from torch import Tensor
 
 from megatron_sr1.config import Config
 from megatron_sr1.platform import Platform
+from megatron_sr1.policy.frozen import check_shares
 from megatron_sr1.policy.gradients import wrap_chunks, zero_gradients
 from megatron_sr1.policy.offload import Offload, optimizer_tensors
-from megatron_sr1.policy.optimizer import build_optimizer, inner_optimizers, learning_rate, load_optimizer_state
+from megatron_sr1.policy.optimizer import (
+    build_optimizer,
+    inner_optimizers,
+    learning_rate,
+    load_optimizer_state,
+    num_stepped,
+)
 from megatron_sr1.policy.schedule import Schedule
 from megatron_sr1.policy.scorer import Scorer
 from megatron_sr1.policy.sharded import load_sharded_weights, sharded_weights
@@ -37,15 +44,24 @@ class Policy(Scorer):
     """A scorer that is trained: with an optimizer and, where wanted, a frozen reference."""
 
     def __init__(self, config: Config, platform: Platform, *, num_optimizer_steps: int, keep_reference: bool) -> None:
-        """See `Scorer` for what it loads and raises."""
+        """See `Scorer` for what it loads and raises.
+
+        Raises:
+            ConfigError: `model.freeze` leaves a rank nothing to train.
+        """
         super().__init__(config, platform)
         self._num_optimizer_steps = num_optimizer_steps
         self.model = wrap_chunks(self.chunks, config.layout, self.groups)
         self.optimizer, self.scheduler = build_optimizer(
             config.optimizer, config.precision, self.model, num_optimizer_steps, config.layout.distributed_optimizer
         )
+        if config.model.freeze:
+            shares: list[list[int]] = [[]] * platform.world_size
+            torch.distributed.all_gather_object(shares, num_stepped(self.optimizer))
+            check_shares(config.model.freeze, shares, "rank")
         self._schedule = Schedule(self.model, self.groups, config)
-        self._reference = [p.detach().clone() for p in self._parameters()] if keep_reference else None
+        # what is frozen is its own reference
+        self._reference = [p.detach().clone() for p in self._trained_parameters()] if keep_reference else None
         self._offload = Offload(config.offload, platform.device)
 
     def leave_device(self) -> None:
@@ -68,6 +84,9 @@ class Policy(Scorer):
     def _parameters(self) -> Iterator[torch.nn.Parameter]:
         for chunk in self.chunks:
             yield from chunk.parameters()
+
+    def _trained_parameters(self) -> Iterator[torch.nn.Parameter]:
+        return (parameter for parameter in self._parameters() if parameter.requires_grad)
 
     def reference_logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
         """`logprobs` under the weights the policy started from."""
@@ -112,7 +131,9 @@ class Policy(Scorer):
         precision = self.config.precision
         scales = precision.dtype == "fp8" and precision.fp8_recipe == "delayed"  # the others compute theirs each step
         model = sharded_weights(self.chunks, extra_state=scales)
-        optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=CHECKPOINT_FORMAT)
+        # a stack of layers must be whole, and frozen ones have no state
+        named = sharded_weights(self.chunks, by_layer=True) if self.config.model.freeze else model
+        optimizer = self.optimizer.sharded_state_dict(named, is_loading=loading, metadata=CHECKPOINT_FORMAT)
         return {
             "model": model,
             "optimizer": optimizer,
@@ -160,7 +181,8 @@ class Policy(Scorer):
     @torch.no_grad()
     def _exchange_weights(self) -> None:
         """Swaps trained and reference values in place, one parameter at a time."""
-        for parameter, other in zip(self._parameters(), self._reference, strict=True):
+        assert self._reference is not None
+        for parameter, other in zip(self._trained_parameters(), self._reference, strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(other)
             other.copy_(kept)

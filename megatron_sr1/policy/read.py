@@ -52,11 +52,16 @@ def open_tensors(architecture: Architecture) -> HfTensors:
     Raises:
         ValueError: see `HfTensors` and `check_tensors`.
     """
+    tensors = HfTensors(architecture.path.parent, architecture.family)
+    check_tensors(tensors, architecture, vision_names(architecture))
+    return tensors
+
+
+def vision_names(architecture: Architecture) -> list[str]:
+    """Of the vision tower's parameters, as its module has them; no memory is taken for them."""
     with torch.device("meta"):
         tower = AutoModel.from_config(architecture.hf.vision_config)
-    tensors = HfTensors(architecture.path.parent, architecture.family)
-    check_tensors(tensors, architecture, [name for name, _ in tower.named_parameters()])
-    return tensors
+    return [name for name, _ in tower.named_parameters()]
 
 
 def _two_readings(model: Architecture) -> dict[str, tuple[Any, Any]]:

@@ -12,14 +12,20 @@ from megatron_sr1.platform.torch_private import EXTRA_STATE
 from megatron_sr1.weights import check_megatron_dir
 
 
-def sharded_weights(chunks: Sequence[torch.nn.Module], *, extra_state: bool = False) -> dict[str, Any]:
+def sharded_weights(
+    chunks: Sequence[torch.nn.Module], *, extra_state: bool = False, by_layer: bool = False
+) -> dict[str, Any]:
     """Names in the whole model, shapes and shards of this rank's weights. What one layout saved any other can load.
 
     Args:
         extra_state: also Transformer Engine's own state, which only its layers save and load: the scales of a delayed
             fp8 recipe.
+        by_layer: a tensor of each layer has a name of its own, instead of all layers' being stacked under one: so that
+            some of them may be left out.
     """
-    states = {f"chunk_{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+    metadata = {"non_homogeneous_layers": True} if by_layer else None
+    modules: Sequence[Any] = chunks
+    states = {f"chunk_{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(modules)}
     if extra_state:
         return states
     return {

@@ -34,7 +34,8 @@ def pixel_differences(engine: TokenEngine, processor: Processor, plans: Sequence
             if difference is not None:
                 texts.append(
                     f"sample {plan.key!r}, image {number}: {difference}. Trainer and engine must see the same "
-                    "picture: both read the model folder's preprocessor files, and images come upright and as RGB."
+                    "picture: both read the model folder's preprocessor files, under model.min_pixels and "
+                    "model.max_pixels, and images come upright and as RGB."
                 )
     return texts
 

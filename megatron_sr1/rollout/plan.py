@@ -159,5 +159,6 @@ def id_difference(plan: PassPrompt, engine_ids: Sequence[int]) -> str | None:
     return (
         f"sample {plan.key!r}, {plan.pass_name} pass: the processor makes {len(plan.expanded_ids)} prompt ids, "
         f"the engine used {len(engine_ids)}; they differ first at position {position}. "
-        "Processor and engine must read the same preprocessor_config.json (pixel limits, merge size)."
+        "Processor and engine must have the same pixel limits and merge size: model.min_pixels and model.max_pixels, "
+        "and for what these do not say the same preprocessor_config.json."
     )

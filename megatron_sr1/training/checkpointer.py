@@ -41,6 +41,7 @@ class Progress:
     model_dir: str  # the weights the run, and its reference, started from, as they were spelled
     stream: Mapping[str, Any] = field(default_factory=dict)  # the state of the training stream, as JSON
     model: str = ""  # those weights' `model_fingerprint`
+    pixels: Mapping[str, int] = field(default_factory=dict)  # `PixelLimits`, where the run sets any
 
 
 class Checkpointer:

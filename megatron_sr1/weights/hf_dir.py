@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_sr1.config import Family
+from megatron_sr1.config import Family, PixelLimits, write_pixel_limits
 from megatron_sr1.weights.hf_shards import MAX_SHARD_BYTES, GrowingShards
 from megatron_sr1.weights.safetensors import TensorInfo, TensorSlot, read_header
 
@@ -118,20 +118,34 @@ def check_finite(tensor: Tensor, name: str, place: Path, first_row: int = 0) -> 
     raise ValueError(f"{place}: {name}{index} is {value}. These weights are damaged: take an earlier checkpoint.")
 
 
-def copy_side_files(source_dir: str | Path, out_dir: Path) -> None:
-    """Copies configuration, tokenizer and processor files; weights and their index are left out."""
+def copy_side_files(source_dir: str | Path, out_dir: Path, *, pixels: PixelLimits | None = None) -> None:
+    """Copies configuration, tokenizer and processor files; weights and their index are left out.
+
+    Args:
+        pixels: limits that the model was trained with, which its image processor's files get; None: those they state.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
     for file in sorted(Path(source_dir).iterdir()):
         if file.is_file() and file.suffix in _SIDE_FILES and not file.name.endswith(".index.json"):
             shutil.copy(file, out_dir / file.name)
+    if pixels is not None:
+        write_pixel_limits(out_dir, pixels)
 
 
 def write_hf_dir(
-    weights: Iterable[tuple[str, Tensor]], source_dir: str, out_dir: Path, max_shard_bytes: int = MAX_SHARD_BYTES
+    weights: Iterable[tuple[str, Tensor]],
+    source_dir: str,
+    out_dir: Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    pixels: PixelLimits | None = None,
 ) -> None:
     """Writes safetensors files and copies configuration, tokenizer and processor files of `source_dir`.
 
     Tensors go to the disk one by one. The folder appears under its name only when it is complete.
+
+    Args:
+        pixels: see `copy_side_files`.
     """
     partial = out_dir.with_name(out_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -140,6 +154,6 @@ def write_hf_dir(
     for name, tensor in weights:
         shards.append(name, tensor)
     shards.finish()
-    copy_side_files(source_dir, partial)
+    copy_side_files(source_dir, partial, pixels=pixels)
     shutil.rmtree(out_dir, ignore_errors=True)
     partial.rename(out_dir)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sr1.config import BATCHED_TOKENS, HfConfig, graph_sizes
+from megatron_sr1.config import BATCHED_TOKENS, HfConfig, PixelLimits, graph_sizes
 
 NO_WEIGHTS = "no_weights"  # vLLM's load format of an engine whose weights come later (reload.py)
 _GIB = 2**30
@@ -23,6 +23,7 @@ class EngineLimits:
     seed: int
     tensor_parallel: int = 1  # ranks that share one copy of the weights
     cuda_graphs: bool = True
+    pixels: PixelLimits | None = None  # of an image; None: what the model's files say
     more: Mapping[str, Any] = field(default_factory=dict)  # arguments of vLLM by its own names
 
 
@@ -56,8 +57,7 @@ def engine_arguments(
         "scheduling_policy": "priority",
         "enable_prefix_caching": True,
         "mm_processor_cache_gb": 0,  # images come prepared (prompts.py)
-        # PIL's resizing, as in processor.py: torchvision's differs by up to 0.2 in normalised pixel values.
-        "mm_processor_kwargs": {"use_fast": False},
+        "mm_processor_kwargs": _image_processor(limits.pixels),
         "logprobs_mode": "processed_logprobs",  # of the distribution that was drawn from
         "generation_config": "vllm",  # no sampling default of the model directory is applied
         "disable_log_stats": True,
@@ -73,6 +73,13 @@ def engine_arguments(
         "enable_sleep_mode": can_sleep,
         **limits.more,
     }
+
+
+def _image_processor(pixels: PixelLimits | None) -> dict[str, Any]:
+    """What vLLM's own preparation of images is told, which lays out its memory, and which the trainer's is compared
+    with: PIL's resizing, as in processor.py (torchvision's differs by up to 0.2 in normalised pixel values)."""
+    limits = {} if pixels is None else {"min_pixels": pixels.least, "max_pixels": pixels.most}
+    return {"use_fast": False, **limits}
 
 
 def _eager() -> dict[str, Any]:
