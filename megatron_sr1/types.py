@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from megatron_sr1.ahead import Later
 
 PassName = Literal["first", "second"]
-Template = Literal["see_think", "cot", "caption_reasoner"]
+TemplateName = str  # `prompts` has the templates
 Element = TypeVar("Element")
 BANNED_LOGIT_BIAS = -100.0  # the strongest that samplers accept
 MAX_ANSWER_CHARACTERS = 512  # that are graded
@@ -91,37 +91,37 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SftSample:
-    """One demonstration. `description` is set exactly for the `caption_reasoner` template, whose
+    """One demonstration. `description` is set exactly for a template that reads one, such as `caption_reasoner`, whose
     prompt holds the description instead of the image."""
 
     prompt: Prompt
-    template: Template
+    template: TemplateName
     response: str
     description: str | None = None
 
 
 @dataclass(frozen=True)
-class SeeThink:
-    """A parsed See-Think response. Spans are [start, end) character offsets into the response and
-    cover the inner text only, never the tags."""
+class Turn:
+    """What a prompt says, for a chat template to write: the user's text, with the images in front of `after`."""
 
-    description: str
-    reasoning: str
-    answer: str
-    description_span: tuple[int, int]
-    reasoning_span: tuple[int, int]
-    answer_span: tuple[int, int]
+    after: str
+    before: str = ""  # the text in front of the images
+    system: str | None = None  # the system prompt; None: the model's
+    opens: str = ""  # the tag that the chat template must write behind it, so that the response begins inside its block
+    template: TemplateName = ""  # that it was made by
 
 
 class Passes(NamedTuple):
-    """What a prompt is asked: by which template in its first pass, and whether a second pass follows."""
+    """What a prompt is asked: by which template in its first pass, and whether and how a second pass follows."""
 
-    template: Template
+    template: TemplateName
     second_pass: bool
+    second_template: TemplateName = "caption_reasoner"
+    plain_template: TemplateName = "cot"  # of the one pass of a prompt without images
 
     def of(self, prompt: Prompt) -> Passes:
         """Those of a prompt, where these are of one with images: without an image there is nothing to describe."""
-        return self if prompt.images else Passes("cot", second_pass=False)
+        return self if prompt.images else Passes(self.plain_template, False, self.second_template, self.plain_template)
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,14 @@ class Sampling:
     temperature: float
     max_response_tokens: int
     seed: int
-    template: Template = "see_think"
+    template: TemplateName = "see_think"
     second_pass: bool = True
+    second_template: TemplateName = "caption_reasoner"
+    plain_template: TemplateName = "cot"
 
     def passes_of(self, prompt: Prompt) -> Passes:
         """What a prompt is asked, see `Passes.of`."""
-        return Passes(self.template, self.second_pass).of(prompt)
+        return Passes(self.template, self.second_pass, self.second_template, self.plain_template).of(prompt)
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
 def compared_pictures(engine: Any, processor: Any, seed: int) -> dict[str, list[str]]:
     """Differences of picture files of every kind as the stream decodes them, and of what a careless reader makes of
     two of them."""
+    from megatron_sr1.prompts import COT
     from megatron_sr1.rollout.pixels import pixel_differences
     from megatron_sr1.rollout.plan import plan_first
 
@@ -105,7 +106,7 @@ def compared_pictures(engine: Any, processor: Any, seed: int) -> dict[str, list[
     for prompt in careless:
         prompt.images[0].load()
     return {
-        name: pixel_differences(engine, processor, [plan_first(processor, prompt, "cot") for prompt in prompts])
+        name: pixel_differences(engine, processor, [plan_first(processor, prompt, COT) for prompt in prompts])
         for name, prompts in (("decoded", decoded), ("careless", careless))
     }
 

@@ -11,7 +11,8 @@ import torch
 
 from megatron_sr1.config import ConfigError, ObjectiveConfig, dump_config, load_config
 from megatron_sr1.processor import Processor
-from megatron_sr1.prompts import boxed_block, tag_block
+from megatron_sr1.prompts import CAPTION_REASONER
+from megatron_sr1.prompts import SEE_THINK as ASKED
 from megatron_sr1.streams import PRESETS, Preset, preset_from_config, segments_of
 from megatron_sr1.training.segments import stream_masks
 from megatron_sr1.types import Clip, RewardStream, Rollout, RolloutPair
@@ -203,7 +204,7 @@ def credit(tokens: str, pass_name: str = "first") -> RewardStream:
 def test_segments_are_what_their_names_say(tiny_model_dir: str) -> None:
     processor = Processor.from_pretrained(tiny_model_dir)
     end = processor.decode([processor.end_of_turn_id])
-    names = segments_of("first", "see_think")
+    names = segments_of(ASKED)
     assert names == ("response", "description", "think", "answer", "reasoning", "rest")
     whole, description, think, answer, reasoning = masked(processor, SEE_THINK, None, *map(credit, names[:-1]))
     assert whole == SEE_THINK + end and description == "<description> 3 and 7 </description>"
@@ -232,7 +233,7 @@ def test_what_the_limit_cut_may_teach_nothing(tiny_model_dir: str) -> None:
 
 def test_a_pass_has_its_own_segments(tiny_model_dir: str) -> None:
     processor = Processor.from_pretrained(tiny_model_dir)
-    assert segments_of("second", "see_think") == ("response", "think", "answer", "rest")
+    assert segments_of(CAPTION_REASONER) == ("response", "think", "answer", "rest")
     second = r"<think> 3 + 7 </think> \boxed{10}"
     streams = (credit("think"), credit("think", "second"), credit("rest", "second"))
     first_think, second_think, rest = masked(processor, SEE_THINK, second, *streams)
@@ -251,15 +252,15 @@ def test_a_pass_has_its_own_segments(tiny_model_dir: str) -> None:
     ],
 )
 def test_a_block_is_there_once_and_in_order(text: str, expected: str | None) -> None:
-    span = tag_block(text, "think")
+    span = ASKED.block(text, "think")
     assert (None if span is None else text[slice(*span)]) == expected
 
 
 def test_the_answer_is_the_box_with_its_braces() -> None:
     text = r"\boxed{1} and \boxed{\frac{1}{2}} end"
-    span = boxed_block(text)
+    span = ASKED.block(text, "answer")
     assert span is not None and text[slice(*span)] == r"\boxed{\frac{1}{2}}"
-    assert boxed_block(r"\boxed{1") is None
+    assert ASKED.block(r"\boxed{1", "answer") is None
 
 
 def test_a_list_without_advantages_of_its_own_has_a_tensor_for_each(tiny_model_dir: str) -> None:

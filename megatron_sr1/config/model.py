@@ -25,6 +25,9 @@ class ModelConfig:
     hf_dir: str = ""  # the folder of the model that the run starts from
     megatron_dir: str = ""  # the weights as `megatron-sr1 convert hf-to-megatron` wrote them; empty: those of hf_dir
     train_vision: bool = True  # false: the vision tower and its merger stay as they are
+    # what the model is told before each question, unless a template has a system prompt of its own; null: what its
+    # chat template writes by itself
+    system_prompt: str | None = None
     max_position: int = 4096  # longest packed sequence the policy is built for, tokens
     layer_spec: LayerSpec = "auto"  # te: Transformer Engine's layers; torch: plain ones; auto: te on GPUs
     fused: bool = True  # with te: SwiGLU is one kernel, and products add weight gradients where they are kept
@@ -32,6 +35,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         one_of("model.layer_spec", self.layer_spec, get_args(LayerSpec))
         check_numbers("model", self, {"max_position": COUNT})
+        require(
+            self.system_prompt is None or bool(self.system_prompt.strip()),
+            "model.system_prompt",
+            self.system_prompt,
+            "a text, or null",
+            "null leaves it to the model's chat template.",
+        )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sr1.import_path import UserCode, UserCodeError, source_of
+from megatron_sr1.prompts import OURS, Asked
 from megatron_sr1.rewards.find import find_reward
 from megatron_sr1.rewards.table import Ask, Reward
 from megatron_sr1.types import Prompt, RolloutGroup, RolloutPair
@@ -27,22 +28,25 @@ class Ungraded:
 
 
 def score_or_tell(
-    group: RolloutGroup, names: Iterable[str], *, rounded: bool = False, ask: Ask | None = None
+    group: RolloutGroup, names: Iterable[str], *, rounded: bool = False, ask: Ask | None = None, asked: Asked = OURS
 ) -> Vectors | Ungraded:
     """As `score_group`, for ranks that must all hear of a RewardError."""
     try:
-        return score_group(group, names, rounded=rounded, ask=ask)
+        return score_group(group, names, rounded=rounded, ask=ask, asked=asked)
     except RewardError as error:
         return Ungraded(str(error))
 
 
-def score_group(group: RolloutGroup, names: Iterable[str], *, rounded: bool = False, ask: Ask | None = None) -> Vectors:
+def score_group(
+    group: RolloutGroup, names: Iterable[str], *, rounded: bool = False, ask: Ask | None = None, asked: Asked = OURS
+) -> Vectors:
     """The named rewards of all samples of one prompt.
 
     Args:
         group: with its images where a reward needs them.
         rounded: as in `grade`.
         ask: for the rewards that need a judge.
+        asked: the templates of this prompt's passes, see `Asked.of`.
 
     Raises:
         RewardError: a reward raised something, or gave another thing than a finite number for each sample.
@@ -51,20 +55,23 @@ def score_group(group: RolloutGroup, names: Iterable[str], *, rounded: bool = Fa
     vectors: Vectors = [{} for _ in group.pairs]
     for name in names:
         reward = find_reward(name)
-        values = _values(name, reward.for_evaluation() if rounded else reward, group, ask)
+        values = _values(name, reward.for_evaluation() if rounded else reward, group, ask, asked)
         for vector, value in zip(vectors, values, strict=True):
             vector[name] = value
     return vectors
 
 
-def score_pair(pair: RolloutPair, prompt: Prompt, names: Iterable[str], *, rounded: bool = False) -> dict[str, float]:
+def score_pair(
+    pair: RolloutPair, prompt: Prompt, names: Iterable[str], *, rounded: bool = False, asked: Asked = OURS
+) -> dict[str, float]:
     """The named rewards of one sample. Raises as `score_group`."""
-    return score_group(RolloutGroup(0, prompt, (pair,)), names, rounded=rounded)[0]
+    return score_group(RolloutGroup(0, prompt, (pair,)), names, rounded=rounded, asked=asked)[0]
 
 
-def _values(name: str, reward: Reward, group: RolloutGroup, ask: Ask | None) -> list[float]:
-    key, more = group.prompt.key, (ask,) if "judge" in reward.needs else ()
-    assert more != (None,), f"the reward {name!r} needs a judge"
+def _values(name: str, reward: Reward, group: RolloutGroup, ask: Ask | None, asked: Asked) -> list[float]:
+    key = group.prompt.key
+    assert ask is not None or "judge" not in reward.needs, f"the reward {name!r} needs a judge"
+    more = (*([ask] if "judge" in reward.needs else ()), *([asked] if "templates" in reward.needs else ()))
     if "metadata" in reward.needs and not group.prompt.metadata:
         raise RewardError(f"the reward {name!r} needs metadata, and sample {key!r} has none. Add it to the data set.")
     missing = [_is_missing(reward, pair) for pair in group.pairs]

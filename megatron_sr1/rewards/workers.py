@@ -19,6 +19,7 @@ from multiprocessing import get_context, parent_process
 from queue import LifoQueue
 
 from megatron_sr1.config import Endpoint
+from megatron_sr1.prompts import OURS, Asked
 from megatron_sr1.rewards.find import find_reward
 from megatron_sr1.rewards.judged import Judged, JudgedRewards, with_judged
 from megatron_sr1.rewards.scoring import RewardError, Ungraded, Vectors, score_group
@@ -48,6 +49,7 @@ class Graders:
         rounded: bool = False,
         judge: Endpoint | None = None,
         fails_fast: bool = True,
+        asked: Asked = OURS,
     ) -> None:
         """A worker starts with the first group that finds no other idle.
 
@@ -58,11 +60,13 @@ class Graders:
             rounded: as in `score_group`.
             judge: whom the rewards ask that need a judge.
             fails_fast: see `JudgedRewards`.
+            asked: the templates that prompts are asked by.
 
         Raises:
             ValueError: see `find_reward`; a reward needs a judge, and there is none.
         """
         self._names = tuple(names)
+        self._asked = asked
         self._asking = {name for name in names if "judge" in find_reward(name).needs}
         if self._asking and judge is None:
             raise ValueError(f"the rewards {', '.join(sorted(self._asking))} need a judge: set rewards.judge.url.")
@@ -91,12 +95,13 @@ class Graders:
             names: of rewards, instead of what the graders' own are for this prompt.
         """
         names = names or for_prompt(self._names, bool(group.prompt.images))
+        asked = self._asked.of(group.prompt)  # as long as it has its images
         if self._see_images.isdisjoint(names):
             group = replace(group, prompt=replace(group.prompt, images=()))
         asking = [name for name in names if name in self._asking]
-        judged = self._judged.submit(group, asking) if self._judged is not None and asking else []
+        judged = self._judged.submit(group, asking, asked) if self._judged is not None and asking else []
         own = [name for name in names if name not in self._asking]
-        self._futures[group.group_id] = (self._threads.submit(self._grade, group, own), judged)
+        self._futures[group.group_id] = (self._threads.submit(self._grade, group, own, asked), judged)
 
     def collect(self) -> list[tuple[int, Vectors | Ungraded]]:
         """(group_id, reward vectors) of everything submitted since the last call; waits for what is missing. A group
@@ -107,10 +112,10 @@ class Graders:
             self._judged.forget()
         return graded
 
-    def _grade(self, group: RolloutGroup, names: Sequence[str]) -> Vectors | Ungraded:
+    def _grade(self, group: RolloutGroup, names: Sequence[str], asked: Asked) -> Vectors | Ungraded:
         worker = self._idle.get()
         try:
-            return worker.grade(group, names)
+            return worker.grade(group, names, asked)
         except ValueError as error:  # of a reward, or of its import in a worker: all ranks must hear of it
             return Ungraded(str(error))
         finally:
@@ -125,12 +130,12 @@ class _Worker:
         self._pool: ProcessPoolExecutor | None = None
         self._process_id = 0
 
-    def grade(self, group: RolloutGroup, names: Sequence[str]) -> Vectors:
+    def grade(self, group: RolloutGroup, names: Sequence[str], asked: Asked) -> Vectors:
         key = group.prompt.key
         for _ in range(TRIES):
             future: Future[Vectors] | None = None
             try:
-                future = self._running().submit(score_group, group, names, rounded=self._rounded)
+                future = self._running().submit(score_group, group, names, rounded=self._rounded, asked=asked)
                 return future.result(self._seconds)
             except BrokenProcessPool:
                 logger.warning("the process that graded sample %r was killed: another takes over", key)

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from megatron_sr1.prompts import find_description
 from megatron_sr1.rollout.plan import PassPrompt, Planner, check_same_ids
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation, TokenEngine
 from megatron_sr1.rollout.seeds import request_seed
@@ -159,13 +158,14 @@ class PassRequests:
         # a response that was cut short is no complete first pass, whatever it has described by then
         asked = self._sampling.passes_of(self._prompts[request.group])
         whole = rollout.finish_reason == "stop" and asked.second_pass
-        written = find_description(rollout.response_text) if whole else None
+        written = self._planner.template(asked.template).find_description(rollout.response_text) if whole else None
         if written is None:
             self._complete(RolloutPair(request.sample, rollout, None, None), place)
             return None
         description = self._planner.cut(written)
         self._pairs[place] = RolloutPair(request.sample, rollout, None, description, description != written)
-        return replace(request, plan=self._planner.second(self._prompts[request.group], description))
+        plan = self._planner.second(self._prompts[request.group], asked.second_template, description)
+        return replace(request, plan=plan)
 
     def _complete(self, pair: RolloutPair, place: tuple[int, int]) -> None:
         group = place[0]

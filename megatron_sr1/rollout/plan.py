@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_sr1.processor import Processor
-from megatron_sr1.prompts import render_caption_reasoner, render_cot, render_see_think
-from megatron_sr1.types import PassName, Prompt, Template
+from megatron_sr1.prompts import SHIPPED, Template, Templates
+from megatron_sr1.types import Passes, PassName, Prompt, TemplateName
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-_FIRST_PASS: dict[Template, Callable[[Prompt], str]] = {
-    "see_think": lambda prompt: render_see_think(prompt.problem),
-    "cot": lambda prompt: render_cot(prompt.problem, len(prompt.images)),
-}
 
 
 @dataclass(frozen=True)
@@ -35,20 +30,21 @@ def plan_first(processor: Processor, prompt: Prompt, template: Template) -> Pass
     """The first pass: question and images.
 
     Raises:
-        ValueError: `template` is not one of a first pass.
+        ValueError: `template` is not one of a first pass; the model's chat template does not suit it.
     """
-    if template not in _FIRST_PASS:
+    if template.reads_description:
         raise ValueError(
-            f"sampling.template={template!r} is not a first-pass template: it must be one of {', '.join(_FIRST_PASS)}."
+            f"sampling.template={template.name!r} is not a first-pass template: no description is there to be read. "
+            "Those without {description} are, such as see_think, cot."
         )
-    ids = processor.prompt_ids(_FIRST_PASS[template](prompt), num_images=len(prompt.images))
+    ids = processor.turn_ids(template.render(prompt.problem, len(prompt.images)), num_images=len(prompt.images))
     grids = [processor.grid(image.size) for image in prompt.images]
     return PassPrompt(prompt.key, "first", ids, processor.expand(ids, grids), prompt.images)
 
 
-def plan_second(processor: Processor, prompt: Prompt, description: str) -> PassPrompt:
+def plan_second(processor: Processor, prompt: Prompt, template: Template, description: str) -> PassPrompt:
     """The second pass: question and description, no image."""
-    ids = processor.prompt_ids(render_caption_reasoner(description, prompt.problem), num_images=0)
+    ids = processor.turn_ids(template.render(prompt.problem, 0, description), num_images=0)
     return PassPrompt(prompt.key, "second", ids, ids, ())
 
 
@@ -74,26 +70,43 @@ class Planner:
     its prompt.
     """
 
-    def __init__(self, processor: Processor, limits: Limits) -> None:
+    def __init__(self, processor: Processor, limits: Limits, templates: Templates = SHIPPED) -> None:
         self.processor = processor
         self.limits = limits
-        self._firsts: dict[tuple[int, Template], PassPrompt] = {}  # by the identity of the prompt
+        self._templates = templates
+        self._firsts: dict[tuple[int, TemplateName], PassPrompt] = {}  # by the identity of the prompt
 
-    def first(self, prompt: Prompt, template: Template) -> PassPrompt:
+    def template(self, name: TemplateName) -> Template:
+        """Of that name."""
+        return self._templates.find(name, "sampling.template")
+
+    def check(self, passes: Passes) -> None:
+        """Whether the model's chat template suits what is asked, before any sample is looked at.
+
+        Raises:
+            ValueError: it does not, see `Processor.turn_ids`.
+        """
+        names = (passes.template, passes.plain_template, *([passes.second_template] if passes.second_pass else []))
+        for template in map(self.template, names):
+            description = "" if template.reads_description else None
+            num_images = 0 if template.reads_description or template.name == passes.plain_template else 1
+            self.processor.turn_ids(template.render("?", num_images, description), num_images)
+
+    def first(self, prompt: Prompt, template: TemplateName) -> PassPrompt:
         """The first pass. Raises as `plan_first`."""
         place = (id(prompt), template)
         if place not in self._firsts:
-            self._firsts[place] = plan_first(self.processor, prompt, template)
+            self._firsts[place] = plan_first(self.processor, prompt, self.template(template))
             weakref.finalize(prompt, self._firsts.pop, place, None).atexit = False
         return self._firsts[place]
 
-    def second(self, prompt: Prompt, description: str) -> PassPrompt:
+    def second(self, prompt: Prompt, template: TemplateName, description: str) -> PassPrompt:
         """The second pass, of a description that `cut` has returned.
 
         Raises:
             ValueError: it does not fit the engine: a description that was cut became longer again as part of a prompt.
         """
-        plan = plan_second(self.processor, prompt, description)
+        plan = plan_second(self.processor, prompt, self.template(template), description)
         text = refusal(plan, self.limits)
         if text is not None:
             raise ValueError(text)
@@ -103,12 +116,12 @@ class Planner:
         """The description, or as much of it as a second pass may hold."""
         return cut_description(self.processor, description, self.limits.max_description)
 
-    def refusals(self, prompt: Prompt, template: Template, second_pass: bool) -> list[str]:
+    def refusals(self, prompt: Prompt, passes: Passes) -> list[str]:
         """Why the engine cannot take a prompt, for each pass that does not fit; of the second all but its description
         is known, which is counted in full."""
-        texts = [refusal(self.first(prompt, template), self.limits)]
-        if second_pass:
-            shortest = plan_second(self.processor, prompt, description="")
+        texts = [refusal(self.first(prompt, passes.template), self.limits)]
+        if passes.second_pass:
+            shortest = plan_second(self.processor, prompt, self.template(passes.second_template), description="")
             texts.append(refusal(shortest, self.limits, reserved=self.limits.max_description))
         return [text for text in texts if text is not None]
 

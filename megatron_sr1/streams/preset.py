@@ -1,18 +1,20 @@
-"""The objective of a run: the first pass' template and the reward streams, from a preset, a list, or both."""
+"""The objective of a run: the templates of the passes and the reward streams, from a preset, a list, or both."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from megatron_sr1.config import ObjectiveConfig, RewardsConfig
+from megatron_sr1.config import Config, ObjectiveConfig, RewardsConfig
 from megatron_sr1.config.rules import require
 from megatron_sr1.import_path import is_import_path, load_object
+from megatron_sr1.prompts import SHIPPED, Asked, Templates, templates_of
 from megatron_sr1.rewards import find_reward, layout_reward
 from megatron_sr1.streams.presets import WRITTEN, Written
 from megatron_sr1.streams.segments import REST, segments_of
-from megatron_sr1.types import Clip, Passes, PresetName, RewardStream, Template
+from megatron_sr1.types import Clip, Passes, PresetName, RewardStream, TemplateName
 
 
 @dataclass(frozen=True)
@@ -20,16 +22,20 @@ class Preset:
     """A named objective.
 
     Raises:
-        ValueError: no stream, two streams of one name, a stream without rewards, a segment that its pass does not
-            have; a reward that is not there, that needs a description where none is asked for, or that is shown by the
-            name of another.
+        ValueError: a template that is not there, or cannot have its role; no stream, two streams of one name, a stream
+            without rewards, a segment that its pass does not have; a reward that is not there, that needs a description
+            where none is asked for, or that is shown by the name of another.
     """
 
     name: str
-    template: Template
+    template: TemplateName  # of the first pass
     streams: tuple[RewardStream, ...]
+    second_template: TemplateName = "caption_reasoner"
+    plain_template: TemplateName = "cot"  # of prompts without images
+    templates: Templates = SHIPPED  # that the names are of
 
     def __post_init__(self) -> None:
+        _ = self.asked
         if not self.streams:
             raise ValueError(f"objective {self.name!r}: it has no streams; give at least one.")
         names = [stream.name for stream in self.streams]
@@ -38,6 +44,20 @@ class Preset:
         for stream in self.streams:
             self._check_stream(stream)
         self._check_rewards()
+
+    @cached_property
+    def asked(self) -> Asked:
+        """The templates of the passes.
+
+        Raises:
+            ConfigError: see `Templates.asked`.
+        """
+        return self.templates.asked(self.template, self.second_template, self.plain_template)
+
+    @property
+    def described(self) -> bool:
+        """Whether a prompt with images is asked for a description."""
+        return self.asked.first.describes is not None
 
     @property
     def second_pass(self) -> bool:
@@ -53,7 +73,8 @@ class Preset:
     @property
     def passes(self) -> Passes:
         """Those of a prompt with images. The second pass is measured even where it earns nothing."""
-        return Passes(self.template, self.second_pass or self.template == "see_think")
+        second_pass = self.second_pass or self.described
+        return Passes(self.template, second_pass, self.second_template, self.plain_template)
 
     @property
     def rewards(self) -> tuple[str, ...]:
@@ -64,7 +85,7 @@ class Preset:
         where = f"objective {self.name!r}, stream {stream.name!r}"
         if not stream.rewards:
             raise ValueError(f"{where}: it has no rewards; name at least one.")
-        allowed = segments_of(stream.trajectory, self.template)
+        allowed = segments_of(self.asked.first if stream.trajectory == "first" else self.asked.second)
         if stream.tokens not in allowed:
             raise ValueError(
                 f"{where}: tokens={stream.tokens!r} is no segment of the {stream.trajectory} pass. It has "
@@ -87,7 +108,7 @@ class Preset:
 
     def _check_rewards(self) -> None:
         by_name: dict[str, str] = {}
-        described = self.template == "see_think"
+        described = self.described
         for name in self.rewards:
             reward = find_reward(name)
             if not described and (reward.of_pass == "second" or "description" in reward.needs):
@@ -108,14 +129,19 @@ class Preset:
                 )
 
 
-def preset_from_config(objective: ObjectiveConfig) -> Preset:
+def preset_of(config: Config) -> Preset:
+    """The objective of a run, with its templates. Raises as `templates_of` and `preset_from_config`."""
+    return preset_from_config(config.objective, templates_of(config))
+
+
+def preset_from_config(objective: ObjectiveConfig, templates: Templates = SHIPPED) -> Preset:
     """What `objective.preset` and `objective.streams` say together: an entry of the list changes the preset's stream of
     its name, or joins; what neither says, the other keys of `objective` do.
 
     Raises:
         ValueError: see `Preset`; an entry that takes away or changes a stream that there is not, or lacks its rewards.
     """
-    template: Template = "see_think"
+    template: TemplateName = "see_think"
     written: dict[str, dict[str, Any]] = {}
     if objective.preset is not None:
         template, preset = WRITTEN[objective.preset](objective.format_weight)
@@ -130,7 +156,14 @@ def preset_from_config(objective: ObjectiveConfig) -> Preset:
             )
         written[name] = {**written.get(name, {}), **entry}
     streams = tuple(_stream(entry, objective) for entry in written.values() if entry.get("enabled", True))
-    return Preset(objective.name, objective.template or template, streams)
+    return Preset(
+        objective.name,
+        objective.template or template,
+        streams,
+        objective.second_template or Preset.second_template,
+        objective.plain_template or Preset.plain_template,
+        templates,
+    )
 
 
 def _stream(entry: Written, objective: ObjectiveConfig) -> RewardStream:
@@ -156,15 +189,16 @@ def _stream(entry: Written, objective: ObjectiveConfig) -> RewardStream:
     )
 
 
-def check_objective(objective: ObjectiveConfig, rewards: RewardsConfig) -> None:
+def check_objective(objective: ObjectiveConfig, rewards: RewardsConfig, templates: Templates = SHIPPED) -> None:
     """Imports what the objective names of a user's own.
 
     Raises:
         ValueError: see `preset_from_config`; a reward asks a judge, and there is none; there is nothing to be called at
             `objective.loss`.
     """
-    own_code(objective)
-    asking = [name for name in preset_from_config(objective).rewards if "judge" in find_reward(name).needs]
+    own_code(objective, templates)
+    preset = preset_from_config(objective, templates)
+    asking = [name for name in preset.rewards if "judge" in find_reward(name).needs]
     require(
         not asking or bool(rewards.judge.url),
         "rewards.judge.url",
@@ -174,13 +208,13 @@ def check_objective(objective: ObjectiveConfig, rewards: RewardsConfig) -> None:
     )
 
 
-def own_code(objective: ObjectiveConfig) -> dict[str, Callable[..., Any]]:
+def own_code(objective: ObjectiveConfig, templates: Templates = SHIPPED) -> dict[str, Callable[..., Any]]:
     """The functions of a user's own that the objective names, by their import paths: rewards, and the loss.
 
     Raises:
         ValueError: see `preset_from_config`; what `objective.loss` names cannot be called.
     """
-    names = [name for name in preset_from_config(objective).rewards if is_import_path(name)]
+    names = [name for name in preset_from_config(objective, templates).rewards if is_import_path(name)]
     code: dict[str, Callable[..., Any]] = {name: find_reward(name).function for name in names}
     if objective.loss:
         loss = load_object(objective.loss, "objective.loss")

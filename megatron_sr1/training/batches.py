@@ -12,12 +12,11 @@ from megatron_sr1.config import Config, row_tokens
 from megatron_sr1.objective import stream_advantages, token_kinds, token_weights
 from megatron_sr1.packing import moved, pack, split_for_ranks
 from megatron_sr1.processor import Processor
-from megatron_sr1.prompts import render_caption_reasoner, render_cot, render_see_think
+from megatron_sr1.prompts import templates_of
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.segments import stream_masks
 from megatron_sr1.training.tokens import ResponseTokens, into_rows
 from megatron_sr1.types import (
-    EncodedImage,
     MicroBatch,
     Ranks,
     Rollout,
@@ -74,16 +73,17 @@ class Batcher:
         """`device`: where the policy computes, and so where everything it is trained on goes.
 
         Raises:
-            ConfigError: train.micro_batch_tokens has no room for a row of the layout.
+            ConfigError: train.micro_batch_tokens has no room for a row of the layout; see `templates_of`.
         """
         self._config = config
         self._row_tokens = row_tokens(config)
+        self._templates = templates_of(config)
         self._device = device
         self._processor = processor
         self._replicas = replicas
 
     def sft(self, samples: Sequence[SftSample]) -> SftBatch:
-        """Demonstrations of either layout; the response tokens are trained on, each with the same weight."""
+        """Demonstrations of any template; the response tokens are trained on, each with the same weight."""
         sequences = [self._demonstration(sample) for sample in samples]
         weight = 1.0 / sum(len(sequence.response_ids) for sequence in sequences)
         lengths = [len(sequence.prompt_ids) + len(sequence.response_ids) for sequence in sequences]
@@ -99,7 +99,11 @@ class Batcher:
             advantages: [S, B], rollouts in the order of the groups and, within, of the samples.
         """
         how = (preset.streams, self._config.objective.cut_responses)
-        masks = [stream_masks(self._processor, pair, *how) for group in groups for pair in group.pairs]
+        masks = [
+            stream_masks(self._processor, pair, *how, preset.asked.of(group.prompt))
+            for group in groups
+            for pair in group.pairs
+        ]
         num_credited = torch.stack([first.sum(1) + second.sum(1) for first, second in masks], dim=1)  # [S, B]
         counts = zip(num_credited.long(), preset.streams, strict=True)
         weights = torch.stack([token_weights(count, stream.aggregation) for count, stream in counts])  # [S, B]
@@ -162,17 +166,11 @@ class Batcher:
         return [moved(batch, self._device) for batch in batches]
 
     def _demonstration(self, sample: SftSample) -> TokenSequence:
-        if sample.template == "caption_reasoner":
-            text, images = render_caption_reasoner(sample.description or "", sample.prompt.problem), ()
-        else:
-            problem, num_images = sample.prompt.problem, len(sample.prompt.images)
-            text = render_cot(problem, num_images) if sample.template == "cot" else render_see_think(problem)
-            images = tuple(self._processor.encode_image(image) for image in sample.prompt.images)
-        return TokenSequence(self._prompt_ids(text, images), self._processor.response_ids(sample.response), images)
-
-    def _prompt_ids(self, text: str, images: tuple[EncodedImage, ...]) -> tuple[int, ...]:
-        ids = self._processor.prompt_ids(text, len(images))
-        return self._processor.expand(ids, [image.grid_thw for image in images])
+        template = self._templates.of_demonstration(sample)
+        images = tuple(self._processor.encode_image(image) for image in sample.prompt.images)
+        turn = template.render(sample.prompt.problem, len(images), sample.description)
+        ids = self._processor.expand(self._processor.turn_ids(turn, len(images)), [image.grid_thw for image in images])
+        return TokenSequence(ids, self._processor.response_ids(sample.response), images)
 
     def _mine(self, lengths: Sequence[int]) -> list[int]:
         """Which of the items of these lengths, in tokens, this replica trains on."""

@@ -59,6 +59,7 @@ class LiveRollouts:
             rewards.workers,
             judge=rewards.judge.endpoint if rewards.judge.url else None,
             fails_fast=not self._skips,
+            asked=preset.asked,
         )
 
     def __enter__(self) -> LiveRollouts:

@@ -45,7 +45,7 @@ def rewards_of(rewards: Mapping[str, Tensor], index: int) -> dict[str, float]:
 
 
 def _layout(preset: Preset) -> str:
-    return layout_reward(described=preset.template == "see_think")
+    return layout_reward(preset.described)
 
 
 def _is_visual(name: str) -> bool:
