@@ -33,7 +33,8 @@ def test_second_pass_prompt_holds_the_description_before_the_question() -> None:
 OURS = {
     "see_think": (
         "q\n\nFirst describe everything in the image that the question needs, between <description> and "
-        "</description>, without answering. Then reason between <think> and </think>. Finish with the answer alone inside \\boxed{}."
+        "</description>, without answering. Then reason between <think> and </think>. Finish with the answer alone "
+        "inside \\boxed{}."
     ),
     "cot": "q\n\nLook at the image and reason between <think> and </think>. "
     "Finish with the answer alone inside \\boxed{}.",

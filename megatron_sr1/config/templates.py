@@ -51,7 +51,8 @@ def _check(where: str, key: str, value: Any) -> None:
 
 
 def _check_answer(where: str, value: Any) -> None:
-    is_word = isinstance(value, str) and value in ("boxed", "last_line")
-    is_named = isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in ("tag", "json")
-    is_named = is_named and all(isinstance(name, str) and name.strip() for name in value.values())
-    require(is_word or is_named, where, value, _ANSWERS, "Set it to one of them.")
+    is_one = isinstance(value, str) and value in ("boxed", "last_line")
+    if isinstance(value, Mapping) and len(value) == 1:
+        ((kind, name),) = value.items()
+        is_one = kind in ("tag", "json") and isinstance(name, str) and name.strip() != ""
+    require(is_one, where, value, _ANSWERS, "Set it to one of them.")

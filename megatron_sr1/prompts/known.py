@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 from megatron_sr1.config import Config
 from megatron_sr1.config.rules import ConfigError, require
-from megatron_sr1.prompts.answers import AnswerFormat
+from megatron_sr1.prompts.answers import AnswerFormat, AnswerKind
 from megatron_sr1.prompts.own import CAPTION_REASONER, COT, SEE_THINK
 from megatron_sr1.prompts.published import VISION_SR1, VISION_SR1_COT, VISION_SR1_REASONER
 from megatron_sr1.prompts.template import Template
@@ -173,5 +173,7 @@ def _value(key: str, value: Any) -> Any:
     if key in ("tags", "may_be_blank"):
         return tuple(value)
     if key == "answer":
-        return AnswerFormat(value) if isinstance(value, str) else AnswerFormat(*next(iter(value.items())))
+        kinds: dict[str, AnswerKind] = {kind: kind for kind in get_args(AnswerKind)}
+        kind, name = (value, "") if isinstance(value, str) else next(iter(value.items()))
+        return AnswerFormat(kinds[kind], name)
     return ("" if key == "opens" else None) if value is None else value

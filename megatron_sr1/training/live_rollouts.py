@@ -98,7 +98,7 @@ class LiveRollouts:
         if self._ranks.rank == 0:
             for reason in skipped.values():
                 logger.warning("a group is skipped: %s", reason)
-            write_rollouts(rollouts_file(self._folder, step), kept, rewards, skipped)
+            write_rollouts(rollouts_file(self._folder, step), kept, rewards, skipped, self._preset.asked)
         return kept, rewards
 
     def refresh(self, weights: NamedTensors, version: int) -> None:

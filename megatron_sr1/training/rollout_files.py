@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_sr1.prompts import OURS, Asked
 from megatron_sr1.training.step_rewards import Rewards, rewards_of
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
 
@@ -28,7 +29,11 @@ def rollouts_file(folder: Path, step: int) -> Path:
 
 
 def write_rollouts(
-    path: Path, groups: Sequence[RolloutGroup], rewards: Rewards, skipped: Mapping[int, str] = MappingProxyType({})
+    path: Path,
+    groups: Sequence[RolloutGroup],
+    rewards: Rewards,
+    skipped: Mapping[int, str] = MappingProxyType({}),
+    asked: Asked = OURS,
 ) -> None:
     """One JSON line per sample: ids, texts, log-probs and rewards of both passes; images by the prompt's key.
 
@@ -36,6 +41,7 @@ def write_rollouts(
 
     Args:
         skipped: by number, groups of the step that were not graded, and why; they have a line each.
+        asked: the templates of the passes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     index = 0
@@ -53,6 +59,7 @@ def write_rollouts(
                     "description": pair.description,
                     "description_cut": pair.description_cut,
                     "rewards": rewards_of(rewards, index),
+                    "templates": str(asked),
                     "first": _fields(pair.first),
                     "second": _fields(pair.second),
                 }
@@ -61,7 +68,7 @@ def write_rollouts(
 
 
 def read_rollouts(
-    path: Path, prompts: Sequence[Prompt], num_samples: int, names: Sequence[str]
+    path: Path, prompts: Sequence[Prompt], num_samples: int, names: Sequence[str], asked: Asked = OURS
 ) -> tuple[list[RolloutGroup], Rewards]:
     """What `write_rollouts` wrote; groups that were skipped are left out again.
 
@@ -69,10 +76,11 @@ def read_rollouts(
         prompts: of that step, in its order; the file has their keys, and no images.
         num_samples: K.
         names: of rewards that must be there.
+        asked: the templates that the segments of the responses are looked for by.
 
     Raises:
         ValueError: no such file, a damaged one, another number of samples, another prompt than the data gives at this
-            place, a reward that was not measured, or another number of response ids than log-probs.
+            place, other templates, a reward that was not measured, or another number of response ids than log-probs.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist. Give the folder of a run that saved this step, or lower train.steps.")
@@ -88,6 +96,12 @@ def read_rollouts(
         raise ValueError(
             f"{path} has no reward {missing[0]!r}. Set objective.preset and objective.streams as in the run that saved "
             "it."
+        )
+    then = lines[0].get("templates", str(asked))  # files of earlier releases do not say
+    if then != str(asked):
+        raise ValueError(
+            f"{path}: its prompts were asked by other templates, {then}; the configuration has {asked}. Set "
+            "objective.template, second_template, plain_template and templates as in the run that saved it."
         )
     groups = []
     for place, index in enumerate(graded):

@@ -22,6 +22,7 @@ class SavedRollouts:
         """`num_samples`: K of the run that saved them."""
         self._folder = folder
         self._names = scored_rewards(preset)
+        self._asked = preset.asked
         self._num_samples = num_samples
 
     def __enter__(self) -> SavedRollouts:
@@ -35,7 +36,8 @@ class SavedRollouts:
     def take(self, prompts: Sequence[Prompt], step: int, clock: Clock) -> tuple[list[RolloutGroup], Rewards]:
         """All groups and rewards of the step; see `read_rollouts` for errors."""
         with clock("rollout"):
-            return read_rollouts(rollouts_file(self._folder, step), prompts, self._num_samples, self._names)
+            path = rollouts_file(self._folder, step)
+            return read_rollouts(path, prompts, self._num_samples, self._names, self._asked)
 
     def refresh(self, weights: NamedTensors, version: int) -> None:
         """Nothing is drawn, so the weights stay where they are; no rank asks for one."""
