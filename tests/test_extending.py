@@ -148,5 +148,9 @@ def test_a_loss() -> None:
 
 
 def test_the_table_has_every_key_of_a_stream() -> None:
-    rows = re.findall(r"^\| (`[^|]*) \|", TEXT[TEXT.index("| key | values | default |") : TEXT.index("What contradicts itself")], re.MULTILINE)
+    rows = re.findall(
+        r"^\| (`[^|]*) \|",
+        TEXT[TEXT.index("| key | values | default |") : TEXT.index("What contradicts itself")],
+        re.MULTILINE,
+    )
     assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(KEYS) - {"enabled"}

@@ -18,7 +18,7 @@ from megatron_sr1.evaluation.verdicts import judge_records
 from megatron_sr1.loops.evaluate import _identity
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import COT, OURS, SEE_THINK, templates_of
-from megatron_sr1.rewards import own_rewards, score_group
+from megatron_sr1.rewards import Reward, own_rewards, score_group
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.rollout.plan import Limits, Planner
 from megatron_sr1.rollout.two_pass import TwoPassGenerator
@@ -129,6 +129,20 @@ def test_a_judge_is_asked_by_the_second_template(preset: Preset) -> None:
     assert asked == ["S: 3 and 7 Q: 3 + 7?"]
     told = replace(preset.asked.second, system="Read well.")
     assert told.as_question("q", "d") == "Read well.\n\nS: d Q: q"
+
+
+def test_a_reward_of_ones_own_reads_by_the_templates(preset: Preset, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from megatron_sr1.rewards import Reward\n"
+        "def f(pair, prompt, asked):\n    return float(asked.first.answer_of(pair.first.response_text))\n"
+        "ten = Reward(f, needs=('templates',))\nno = Reward(f)\n"
+    )
+    assert score_group(group(), [f"{file}:ten"], asked=preset.asked) == [{f"{file}:ten": 10.0}]
+    with pytest.raises(ValueError, match=r"takes 3 arguments, but with needs=\(\) it is given 2"):
+        score_group(group(), [f"{file}:no"])
+    with pytest.raises(ValueError, match="is given no templates"):
+        Reward(lambda group: [1.0], needs=("group", "templates"))
 
 
 # ---------------------------------------------------------------- segments

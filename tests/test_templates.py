@@ -303,7 +303,10 @@ def test_what_is_extended_is_kept_where_nothing_else_is_said() -> None:
     words = made("{words: {extends: cot, prompt: '{problem} Think.'}}")
     assert words.text_only is None and words.tags == COT.tags, "its parent's text without images is of other words"
     tags = made("{tags: {extends: see_think, tags: [think, description]}}")
-    assert tags.describes == "description" and tags.may_be_blank == ()
+    assert tags.describes == "description" and tags.may_be_blank == ("think",)
+    look = "look: {extends: see_think, tags: [look, think], describes: look}"
+    assert made(f"{{{look}, more: {{extends: look, tags: [think, look]}}}}").describes == "look"
+    assert made(f"{{{look}, other: {{extends: look, tags: [think]}}}}").describes is None
     assert made("{plain: {extends: see_think, describes: null}}").describes is None
     later = made("{b: {extends: a, answer: {json: final}}, a: {extends: see_think, answer: last_line, opens: null}}")
     assert later.name == "b" or later.name == "a"

@@ -153,12 +153,16 @@ def _make(
             Templates(made).find(parent, where)
         fields = dict(_fields(_make(parent, written, made, (*readers, name))))
     require(parent is not None or "prompt" in keys, f"templates.{name}", keys, "keys with a prompt", "Or extends one.")
+    described = fields.get("describes")
     fields |= {key: _value(key, value) for key, value in keys.items()}
-    if "prompt" in keys:
+    if "prompt" in keys:  # the parent's text without images is of its own words
         fields["text_only"] = keys.get("text_only")
-    if "tags" in keys:  # of others than the parent's, so are these
-        fields["may_be_blank"] = tuple(keys.get("may_be_blank", ()))
-        fields["describes"] = keys.get("describes", "description" if "description" in fields["tags"] else None)
+    if "tags" in keys:
+        tags = fields["tags"]
+        kept = described if described in tags else "description" if "description" in tags else None
+        if "may_be_blank" not in keys:
+            fields["may_be_blank"] = tuple(tag for tag in fields.get("may_be_blank", ()) if tag in tags)
+        fields["describes"] = keys.get("describes", kept)
     made[name] = Template(**{**fields, "name": name})
     return made[name]
 
