@@ -33,14 +33,14 @@ from PIL import Image
 from benchmarks.setting import write_model
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.processor import Processor
-from megatron_sr1.prompts import render_caption_reasoner, render_see_think
+from megatron_sr1.prompts import CAPTION_REASONER, SEE_THINK
 from megatron_sr1.rollout import Engine, EngineLimits, Limits, Planner, TwoPassGenerator
 from megatron_sr1.rollout.request import Draw, Generation
 from megatron_sr1.types import SECOND, Prompt, Rollout, RolloutGroup, Sampling
 
 TEXTS = (  # what the tokenizer learns: prompts of both passes, so that they are no longer than with a real one
-    render_see_think("What is 3 plus 4?"),
-    render_caption_reasoner("a 3 and a 7", "What is 3 plus 4?"),
+    SEE_THINK.user_text("What is 3 plus 4?"),
+    CAPTION_REASONER.user_text("What is 3 plus 4?", 0, "a 3 and a 7"),
     "<description> a 3 and a 7 </description> <think> 3 + 7 = 10 </think> \\boxed{10}",
 )
 MAX_MODEL_TOKENS = 1024

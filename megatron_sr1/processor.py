@@ -22,7 +22,7 @@ import numpy as np
 from megatron_sr1.ahead import Later
 from megatron_sr1.chat_template import TEMPLATE_ERRORS, check_it_ends
 from megatron_sr1.config import PixelLimits
-from megatron_sr1.types import MAX_ASPECT, EncodedImage, Normalisation
+from megatron_sr1.types import MAX_ASPECT, EncodedImage, Normalisation, Turn
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,9 +36,11 @@ REQUIRED_TOKENS = (END_OF_TURN, IMAGE, "<|vision_start|>", "<|vision_end|>")
 MEDIA_TOKENS = (IMAGE, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
 
 KEPT_PATCHES = 800_000  # about 1 GiB at 1,176 bytes each: what waits between an engine's use and the trainer's
-_ROLE = re.compile(r"<\|im_start\|>\s*assistant")
+_ROLE = re.compile(r"<\|im_start\|>\s*assistant\s*(<[A-Za-z][\w -]*>)?")  # and a block that it begins the answer with
 _BEFORE_TEXT = re.compile(r"[^{}\[\]'\"]*")  # no Python list or JSON that the text stands in
-_USER_TEXT = "@user-text@"  # stands for the user's text while the chat template is rendered
+# what stands for texts of a turn while the chat template is rendered
+_SYSTEM_TEXT, _BEFORE_IMAGES, _USER_TEXT = "@system-text@", "@text-before-images@", "@user-text@"
+_SLOT = re.compile(f"({_SYSTEM_TEXT}|{_BEFORE_IMAGES}|{_USER_TEXT})")
 _LENGTH_CODE = 0xD800  # code points that UTF-8 cannot decode to: 0xD800 + n marks n undecodable bytes
 
 
@@ -51,22 +53,33 @@ def _mark_undecodable(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("megatron_sr1.mark", _mark_undecodable)
 
 
+_Piece = tuple[int, ...] | str  # ids, or a text with slots
+
+
 class Processor:
     """The tokenizer, chat template and image processor of a Qwen-VL model."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, image_processor: Qwen2VLImageProcessorPil, *, num_threads: int = 2
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        image_processor: Qwen2VLImageProcessorPil,
+        *,
+        num_threads: int = 2,
+        system_prompt: str | None = None,
     ) -> None:
         """
         Args:
             num_threads: that make patches ahead of their use.
+            system_prompt: of every turn that has none of its own; None: what the chat template writes by itself.
 
         Raises:
             ValueError: the tokenizer lacks a special token or a chat template, or the template does not end, does not
-                hold the user's text once, or begins the answer.
+                hold the user's text once, begins the answer with more than a tag, or has no place for the system
+                prompt.
         """
         vocabulary = tokenizer.get_vocab()
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._special = sorted(special, key=len, reverse=True)
         missing = [token for token in REQUIRED_TOKENS if token not in special]
         if missing:
             raise ValueError(
@@ -82,16 +95,20 @@ class Processor:
         self._num_threads = num_threads
         self._encoded: OrderedDict[int, tuple[Image, EncodedImage]] = OrderedDict()  # by the identity of the image
         self._num_kept = 0  # patches of these
-        self._frames: dict[int, tuple[tuple[int, ...], str, str, tuple[int, ...]]] = {}
+        self._system_prompt = system_prompt
+        self._frames: dict[tuple[int, bool, bool], list[_Piece]] = {}
+        self.opened = ""  # the tag that the chat template begins the answer with, such as <think>
         self.end_of_turn_id: int = vocabulary[END_OF_TURN]
         self.image_token_id: int = vocabulary[IMAGE]
         self.media_ids: tuple[int, ...] = tuple(vocabulary[token] for token in MEDIA_TOKENS if token in vocabulary)
         self.vocab_len: int = len(tokenizer)  # ids the tokenizer knows; the model's matrices may have more rows
         self.merge_size: int = image_processor.merge_size
-        self._frame(1)  # what is wrong with the template is told before anything else is made
+        self._frame(1, False, system_prompt is not None)  # what is wrong with it is told before anything else is made
 
     @classmethod
-    def from_pretrained(cls, hf_dir: str, *, pixels: PixelLimits | None = None, num_threads: int = 2) -> Processor:
+    def from_pretrained(
+        cls, hf_dir: str, *, pixels: PixelLimits | None = None, num_threads: int = 2, system_prompt: str | None = None
+    ) -> Processor:
         """Reads the tokenizer and preprocessor files of `hf_dir`; runs no code from there.
 
         Args:
@@ -130,7 +147,7 @@ class Processor:
                 ) from error
         try:
             images = Qwen2VLImageProcessorPil.from_pretrained(hf_dir, **_changes(pixels))
-            return cls(tokenizer, images, num_threads=num_threads)
+            return cls(tokenizer, images, num_threads=num_threads, system_prompt=system_prompt)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{hf_dir}: its image processor cannot be read, {_first_line(error)}. Copy preprocessor_config.json "
@@ -140,8 +157,36 @@ class Processor:
     # ------------------------------------------------------------ text and images -> ids and patches
     def prompt_ids(self, user_text: str, num_images: int) -> tuple[int, ...]:
         """One user turn, images first, ready for the assistant; each image is one `<|image_pad|>` still."""
-        head, before, after, tail = self._frame(num_images)
-        return head + self.text_ids(before + user_text + after) + tail
+        return self._turn_ids(Turn(user_text), num_images)
+
+    def turn_ids(self, turn: Turn, num_images: int) -> tuple[int, ...]:
+        """The same of a template's turn, with its images where they stand in it, and its system prompt.
+
+        Raises:
+            ValueError: the chat template opens another block of the answer than the turn's template expects; it has no
+                place for a system prompt, or for images behind text.
+        """
+        ids = self._turn_ids(turn, num_images)
+        self.check_opening(turn)
+        return ids
+
+    def check_opening(self, turn: Turn) -> None:
+        """Raises ValueError where the chat template opens another block of the answer than `turn.opens`: layouts and
+        segments would be looked for in the wrong place."""
+        if turn.opens == self.opened:
+            return
+        named = f"the template {turn.template!r}"
+        whose = f"the chat template of {self._tokenizer.name_or_path!r}"
+        if self.opened:
+            raise ValueError(
+                f"{whose} begins the answer with {self.opened}, and {named} does not know it. Take a template whose "
+                f"first tag is {self.opened}, and set opens: {self.opened} in it, or use the chat template of the "
+                "instruct model."
+            )
+        raise ValueError(
+            f"{named} has opens: {turn.opens}, and {whose} begins no answer with it. Set opens to null, or use the "
+            "model whose chat template does."
+        )
 
     def expand(self, prompt_ids: Sequence[int], grids: Sequence[tuple[int, int, int]]) -> tuple[int, ...]:
         """Replaces the n-th `<|image_pad|>` by t*h*w / merge_size^2 of them.
@@ -286,61 +331,108 @@ class Processor:
         encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)
         return tuple(encoded["input_ids"])
 
-    def _frame(self, num_images: int) -> tuple[tuple[int, ...], str, str, tuple[int, ...]]:
-        """The chat template around the user's text: ids, text, (user text), text, ids.
+    def _turn_ids(self, turn: Turn, num_images: int) -> tuple[int, ...]:
+        system = self._system_prompt if turn.system is None else turn.system
+        before, user = (turn.before, turn.after) if num_images else ("", turn.before + turn.after)
+        texts = {_SYSTEM_TEXT: system or "", _BEFORE_IMAGES: before, _USER_TEXT: user}
+        ids: tuple[int, ...] = ()
+        for piece in self._frame(num_images, before != "", system is not None):
+            ids += piece if isinstance(piece, tuple) else self.text_ids(_SLOT.sub(lambda slot: texts[slot[0]], piece))
+        return ids
 
-        The plain text between the user's text and the nearest special tokens is kept as text, to be tokenised
-        together with the user's: that gives the ids the whole rendered prompt would have had.
+    def _frame(self, num_images: int, text_first: bool, has_system: bool) -> list[_Piece]:
+        """The chat template around the texts of a turn: ids, and texts with slots.
+
+        The plain text between a slot and the nearest special tokens is kept as text, to be tokenised together with what
+        comes into the slot: that gives the ids the whole rendered prompt would have had.
         """
-        if num_images not in self._frames:
-            content = [{"type": "image"}] * num_images + [{"type": "text", "text": _USER_TEXT}]
-            conversation: list[Any] = [{"role": "user", "content": content}]
-            self._check_template(conversation)
-            try:
-                rendered = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-            except TEMPLATE_ERRORS as error:
-                raise ValueError(
-                    f"the chat template of {self._tokenizer.name_or_path!r} fails for {num_images} images: {error}. "
-                    "Use the chat template of a Qwen-VL model."
-                ) from error
-            assert isinstance(rendered, str), "text was asked for"
-            parts = rendered.split(_USER_TEXT)
-            if len(parts) != 2:
-                raise ValueError(
-                    f"the chat template of {self._tokenizer.name_or_path!r} writes the user's text {len(parts) - 1} "
-                    "times; it must be once. Use the chat template of a Qwen-VL model."
-                )
-            special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-            cut = max((parts[0].rfind(token) + len(token) for token in special if token in parts[0]), default=0)
-            resume = min((parts[1].find(token) for token in special if token in parts[1]), default=len(parts[1]))
-            self._check_turns(rendered, parts[0][cut:], parts[1], num_images)
-            self._frames[num_images] = (
-                self._tokenise(parts[0][:cut], split_special_tokens=False),
-                parts[0][cut:],
-                parts[1][:resume],
-                self._tokenise(parts[1][resume:], split_special_tokens=False),
-            )
-        return self._frames[num_images]
+        place = (num_images, text_first, has_system)
+        if place not in self._frames:
+            rendered = self._rendered(*place)
+            parts = re.split(f"({'|'.join(map(re.escape, self._special))})", rendered)
+            pieces: list[_Piece] = []
+            fixed = ""
+            for part in parts:
+                if _SLOT.search(part) is None:
+                    fixed += part
+                    continue
+                pieces += [self._tokenise(fixed, split_special_tokens=False), part]
+                fixed = ""
+            self._check_turns(rendered, *place)
+            self._frames[place] = [*pieces, self._tokenise(fixed, split_special_tokens=False)]
+        return self._frames[place]
 
-    def _check_turns(self, rendered: str, before: str, behind: str, num_images: int) -> None:
-        """`before`: the plain text in front of the user's; `behind`: all that comes after that."""
-        whose = f"the chat template of {self._tokenizer.name_or_path!r}"
-        if not _BEFORE_TEXT.fullmatch(before) or END_OF_TURN not in behind:
+    def _rendered(self, num_images: int, text_first: bool, has_system: bool) -> str:
+        """A turn with its slots, by the model's own chat template."""
+        content = [{"type": "text", "text": _BEFORE_IMAGES}] if text_first else []
+        content += [{"type": "image"}] * num_images + [{"type": "text", "text": _USER_TEXT}]
+        conversation: list[Any] = [{"role": "system", "content": _SYSTEM_TEXT}] if has_system else []
+        conversation.append({"role": "user", "content": content})
+        self._check_template(conversation)
+        try:
+            rendered = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        except TEMPLATE_ERRORS as error:
+            told = " and a system prompt" if has_system else ""
             raise ValueError(
-                f"{whose} does not write the user's text as a turn of its own, but {before!r}, TEXT, {behind!r}. "
+                f"{self._whose} fails for {num_images} images{told}: {error}. Use the chat template of a Qwen-VL model."
+            ) from error
+        assert isinstance(rendered, str), "text was asked for"
+        return rendered
+
+    @property
+    def _whose(self) -> str:
+        return f"the chat template of {self._tokenizer.name_or_path!r}"
+
+    def _check_turns(self, rendered: str, num_images: int, text_first: bool, has_system: bool) -> None:
+        wanted = [_BEFORE_IMAGES] * text_first + [_USER_TEXT]
+        slots = [slot for slot in _SLOT.findall(rendered) if slot != _SYSTEM_TEXT]
+        if slots != wanted:
+            raise ValueError(
+                f"{self._whose} writes the user's text {slots.count(_USER_TEXT)} times; it must be once, and where it "
+                "stands among images. Use the chat template of a Qwen-VL model."
+            )
+        before, _, behind = rendered.partition(wanted[0])
+        between, _, behind = behind.partition(_USER_TEXT) if text_first else ("", "", behind)
+        plain = before[
+            max((before.rfind(token) + len(token) for token in self._special if token in before), default=0) :
+        ]
+        pictures = f"<|vision_start|>{IMAGE}<|vision_end|>"
+        if not _BEFORE_TEXT.fullmatch(plain) or END_OF_TURN not in behind:
+            raise ValueError(
+                f"{self._whose} does not write the user's text as a turn of its own, but {plain!r}, TEXT, {behind!r}. "
                 "Use the chat template of a Qwen-VL model."
             )
-        if not rendered.count(IMAGE) == rendered.count(f"<|vision_start|>{IMAGE}<|vision_end|>") == num_images:
+        if not rendered.count(IMAGE) == rendered.count(pictures) == num_images:
             raise ValueError(
-                f"{whose} does not write one <|vision_start|>{IMAGE}<|vision_end|> for each of {num_images} images. "
+                f"{self._whose} does not write one {pictures} for each of {num_images} images. "
                 "Use the chat template of a Qwen-VL model."
             )
+        if text_first and between.count(pictures) != num_images:
+            raise ValueError(
+                f"{self._whose} does not keep {num_images} images behind the text in front of them. Leave {{images}} "
+                "out of the template, so that they stand in front."
+            )
+        if has_system:
+            self._check_system(rendered)
         opening = behind.rpartition(END_OF_TURN)[2].strip()  # of the answer's turn: a special token and the role
-        if not _ROLE.fullmatch(opening):
+        role = _ROLE.fullmatch(opening)
+        if role is None:
             raise ValueError(
-                f"{whose} opens the answer's turn with {opening!r}, not with <|im_start|>assistant alone: responses "
-                "would not have the layout that the rewards look for. Use the chat template of the instruct model, "
-                "without a prefilled <think>."
+                f"{self._whose} opens the answer's turn with {opening!r}, not with <|im_start|>assistant alone: "
+                "responses would not have the layout that the rewards look for. Use the chat template of the instruct "
+                "model, or one that prefills no more than a tag."
+            )
+        self.opened = role[1] or ""
+
+    def _check_system(self, rendered: str) -> None:
+        """The system prompt is the first turn, and there is no other one of the system."""
+        turn = re.compile(rf"\s*<\|im_start\|>\s*system\s*{_SYSTEM_TEXT}\s*{re.escape(END_OF_TURN)}")
+        num_turns = len(re.findall(r"<\|im_start\|>\s*system", rendered))
+        if turn.match(rendered) is None or num_turns != 1:
+            found = "writes none" if _SYSTEM_TEXT not in rendered else f"writes {num_turns} of the system"
+            raise ValueError(
+                f"{self._whose} does not write a system prompt as one turn in front of the user's: it {found}. Set "
+                "model.system_prompt, and system in the template, to null, or use a chat template with a system role."
             )
 
     def _check_template(self, conversation: list[Any]) -> None:

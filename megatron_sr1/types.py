@@ -23,7 +23,7 @@ PassName = str  # "first", "second", or a later pass of objective.passes
 Stage = Literal["first", "second"]  # second: any later pass
 Context = Literal["description", "other_description", "metadata", "nothing"]
 Reader = Literal["policy", "reference", "endpoint"]
-Template = Literal["see_think", "cot", "caption_reasoner"]
+TemplateName = str  # `prompts` has the templates
 Element = TypeVar("Element")
 BANNED_LOGIT_BIAS = -100.0  # the strongest that samplers accept
 MAX_ANSWER_CHARACTERS = 512  # that are graded
@@ -95,26 +95,24 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SftSample:
-    """One demonstration. `description` is set exactly for the `caption_reasoner` template, whose
+    """One demonstration. `description` is set exactly for a template that reads one, such as `caption_reasoner`, whose
     prompt holds the description instead of the image."""
 
     prompt: Prompt
-    template: Template
+    template: TemplateName
     response: str
     description: str | None = None
 
 
 @dataclass(frozen=True)
-class SeeThink:
-    """A parsed See-Think response. Spans are [start, end) character offsets into the response and
-    cover the inner text only, never the tags."""
+class Turn:
+    """What a prompt says, for a chat template to write: the user's text, with the images in front of `after`."""
 
-    description: str
-    reasoning: str
-    answer: str
-    description_span: tuple[int, int]
-    reasoning_span: tuple[int, int]
-    answer_span: tuple[int, int]
+    after: str
+    before: str = ""  # the text in front of the images
+    system: str | None = None  # the system prompt; None: the model's
+    opens: str = ""  # the tag that the chat template must write behind it, so that the response begins inside its block
+    template: TemplateName = ""  # that it was made by
 
 
 @dataclass(frozen=True)
@@ -148,12 +146,18 @@ SECOND = LaterPass("second")  # the paper's
 class Passes(NamedTuple):
     """What a prompt is asked: by which template in its first pass, and which passes follow."""
 
-    template: Template
+    template: TemplateName
     later: tuple[LaterPass, ...]
+    second_template: TemplateName = "caption_reasoner"  # of those that read a text
+    plain_template: TemplateName = "cot"  # of those that read nothing, and of the one pass of a prompt without images
 
     def of(self, prompt: Prompt) -> Passes:
         """Those of a prompt, where these are of one with images: without an image there is nothing to describe."""
-        return self if prompt.images else Passes("cot", ())
+        return self if prompt.images else self._replace(template=self.plain_template, later=())
+
+    def template_of(self, later: LaterPass) -> TemplateName:
+        """That a later pass is asked by."""
+        return self.plain_template if later.context == "nothing" else self.second_template
 
 
 @dataclass(frozen=True)
@@ -164,12 +168,14 @@ class Sampling:
     temperature: float
     max_response_tokens: int
     seed: int
-    template: Template = "see_think"
+    template: TemplateName = "see_think"
     later: tuple[LaterPass, ...] = (SECOND,)
+    second_template: TemplateName = "caption_reasoner"
+    plain_template: TemplateName = "cot"
 
     def passes_of(self, prompt: Prompt) -> Passes:
         """What a prompt is asked, see `Passes.of`."""
-        return Passes(self.template, self.later).of(prompt)
+        return Passes(self.template, self.later, self.second_template, self.plain_template).of(prompt)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from megatron_sr1.processor import Processor
-from megatron_sr1.prompts import find_description, render_caption_reasoner, render_see_think
+from megatron_sr1.prompts import CAPTION_REASONER, SEE_THINK
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
 
 GOOD = r"<description> The digits are 3 7 . </description> <think> 3 + 7 = 10 </think> \boxed{10}"
@@ -27,14 +27,14 @@ def two_groups(processor: Processor) -> list[RolloutGroup]:
         image = Image.new("RGB", (56, 28), (200 * group, 10, 10))
         prompt = Prompt(f"p{group}", "What is the sum of all digits?", "10", (image,))
         grid = processor.grid(image.size)
-        first_ids = processor.expand(processor.prompt_ids(render_see_think(prompt.problem), 1), [grid])
+        first_ids = processor.expand(processor.prompt_ids(SEE_THINK.user_text(prompt.problem), 1), [grid])
         pairs = []
         for sample in range(2):
             text = BROKEN if (group, sample) == (1, 1) else GOOD
-            description = find_description(text)
+            description = SEE_THINK.find_description(text)
             second = None
             if description is not None:
-                ids = processor.prompt_ids(render_caption_reasoner(description, prompt.problem), 0)
+                ids = processor.prompt_ids(CAPTION_REASONER.user_text(prompt.problem, 0, description), 0)
                 second = _rollout(processor, ids, SECOND, f"{group}/{sample}/second")
             first = _rollout(processor, first_ids, text, f"{group}/{sample}/first")
             pairs.append(RolloutPair(sample, first, second, description))

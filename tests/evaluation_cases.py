@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from megatron_sr1.evaluation import Record, record_of
+from megatron_sr1.prompts import OURS, SHIPPED
 from megatron_sr1.rewards import own_rewards, score_group
-from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, Template
+from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, TemplateName
 
 from .data_cases import picture
 
@@ -35,16 +37,19 @@ def record(
     *,
     source: str = "",
     gold: str = "10",
-    template: Template = "see_think",
+    template: TemplateName = "see_think",
     facts: Sequence[str] | None = None,
     choices: Sequence[str] = (),
     ends_chunk: bool = False,
 ) -> Record:
     """Graded by the project's own rewards."""
-    images = (picture(0),) if template == "see_think" else ()
+    asked = replace(OURS, first=SHIPPED.by_name[template])
+    described = asked.first.describes is not None
+    images = (picture(0),) if described else ()
     metadata = {} if facts is None else {"facts": list(facts)}
     if choices:
         metadata["choices"] = list(choices)
     prompt = Prompt(key, f"Question {key}?", gold, images, source, metadata)
     group = RolloutGroup(0, prompt, tuple(pairs))
-    return record_of(group, template, score_group(group, own_rewards(template == "see_think")), MADE_OF, ends_chunk)
+    rewards = score_group(group, own_rewards(described), asked=asked)
+    return record_of(group, asked.first, rewards, MADE_OF, ends_chunk)

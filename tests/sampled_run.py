@@ -75,13 +75,15 @@ class Here:
     ask = None  # no endpoint is asked
 
     def __init__(self, names: Sequence[str], *arguments: Any, **options: Any) -> None:
-        self._names, self._shares = names, {}
+        self._names, self._shares, self._by = names, {}, options["asked"]
 
     def submit(self, group: RolloutGroup) -> None:
         names = for_prompt(self._names, bool(group.prompt.images))
         assert group.group_id not in self._shares
         spoiled = "spoiled" in group.prompt.metadata
-        self._shares[group.group_id] = Ungraded("it is spoiled") if spoiled else score_or_tell(group, names)
+        self._shares[group.group_id] = (
+            Ungraded("it is spoiled") if spoiled else score_or_tell(group, names, asked=self._by.of(group.prompt))
+        )
 
     def collect(self) -> list[tuple[int, Vectors | Ungraded]]:
         shares, self._shares = list(self._shares.items()), {}

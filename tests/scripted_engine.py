@@ -12,7 +12,7 @@ from megatron_sr1.ahead import Later
 from megatron_sr1.rollout.plan import Limits, Planner
 from megatron_sr1.rollout.request import Draw, Generation, OwnView
 from megatron_sr1.rollout.two_pass import TwoPassGenerator
-from megatron_sr1.types import EncodedImage, Normalisation, Prompt, Sampling
+from megatron_sr1.types import EncodedImage, Normalisation, Prompt, Sampling, Turn
 
 EOT, IMAGE = 1, 2
 PATCHES = torch.arange(24.0).reshape(12, 2)  # of every image
@@ -32,8 +32,12 @@ class Letters:
     media_ids = (IMAGE, 3)
     merge_size = 2
 
+    def turn_ids(self, turn: Turn, num_images: int) -> tuple[int, ...]:
+        system = "" if turn.system is None else f"[{turn.system}]"
+        return self.text_ids(system + turn.before) + (IMAGE,) * num_images + self.text_ids(turn.after)
+
     def prompt_ids(self, user_text: str, num_images: int) -> tuple[int, ...]:
-        return (IMAGE,) * num_images + self.text_ids(user_text)
+        return self.turn_ids(Turn(user_text), num_images)
 
     def num_visual_tokens(self, size: tuple[int, int]) -> int:
         return math.prod(self.grid(size)) // self.merge_size**2

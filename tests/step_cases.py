@@ -33,7 +33,7 @@ class Listed:
 def graded(groups: Sequence[RolloutGroup], preset: Preset) -> list[tuple[int, Vectors]]:
     """As the workers give them."""
     names = scored_rewards(preset)
-    return [(group.group_id, score_group(group, names)) for group in groups]
+    return [(group.group_id, score_group(group, names, asked=preset.asked.of(group.prompt))) for group in groups]
 
 
 def scored(groups: Sequence[RolloutGroup], preset: Preset) -> Rewards:

@@ -451,7 +451,7 @@ CLEAN = {
     "megatron_sr1/policy/own.py": "class _A:\n    def f(self):\n        self._x = _A._y\nos._exit(0)\nx.__len__\n",
     "megatron_sr1/rollout/__init__.py": "from megatron_sr1.rollout.vllm.engine import x\n",
     "megatron_sr1/rollout/vllm/engine.py": "import vllm\nfrom megatron_sr1.prompts import x\n",
-    "megatron_sr1/prompts.py": "try:\n    x = 1\nexcept (OSError, ValueError):\n    x = 2\n",
+    "megatron_sr1/prompts/own.py": "try:\n    x = 1\nexcept (OSError, ValueError):\n    x = 2\n",
     "megatron_sr1/loops/grpo.py": "from megatron_sr1.policy import model\nfrom megatron_sr1.objective import losses\n",
     "megatron_sr1/loops/run.py": "'''No Tensor.'''\nimport torch.distributed\ntorch.distributed.barrier()\n",
     "megatron_sr1/objective/losses.py": "class A:\n    '''Doc.'''\n    def f(self, x: int) -> int:\n        return x\n",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -9,10 +11,10 @@ from PIL import Image
 from megatron_sr1.config import Config, ConfigError, load_config
 from megatron_sr1.packing import gather_rows
 from megatron_sr1.processor import Processor
-from megatron_sr1.prompts import render_cot, render_see_think
+from megatron_sr1.prompts import COT, SEE_THINK
 from megatron_sr1.streams import PRESETS, Preset, preset_from_config
 from megatron_sr1.training.batches import Batcher, StreamBatch, rollout_advantages
-from megatron_sr1.types import ALONE, OneRank, Prompt, Ranks, RolloutGroup, SftSample, Template
+from megatron_sr1.types import ALONE, OneRank, Prompt, Ranks, RolloutGroup, SftSample, TemplateName
 from tests.batch_cases import GOOD, SECOND, their_rewards, two_groups
 
 
@@ -136,7 +138,7 @@ def test_sft_takes_both_layouts(processor: Processor) -> None:
     prompt = Prompt("p", "What is the sum of all digits?", "10", (Image.new("RGB", (56, 28)),))
     samples = [
         SftSample(prompt, "see_think", GOOD),
-        SftSample(prompt, "caption_reasoner", SECOND, description="The digits are 3 7 ."),
+        SftSample(replace(prompt, images=()), "caption_reasoner", SECOND, description="The digits are 3 7 ."),
     ]
     batch = Batcher(_config(), processor, ALONE).sft(samples)
     num_tokens = sum(len(processor.response_ids(sample.response)) for sample in samples)
@@ -148,12 +150,12 @@ def test_sft_takes_both_layouts(processor: Processor) -> None:
 @pytest.mark.parametrize("template", ["see_think", "cot"])
 @pytest.mark.parametrize("num_images", [0, 1])
 def test_a_demonstration_is_trained_with_the_prompt_of_its_template(
-    processor: Processor, template: Template, num_images: int
+    processor: Processor, template: TemplateName, num_images: int
 ) -> None:
     images = (Image.new("RGB", (56, 28)),) * num_images
     prompt = Prompt("p", "What is the sum of all digits?", "10", images)
     (micro,) = Batcher(_config(), processor, ALONE).sft([SftSample(prompt, template, SECOND)]).micro_batches
-    asked = {"see_think": render_see_think(prompt.problem), "cot": render_cot(prompt.problem, num_images)}
+    asked = {"see_think": SEE_THINK.user_text(prompt.problem), "cot": COT.user_text(prompt.problem, num_images)}
     grids = [processor.grid(image.size) for image in images]
     ids = processor.expand(processor.prompt_ids(asked[template], num_images), grids)
     assert tuple(micro.input_ids[: len(ids)].tolist()) == ids

@@ -12,7 +12,7 @@ from megatron_sr1.data.build.samples import BuiltSample, Question, build_sample
 from megatron_sr1.data.choices import ANSWER_WITH_LETTER
 from megatron_sr1.data.sources.columns import Columns
 from megatron_sr1.data.sources.source import Problem
-from megatron_sr1.types import Template
+from megatron_sr1.types import TemplateName
 from tests.data_cases import png
 
 
@@ -23,7 +23,7 @@ class NoRules:
     def prompt_tokens(self, question: Question) -> tuple[int, int] | None:
         return None
 
-    def boxed_answer(self, template: Template, response: str) -> str | None:
+    def boxed_answer(self, template: TemplateName, response: str) -> str | None:
         return None
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_sr1.prompts import render_cot, render_see_think
+from megatron_sr1.prompts import COT, SEE_THINK
 from tests.build_cases import REASONED, load_tool, picture, run, run_jsonl, write_jsonl
 from tests.data_cases import encoded
 
@@ -68,11 +68,13 @@ def test_samples_are_shown_as_a_model_sees_them(
     by_model = capsys.readouterr().out
     if not number:
         return
-    assert f"<image 1><image 2>{render_see_think(problem)}\nimage 1: 40 x 30 pixels\nimage 2: 41 x 30 pixels\n" in plain
+    assert (
+        f"<image 1><image 2>{SEE_THINK.user_text(problem)}\nimage 1: 40 x 30 pixels\nimage 2: 41 x 30 pixels\n" in plain
+    )
     assert "answer: B\nchoices: ['x', 'y']\n" in plain
-    assert f"\n{render_cot('What is the tag <image>?', 0)}\nanswer: text\n" in plain
+    assert f"\n{COT.user_text('What is the tag <image>?', 0)}\nanswer: text\n" in plain
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    content = [{"type": "image"}] * 2 + [{"type": "text", "text": render_see_think(problem)}]
+    content = [{"type": "image"}] * 2 + [{"type": "text", "text": SEE_THINK.user_text(problem)}]
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )

@@ -25,7 +25,8 @@ from megatron_sr1.data.index import index_path, read_index
 from megatron_sr1.data.schema import decode_sample
 from megatron_sr1.data.sources.files import find_files, key_prefixes
 from megatron_sr1.data.sources.source import PROBLEM_KINDS, Problem, RawSample
-from megatron_sr1.prompts import render_caption_reasoner, render_see_think
+from megatron_sr1.prompts import CAPTION_REASONER
+from megatron_sr1.prompts import SEE_THINK as FIRST
 from megatron_sr1.types import SftSample
 from tests.build_cases import (
     REASONED,
@@ -393,10 +394,10 @@ def test_lengths_are_those_of_transformers(tool: ModuleType, tmp_path: Path, tin
         message = [{"role": "user", "content": content}]
         return len(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"])
 
-    short = [text_tokens(render_see_think(text), 1) for text in texts]
+    short = [text_tokens(FIRST.user_text(text), 1) for text in texts]
     grids = [processor(images=[picture(i, size)])["image_grid_thw"][0] for i, size in enumerate(sizes)]
     full = [n - 1 + int(grid.prod()) // processor.merge_size**2 for n, grid in zip(short, grids, strict=True)]
-    told = text_tokens(render_caption_reasoner("three", "told"), 0)
+    told = text_tokens(CAPTION_REASONER.user_text("told", 0, "three"), 0)
     limit = sorted(full)[1]
     assert told <= limit < max(full)
     out = run_jsonl(tool, tmp_path, rows, images, "--model", tiny_model_dir, "--max-prompt-tokens", limit)

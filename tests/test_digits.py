@@ -18,7 +18,7 @@ from megatron_sr1.digits import KINDS, compose, describe, load_scans, make_demon
 from megatron_sr1.digits.tiny_model import SPECIAL_TOKENS, create_tiny_model, train_tokenizer
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.processor import Processor
-from megatron_sr1.prompts import parse_reasoner, parse_see_think, render_caption_reasoner, render_see_think
+from megatron_sr1.prompts import CAPTION_REASONER, SEE_THINK, SHIPPED
 from megatron_sr1.types import Prompt, SftSample
 from tests.tool_modules import load_tool
 
@@ -135,11 +135,13 @@ def test_demonstrations_keep_the_strict_layout_and_reason_correctly() -> None:
 def check_demonstration(sample: SftSample) -> None:
     prompt, digits = sample.prompt, facts(sample.prompt)
     assert prompt.answer == str(GOLD[prompt.source](digits))
-    parsed = (parse_see_think if sample.template == "see_think" else parse_reasoner)(sample.response)
+    parsed = SHIPPED.by_name[sample.template].parse(sample.response)
     assert parsed is not None and parsed.answer == prompt.answer
-    assert re.findall(r"\d+", parsed.reasoning)[-1] == prompt.answer
+    assert re.findall(r"\d+", parsed.blocks["think"])[-1] == prompt.answer
     if sample.template == "see_think":
-        assert parsed.description == describe(digits) and sample.description is None and len(prompt.images) == 1
+        assert (
+            parsed.blocks["description"] == describe(digits) and sample.description is None and len(prompt.images) == 1
+        )
         assert "  " not in sample.response
     else:
         assert sample.description == describe(digits) and prompt.images == ()
@@ -156,7 +158,7 @@ def texts() -> list[str]:
     for sample in make_demonstrations(40, 1):
         problem, description = sample.prompt.problem, sample.description
         found.append(
-            render_see_think(problem) if description is None else render_caption_reasoner(description, problem)
+            SEE_THINK.user_text(problem) if description is None else CAPTION_REASONER.user_text(problem, 0, description)
         )
         found.append(sample.response)
     return found
@@ -219,10 +221,10 @@ def test_a_picture_goes_through_processor_and_model(base: Path) -> None:
     prompt = next(prompt for prompt in make_prompts("train", 40, 1) if len(facts(prompt)) == 3)
     ours = Processor.from_pretrained(str(base))
     image = ours.encode_image(prompt.images[0])
-    ids = ours.expand(ours.prompt_ids(render_see_think(prompt.problem), 1), [image.grid_thw])
+    ids = ours.expand(ours.prompt_ids(SEE_THINK.user_text(prompt.problem), 1), [image.grid_thw])
     assert image.grid_thw == (1, 2, 6) and ids.count(ours.image_token_id) == 3  # one visual token a digit
     auto = AutoProcessor.from_pretrained(base)
-    content = [{"type": "image"}, {"type": "text", "text": render_see_think(prompt.problem)}]
+    content = [{"type": "image"}, {"type": "text", "text": SEE_THINK.user_text(prompt.problem)}]
     text = auto.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     batch = auto(text=[text], images=[prompt.images[0]], return_tensors="pt")
     assert batch["input_ids"][0].tolist() == list(ids)

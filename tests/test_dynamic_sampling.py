@@ -389,7 +389,7 @@ def test_a_damaged_file_is_named(runs: Runs) -> None:
 
     def read(*lines: dict[str, Any]) -> StepRollouts:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return read_rollouts(path, lambda further: drawn[: 4 + further], SAMPLES, ["acc"])
+        return read_rollouts(path, lambda further: drawn[: 4 + further], SAMPLES, ["acc"], PRESET.asked)
 
     further = whole[0]["further_prompts"]
     assert read(*whole).num_drawn == 4 + further > 4

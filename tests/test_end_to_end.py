@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sr1.prompts import extract_boxed, render_caption_reasoner
+from megatron_sr1.prompts import CAPTION_REASONER, extract_boxed
 from megatron_sr1.rewards import grade
 from tests.judge_server import serve
 from tests.workspace import PHASES, REPOSITORY, RUN_TIMEOUT, Workspace, untimed
@@ -227,7 +227,7 @@ def test_pipeline_parallel_with_several_updates_per_batch(finished: Workspace) -
         _check_passes(sample)
     for sample in samples:
         described = sample["description"] or ""
-        answer = extract_boxed(read_digits(render_caption_reasoner(described, ""), 0))
+        answer = extract_boxed(read_digits(CAPTION_REASONER.user_text("", 0, described), 0))
         right = answer is not None and grade(answer, sample["answer"])
         assert sample["rewards"]["acc_judge"] == float(bool(described) and right)
 

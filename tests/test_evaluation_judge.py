@@ -21,7 +21,7 @@ from megatron_sr1.evaluation import (
     summarise_records,
 )
 from megatron_sr1.judge import Judge, NoVerdict, judge_key
-from megatron_sr1.prompts import TEMPLATES
+from megatron_sr1.prompts import CAPTION_REASONER
 
 from .evaluation_cases import pair, record
 from .judge_server import JudgeServer, Script, serve
@@ -215,7 +215,8 @@ def test_the_judge_sees_description_and_question_alone(path: Path) -> None:
     with judging(_reader) as (server, judge, _):
         judge_records(path, judge.ask, "big", 1)
     request = next(r for r in server.requests if "I see 4." in r["messages"][0]["content"])
-    expected = "Description of the image: I see 4.\n\nQuestion p4?\n\n" + TEMPLATES["caption_reasoner"]
+    expected = CAPTION_REASONER.user_text("Question p4?", 0, "I see 4.")
+    assert expected.startswith("Description of the image: I see 4.\n\nQuestion p4?\n\n")
     assert request["messages"] == [{"role": "user", "content": expected}]
 
 

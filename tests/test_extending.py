@@ -13,9 +13,10 @@ from PIL import Image
 from megatron_sr1.config import load_config
 from megatron_sr1.config.passes import KEYS as PASS_KEYS
 from megatron_sr1.config.streams import KEYS
+from megatron_sr1.config.templates import KEYS as TEMPLATE_KEYS
 from megatron_sr1.objective import OwnLoss, stream_loss
 from megatron_sr1.rewards import find_reward, score_group, soft_overlong
-from megatron_sr1.streams import PRESETS, preset_from_config
+from megatron_sr1.streams import PRESETS, preset_from_config, preset_of
 from megatron_sr1.types import LossInputs, Prompt, Rollout, RolloutGroup, RolloutPair
 
 TEXT = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -57,6 +58,7 @@ def test_every_example_is_short_and_there() -> None:
         "judge_rewards.py",
         "judged.yaml",
         "my_loss.py",
+        "layout.yaml",
     } == EXAMPLES.keys()
     assert all(len(body.splitlines()) <= 25 for body in EXAMPLES.values())
 
@@ -123,6 +125,25 @@ def test_a_list_of_streams() -> None:
     answer, visual = preset_from_config(load_config("credit.yaml", []).objective).streams
     assert (answer.tokens, answer.advantage, answer.kl_coef) == ("rest", "z_score", 0.01)
     assert (visual.tokens, visual.advantage, visual.kl_coef) == ("description", "leave_one_out", 0.0)
+
+
+def test_a_template() -> None:
+    preset = preset_of(load_config("layout.yaml", []))
+    turn = preset.asked.first.render("How many?", 1)
+    assert (turn.before, turn.system) == ("How many?\n", "You look before you speak.")
+    assert turn.after.startswith("\nWrite <caption> what") and turn.after.endswith("</answer>.")
+    text = "<caption> a 3 and a 7 </caption>\n<think> 3 + 7 </think>\n<answer> 10 </answer>"
+    assert preset.asked.first.find_description(text) == "a 3 and a 7"
+    made = group(text)
+    assert score_group(made, ["acc", "fmt"], asked=preset.asked) == [{"acc": 1.0, "fmt": 1.0}]
+    assert preset.asked.plain.user_text("q", 0).startswith("q Write <think>")
+    assert preset.asked.second.user_text("q", 0, "d").startswith("Description of the image: d\n\nq\n\n")
+    assert [stream.tokens for stream in preset.streams] == ["reasoning", "caption"]
+
+
+def test_the_table_has_every_key_of_a_template() -> None:
+    table = TEXT[TEXT.index("| `prompt` |") : TEXT.index("Ours are `see_think`")]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(TEMPLATE_KEYS)
 
 
 def test_a_loss() -> None:

@@ -23,7 +23,18 @@ from megatron_sr1.training.live_rollouts import LiveRollouts
 from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file
 from megatron_sr1.training.step_metrics import step_metrics
 from megatron_sr1.training.step_rewards import join_rewards, scored_rewards, without_leaks
-from megatron_sr1.types import ALONE, LaterPass, Prompt, Question, Reading, Rollout, RolloutGroup, RolloutPair, Sampling
+from megatron_sr1.types import (
+    ALONE,
+    LaterPass,
+    Passes,
+    Prompt,
+    Question,
+    Reading,
+    Rollout,
+    RolloutGroup,
+    RolloutPair,
+    Sampling,
+)
 from tests.judge_server import serve
 from tests.scripted_engine import IMAGE, SEEN, ScriptedEngine, generator, planner, prompt, sampling
 from tests.step_cases import Listed
@@ -220,7 +231,7 @@ def test_a_sample_without_what_a_pass_reads_is_refused_before_anything_is_asked(
 def test_a_pass_that_cannot_fit_is_refused_at_once() -> None:
     long = {"others": [{"problem": "x" * 300, "answer": "1"}]}
     later = (LaterPass("more", question="others"),)
-    (text,) = planner(400).refusals(shown("a", b"1", **long), "see_think", later)
+    (text,) = planner(400).refusals(shown("a", b"1", **long), Passes("see_think", later))
     assert "sample 'a', more pass" in text
 
 

@@ -93,9 +93,9 @@ def test_a_file_may_import_what_lies_beside_it_and_is_loaded_once(file: Path) ->
 
 
 def test_a_module_by_its_dotted_name() -> None:
-    name = "megatron_sr1.rewards.components:see_think_format"
+    name = "megatron_sr1.rewards.components:leak"
     assert score_group(group("a"), [name]) == [{name: 0.0}]
-    assert find_reward(name).shown == "see_think_format"
+    assert find_reward(name).shown == "megatron_sr1.rewards.leak"
 
 
 def test_a_name_of_ours_is_shown_with_its_file(file: Path) -> None:

@@ -8,16 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sr1.prompts import (
-    TEMPLATES,
-    extract_boxed,
-    find_description,
-    parse_reasoner,
-    parse_see_think,
-    render_caption_reasoner,
-    render_cot,
-    render_see_think,
-)
+from megatron_sr1.prompts import CAPTION_REASONER, COT, SEE_THINK, extract_boxed
 
 GOOD = "<description> 3 and 7 </description> <think> 3 + 7 = 10 </think> \\boxed{10}"
 HOSTILE = "{problem} {0} %s <image> <|image_pad|> <|im_end|> \\boxed{1} </description> {{}} $x"
@@ -27,67 +18,82 @@ plain = st.text(st.characters(exclude_characters="<>{}\\", exclude_categories=["
 
 # ---------------------------------------------------------------- rendering
 def test_problem_text_survives_verbatim() -> None:
-    for rendered in (render_see_think(HOSTILE), render_cot(HOSTILE), render_caption_reasoner("c", HOSTILE)):
+    told = CAPTION_REASONER.user_text(HOSTILE, 0, "c")
+    for rendered in (SEE_THINK.user_text(HOSTILE), COT.user_text(HOSTILE), told):
         assert rendered.count(HOSTILE) == 1
-    assert HOSTILE in render_caption_reasoner(HOSTILE, "q")
+    assert HOSTILE in CAPTION_REASONER.user_text("q", 0, HOSTILE)
 
 
 def test_second_pass_prompt_holds_the_description_before_the_question() -> None:
-    text = render_caption_reasoner("two red dots", "How many dots?")
+    text = CAPTION_REASONER.user_text("How many dots?", 0, "two red dots")
     assert text.index("two red dots") < text.index("How many dots?") < text.index("<think>")
     assert "<description>" not in text
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_instruction_is_short_and_names_its_layout(template: str) -> None:
-    instruction = TEMPLATES[template]
-    assert len(instruction.split()) <= 45
-    assert ("<description>" in instruction) == (template == "see_think")
-    assert "<think>" in instruction and "</think>" in instruction and "\\boxed{}" in instruction
+OURS = {
+    "see_think": (
+        "q\n\nFirst describe everything in the image that the question needs, between <description> and "
+        "</description>, without answering. Then reason between <think> and </think>. Finish with the answer alone "
+        "inside \\boxed{}."
+    ),
+    "cot": "q\n\nLook at the image and reason between <think> and </think>. "
+    "Finish with the answer alone inside \\boxed{}.",
+    "cot without an image": "q\n\nReason between <think> and </think>. Finish with the answer alone inside \\boxed{}.",
+    "caption_reasoner": (
+        "Description of the image: d\n\nq\n\nYou cannot see the image; use its description only. "
+        "Reason between <think> and </think>. Finish with the answer alone inside \\boxed{}."
+    ),
+}
 
 
-def test_each_renderer_ends_with_its_own_instruction() -> None:
-    assert render_see_think("q").endswith(TEMPLATES["see_think"])
-    assert render_cot("q").endswith(TEMPLATES["cot"])
-    assert render_caption_reasoner("d", "q").endswith(TEMPLATES["caption_reasoner"])
+def test_our_prompts_are_these_to_the_byte() -> None:
+    """Runs, records and checkpoints of earlier releases were made with them."""
+    for number in (1, 2):
+        assert SEE_THINK.user_text("q", number) == OURS["see_think"]
+        assert COT.user_text("q", number) == OURS["cot"]
+    assert COT.user_text("q", 0) == OURS["cot without an image"]
+    assert CAPTION_REASONER.user_text("q", 0, "d") == OURS["caption_reasoner"]
+    for template, description in ((SEE_THINK, None), (COT, None), (CAPTION_REASONER, "d")):
+        turn = template.render("q", 0 if description else 1, description)
+        assert (turn.before, turn.system, turn.opens) == ("", None, "")
 
 
 # ---------------------------------------------------------------- the See-Think layout
 def test_see_think_parts_and_spans() -> None:
-    parsed = parse_see_think(GOOD)
+    parsed = SEE_THINK.parse(GOOD)
     assert parsed is not None
-    assert (parsed.description, parsed.reasoning, parsed.answer) == ("3 and 7", "3 + 7 = 10", "10")
-    assert GOOD[slice(*parsed.description_span)] == "3 and 7"
-    assert GOOD[slice(*parsed.reasoning_span)] == "3 + 7 = 10"
+    assert (parsed.blocks["description"], parsed.blocks["think"], parsed.answer) == ("3 and 7", "3 + 7 = 10", "10")
+    assert GOOD[slice(*parsed.spans["description"])] == "3 and 7"
+    assert GOOD[slice(*parsed.spans["think"])] == "3 + 7 = 10"
     assert GOOD[slice(*parsed.answer_span)] == "10"
 
 
 @given(plain, plain, plain, st.sampled_from(["", " ", "\n\n"]), st.sampled_from(["", ".", " . ", "\n"]))
 def test_see_think_round_trip(description: str, reasoning: str, answer: str, gap: str, end: str) -> None:
     text = f"{gap}<description>{description}</description>{gap}<think>{reasoning}</think>{gap}\\boxed{{{answer}}}" + end
-    parsed = parse_see_think(text)
+    parsed = SEE_THINK.parse(text)
     assert parsed is not None
-    assert (parsed.description, parsed.reasoning, parsed.answer) == (
+    assert (parsed.blocks["description"], parsed.blocks["think"], parsed.answer) == (
         description.strip(),
         reasoning.strip(),
         answer.strip(),
     )
     for inner, span in (
-        (parsed.description, parsed.description_span),
-        (parsed.reasoning, parsed.reasoning_span),
+        (parsed.blocks["description"], parsed.spans["description"]),
+        (parsed.blocks["think"], parsed.spans["think"]),
         (parsed.answer, parsed.answer_span),
     ):
         assert text[slice(*span)] == inner
-    assert find_description(text) == parsed.description
+    assert SEE_THINK.find_description(text) == parsed.blocks["description"]
     assert extract_boxed(text) == parsed.answer
 
 
 @given(plain, plain)
 def test_reasoner_round_trip(reasoning: str, answer: str) -> None:
     text = f"<think>{reasoning}</think> \\boxed{{{answer}}}"
-    parsed = parse_reasoner(text)
-    assert parsed is not None and parse_see_think(text) is None
-    assert text[slice(*parsed.reasoning_span)] == parsed.reasoning == reasoning.strip()
+    parsed = COT.parse(text)
+    assert parsed is not None and SEE_THINK.parse(text) is None
+    assert text[slice(*parsed.spans["think"])] == parsed.blocks["think"] == reasoning.strip()
     assert text[slice(*parsed.answer_span)] == parsed.answer == answer.strip()
 
 
@@ -101,7 +107,7 @@ def test_reasoner_round_trip(reasoning: str, answer: str) -> None:
     ],
 )
 def test_see_think_accepts(text: str) -> None:
-    assert parse_see_think(text) is not None
+    assert SEE_THINK.parse(text) is not None
 
 
 @pytest.mark.parametrize(
@@ -136,7 +142,7 @@ def test_see_think_accepts(text: str) -> None:
     ],
 )
 def test_see_think_refuses(text: str) -> None:
-    assert parse_see_think(text) is None
+    assert SEE_THINK.parse(text) is None
 
 
 @pytest.mark.parametrize(
@@ -153,7 +159,7 @@ def test_see_think_refuses(text: str) -> None:
     ],
 )
 def test_reasoner_refuses(text: str) -> None:
-    assert parse_reasoner(text) is None
+    assert COT.parse(text) is None
 
 
 # ---------------------------------------------------------------- the pieces
@@ -173,12 +179,12 @@ def test_reasoner_refuses(text: str) -> None:
     ],
 )
 def test_find_description(text: str, expected: str | None) -> None:
-    assert find_description(text) == expected
+    assert SEE_THINK.find_description(text) == expected
 
 
 def test_defect_1_a_response_without_description_never_becomes_the_description() -> None:
     for text in ("the answer is \\boxed{10}", "<think> 3 + 7 </think> \\boxed{10}", GOOD.replace("</description>", "")):
-        assert find_description(text) is None
+        assert SEE_THINK.find_description(text) is None
 
 
 @pytest.mark.parametrize(
@@ -220,6 +226,6 @@ N = 100_000
 )
 def test_parsers_take_linear_time(text: str) -> None:
     start = time.process_time()
-    for parser in (parse_see_think, parse_reasoner, find_description, extract_boxed):
+    for parser in (SEE_THINK.parse, COT.parse, SEE_THINK.find_description, SEE_THINK.answer_of):
         parser(text)
     assert time.process_time() - start < 5.0  # a quadratic scan of 1e5 characters takes over half a minute

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sr1.prompts import render_caption_reasoner
+from megatron_sr1.prompts import CAPTION_REASONER, COT, OURS
 from megatron_sr1.rewards import REWARDS, RewardError, components, faithful, grade, leaks, score_group, score_pair
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
 
@@ -251,11 +252,11 @@ def test_all_components_of_a_perfect_pair() -> None:
         REWARDS,
         ask=lambda text: asked.append(text) or r"\boxed{10}",
     )
-    assert asked == [render_caption_reasoner("3 and 7", PROMPT.problem)]
+    assert asked == [CAPTION_REASONER.user_text(PROMPT.problem, 0, "3 and 7")]
     assert scores == {
         "acc": 1.0,
         "fmt": 1.0,
-        "fmt_cot": 0.0,
+        "fmt_cot": 1.0,
         "acc_vis": 1.0,
         "fmt_vis": 1.0,
         "leak": 0.0,
@@ -287,8 +288,15 @@ def test_accuracy_knows_the_choices_of_the_sample_and_rounds_only_where_asked() 
     assert score_pair(pair("\\boxed{0.33}"), asked, ["acc"], rounded=True) == {"acc": 1.0}
 
 
-def test_cot_format_is_the_layout_without_description() -> None:
-    assert score_pair(pair(REASONER), PROMPT, ["fmt", "fmt_cot"]) == {"fmt": 0.0, "fmt_cot": 1.0}
+def test_the_format_is_that_of_the_template_that_was_asked_by() -> None:
+    plainly = replace(OURS, first=COT)
+    for response, name, asked, expected in (
+        (REASONER, "fmt", OURS, 0.0),
+        (REASONER, "fmt_cot", plainly, 1.0),
+        (SEE_THINK, "fmt", OURS, 1.0),
+        (SEE_THINK, "fmt_cot", plainly, 0.0),
+    ):
+        assert score_pair(pair(response), PROMPT, [name], asked=asked) == {name: expected}
 
 
 def test_defect_1_without_description_there_is_no_visual_reward() -> None:

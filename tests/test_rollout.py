@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from megatron_sr1.data.pictures import SOURCE_FORMATS, decode_picture
-from megatron_sr1.types import Prompt, RolloutGroup, Sampling
+from megatron_sr1.types import SECOND, Prompt, RolloutGroup, Sampling
 from tests.picture_cases import picture_files
 from tests.ranks import run_ranks
 from tests.rollout_cases import (
@@ -96,6 +96,7 @@ def compared_pictures(engine: Any, processor: Any, seed: int) -> dict[str, list[
     """Differences of picture files of every kind as the stream decodes them, and of what a careless reader makes of
     two of them."""
     from megatron_sr1.processor import Processor
+    from megatron_sr1.prompts import COT
     from megatron_sr1.rollout.pixels import pixel_differences
     from megatron_sr1.rollout.plan import plan_first
 
@@ -111,7 +112,7 @@ def compared_pictures(engine: Any, processor: Any, seed: int) -> dict[str, list[
     whole = Processor.from_pretrained(processor._tokenizer.name_or_path)  # without the limits that the engine has
     large = [Prompt("large", "?", "0", (Image.new("RGB", (280, 196), "red"),))]
     return {
-        name: pixel_differences(engine, looking, [plan_first(looking, prompt, "cot") for prompt in prompts])
+        name: pixel_differences(engine, looking, [plan_first(looking, prompt, COT) for prompt in prompts])
         for name, looking, prompts in (
             ("decoded", processor, decoded),
             ("careless", processor, careless),
@@ -293,7 +294,7 @@ def test_a_prompt_that_does_not_fit_is_found_when_the_data_is_read(folder: Path)
 
     processor = Processor.from_pretrained(str(folder / "model"), pixels=PIXELS)
     planner = Planner(processor, Limits(MAX_RESPONSE, MAX_MODEL_TOKENS, 100))
-    check = prompt_check(planner, lambda _: Passes("see_think", True))
+    check = prompt_check(planner, lambda _: Passes("see_think", (SECOND,)))
     image = (Image.new("RGB", (28, 28)),)
     for each in prompts(8):
         check(each)

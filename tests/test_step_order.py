@@ -45,7 +45,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[str], l
         objective=None, rollout=SimpleNamespace(prompts_per_step=1), train=SimpleNamespace(steps=num_steps)
     )
     run.platform = None  # type: ignore[attr-defined]
-    monkeypatch.setattr(grpo, "own_code", lambda objective: {})
+    monkeypatch.setattr(grpo, "own_code", lambda objective, templates: {})
     run.kept_before = lambda *arguments: nullcontext()  # type: ignore[attr-defined]
 
     def take(prompts: Any, step: int, clock: Clock) -> StepRollouts:
@@ -70,7 +70,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[str], l
     source.needs_room = True  # type: ignore[attr-defined]
     policy, trainer = Policy(log), Recorder(log, update=results)
     try:
-        grpo._steps(run, 0, None, feed, policy, source, trainer, Recorder(log))  # type: ignore[arg-type]
+        grpo._steps(run, 0, SimpleNamespace(templates=None), feed, policy, source, trainer, Recorder(log))  # type: ignore[arg-type]
     except SystemExit:
         log.append("leave")
     return log

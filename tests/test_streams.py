@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from megatron_sr1.config import ConfigError, ObjectiveConfig, dump_config, load_config
 from megatron_sr1.processor import Processor
-from megatron_sr1.prompts import boxed_block, tag_block
+from megatron_sr1.prompts import CAPTION_REASONER
+from megatron_sr1.prompts import SEE_THINK as ASKED
 from megatron_sr1.streams import PRESETS, Preset, preset_from_config, segments_of
 from megatron_sr1.training.segments import Response, response_masks, scored_responses
-from megatron_sr1.types import Clip, RewardStream, Rollout, RolloutPair
+from megatron_sr1.types import Clip, Prompt, RewardStream, Rollout, RolloutPair
 
+SHOWN = Prompt("p", "?", "10", (Image.new("RGB", (28, 28)),))
 SEE_THINK = r"<description> 3 and 7 </description> <think> sum </think> \boxed{10}"
 
 
@@ -258,7 +261,7 @@ def masked(processor: Processor, text: str, second: str | None, *streams: Reward
     assert first is not None
     pair = RolloutPair(0, first, rollout(second), "d")
     found = [""] * len(streams)
-    for response in scored_responses(pair, Preset("credit", "see_think", tuple(streams))):
+    for response in scored_responses(pair, SHOWN, Preset("credit", "see_think", tuple(streams))):
         for index, row in enumerate(response_masks(processor, response, streams)):
             ids = response.rollout.response_ids
             found[index] += processor.decode([i for i, inside in zip(ids, row.bool().tolist(), strict=True) if inside])
@@ -272,7 +275,7 @@ def credit(tokens: str, pass_name: str = "first") -> RewardStream:
 def test_segments_are_what_their_names_say(tiny_model_dir: str) -> None:
     processor = Processor.from_pretrained(tiny_model_dir)
     end = processor.decode([processor.end_of_turn_id])
-    names = segments_of("first", "see_think")
+    names = segments_of(ASKED)
     assert names == ("response", "description", "think", "answer", "reasoning", "rest")
     whole, description, think, answer, reasoning = masked(processor, SEE_THINK, None, *map(credit, names[:-1]))
     assert whole == SEE_THINK + end and description == "<description> 3 and 7 </description>"
@@ -294,7 +297,7 @@ def test_what_the_limit_cut_may_teach_nothing(tiny_model_dir: str) -> None:
     pair = RolloutPair(0, whole, replace(whole, finish_reason="length"), "d")
     streams = (credit("response"), credit("description"), credit("response", "second"))
     for cut, expected in (("train", len(ids)), ("mask", 0)):
-        responses = scored_responses(pair, Preset("credit", "see_think", streams))
+        responses = scored_responses(pair, SHOWN, Preset("credit", "see_think", streams))
         first, second = (response_masks(processor, response, streams, cut) for response in responses)
         assert first[0].sum() == len(ids) and 0 < first[1].sum() < len(ids)
         assert second.shape == (3, len(ids)) and second.sum() == expected
@@ -302,7 +305,7 @@ def test_what_the_limit_cut_may_teach_nothing(tiny_model_dir: str) -> None:
 
 def test_a_pass_has_its_own_segments(tiny_model_dir: str) -> None:
     processor = Processor.from_pretrained(tiny_model_dir)
-    assert segments_of("second", "see_think") == ("response", "think", "answer", "rest")
+    assert segments_of(CAPTION_REASONER) == ("response", "think", "answer", "rest")
     second = r"<think> 3 + 7 </think> \boxed{10}"
     streams = (credit("think"), credit("think", "second"), credit("rest", "second"))
     first_think, second_think, rest = masked(processor, SEE_THINK, second, *streams)
@@ -321,15 +324,15 @@ def test_a_pass_has_its_own_segments(tiny_model_dir: str) -> None:
     ],
 )
 def test_a_block_is_there_once_and_in_order(text: str, expected: str | None) -> None:
-    span = tag_block(text, "think")
+    span = ASKED.block(text, "think")
     assert (None if span is None else text[slice(*span)]) == expected
 
 
 def test_the_answer_is_the_box_with_its_braces() -> None:
     text = r"\boxed{1} and \boxed{\frac{1}{2}} end"
-    span = boxed_block(text)
+    span = ASKED.block(text, "answer")
     assert span is not None and text[slice(*span)] == r"\boxed{\frac{1}{2}}"
-    assert boxed_block(r"\boxed{1") is None
+    assert ASKED.block(r"\boxed{1", "answer") is None
 
 
 def test_a_list_without_advantages_of_its_own_has_a_tensor_for_each(tiny_model_dir: str) -> None:
@@ -337,7 +340,7 @@ def test_a_list_without_advantages_of_its_own_has_a_tensor_for_each(tiny_model_d
     ids = processor.response_ids(SEE_THINK)
     pair = RolloutPair(0, Rollout("r", (1,), ids, SEE_THINK, (0.0,) * len(ids), "stop", 0), None, "d")
     streams = (credit("response"), credit("response", "second"))
-    (response,) = scored_responses(pair, Preset("credit", "see_think", streams))
-    assert response == Response("first", 0, pair.first)
+    (response,) = scored_responses(pair, SHOWN, Preset("credit", "see_think", streams))
+    assert response == Response("first", 0, pair.first, ASKED)
     masks = response_masks(processor, response, streams)
     assert torch.equal(masks, torch.stack([torch.ones(len(ids)), torch.zeros(len(ids))]))

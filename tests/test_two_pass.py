@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sr1.prompts import render_see_think
+from megatron_sr1.prompts import SEE_THINK
 from megatron_sr1.rollout.balance import assign_prompts, expected_tokens
 from megatron_sr1.rollout.passes import SUBMITTED_AT_A_TIME
 from megatron_sr1.rollout.plan import Limits, PassPrompt, Planner, check_same_ids, cut_description, refusal
@@ -22,7 +22,7 @@ from megatron_sr1.rollout.request import EngineFault, Generation
 from megatron_sr1.rollout.seeds import request_seed
 from megatron_sr1.rollout.two_pass import NUM_COMPARED, TwoPassGenerator
 from megatron_sr1.rollout.vision_canary import stale_vision_canary
-from megatron_sr1.types import SECOND, OneRank, Prompt, RolloutGroup, Sampling
+from megatron_sr1.types import SECOND, OneRank, Passes, Prompt, RolloutGroup, Sampling, Turn
 from tests.scripted_engine import (
     EOT,
     IMAGE,
@@ -261,15 +261,15 @@ def test_a_first_pass_is_tokenised_once_for_check_and_generator() -> None:
     class Counting(Letters):
         texts: ClassVar[list[str]] = []
 
-        def prompt_ids(self, user_text: str, num_images: int) -> tuple[int, ...]:
-            self.texts.append(user_text)
-            return super().prompt_ids(user_text, num_images)
+        def turn_ids(self, turn: Turn, num_images: int) -> tuple[int, ...]:
+            self.texts.append(turn.before + turn.after)
+            return super().turn_ids(turn, num_images)
 
     plans = Planner(Counting(), Limits(90, 1000, 50))  # type: ignore[arg-type]
     prompts = [prompt(f"p{index}") for index in range(8)]
-    assert not any(plans.refusals(item, "see_think", (SECOND,)) for item in prompts)
+    assert not any(plans.refusals(item, Passes("see_think", (SECOND,))) for item in prompts)
     TwoPassGenerator(ScriptedEngine(), plans).generate(prompts, sampling(), 0)
-    first = render_see_think(prompts[0].problem)
+    first = SEE_THINK.user_text(prompts[0].problem)
     assert Counting.texts.count(first) == 8
     assert len(Counting.texts) == 8 + 2 * 8 + 2 * 8, "second passes: two checks without a description, two samples"
     assert len(plans._firsts) == 8

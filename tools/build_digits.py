@@ -24,7 +24,7 @@ import megatron_sr1.digits
 import megatron_sr1.prompts
 from megatron_sr1.data import write_shards
 from megatron_sr1.digits import make_demonstrations, make_prompts
-from megatron_sr1.prompts import render_caption_reasoner, render_cot, render_see_think
+from megatron_sr1.prompts import CAPTION_REASONER, COT, SEE_THINK
 from megatron_sr1.types import SftSample
 
 SAMPLES_PER_SHARD = 1000
@@ -111,13 +111,14 @@ def _texts(sample: SftSample) -> list[str]:
     problem = sample.prompt.problem
     description = sample.description
     if description is not None:
-        return [render_caption_reasoner(description, problem), sample.response]
-    return [render_see_think(problem), render_cot(problem), sample.response]
+        return [CAPTION_REASONER.user_text(problem, 0, description), sample.response]
+    return [SEE_THINK.user_text(problem), COT.user_text(problem), sample.response]
 
 
 def _builder_digest() -> str:
     """sha256 of the code that decides what is built: data made by other code is rebuilt."""
-    sources = [*sorted(Path(megatron_sr1.digits.__file__).parent.glob("*.py")), Path(megatron_sr1.prompts.__file__)]
+    rooms = (megatron_sr1.digits, megatron_sr1.prompts)
+    sources = [path for room in rooms for path in sorted(Path(room.__file__).parent.glob("*.py"))]
     digest = hashlib.sha256()
     for path in sources:
         digest.update(path.read_bytes())

@@ -38,14 +38,8 @@ from megatron_sr1.data.sources.json_lines import JsonlSource
 from megatron_sr1.data.sources.parquet import ParquetSource
 from megatron_sr1.data.sources.source import Format, Source
 from megatron_sr1.data.sources.webdataset import WebDatasetSource
-from megatron_sr1.prompts import (
-    parse_reasoner,
-    parse_see_think,
-    render_caption_reasoner,
-    render_cot,
-    render_see_think,
-)
-from megatron_sr1.types import SftSample, Template
+from megatron_sr1.prompts import SHIPPED
+from megatron_sr1.types import SftSample, TemplateName
 
 if TYPE_CHECKING:
     from megatron_sr1.processor import Processor
@@ -94,18 +88,16 @@ class ModelRules:
             return "".join(f"<image {number}>" for number in range(1, num_images + 1)) + text
         return self._processor.decode(self._processor.prompt_ids(text, num_images))
 
-    def boxed_answer(self, template: Template, response: str) -> str | None:
+    def boxed_answer(self, template: TemplateName, response: str) -> str | None:
         """The answer in the response, or None where its layout is broken."""
-        parsed = parse_see_think(response) if template == "see_think" else parse_reasoner(response)
+        parsed = SHIPPED.by_name[template].parse(response)
         return None if parsed is None else parsed.answer
 
 
-def _user_text(template: Template, question: Question) -> str:
-    if template == "caption_reasoner":
-        return render_caption_reasoner(question.description or "", question.problem)
-    if template == "cot":
-        return render_cot(question.problem, len(question.image_sizes))
-    return render_see_think(question.problem)
+def _user_text(template: TemplateName, question: Question) -> str:
+    asked = SHIPPED.by_name[template]
+    description = (question.description or "") if asked.reads_description else None
+    return asked.user_text(question.problem, len(question.image_sizes), description)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

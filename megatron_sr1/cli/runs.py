@@ -40,6 +40,7 @@ def check_run(command: Command, config: Config) -> list[str]:
         ValueError: anything else that is wrong, a key without shards included.
     """
     from megatron_sr1.data import expand_shards
+    from megatron_sr1.prompts import templates_of
 
     missing = []
     for name in TRAINING_DATA[command]:
@@ -51,10 +52,11 @@ def check_run(command: Command, config: Config) -> list[str]:
                 raise
             missing.append(str(error))
     check_command(command, config)
+    templates = templates_of(config)
     if command != "sft":
         from megatron_sr1.streams import check_objective
 
-        check_objective(config.objective, config.rewards, config.model.megatron_dir)
+        check_objective(config.objective, config.rewards, config.model.megatron_dir, templates=templates)
     if command != "evaluate":
         check_folders(config)
         check_resume(config)

@@ -47,7 +47,7 @@ def as_declared(kind: Any, value: Any, key: str) -> Any:
             is_one |= isinstance(entry, str) and entry.startswith(_REFERENCE)
             require(is_one, key, value, f"a list of {name}", f"Write {key}: [A, B], or {key}=[A,B].")
         return entries
-    if kind is str and isinstance(value, bool | float):
+    if kind in (str, str | None) and isinstance(value, bool | float):
         raise ConfigError(f"{key}={value!r} is not allowed: YAML reads no text there. Write it in quotes.")
     if isinstance(value, list):
         raise ConfigError(f"{key}={value!r} is not allowed: it must not be a list. Write the value without brackets.")

@@ -28,6 +28,9 @@ class ModelConfig:
     min_pixels: int | None = None  # smaller images are enlarged to so many pixels; null: what the model's files say
     max_pixels: int | None = None  # larger ones are made smaller; a very thin one may keep more; null: likewise
     freeze: tuple[str, ...] = ()  # not trained: vision, merger, language, embeddings, or a regex of whole tensor names
+    # what the model is told before each question, unless a template has a system prompt of its own; null: what its
+    # chat template writes by itself
+    system_prompt: str | None = None
     max_position: int = 4096  # longest packed sequence the policy is built for, tokens
     layer_spec: LayerSpec = "auto"  # te: Transformer Engine's layers; torch: plain ones; auto: te on GPUs
     fused: bool = True  # with te: SwiGLU is one kernel, and products add weight gradients where they are kept
@@ -42,6 +45,13 @@ class ModelConfig:
             self.min_pixels,
             f"at most model.max_pixels={self.max_pixels}",
             "Lower it, or raise the other.",
+        )
+        require(
+            self.system_prompt is None or bool(self.system_prompt.strip()),
+            "model.system_prompt",
+            self.system_prompt,
+            "a text, or null",
+            "null leaves it to the model's chat template.",
         )
 
 

@@ -28,7 +28,7 @@ from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.whole import Config
 from megatron_sr1.config.yaml_files import read_mapping
 
-_FREE_FORM = ("evaluate.judge_parameters", "rewards.judge.parameters", "rollout.engine")
+_FREE_FORM = ("evaluate.judge_parameters", "rewards.judge.parameters", "rollout.engine", "templates")
 Rule = Literal["takes effect", "refused", "content", "free"]
 # of a key, or of all keys of a section that have no line of their own
 RULES: Mapping[str, Rule] = {
@@ -41,6 +41,7 @@ RULES: Mapping[str, Rule] = {
     "model.min_pixels": "refused",
     "model.max_pixels": "refused",
     "model.freeze": "refused",
+    "model.system_prompt": "refused",
     "model.max_position": "free",
     "model.layer_spec": "free",
     "model.fused": "free",
@@ -78,6 +79,9 @@ RULES: Mapping[str, Rule] = {
     "objective": "takes effect",
     "objective.preset": "refused",
     "objective.template": "refused",
+    "objective.second_template": "refused",
+    "objective.plain_template": "refused",
+    "templates": "refused",
     "train": "takes effect",
     "train.micro_batch_tokens": "free",
     "train.save_every": "free",

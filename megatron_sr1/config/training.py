@@ -85,7 +85,9 @@ class ObjectiveConfig:
     streams: list[Any] = field(default_factory=list)  # changes a preset's of that name; further ones join
     # changes the second pass; further ones join: {name: blind, context: nothing}
     passes: list[Any] = field(default_factory=list)
-    template: Literal["see_think", "cot"] | None = None  # of the first pass; null: the preset's, else see_think
+    template: str | None = None  # of the first pass, see `templates`; null: the preset's, else see_think
+    second_template: str | None = None  # of passes that read a text; null: caption_reasoner
+    plain_template: str | None = None  # of prompts without images, and of passes that read nothing; null: cot
     format_weight: float = 0.1  # alpha
     kl_coef: float = 0.01  # beta, of every stream
     kl_estimator: KlEstimator = "k3"  # k2 has the gradient of the KL divergence; objective/losses.py has the formulas

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_sr1.config.data import DataConfig
 from megatron_sr1.config.evaluation import EvaluateConfig
@@ -11,6 +12,7 @@ from megatron_sr1.config.model import LayoutConfig, ModelConfig, OffloadConfig, 
 from megatron_sr1.config.rewards import RewardsConfig
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.rules import Range, check_numbers, require
+from megatron_sr1.config.templates import check_templates
 from megatron_sr1.config.tracking import TrackConfig
 from megatron_sr1.config.training import ObjectiveConfig, OptimizerConfig, TrainConfig
 
@@ -35,12 +37,15 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    # by name: ways to ask, with the layouts of what comes back; docs/extending.md has the keys and the shipped names
+    templates: dict[str, Any] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
         check_numbers("", self, _NUMBERS)
+        check_templates(self.templates)
         require(
             bool(self.run_dir), "run_dir", self.run_dir, "the path of a folder", "Give the run a folder of its own."
         )

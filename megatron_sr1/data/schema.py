@@ -2,7 +2,7 @@
 
 Members of the sample `key`:
     key.json        {"problem", "answer", "choices"?, "source"?, "metadata"?}, and for a demonstration also
-                    {"template", "response"} and, exactly for the template caption_reasoner, {"description"}
+                    {"template", "response"} and, exactly for a template that reads one, {"description"}
     key.0.png       the images in order; png, jpg, jpeg or webp
 
 `choices` (a list of strings) becomes `metadata["choices"]`, which is `Prompt.choices`. Where the problem does not name
@@ -16,7 +16,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from PIL import Image
 
@@ -24,7 +24,7 @@ from megatron_sr1.data.choices import ask_with_letter
 from megatron_sr1.data.image_marks import place_images
 from megatron_sr1.data.json_values import as_json, load_json
 from megatron_sr1.data.pictures import SHARD_FORMATS, as_seen, decode_picture, picture_size
-from megatron_sr1.types import Prompt, SftSample, Template
+from megatron_sr1.types import Prompt, SftSample
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 JSON_EXTENSION = "json"
@@ -192,16 +192,10 @@ def _check_type(fields: Mapping[str, Any], name: str, kind: type, where: str) ->
 
 
 def _check_demonstration(fields: Mapping[str, Any], num_images: int, where: str) -> None:
-    template = fields["template"]
-    if template not in get_args(Template):
-        raise ValueError(f"{where}: template={template!r} must be one of {', '.join(get_args(Template))}.")
+    """The template itself is the run's to know."""
     _check_type(fields, "description", str, where)
-    if (template == "caption_reasoner") != ("description" in fields):
+    if "description" in fields and num_images:
         raise ValueError(
-            f"{where}: template={template!r} {'lacks' if template == 'caption_reasoner' else 'has'} a description. It "
-            "belongs exactly to caption_reasoner, whose prompt holds it instead of the image."
-        )
-    if template == "caption_reasoner" and num_images:
-        raise ValueError(
-            f"{where}: a caption_reasoner demonstration has {num_images} images; it must have none. Remove them."
+            f"{where}: a demonstration with a description has {num_images} images; it must have none, as the "
+            "description stands for them. Remove them."
         )

@@ -28,7 +28,7 @@ from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.frozen import check_shares
 from megatron_sr1.policy.parameter_counts import StageCount, count_stages
 from megatron_sr1.policy.read import read_architecture
-from megatron_sr1.streams import preset_from_config
+from megatron_sr1.streams import preset_of
 
 RUNTIME_GIB = 4.0  # device context, communication buffers, library workspaces, fragments: taken as given, not derived
 
@@ -177,14 +177,14 @@ def _sequences(command: str, config: Config) -> tuple[float, int]:
     first, second = typical_tokens(rollout)
     if command == "sft":  # half of the demonstrations see an image
         return (first + second) / 2, config.train.batch_size
-    preset = preset_from_config(config.objective)
+    preset = preset_of(config)
     trained = sum(later.samples for later in preset.passes.later if preset.trains(later.name))
     number = config.train.batch_size * rollout.samples_per_prompt * (1 + trained)
     return (first + trained * second) / (1 + trained), number
 
 
 def _stage(model: Architecture, config: Config, count: StageCount, command: str, rows: int, num_rows: int) -> StagePlan:
-    keep_reference = command == "grpo" and preset_from_config(config.objective).needs_reference
+    keep_reference = command == "grpo" and preset_of(config).needs_reference
     state = trainer_state(count, config, keep_reference=keep_reference)
     return StagePlan(count, state, stage_activations(model, config, count, row_tokens=rows, num_rows=num_rows))
 

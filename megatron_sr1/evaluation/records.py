@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1.prompts import SEE_THINK, Template
 from megatron_sr1.rewards import faithful
-from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, Template
+from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, TemplateName
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,13 @@ class Record:
     problem: str
     answer: str
     num_images: int
-    template: Template  # of the first pass
+    template: TemplateName  # of the first pass
     samples: tuple[Sample, ...]
     made_of: str  # digest of the identity of the evaluation
     ends_chunk: bool
     choices: tuple[str, ...] = ()  # of the prompt
+    described: bool = False  # whether a description was asked for; without, there is nothing that could suffice or leak
     second_pass: bool = True  # whether one is asked for where there is a description
-
-    @property
-    def described(self) -> bool:
-        """Whether a description was asked for; without, there is nothing that could suffice or leak."""
-        return self.template == "see_think"
 
 
 def record_of(
@@ -82,7 +79,11 @@ def record_of(
     *,
     second_pass: bool = True,
 ) -> Record:
-    """`rewards`: one vector per sample of the group."""
+    """
+    Args:
+        template: of the first pass.
+        rewards: one vector per sample of the group.
+    """
     prompt = group.prompt
     pairs = zip(group.pairs, rewards, strict=True)
     return Record(
@@ -91,11 +92,12 @@ def record_of(
         prompt.problem,
         prompt.answer,
         len(prompt.images),
-        template,
+        template.name,
         tuple(_sample(pair, prompt, vector) for pair, vector in pairs),
         made_of,
         ends_chunk,
         prompt.choices,
+        template.describes is not None,
         second_pass,
     )
 
@@ -175,7 +177,9 @@ def _records_and_ends(path: Path) -> Iterator[tuple[Record, int]]:
 
 def _record(fields: dict[str, Any]) -> Record:
     samples = tuple(map(_read_sample, fields["samples"]))
-    return Record(**{**fields, "samples": samples, "choices": tuple(fields.get("choices", ()))})
+    described = fields.get("described", fields["template"] == SEE_THINK.name)  # records of earlier releases do not say
+    choices = tuple(fields.get("choices", ()))
+    return Record(**{**fields, "samples": samples, "choices": choices, "described": described})
 
 
 def _read_sample(fields: dict[str, Any]) -> Sample:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_sr1.evaluation.records import Record, Verdict, read_records, replace_records
 from megatron_sr1.judge import NoVerdict
-from megatron_sr1.prompts import extract_boxed, render_caption_reasoner
+from megatron_sr1.prompts import OURS, Template
 from megatron_sr1.rewards import grade
 
 Ask = Callable[[str], str]  # a question to the judge's response; raises NoVerdict
@@ -34,11 +34,13 @@ class Judging:
     last_failure: str  # why the last of them is missing; "" where none is
 
 
-def judge_records(path: Path, ask: Ask, model: str, num_threads: int, *, rounded: bool = False) -> Judging:
+def judge_records(
+    path: Path, ask: Ask, model: str, num_threads: int, *, rounded: bool = False, template: Template = OURS.second
+) -> Judging:
     """Asks for every verdict of `model` that the records lack, and writes them into the records.
 
     Only whole samples count: one without a description is not asked about. A verdict that another model gave before is
-    replaced. `rounded` as in `grade`.
+    replaced. `rounded` as in `grade`; `template` is that of the second pass.
 
     Raises:
         ConfigError: as `Judge.ask`; verdicts that came before it are kept for the next time.
@@ -51,7 +53,10 @@ def judge_records(path: Path, ask: Ask, model: str, num_threads: int, *, rounded
     failure = ""
     with journal.open("a", encoding="utf-8") as file, ThreadPoolExecutor(num_threads) as pool:
         for place, outcome in _answers(
-            pool, functools.partial(_verdict, ask, model, rounded), open_questions, _QUEUED_PER_THREAD * num_threads
+            pool,
+            functools.partial(_verdict, ask, model, rounded, template),
+            open_questions,
+            _QUEUED_PER_THREAD * num_threads,
         ):
             asked += 1
             if isinstance(outcome, NoVerdict):
@@ -94,13 +99,15 @@ def _answers(
             future.cancel()
 
 
-def _verdict(ask: Ask, model: str, rounded: bool, record: Record, description: str) -> Verdict | NoVerdict:
-    """A response that is whole and has no box gives no answer, so the description did not suffice."""
+def _verdict(
+    ask: Ask, model: str, rounded: bool, template: Template, record: Record, description: str
+) -> Verdict | NoVerdict:
+    """A response that is whole and has no answer gives none, so the description did not suffice."""
     try:
-        text = ask(render_caption_reasoner(description, record.problem))
+        text = ask(template.as_question(record.problem, description))
     except NoVerdict as failure:
         return failure
-    answer = extract_boxed(text)
+    answer = template.answer_of(text)
     right = answer is not None and grade(answer, record.answer, record.choices, rounded=rounded)
     return Verdict(model, text, right)
 

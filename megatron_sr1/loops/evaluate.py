@@ -37,6 +37,7 @@ from megatron_sr1.judge import Judge
 from megatron_sr1.loops.generation import build_generator, prompt_check
 from megatron_sr1.loops.run import Run, open_run
 from megatron_sr1.platform import Platform
+from megatron_sr1.prompts import OURS, Template
 from megatron_sr1.report import print_table, summary_rows
 from megatron_sr1.rewards import (
     REWARDS,
@@ -52,8 +53,8 @@ from megatron_sr1.rewards import (
 from megatron_sr1.rewards.judged import JudgedRewards
 from megatron_sr1.rewards.reading import EndpointReadings, with_readings
 from megatron_sr1.rewards.workers import Graders
-from megatron_sr1.streams import Preset, own_code, preset_from_config
-from megatron_sr1.types import SECOND, Generator, Prompt, Ranks, RolloutGroup, Sampling, Template
+from megatron_sr1.streams import Preset, own_code, preset_of
+from megatron_sr1.types import SECOND, Generator, Prompt, Ranks, RolloutGroup, Sampling
 
 _RECORDED = ("max_prompts", "samples", "temperature", "chunk_prompts", "rounded_decimals")
 _PIXELS = ("min_pixels", "max_pixels")
@@ -152,11 +153,13 @@ def heldout_prompts(run: Run) -> Heldout:
     """The prompts of `data.heldout`, at most `evaluate.max_prompts` of them where that is not 0.
 
     Raises:
-        ValueError: as `open_dataset`; more images in a prompt than rollout.max_images.
+        ValueError: as `open_dataset`; more images in a prompt than rollout.max_images; templates that do not suit the
+            model's chat template.
     """
     config, quarantine = run.config, run.quarantine("heldout")
     dataset = open_dataset(config.data, config.data.heldout, "data.heldout", quarantine)
-    preset = preset_from_config(config.objective)
+    preset = preset_of(config)
+    run.planner.check(preset.passes)
     check = prompt_check(run.planner, preset.passes.of)
     heldout = Heldout(dataset, quarantine, config.evaluate.max_prompts, check)
     heldout.check_images(config.rollout.max_images)
@@ -177,13 +180,17 @@ def check_heldout(run: Run, heldout: Heldout) -> None:
 
 def _identity(config: Config, heldout: Heldout, model: str) -> Identity:
     """What the records depend on, by configuration key where there is one."""
-    rollout, settings, preset = config.rollout, config.evaluate, preset_from_config(config.objective)
-    code = {name: source_digest(function) for name, function in own_code(replace(config.objective, loss="")).items()}
+    rollout, settings, preset = config.rollout, config.evaluate, preset_of(config)
+    own = own_code(replace(config.objective, loss=""), preset.templates)
+    code = {name: source_digest(function) for name, function in own.items()}
+    system = config.model.system_prompt
     return {
         "the model": model,
         "the data": heldout.fingerprint,
         "the template": preset.template,
         **({"the passes": repr(preset.passes.later)} if preset.passes.later not in ((), (SECOND,)) else {}),
+        **({"the templates": str(preset.asked)} if preset.asked != OURS else {}),
+        **({"model.system_prompt": system} if system is not None else {}),
         **({"the rewards": ", ".join(f"{name} ({digest})" for name, digest in code.items())} if code else {}),
         **{f"model.{name}": limit for name in _PIXELS if (limit := getattr(config.model, name)) is not None},
         "seed": config.seed,
@@ -212,7 +219,7 @@ def _answer(
 ) -> list[RolloutGroup]:
     """Answers and records all prompts after the answered ones; `generator` is called only if there are any."""
     settings, kept = run.config.evaluate, []
-    second_pass = SECOND.name in {later.name for later in preset_from_config(run.config.objective).passes.later}
+    second_pass = SECOND.name in {later.name for later in preset_of(run.config).passes.later}
     num_answered = len(answered)
     for chunk in heldout.chunks(settings.chunk_prompts, answered):
         answers = _answer_chunk(run, generator(), chunk, step)
@@ -231,7 +238,7 @@ def _answer_chunk(
     run: Run, generator: Generator, chunk: Sequence[Prompt], step: int
 ) -> list[tuple[RolloutGroup, Template, list[dict[str, float]]]]:
     """Each prompt's answers, its template and its rewards, in order. Collective."""
-    config, preset = run.config, preset_from_config(run.config.objective)
+    config, preset = run.config, preset_of(run.config)
     sampling = Sampling(
         config.evaluate.samples,
         config.evaluate.temperature,
@@ -241,9 +248,7 @@ def _answer_chunk(
     )
     ranks = run.platform.ranks
     groups = _generated(config, generator, chunk, sampling, step, ranks)
-    answers: list[tuple[RolloutGroup, Template]] = [
-        (group, sampling.passes_of(group.prompt).template) for group in groups
-    ]
+    answers: list[tuple[RolloutGroup, Template]] = [(group, preset.asked.of(group.prompt).first) for group in groups]
     mine = range(ranks.rank, len(answers), ranks.num_ranks)
     graded = dict(ranks.gather(_grade([(index, *answers[index]) for index in mine], preset, config)))
     failed = [share.reason for share in graded.values() if isinstance(share, Ungraded)]
@@ -278,13 +283,16 @@ def _grade(
     further = [f"acc_vis@{later.name}" for later in preset.passes.later if later.name != SECOND.name]
     named = []
     for index, group, template in share:
-        own = own_rewards(described=template == "see_think")
+        own = own_rewards(template.describes is not None)
         named.append((index, group, (*own, *further) if group.prompt.images else own))
     if not users:
-        return [(index, score_or_tell(group, own, rounded=rounded)) for index, group, own in named]
+        return [
+            (index, score_or_tell(group, own, rounded=rounded, asked=preset.asked.of(group.prompt)))
+            for index, group, own in named
+        ]
     limits, judge = (config.rewards.seconds, config.rewards.workers), config.rewards.judge
-    asked = judge.endpoint if judge.url else None
-    with closing(Graders(users, *limits, rounded=rounded, judge=asked)) as graders:
+    endpoint = judge.endpoint if judge.url else None
+    with closing(Graders(users, *limits, rounded=rounded, judge=endpoint, asked=preset.asked)) as graders:
         for index, group, own in named:
             graders.submit(replace(group, group_id=index), (*own, *users))
         return graders.collect()
@@ -318,6 +326,7 @@ def _judge(run: Run, files: EvaluationFiles, settings: EvaluateConfig) -> None:
             settings.judge_model,
             settings.judge_concurrency,
             rounded=settings.rounded_decimals,
+            template=preset_of(run.config).asked.second,
         )
     run.say(f"asked {outcome.num_asked} questions")
     if outcome.num_missing:

@@ -87,6 +87,8 @@ def training_sampling(config: Config, preset: Preset) -> Sampling:
         seed=config.seed,
         template=preset.passes.template,
         later=preset.passes.later,
+        second_template=preset.second_template,
+        plain_template=preset.plain_template,
     )
 
 
@@ -101,7 +103,7 @@ def prompt_check(planner: Planner, passes: Callable[[Prompt], Passes], *, leaves
 
     def check(sample: Prompt | SftSample) -> None:
         prompt = sample.prompt if isinstance(sample, SftSample) else sample
-        refused = planner.refusals(prompt, *passes(prompt))
+        refused = planner.refusals(prompt, passes(prompt))
         if refused:
             raise (LeftOut if leaves_out else ValueError)("\n".join(refused))
 

@@ -17,7 +17,7 @@ from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.rewards import RewardError
-from megatron_sr1.streams import Preset, own_code, preset_from_config
+from megatron_sr1.streams import Preset, own_code, preset_of
 from megatron_sr1.training.live_rollouts import LiveRollouts
 from megatron_sr1.training.rollout_source import RolloutSource
 from megatron_sr1.training.saved_rollouts import SavedRollouts
@@ -40,7 +40,7 @@ def run_grpo(
             engine is started, so nothing is evaluated.
     """
     check_verification(config, platform)
-    preset = preset_from_config(config.objective)
+    preset = preset_of(config)
     with open_run(config, platform) as run:
         feed = run.feed("train", prompt_check(run.planner, preset.passes.of, leaves_out=True))
         heldout = heldout_prompts(run)
@@ -91,7 +91,7 @@ def _steps(
     to the device; when the policy is trained and saved that leaves, and the engines wake with the new weights. So
     `seconds/save` and `seconds/sync` of a step are what its rollouts had to wait for.
     """
-    run.accept(own_code(run.config.objective))
+    run.accept(own_code(run.config.objective, preset.templates))
     clock = Clock()
     with clock("sync"):
         source.refresh(policy.hf_weights(), version=first)

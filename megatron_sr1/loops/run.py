@@ -24,6 +24,7 @@ from megatron_sr1.metrics import MetricsWriter, Trackers
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.processor import Processor
+from megatron_sr1.prompts import templates_of
 from megatron_sr1.rollout import Limits, Planner
 from megatron_sr1.training.checkpointer import Checkpointer, Progress
 from megatron_sr1.types import RolloutGroup
@@ -51,14 +52,19 @@ class Run:
             ValueError: see `Processor.from_pretrained`.
         """
         model = self.config.model
-        return Processor.from_pretrained(model.hf_dir, pixels=pixel_limits(model), num_threads=self.config.data.workers)
+        return Processor.from_pretrained(
+            model.hf_dir,
+            pixels=pixel_limits(model),
+            num_threads=self.config.data.workers,
+            system_prompt=model.system_prompt,
+        )
 
     @cached_property
     def planner(self) -> Planner:
         """Of the passes of prompts, within the limits of the run's engines."""
         rollout = self.config.rollout
         limits = Limits(rollout.max_response_tokens, rollout.max_model_tokens, rollout.max_description_tokens)
-        return Planner(self.processor, limits)
+        return Planner(self.processor, limits, templates_of(self.config))
 
     @property
     def export_dir(self) -> Path:

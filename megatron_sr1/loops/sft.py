@@ -10,9 +10,10 @@ from megatron_sr1.loops.preemption import watch_for_stop
 from megatron_sr1.loops.run import Run, metrics_of, open_run
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
+from megatron_sr1.prompts import templates_of
 from megatron_sr1.training.batches import Batcher
 from megatron_sr1.training.losses import SftLoss
-from megatron_sr1.types import Scoring
+from megatron_sr1.types import Prompt, Scoring, SftSample
 
 
 def run_sft(config: Config, platform: Platform) -> None:
@@ -23,7 +24,13 @@ def run_sft(config: Config, platform: Platform) -> None:
 
 def _train(run: Run) -> None:
     config = run.config
-    feed = run.feed("cold_start")
+    templates = templates_of(config)
+
+    def check(sample: Prompt | SftSample) -> None:
+        if isinstance(sample, SftSample):
+            templates.of_demonstration(sample)
+
+    feed = run.feed("cold_start", check)
     policy = Policy(config, run.platform, num_optimizer_steps=config.train.steps, keep_reference=False)
     batcher = Batcher(config, run.processor, policy.replicas, run.platform.device)
     first = run.resume(policy)

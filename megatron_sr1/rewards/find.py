@@ -70,11 +70,12 @@ def _aimed(reward: Reward, name: str, later: PassName) -> Reward:
 
 def _as_reward(found: Any, name: str) -> Reward:
     if isinstance(found, Reward):
-        number, wanted = _num_arguments(found.function, name), found.num_arguments
-        if number != wanted:
+        wanted = found.num_arguments
+        if not _takes(found.function, name, wanted, asks="judge" in found.needs):
             raise ValueError(
-                f"reward {name!r}: its function takes {number} arguments, but with needs={found.needs} it is given "
-                f"{wanted}: the group alone with 'group', (pair, prompt, ask) with 'judge', else (pair, prompt)."
+                f"reward {name!r}: its function takes {_num_taken(found.function, name)} arguments, but with "
+                f"needs={found.needs} it is given {wanted}: the group alone with 'group', else (pair, prompt), then "
+                "ask with 'judge', then the templates with 'templates'."
             )
         return found
     more: tuple[Need, ...] = {1: ("group",), 2: (), 3: ("judge",)}[_num_arguments(found, name)]
@@ -83,17 +84,31 @@ def _as_reward(found: Any, name: str) -> Reward:
 
 def _num_arguments(function: Any, name: str) -> Literal[1, 2, 3]:
     """How many arguments the function must be given; the third must be called `ask`."""
+    for number in (2, 1, 3):
+        if _takes(function, name, number, asks=True):
+            return number
+    raise ValueError(f"reward {name!r} takes {_signature(function, name)}: {_WANTED}.")
+
+
+def _num_taken(function: Any, name: str) -> str:
+    """For the message."""
+    counts = [number for number in range(8) if _takes(function, name, number, asks=False)]
+    return " or ".join(map(str, counts)) or "other"
+
+
+def _takes(function: Any, name: str, number: int, *, asks: bool) -> bool:
+    """Whether it can be called with so many arguments. `asks`: a third must be called `ask`."""
+    try:
+        bound = _signature(function, name).bind(*range(number))
+    except TypeError:
+        return False
+    return number < 3 or not asks or list(bound.arguments)[2:3] == ["ask"]
+
+
+def _signature(function: Any, name: str) -> inspect.Signature:
     if isinstance(function, type) or not callable(function) or inspect.iscoroutinefunction(function):
         raise ValueError(f"reward {name!r} is {function!r}: {_WANTED}.")
     try:
-        signature = inspect.signature(function)
+        return inspect.signature(function)
     except ValueError as error:  # a function in C that does not say
         raise ValueError(f"reward {name!r}: {error}. Wrap it: {_WANTED}.") from error
-    for number in (2, 1, 3):
-        try:
-            bound = signature.bind(*range(number))
-        except TypeError:
-            continue
-        if number < 3 or list(bound.arguments)[-1] == "ask":
-            return number
-    raise ValueError(f"reward {name!r} takes {signature}: {_WANTED}.")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from megatron_sr1.config import Endpoint
 from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.judge import Judge, NoVerdict
+from megatron_sr1.prompts import Asked
 from megatron_sr1.rewards.scoring import Ungraded, Vectors, score_or_tell
 from megatron_sr1.types import RolloutGroup
 
@@ -45,9 +46,9 @@ class JudgedRewards:
         """The first, where one has failed since the last `forget`."""
         return [] if self._failure is None else [self._failure]
 
-    def submit(self, group: RolloutGroup, names: Sequence[str]) -> Judged:
-        """Queues the questions and returns at once."""
-        return [self._threads.submit(self._score, replace(group, pairs=(pair,)), names) for pair in group.pairs]
+    def submit(self, group: RolloutGroup, names: Sequence[str], asked: Asked) -> Judged:
+        """Queues the questions and returns at once. `asked` as in `score_group`."""
+        return [self._threads.submit(self._score, replace(group, pairs=(pair,)), names, asked) for pair in group.pairs]
 
     def read(self, question: str, where: str) -> Future[str | Ungraded]:
         """Queues a question whose answer is a pass, and returns at once.
@@ -61,10 +62,10 @@ class JudgedRewards:
         """The step is over: a failure in it says nothing of the next."""
         self._failure = None
 
-    def _score(self, group: RolloutGroup, names: Sequence[str]) -> Vectors | Ungraded:
+    def _score(self, group: RolloutGroup, names: Sequence[str], asked: Asked) -> Vectors | Ungraded:
         if self._failure is not None:
             return self._failure
-        scored = score_or_tell(group, names, ask=self._judge.ask)
+        scored = score_or_tell(group, names, ask=self._judge.ask, asked=asked)
         if isinstance(scored, Ungraded) and self._fails_fast:
             self._failure = scored
         return scored

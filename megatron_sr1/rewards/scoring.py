@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_sr1.import_path import UserCode, UserCodeError, source_of
+from megatron_sr1.prompts import OURS, Asked
 from megatron_sr1.rewards.find import find_reward
 from megatron_sr1.rewards.table import Ask, Reward
 from megatron_sr1.types import PassName, Prompt, Question, RolloutGroup, RolloutPair
@@ -28,22 +29,25 @@ class Ungraded:
 
 
 def score_or_tell(
-    group: RolloutGroup, names: Iterable[str], *, rounded: bool = False, ask: Ask | None = None
+    group: RolloutGroup, names: Iterable[str], *, rounded: bool = False, ask: Ask | None = None, asked: Asked = OURS
 ) -> Vectors | Ungraded:
     """As `score_group`, for ranks that must all hear of a RewardError."""
     try:
-        return score_group(group, names, rounded=rounded, ask=ask)
+        return score_group(group, names, rounded=rounded, ask=ask, asked=asked)
     except RewardError as error:
         return Ungraded(str(error))
 
 
-def score_group(group: RolloutGroup, names: Iterable[str], *, rounded: bool = False, ask: Ask | None = None) -> Vectors:
+def score_group(
+    group: RolloutGroup, names: Iterable[str], *, rounded: bool = False, ask: Ask | None = None, asked: Asked = OURS
+) -> Vectors:
     """The named rewards of all samples of one prompt.
 
     Args:
         group: with its images where a reward needs them.
         rounded: as in `grade`.
         ask: for the rewards that need a judge.
+        asked: the templates of this prompt's passes, see `Asked.of`.
 
     Raises:
         RewardError: a reward raised something, or gave another thing than a finite number for each sample.
@@ -52,7 +56,7 @@ def score_group(group: RolloutGroup, names: Iterable[str], *, rounded: bool = Fa
     vectors: Vectors = [{} for _ in group.pairs]
     for name in names:
         reward = find_reward(name)
-        values = _values(name, reward.for_evaluation() if rounded else reward, group, ask)
+        values = _values(name, reward.for_evaluation() if rounded else reward, group, ask, asked)
         for vector, value in zip(vectors, values, strict=True):
             vector[name] = value
     return vectors
@@ -63,44 +67,49 @@ def mean_of(value: Value) -> float:
     return value if isinstance(value, float) else sum(value) / len(value) if value else 0.0
 
 
-def score_pair(pair: RolloutPair, prompt: Prompt, names: Iterable[str], *, rounded: bool = False) -> dict[str, Value]:
+def score_pair(
+    pair: RolloutPair, prompt: Prompt, names: Iterable[str], *, rounded: bool = False, asked: Asked = OURS
+) -> dict[str, Value]:
     """The named rewards of one sample. Raises as `score_group`."""
-    return score_group(RolloutGroup(0, prompt, (pair,)), names, rounded=rounded)[0]
+    return score_group(RolloutGroup(0, prompt, (pair,)), names, rounded=rounded, asked=asked)[0]
 
 
-def _values(name: str, reward: Reward, group: RolloutGroup, ask: Ask | None) -> Sequence[Value]:
+def _values(name: str, reward: Reward, group: RolloutGroup, ask: Ask | None, asked: Asked) -> Sequence[Value]:
     """Of each sample. What is measured on a later pass is measured on each of its samples by itself."""
     if reward.of_pass == "first":
-        return _view_values(name, reward, group, ask)
+        return _view_values(name, reward, group, ask, asked)
     found = [len(pair.readings(reward.later)) for pair in group.pairs]
-    views = [_view(group, reward.later, number) for number in range(max(1, *found))]
-    values = list(zip(*(_view_values(name, reward, view, ask) for view in views), strict=True))
+    views = [_view(group, reward.later, number, asked) for number in range(max(1, *found))]
+    values = list(zip(*(_view_values(name, reward, view, ask, by) for view, by in views), strict=True))
     return [each[0] if len(each) == 1 else each[:number] for each, number in zip(values, found, strict=True)]
 
 
-def _view(group: RolloutGroup, later: PassName, number: int) -> RolloutGroup:
+def _view(group: RolloutGroup, later: PassName, number: int, asked: Asked) -> tuple[RolloutGroup, Asked]:
     """The group as a reward of the second pass looks at it: one sample of a later pass in the place of the second, with
-    what it was given and asked."""
-    pairs, asked = [], None
+    what it was given and asked, and by which template."""
+    pairs, question, by = [], None, asked
     for pair in group.pairs:
         reading = next((each for each in pair.readings(later) if each.number == number), None)
         if reading is None:
             pairs.append(replace(pair, second=None, further=()))
             continue
-        given, asked = reading.context or "", reading.question or asked
+        by = replace(asked, second=asked.plain) if reading.context is None else asked
+        given, question = reading.context or "", reading.question or question
         pairs.append(replace(pair, second=reading.rollout, description=given, further=()))
-    return replace(group, pairs=tuple(pairs), prompt=group.prompt if asked is None else _asked(group.prompt, asked))
+    prompt = group.prompt if question is None else _asking(group.prompt, question)
+    return replace(group, pairs=tuple(pairs), prompt=prompt), by
 
 
-def _asked(prompt: Prompt, question: Question) -> Prompt:
+def _asking(prompt: Prompt, question: Question) -> Prompt:
     metadata = {key: value for key, value in prompt.metadata.items() if key != "choices"}
     choices = {"choices": list(question.choices)} if question.choices else {}
     return replace(prompt, problem=question.problem, answer=question.answer, metadata={**metadata, **choices})
 
 
-def _view_values(name: str, reward: Reward, group: RolloutGroup, ask: Ask | None) -> list[float]:
-    key, more = group.prompt.key, (ask,) if "judge" in reward.needs else ()
-    assert more != (None,), f"the reward {name!r} needs a judge"
+def _view_values(name: str, reward: Reward, group: RolloutGroup, ask: Ask | None, asked: Asked) -> list[float]:
+    key = group.prompt.key
+    assert ask is not None or "judge" not in reward.needs, f"the reward {name!r} needs a judge"
+    more = (*([ask] if "judge" in reward.needs else ()), *([asked] if "templates" in reward.needs else ()))
     if "metadata" in reward.needs and not group.prompt.metadata:
         raise RewardError(f"the reward {name!r} needs metadata, and sample {key!r} has none. Add it to the data set.")
     missing = [_is_missing(reward, pair) for pair in group.pairs]

@@ -11,12 +11,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from megatron_sr1.prompts import Asked
 from megatron_sr1.rewards import components
 from megatron_sr1.types import SECOND, PassName, Prompt, RolloutGroup, RolloutPair, Stage
 
-Need = Literal["images", "group", "description", "metadata", "judge"]
+Need = Literal["images", "group", "description", "metadata", "judge", "templates"]
 Ask = Callable[[str], str]  # a question to the endpoint's whole response; raises NoVerdict
-PairReward = Callable[[RolloutPair, Prompt], float] | Callable[[RolloutPair, Prompt, Ask], float]
+PairReward = (
+    Callable[[RolloutPair, Prompt], float]
+    | Callable[[RolloutPair, Prompt, Ask], float]
+    | Callable[[RolloutPair, Prompt, Asked], float]
+    | Callable[[RolloutPair, Prompt, Ask, Asked], float]
+)
 GroupReward = Callable[[RolloutGroup], Sequence[float]]
 
 
@@ -25,7 +31,7 @@ class Reward:
     """A function, and what must be known to call it and to use its numbers.
 
     Raises:
-        ValueError: an unknown pass or need; a group's function that asks a judge.
+        ValueError: an unknown pass or need; a group's function that asks a judge, or for templates.
     """
 
     function: PairReward | GroupReward
@@ -35,6 +41,7 @@ class Reward:
     # description: 0.0 where there is none, so the first pass must be asked for one
     # metadata:    the sample must have some
     # judge:       the function takes (pair, prompt, ask), and asks the endpoint of rewards.judge
+    # templates:   its last argument is the `prompts.Asked` of the prompt, to read the responses by
     needs: tuple[Need, ...] = ()
     shown: str = ""  # its name in metrics and reports; "": its name in the file
     plain: str = ""  # the name of the reward that stands in for it where a prompt has no images
@@ -49,13 +56,16 @@ class Reward:
             wrong = [value for value in got if value not in allowed]
             if isinstance(got, str) or wrong:
                 raise ValueError(f"Reward {self.shown!r}: {name}={got!r}: allowed are {', '.join(allowed)}.")
-        if {"group", "judge"} <= set(self.needs):
-            raise ValueError(f"Reward {self.shown!r}: needs={self.needs!r}: a group's function cannot ask a judge.")
+        if "group" in self.needs and not {"judge", "templates"}.isdisjoint(self.needs):
+            raise ValueError(
+                f"Reward {self.shown!r}: needs={self.needs!r}: a group's function cannot ask a judge, and is given no "
+                "templates."
+            )
 
     @property
     def num_arguments(self) -> int:
         """That the function is given."""
-        return 1 if "group" in self.needs else 3 if "judge" in self.needs else 2
+        return 1 if "group" in self.needs else 2 + ("judge" in self.needs) + ("templates" in self.needs)
 
     def for_evaluation(self) -> Reward:
         """The same, in its rounded form where it has one."""
@@ -64,17 +74,19 @@ class Reward:
 
 def _accuracy(name: str, function: Callable[..., float], *needs: Need, of_pass: Stage = "first") -> Reward:
     # evaluation may count 0.33 for 1/3; training never does, or rounding would earn what calculating earns
-    return Reward(function, of_pass, needs, name, rounded=functools.partial(function, rounded=True))
+    return Reward(function, of_pass, (*needs, "templates"), name, rounded=functools.partial(function, rounded=True))
 
 
 REWARDS: Mapping[str, Reward] = {
     "acc": _accuracy("acc", components.accuracy),
     "acc_vis": _accuracy("acc_vis", components.visual_accuracy, "description", of_pass="second"),
-    "fmt": Reward(components.see_think_format, shown="fmt", plain="fmt_cot"),
-    "fmt_vis": Reward(components.visual_format, "second", ("description",), "fmt_vis"),
+    "fmt": Reward(components.first_format, needs=("templates",), shown="fmt", plain="fmt_cot"),
+    "fmt_vis": Reward(components.visual_format, "second", ("description", "templates"), "fmt_vis"),
     "leak": Reward(components.leak, needs=("description",), shown="leak"),
-    "acc_judge": Reward(components.judged_accuracy, "second", ("description", "judge"), "acc_judge"),
-    "fmt_cot": Reward(components.cot_format, shown="fmt_cot"),
+    "acc_judge": Reward(components.judged_accuracy, "second", ("description", "judge", "templates"), "acc_judge"),
+    "fmt_cot": Reward(
+        components.first_format, needs=("templates",), shown="fmt_cot"
+    ),  # of layouts that describe nothing
 }
 ALWAYS = ("acc", "acc_vis", "leak")  # scored for the metrics, whatever is trained on
 

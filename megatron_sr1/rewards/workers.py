@@ -19,6 +19,7 @@ from multiprocessing import get_context, parent_process
 from queue import LifoQueue
 
 from megatron_sr1.config import Endpoint
+from megatron_sr1.prompts import OURS, Asked
 from megatron_sr1.rewards.find import find_reward
 from megatron_sr1.rewards.judged import Judged, JudgedRewards, with_judged
 from megatron_sr1.rewards.reading import Answered, EndpointReadings, after
@@ -50,6 +51,7 @@ class Graders:
         judge: Endpoint | None = None,
         reads: bool = False,
         fails_fast: bool = True,
+        asked: Asked = OURS,
     ) -> None:
         """A worker starts with the first group that finds no other idle.
 
@@ -61,11 +63,13 @@ class Graders:
             judge: whom the rewards ask that need a judge, and passes that are read by an endpoint.
             reads: there are such passes: `ask` takes their questions.
             fails_fast: see `JudgedRewards`.
+            asked: the templates that prompts are asked by.
 
         Raises:
             ValueError: see `find_reward`; a reward needs a judge, and there is none.
         """
         self._names = tuple(names)
+        self._asked = asked
         self._asking = {name for name in names if "judge" in find_reward(name).needs}
         if self._asking and judge is None:
             raise ValueError(f"the rewards {', '.join(sorted(self._asking))} need a judge: set rewards.judge.url.")
@@ -103,13 +107,14 @@ class Graders:
             names: of rewards, instead of what the graders' own are for this prompt.
         """
         names = names or for_prompt(self._names, bool(group.prompt.images))
+        asked = self._asked.of(group.prompt)  # as long as it has its images
         if self._see_images.isdisjoint(names):
             group = replace(group, prompt=replace(group.prompt, images=()))
         asking = [name for name in names if name in self._asking]
-        judged = self._judged.submit(group, asking) if self._judged is not None and asking else []
+        judged = self._judged.submit(group, asking, asked) if self._judged is not None and asking else []
         own = [name for name in names if name not in self._asking]
         futures = [] if self._readings is None else self._readings.futures(group.group_id)
-        graded = after(futures, lambda: self._threads.submit(self._grade, group, own))
+        graded = after(futures, lambda: self._threads.submit(self._grade, group, own, asked))
         self._futures[group.group_id] = (graded, judged)
 
     def collect(self) -> list[tuple[int, Vectors | Ungraded]]:
@@ -125,13 +130,13 @@ class Graders:
         """All answers of an endpoint to the groups that `collect` has returned; they are not in these groups."""
         return [] if self._readings is None else self._readings.collect()
 
-    def _grade(self, group: RolloutGroup, names: Sequence[str]) -> Vectors | Ungraded:
+    def _grade(self, group: RolloutGroup, names: Sequence[str], asked: Asked) -> Vectors | Ungraded:
         whole = group if self._readings is None else self._readings.attached(group)
         if isinstance(whole, Ungraded):
             return whole
         worker = self._idle.get()
         try:
-            return worker.grade(whole, names)
+            return worker.grade(whole, names, asked)
         except ValueError as error:  # of a reward, or of its import in a worker: all ranks must hear of it
             return Ungraded(str(error))
         finally:
@@ -146,12 +151,12 @@ class _Worker:
         self._pool: ProcessPoolExecutor | None = None
         self._process_id = 0
 
-    def grade(self, group: RolloutGroup, names: Sequence[str]) -> Vectors:
+    def grade(self, group: RolloutGroup, names: Sequence[str], asked: Asked) -> Vectors:
         key = group.prompt.key
         for _ in range(TRIES):
             future: Future[Vectors] | None = None
             try:
-                future = self._running().submit(score_group, group, names, rounded=self._rounded)
+                future = self._running().submit(score_group, group, names, rounded=self._rounded, asked=asked)
                 return future.result(self._seconds)
             except BrokenProcessPool:
                 logger.warning("the process that graded sample %r was killed: another takes over", key)

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sr1.prompts import render_caption_reasoner, render_cot
 from megatron_sr1.types import LaterPass, Prompt, Question
 
 
 @dataclass(frozen=True)
-class Asked:
+class OpenReading:
     """One sample of a later pass, before it is answered."""
 
     later: LaterPass
@@ -19,13 +18,12 @@ class Asked:
     context: str | None  # in place of the image; None: nothing
     question: Question | None  # None: the prompt's own
 
-    def text(self, prompt: Prompt) -> str:
-        """The user turn."""
-        problem = prompt.problem if self.question is None else self.question.problem
-        return render_cot(problem, 0) if self.context is None else render_caption_reasoner(self.context, problem)
+    def problem(self, prompt: Prompt) -> str:
+        """The question's text."""
+        return prompt.problem if self.question is None else self.question.problem
 
 
-def ask_later(later: LaterPass, prompt: Prompt, text: str | None) -> list[Asked]:
+def ask_later(later: LaterPass, prompt: Prompt, text: str | None) -> list[OpenReading]:
     """All samples of a pass, from the text of its context; a pass from nothing takes None.
 
     Raises:
@@ -33,7 +31,7 @@ def ask_later(later: LaterPass, prompt: Prompt, text: str | None) -> list[Asked]
     """
     questions = other_questions(prompt, later)
     return [
-        Asked(later, number, text, questions[number % len(questions)] if questions else None)
+        OpenReading(later, number, text, questions[number % len(questions)] if questions else None)
         for number in range(later.samples)
     ]
 

@@ -18,8 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from megatron_sr1.prompts import find_description
-from megatron_sr1.rollout.later import Asked, ask_later
+from megatron_sr1.rollout.later import OpenReading, ask_later
 from megatron_sr1.rollout.plan import PassPrompt, Planner, check_same_ids
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation, TokenEngine
 from megatron_sr1.rollout.seeds import request_seed
@@ -44,7 +43,7 @@ class _Request:
     group: int
     sample: int
     plan: PassPrompt
-    asked: Asked | None = None  # of a later pass
+    asked: OpenReading | None = None  # of a later pass
 
     @property
     def request_id(self) -> str:
@@ -203,10 +202,11 @@ class PassRequests:
 
     def _after_first(self, request: _Request, rollout: Rollout) -> list[_Request]:
         prompt, place = self._prompts[request.group], request.place
-        later = self._sampling.passes_of(prompt).later
+        passes = self._sampling.passes_of(prompt)
+        later = passes.later
         # a response that was cut short is no complete first pass, whatever it has described by then
         reads = rollout.finish_reason == "stop" and any(one.context.endswith("description") for one in later)
-        written = find_description(rollout.response_text) if reads else None
+        written = self._planner.template(passes.template).find_description(rollout.response_text) if reads else None
         description = None if written is None else self._planner.cut(written)
         self._pairs[place] = RolloutPair(request.sample, rollout, None, description, description != written)
         self._missing[place] = 1  # until all have been asked
@@ -225,16 +225,16 @@ class PassRequests:
     def _ask(self, later: LaterPass, place: tuple[int, int], text: str | None) -> list[_Request]:
         """The requests of a later pass that the engine can take now; an endpoint is asked, others are held."""
         (group, sample), prompt = place, self._prompts[place[0]]
-        requests = []
+        passes, requests = self._sampling.passes_of(prompt), []
         for asked in ask_later(later, prompt, text):
             if later.reader == "endpoint":
                 if self._on_question is not None:
                     name = f"{self._step}/{prompt.key}/{self._draw(place)}/{later.name_of(asked.number)}"
                     empty = Rollout(name, (), (), "", (), "stop", 0)
                     reading = Reading(later.name, asked.number, empty, asked.context, asked.question)
-                    self._on_question(group, sample, asked.text(prompt), reading)
+                    self._on_question(group, sample, self._planner.question(prompt, passes, asked), reading)
                 continue
-            requests.append(_Request(group, sample, self._planner.later(prompt, asked), asked))
+            requests.append(_Request(group, sample, self._planner.later(prompt, passes, asked), asked))
             self._missing[place] += 1
         if later.reader == "reference" and self._holds_reference:
             self._held += requests
@@ -260,7 +260,7 @@ class PassRequests:
         pairs = list(zip(ours, theirs, strict=False))
         return len(ours) == len(theirs) and all(a.size == b.size and a.tobytes() == b.tobytes() for a, b in pairs)
 
-    def _read(self, place: tuple[int, int], asked: Asked, rollout: Rollout) -> None:
+    def _read(self, place: tuple[int, int], asked: OpenReading, rollout: Rollout) -> None:
         pair, name = self._pairs[place], asked.later.name
         if name == SECOND.name and asked.number == 0:
             self._pairs[place] = replace(pair, second=rollout)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_sr1.processor import Processor
-from megatron_sr1.prompts import render_cot, render_see_think
-from megatron_sr1.rollout.later import Asked, ask_later, check_metadata, metadata_context
-from megatron_sr1.types import LaterPass, PassName, Prompt, Template
+from megatron_sr1.prompts import SHIPPED, Template, Templates
+from megatron_sr1.rollout.later import OpenReading, ask_later, check_metadata, metadata_context
+from megatron_sr1.types import LaterPass, Passes, PassName, Prompt, TemplateName
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-_FIRST_PASS: dict[Template, Callable[[Prompt], str]] = {
-    "see_think": lambda prompt: render_see_think(prompt.problem),
-    "cot": lambda prompt: render_cot(prompt.problem, len(prompt.images)),
-}
 
 
 @dataclass(frozen=True)
@@ -36,20 +31,21 @@ def plan_first(processor: Processor, prompt: Prompt, template: Template) -> Pass
     """The first pass: question and images.
 
     Raises:
-        ValueError: `template` is not one of a first pass.
+        ValueError: `template` is not one of a first pass; the model's chat template does not suit it.
     """
-    if template not in _FIRST_PASS:
+    if template.reads_description:
         raise ValueError(
-            f"sampling.template={template!r} is not a first-pass template: it must be one of {', '.join(_FIRST_PASS)}."
+            f"sampling.template={template.name!r} is not a first-pass template: no description is there to be read. "
+            "Those without {description} are, such as see_think, cot."
         )
-    ids = processor.prompt_ids(_FIRST_PASS[template](prompt), num_images=len(prompt.images))
+    ids = processor.turn_ids(template.render(prompt.problem, len(prompt.images)), num_images=len(prompt.images))
     grids = [processor.grid(image.size) for image in prompt.images]
     return PassPrompt(prompt.key, "first", ids, processor.expand(ids, grids), prompt.images)
 
 
-def plan_later(processor: Processor, prompt: Prompt, asked: Asked) -> PassPrompt:
+def plan_later(processor: Processor, prompt: Prompt, template: Template, asked: OpenReading) -> PassPrompt:
     """A later pass: a question, and the text of its context where it has one; no image."""
-    ids = processor.prompt_ids(asked.text(prompt), num_images=0)
+    ids = processor.turn_ids(template.render(asked.problem(prompt), 0, asked.context), num_images=0)
     return PassPrompt(prompt.key, asked.later.name_of(asked.number), ids, ids, ())
 
 
@@ -75,26 +71,43 @@ class Planner:
     its prompt.
     """
 
-    def __init__(self, processor: Processor, limits: Limits) -> None:
+    def __init__(self, processor: Processor, limits: Limits, templates: Templates = SHIPPED) -> None:
         self.processor = processor
         self.limits = limits
-        self._firsts: dict[tuple[int, Template], PassPrompt] = {}  # by the identity of the prompt
+        self._templates = templates
+        self._firsts: dict[tuple[int, TemplateName], PassPrompt] = {}  # by the identity of the prompt
 
-    def first(self, prompt: Prompt, template: Template) -> PassPrompt:
+    def template(self, name: TemplateName) -> Template:
+        """Of that name."""
+        return self._templates.find(name, "sampling.template")
+
+    def check(self, passes: Passes) -> None:
+        """Whether the model's chat template suits what is asked, before any sample is looked at.
+
+        Raises:
+            ValueError: it does not, see `Processor.turn_ids`.
+        """
+        names = (passes.template, passes.plain_template, *(passes.template_of(later) for later in passes.later))
+        for template in map(self.template, names):
+            description = "" if template.reads_description else None
+            num_images = 0 if template.reads_description or template.name == passes.plain_template else 1
+            self.processor.turn_ids(template.render("?", num_images, description), num_images)
+
+    def first(self, prompt: Prompt, template: TemplateName) -> PassPrompt:
         """The first pass. Raises as `plan_first`."""
         place = (id(prompt), template)
         if place not in self._firsts:
-            self._firsts[place] = plan_first(self.processor, prompt, template)
+            self._firsts[place] = plan_first(self.processor, prompt, self.template(template))
             weakref.finalize(prompt, self._firsts.pop, place, None).atexit = False
         return self._firsts[place]
 
-    def later(self, prompt: Prompt, asked: Asked) -> PassPrompt:
+    def later(self, prompt: Prompt, passes: Passes, asked: OpenReading) -> PassPrompt:
         """A later pass, whose context is a text that `cut` has returned.
 
         Raises:
             ValueError: it does not fit the engine: a text that was cut became longer again as part of a prompt.
         """
-        plan = plan_later(self.processor, prompt, asked)
+        plan = self._later(prompt, passes, asked)
         text = refusal(plan, self.limits)
         if text is not None:
             raise ValueError(text)
@@ -104,25 +117,33 @@ class Planner:
         """The description, or as much of it as a later pass may hold."""
         return cut_description(self.processor, description, self.limits.max_description)
 
+    def question(self, prompt: Prompt, passes: Passes, asked: OpenReading) -> str:
+        """The same for a reader behind an endpoint."""
+        template = self.template(passes.template_of(asked.later))
+        return template.as_question(asked.problem(prompt), asked.context)
+
     def given(self, prompt: Prompt, later: LaterPass) -> str | None:
         """The context of a pass that reads no response. Raises as `metadata_context`."""
         return self.cut(metadata_context(prompt, later)) if later.context == "metadata" else None
 
-    def refusals(self, prompt: Prompt, template: Template, later: Sequence[LaterPass]) -> list[str]:
+    def refusals(self, prompt: Prompt, passes: Passes) -> list[str]:
         """Why the engine cannot take a prompt, for each pass that does not fit; of a pass that reads a description all
         but that is known, which is counted in full.
 
         Raises:
             ValueError: the sample lacks what a later pass reads or asks.
         """
-        check_metadata(prompt, later)
-        texts = [refusal(self.first(prompt, template), self.limits)]
-        for one in later:
+        check_metadata(prompt, passes.later)
+        texts = [refusal(self.first(prompt, passes.template), self.limits)]
+        for one in passes.later:
             reads = one.context in ("description", "other_description")
             for asked in ask_later(one, prompt, "" if reads else self.given(prompt, one)):
-                shortest = plan_later(self.processor, prompt, asked)
+                shortest = self._later(prompt, passes, asked)
                 texts.append(refusal(shortest, self.limits, reserved=self.limits.max_description if reads else 0))
         return list(dict.fromkeys(text for text in texts if text is not None))
+
+    def _later(self, prompt: Prompt, passes: Passes, asked: OpenReading) -> PassPrompt:
+        return plan_later(self.processor, prompt, self.template(passes.template_of(asked.later)), asked)
 
 
 def refusal(plan: PassPrompt, limits: Limits, reserved: int = 0) -> str | None:

@@ -92,7 +92,7 @@ class TwoPassGenerator:
         mine = assign_prompts(self._planner.processor, prompts, sampling, self._engines.num_ranks)[self._engines.rank]
         own = [prompts[index] for index in mine]
         refused = self._engines.gather(
-            [text for prompt in own for text in self._planner.refusals(prompt, *sampling.passes_of(prompt))]
+            [text for prompt in own for text in self._planner.refusals(prompt, sampling.passes_of(prompt))]
         )
         if refused:
             raise ValueError("\n".join(sorted(set(refused))))

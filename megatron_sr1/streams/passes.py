@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_sr1.types import SECOND, LaterPass, PassName, Template
+from megatron_sr1.prompts import Template
+from megatron_sr1.types import SECOND, LaterPass, PassName
 
 
 def later_passes(entries: Sequence[Mapping[str, Any]]) -> tuple[tuple[LaterPass, ...], tuple[PassName, ...]]:
@@ -44,8 +45,8 @@ def check_later(later: Sequence[LaterPass], template: Template) -> None:
         ValueError: a pass reads a description, and the first pass' template asks for none.
     """
     reading = [one.name for one in later if needs_description(one)]
-    if reading and template != "see_think":
+    if reading and template.describes is None:
         raise ValueError(
-            f"objective: the pass {reading[0]!r} reads a description, and the template {template!r} asks for none. Set "
-            "objective.template=see_think, or another context."
+            f"objective: the pass {reading[0]!r} reads a description, and the template {template.name!r} asks for "
+            "none. Set objective.template=see_think, or another context."
         )

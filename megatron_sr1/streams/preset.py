@@ -1,19 +1,21 @@
-"""The objective of a run: the first pass' template and the reward streams, from a preset, a list, or both."""
+"""The objective of a run: the templates of the passes and the reward streams, from a preset, a list, or both."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from megatron_sr1.config import ObjectiveConfig, RewardsConfig
+from megatron_sr1.config import Config, ObjectiveConfig, RewardsConfig
 from megatron_sr1.config.rules import require
 from megatron_sr1.import_path import is_import_path, load_object
+from megatron_sr1.prompts import SHIPPED, Asked, Template, Templates, templates_of
 from megatron_sr1.rewards import find_reward, layout_reward
 from megatron_sr1.streams.passes import check_later, later_passes, needs_description
 from megatron_sr1.streams.presets import WRITTEN, Written
 from megatron_sr1.streams.segments import REST, segments_of
-from megatron_sr1.types import SECOND, Clip, LaterPass, Passes, PassName, PresetName, RewardStream, Template
+from megatron_sr1.types import SECOND, Clip, LaterPass, Passes, PassName, PresetName, RewardStream, TemplateName
 
 
 @dataclass(frozen=True)
@@ -21,19 +23,24 @@ class Preset:
     """A named objective.
 
     Raises:
-        ValueError: no stream, two streams of one name, a stream without rewards, of a pass that there is not or that
-            others than the policy write, or of a segment that its pass does not have; a reward that is not there, is
-            of a pass that there is not, needs a description where none is asked for, or is shown by the name of
-            another; a pass that needs a description where none is asked for.
+        ValueError: a template that is not there, or cannot have its role; no stream, two streams of one name, a stream
+            without rewards, of a pass that there is not or that others than the policy write, or of a segment that its
+            pass does not have; a reward that is not there, is of a pass that there is not, needs a description where
+            none is asked for, or is shown by the name of another; a pass that needs a description where none is asked
+            for.
     """
 
     name: str
-    template: Template
+    template: TemplateName  # of the first pass
     streams: tuple[RewardStream, ...]
+    second_template: TemplateName = "caption_reasoner"  # of passes that read a text
+    plain_template: TemplateName = "cot"  # of prompts without images, and of passes that read nothing
+    templates: Templates = SHIPPED  # that the names are of
     later: tuple[LaterPass, ...] = (SECOND,)  # that may follow; the second one alone does only where it is needed
-    asked: tuple[PassName, ...] = ()  # of `later`, those that are wanted for themselves
+    wanted: tuple[PassName, ...] = ()  # of `later`, those that are wanted for themselves
 
     def __post_init__(self) -> None:
+        _ = self.asked
         if not self.streams:
             raise ValueError(f"objective {self.name!r}: it has no streams; give at least one.")
         names = [stream.name for stream in self.streams]
@@ -42,7 +49,21 @@ class Preset:
         for stream in self.streams:
             self._check_stream(stream)
         self._check_rewards()
-        check_later(self.passes.later, self.template)
+        check_later(self.passes.later, self.asked.first)
+
+    @cached_property
+    def asked(self) -> Asked:
+        """The templates of the passes.
+
+        Raises:
+            ConfigError: see `Templates.asked`.
+        """
+        return self.templates.asked(self.template, self.second_template, self.plain_template)
+
+    @property
+    def described(self) -> bool:
+        """Whether a prompt with images is asked for a description."""
+        return self.asked.first.describes is not None
 
     @property
     def second_pass(self) -> bool:
@@ -72,12 +93,18 @@ class Preset:
     @property
     def passes(self) -> Passes:
         """Those of a prompt with images. After a description the second pass is measured even if it earns nothing."""
-        wanted = {*self._needed, *self.asked, *((SECOND.name,) if self.template == "see_think" else ())}
-        return Passes(self.template, tuple(later for later in self.later if later.name in wanted))
+        names = {*self._needed, *self.wanted, *((SECOND.name,) if self.described else ())}
+        later = tuple(later for later in self.later if later.name in names)
+        return Passes(self.template, later, self.second_template, self.plain_template)
 
     def later_pass(self, name: PassName) -> LaterPass | None:
         """The pass of that name; None: it is the first, or there is none."""
         return next((later for later in self.later if later.name == name), None)
+
+    def template_of(self, name: PassName) -> Template:
+        """That the pass of a prompt with images is asked by."""
+        later = self.later_pass(name)
+        return self.asked.first if later is None else self.templates.by_name[self.passes.template_of(later)]
 
     def num_samples(self, name: PassName) -> int:
         """Of a pass, for each sample of the first."""
@@ -104,7 +131,7 @@ class Preset:
             raise ValueError(f"{where}: it has no rewards; name at least one.")
         if stream.trajectory != "first":
             self._check_trained(where, stream.trajectory)
-        allowed = segments_of(stream.trajectory, self.template)
+        allowed = segments_of(self.template_of(stream.trajectory))
         if stream.tokens not in allowed:
             raise ValueError(
                 f"{where}: tokens={stream.tokens!r} is no segment of the {stream.trajectory} pass. It has "
@@ -141,7 +168,7 @@ class Preset:
 
     def _check_rewards(self) -> None:
         by_name: dict[str, str] = {}
-        described = self.template == "see_think"
+        described = self.described
         for name in self.rewards:
             reward = find_reward(name)
             later = self.later_pass(reward.later)
@@ -174,14 +201,19 @@ class Preset:
                 )
 
 
-def preset_from_config(objective: ObjectiveConfig) -> Preset:
+def preset_of(config: Config) -> Preset:
+    """The objective of a run, with its templates. Raises as `templates_of` and `preset_from_config`."""
+    return preset_from_config(config.objective, templates_of(config))
+
+
+def preset_from_config(objective: ObjectiveConfig, templates: Templates = SHIPPED) -> Preset:
     """What `objective.preset` and `objective.streams` say together: an entry of the list changes the preset's stream of
     its name, or joins; what neither says, the other keys of `objective` do.
 
     Raises:
         ValueError: see `Preset`; an entry that takes away or changes a stream that there is not, or lacks its rewards.
     """
-    template: Template = "see_think"
+    template: TemplateName = "see_think"
     written: dict[str, dict[str, Any]] = {}
     if objective.preset is not None:
         template, preset = WRITTEN[objective.preset](objective.format_weight)
@@ -196,8 +228,17 @@ def preset_from_config(objective: ObjectiveConfig) -> Preset:
             )
         written[name] = {**written.get(name, {}), **entry}
     streams = tuple(_stream(entry, objective) for entry in written.values() if entry.get("enabled", True))
-    later, asked = later_passes(objective.passes)
-    preset = Preset(objective.name, objective.template or template, streams, later, asked)
+    later, wanted = later_passes(objective.passes)
+    preset = Preset(
+        objective.name,
+        objective.template or template,
+        streams,
+        objective.second_template or Preset.second_template,
+        objective.plain_template or Preset.plain_template,
+        templates,
+        later,
+        wanted,
+    )
     _check_against_objective(objective, preset)
     return preset
 
@@ -274,7 +315,9 @@ def _check_against_objective(objective: ObjectiveConfig, preset: Preset) -> None
             )
 
 
-def check_objective(objective: ObjectiveConfig, rewards: RewardsConfig, megatron_dir: str = "") -> None:
+def check_objective(
+    objective: ObjectiveConfig, rewards: RewardsConfig, megatron_dir: str = "", *, templates: Templates = SHIPPED
+) -> None:
     """Imports what the objective names of a user's own.
 
     Args:
@@ -284,8 +327,8 @@ def check_objective(objective: ObjectiveConfig, rewards: RewardsConfig, megatron
         ValueError: see `preset_from_config`; a reward asks a judge, or a pass is read by one, and there is none; there
             is nothing to be called at `objective.loss`; a pass is read by starting weights that an engine cannot read.
     """
-    own_code(objective)
-    preset = preset_from_config(objective)
+    own_code(objective, templates)
+    preset = preset_from_config(objective, templates)
     asking = [f"the reward {name!r}" for name in preset.rewards if "judge" in find_reward(name).needs]
     asking += [f"the pass {later.name!r}" for later in preset.passes.later if later.reader == "endpoint"]
     require(
@@ -305,13 +348,13 @@ def check_objective(objective: ObjectiveConfig, rewards: RewardsConfig, megatron
     )
 
 
-def own_code(objective: ObjectiveConfig) -> dict[str, Callable[..., Any]]:
+def own_code(objective: ObjectiveConfig, templates: Templates = SHIPPED) -> dict[str, Callable[..., Any]]:
     """The functions of a user's own that the objective names, by their import paths: rewards, and the loss.
 
     Raises:
         ValueError: see `preset_from_config`; what `objective.loss` names cannot be called.
     """
-    names = [name for name in preset_from_config(objective).rewards if is_import_path(name)]
+    names = [name for name in preset_from_config(objective, templates).rewards if is_import_path(name)]
     code: dict[str, Callable[..., Any]] = {name: find_reward(name).function for name in names}
     if objective.loss:
         loss = load_object(objective.loss, "objective.loss")

@@ -9,33 +9,33 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_sr1.types import PresetName, Template
+from megatron_sr1.types import PresetName, TemplateName
 
 Written = Mapping[str, Any]  # one entry of objective.streams
 
 
-def _vision_r1(alpha: float) -> tuple[Template, list[Written]]:
+def _vision_r1(alpha: float) -> tuple[TemplateName, list[Written]]:
     """Answer-only GRPO with the plain chain-of-thought prompt."""
     return "cot", [{"name": "answer", "rewards": {"acc": 1.0, "fmt_cot": alpha}}]
 
 
-def _see_think(alpha: float) -> tuple[Template, list[Written]]:
+def _see_think(alpha: float) -> tuple[TemplateName, list[Written]]:
     """Answer-only GRPO with the See-Think prompt: the paper's ablation without self-reward."""
     return "see_think", [{"name": "answer", "rewards": {"acc": 1.0, "fmt": alpha}}]
 
 
-def _summed(alpha: float) -> tuple[Template, list[Written]]:
+def _summed(alpha: float) -> tuple[TemplateName, list[Written]]:
     """One scalar for everything, (1 - alpha) acc + alpha fmt + acc_vis, on the first pass (first public code)."""
     return "see_think", [{"name": "answer", "rewards": {"acc": 1.0 - alpha, "fmt": alpha, "acc_vis": 1.0}}]
 
 
-def _gdpo(alpha: float) -> tuple[Template, list[Written]]:
+def _gdpo(alpha: float) -> tuple[TemplateName, list[Written]]:
     """Each reward normalised by itself, then summed, on the first pass (later public code; arXiv 2601.05242)."""
     rewards = {"acc": 1.0, "fmt": alpha, "acc_vis": 1.0, "fmt_vis": alpha}
     return "see_think", [{"name": "answer", "rewards": rewards, "normalize": "per_component"}]
 
 
-def _vision_sr1(alpha: float) -> tuple[Template, list[Written]]:
+def _vision_sr1(alpha: float) -> tuple[TemplateName, list[Written]]:
     """The paper: each pass earns its own reward on its own tokens, lambda = 1/2 each."""
     visual = {"acc_vis": 1.0, "fmt_vis": alpha}
     return "see_think", [
@@ -44,7 +44,7 @@ def _vision_sr1(alpha: float) -> tuple[Template, list[Written]]:
     ]
 
 
-def _perception_credit(alpha: float) -> tuple[Template, list[Written]]:
+def _perception_credit(alpha: float) -> tuple[TemplateName, list[Written]]:
     """The visual reward credits the description that earned it; the answer reward credits the rest."""
     answer, visual = {"acc": 1.0, "fmt": alpha}, {"acc_vis": 1.0, "fmt_vis": alpha}
     return "see_think", [
@@ -53,7 +53,7 @@ def _perception_credit(alpha: float) -> tuple[Template, list[Written]]:
     ]
 
 
-def _external_reasoner(alpha: float) -> tuple[Template, list[Written]]:
+def _external_reasoner(alpha: float) -> tuple[TemplateName, list[Written]]:
     """As `vision_sr1`, but the description is read by a model behind an endpoint (`rewards.judge`), so that what it
     earns credits the response that holds it (RACRO, arXiv 2506.04559)."""
     return "see_think", [
@@ -63,7 +63,7 @@ def _external_reasoner(alpha: float) -> tuple[Template, list[Written]]:
 
 
 # alpha, the weight of the layout -> the first pass' template and the streams
-WRITTEN: Mapping[PresetName, Callable[[float], tuple[Template, list[Written]]]] = {
+WRITTEN: Mapping[PresetName, Callable[[float], tuple[TemplateName, list[Written]]]] = {
     "vision_r1": _vision_r1,
     "see_think": _see_think,
     "summed": _summed,

@@ -2,8 +2,8 @@
 
     response      everything the policy wrote, its end of turn included
     <tag>         a block of the template, with its tags: description, think
-    answer        the last box, with its braces
-    reasoning     everything that is outside the description block
+    answer        the last answer, with its braces or tags
+    reasoning     everything that is outside the block that describes
     rest          everything that no other stream credits in the same pass
 
 A block counts where its tags stand once and in order; where it does not, the segment is empty. A token that lies partly
@@ -14,25 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_sr1.prompts import TAGS, Span, boxed_block, description_block, tag_block
-from megatron_sr1.types import PassName, RewardStream, Template
+from megatron_sr1.prompts import ANSWER, Template
+from megatron_sr1.types import RewardStream
 
-WHOLE, REST, OUTSIDE_DESCRIPTION, ANSWER = "response", "rest", "reasoning", "answer"
-_LATER_TEMPLATE: Template = "caption_reasoner"
-
-
-def segments_of(pass_name: PassName, template: Template) -> tuple[str, ...]:
-    """The segments that a stream may name in a pass; `template` is that of the first."""
-    tags = TAGS[template if pass_name == "first" else _LATER_TEMPLATE]
-    more = (OUTSIDE_DESCRIPTION,) if "description" in tags else ()
-    return (WHOLE, *tags, ANSWER, *more, REST)
+WHOLE, REST, OUTSIDE_DESCRIPTION = "response", "rest", "reasoning"
 
 
-def block_of(text: str, segment: str) -> Span | None:
-    """[start, end) of a tag's block or of the answer; None where the response has none."""
-    if segment == ANSWER:
-        return boxed_block(text)
-    return description_block(text) if segment == "description" else tag_block(text, segment)
+def segments_of(template: Template) -> tuple[str, ...]:
+    """The segments that a stream may name in a pass that is asked by `template`; where a tag is called as another
+    segment, neither."""
+    more = () if template.describes is None else (OUTSIDE_DESCRIPTION,)
+    unclear = {WHOLE, ANSWER, OUTSIDE_DESCRIPTION, REST} & set(template.tags)
+    return tuple(name for name in (WHOLE, *template.tags, ANSWER, *more, REST) if name not in unclear)
 
 
 def other_segments(stream: RewardStream, streams: Sequence[RewardStream]) -> tuple[str, ...]:

@@ -12,14 +12,13 @@ from megatron_sr1.config import Config, row_tokens
 from megatron_sr1.objective import stream_advantages, token_kinds, token_weights
 from megatron_sr1.packing import moved, pack, split_for_ranks
 from megatron_sr1.processor import Processor
-from megatron_sr1.prompts import render_caption_reasoner, render_cot, render_see_think
+from megatron_sr1.prompts import templates_of
 from megatron_sr1.rewards import find_reward
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.segments import Response, response_masks, scored_responses
 from megatron_sr1.training.step_rewards import per_rollout
 from megatron_sr1.training.tokens import ResponseTokens, into_rows
 from megatron_sr1.types import (
-    EncodedImage,
     MicroBatch,
     Ranks,
     RewardStream,
@@ -104,16 +103,17 @@ class Batcher:
         """`device`: where the policy computes, and so where everything it is trained on goes.
 
         Raises:
-            ConfigError: train.micro_batch_tokens has no room for a row of the layout.
+            ConfigError: train.micro_batch_tokens has no room for a row of the layout; see `templates_of`.
         """
         self._config = config
         self._row_tokens = row_tokens(config)
+        self._templates = templates_of(config)
         self._device = device
         self._processor = processor
         self._replicas = replicas
 
     def sft(self, samples: Sequence[SftSample]) -> SftBatch:
-        """Demonstrations of either layout; the response tokens are trained on, each with the same weight."""
+        """Demonstrations of any template; the response tokens are trained on, each with the same weight."""
         sequences = [self._demonstration(sample) for sample in samples]
         weight = 1.0 / sum(len(sequence.response_ids) for sequence in sequences)
         lengths = [len(sequence.prompt_ids) + len(sequence.response_ids) for sequence in sequences]
@@ -143,7 +143,7 @@ class Batcher:
             groups: all groups of the optimizer step, the same on every rank.
         """
         how = (preset.streams, self._config.objective.cut_responses)
-        scored = [scored_responses(pair, preset) for group in groups for pair in group.pairs]
+        scored = [scored_responses(pair, group.prompt, preset) for group in groups for pair in group.pairs]
         masks = [[response_masks(self._processor, each, *how) for each in responses] for responses in scored]
         weights = self._weights(scored, masks, preset)  # [S, B, M]
 
@@ -226,17 +226,11 @@ class Batcher:
         return [moved(batch, self._device) for batch in batches]
 
     def _demonstration(self, sample: SftSample) -> TokenSequence:
-        if sample.template == "caption_reasoner":
-            text, images = render_caption_reasoner(sample.description or "", sample.prompt.problem), ()
-        else:
-            problem, num_images = sample.prompt.problem, len(sample.prompt.images)
-            text = render_cot(problem, num_images) if sample.template == "cot" else render_see_think(problem)
-            images = tuple(self._processor.encode_image(image) for image in sample.prompt.images)
-        return TokenSequence(self._prompt_ids(text, images), self._processor.response_ids(sample.response), images)
-
-    def _prompt_ids(self, text: str, images: tuple[EncodedImage, ...]) -> tuple[int, ...]:
-        ids = self._processor.prompt_ids(text, len(images))
-        return self._processor.expand(ids, [image.grid_thw for image in images])
+        template = self._templates.of_demonstration(sample)
+        images = tuple(self._processor.encode_image(image) for image in sample.prompt.images)
+        turn = template.render(sample.prompt.problem, len(images), sample.description)
+        ids = self._processor.expand(self._processor.turn_ids(turn, len(images)), [image.grid_thw for image in images])
+        return TokenSequence(ids, self._processor.response_ids(sample.response), images)
 
     def _mine(self, lengths: Sequence[int]) -> list[int]:
         """Which of the items of these lengths, in tokens, this replica trains on."""
@@ -252,7 +246,7 @@ class Batcher:
             sum(
                 len(response.rollout.prompt_ids) + len(response.rollout.response_ids)
                 for pair in group.pairs
-                for response in scored_responses(pair, preset)
+                for response in scored_responses(pair, group.prompt, preset)
             )
             for group in groups
         ]

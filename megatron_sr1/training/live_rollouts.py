@@ -128,6 +128,7 @@ class LiveRollouts:
             judge=rewards.judge.endpoint if rewards.judge.url else None,
             reads=any(later.reader == "endpoint" for later in preset.passes.later),
             fails_fast=not self._skips,
+            asked=preset.asked,
         )
 
     def __enter__(self) -> LiveRollouts:
@@ -169,7 +170,7 @@ class LiveRollouts:
         if self._ranks.rank == 0:
             for reason in reasons:
                 logger.warning("a group is skipped: %s", reason)
-            write_rollouts(rollouts_file(self._folder, step), chosen, len(prompts.first))
+            write_rollouts(rollouts_file(self._folder, step), chosen, len(prompts.first), self._preset.asked)
         return chosen
 
     def _answer(self, prompts: Sequence[Prompt], drawn: _Drawn, step: int, clock: Clock) -> None:

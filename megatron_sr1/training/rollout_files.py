@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_sr1.prompts import OURS, Asked
 from megatron_sr1.training.step_rewards import rewards_of
 from megatron_sr1.training.step_rollouts import StepRollouts
 from megatron_sr1.types import Prompt, Question, Reading, Rollout, RolloutGroup, RolloutPair
@@ -32,7 +33,7 @@ def rollouts_file(folder: Path, step: int) -> Path:
     return folder / f"step_{step:06d}.jsonl"
 
 
-def write_rollouts(path: Path, rollouts: StepRollouts, num_prompts: int) -> None:
+def write_rollouts(path: Path, rollouts: StepRollouts, num_prompts: int, asked: Asked = OURS) -> None:
     """One JSON line per sample: ids, texts, log-probs and rewards of all passes; images by the prompt's key. Groups
     that could not be graded have a line each.
 
@@ -40,6 +41,7 @@ def write_rollouts(path: Path, rollouts: StepRollouts, num_prompts: int) -> None
 
     Args:
         num_prompts: that the step began with.
+        asked: the templates of the passes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     index = 0
@@ -61,6 +63,7 @@ def write_rollouts(path: Path, rollouts: StepRollouts, num_prompts: int) -> None
                     "description": pair.description,
                     "description_cut": pair.description_cut,
                     "rewards": rewards_of(rollouts.rewards, index),
+                    "templates": str(asked),
                     "first": _fields(pair.first),
                     "second": _fields(pair.second),
                     **({"further": [asdict(reading) for reading in pair.further]} if pair.further else {}),
@@ -70,7 +73,11 @@ def write_rollouts(path: Path, rollouts: StepRollouts, num_prompts: int) -> None
 
 
 def read_rollouts(
-    path: Path, draw: Callable[[int], Sequence[Prompt]], num_samples: int, names: Sequence[str]
+    path: Path,
+    draw: Callable[[int], Sequence[Prompt]],
+    num_samples: int,
+    names: Sequence[str],
+    asked: Asked = OURS,
 ) -> StepRollouts:
     """What `write_rollouts` wrote; groups that were skipped are left out again, those that were dropped dropped.
 
@@ -79,10 +86,11 @@ def read_rollouts(
             keys, and no images.
         num_samples: K.
         names: of rewards that must be there.
+        asked: the templates that the segments of the responses are looked for by.
 
     Raises:
         ValueError: no such file, a damaged one, another number of samples, another prompt than the data gives at this
-            place, a reward that was not measured, or another number of response ids than log-probs.
+            place, other templates, a reward that was not measured, or another number of response ids than log-probs.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist. Give the folder of a run that saved this step, or lower train.steps.")
@@ -98,12 +106,7 @@ def read_rollouts(
             f"{path} holds {len(lines)} samples, the configuration asks for {len(graded)} prompts x {num_samples} "
             "samples. Set rollout.prompts_per_step and rollout.samples_per_prompt as in the run that saved it."
         )
-    missing = sorted(set(names) - set(lines[0]["rewards"]))
-    if missing:
-        raise ValueError(
-            f"{path} has no reward {missing[0]!r}. Set objective.preset and objective.streams as in the run that saved "
-            "it."
-        )
+    _check_settings(path, lines[0], names, asked)
     groups, places = [], []
     for number, index in enumerate(graded):
         prompt = prompts[index]
@@ -119,6 +122,22 @@ def read_rollouts(
     _check_places(path, places, len(prompts) - further)
     rewards = {name: torch.tensor([line["rewards"][name] for line in lines]) for name in lines[0]["rewards"]}
     return StepRollouts(groups, rewards, places, file.skipped, file.rounds)
+
+
+def _check_settings(path: Path, line: dict[str, Any], names: Sequence[str], asked: Asked) -> None:
+    """`line`: a sample's."""
+    missing = sorted(set(names) - set(line["rewards"]))
+    if missing:
+        raise ValueError(
+            f"{path} has no reward {missing[0]!r}. Set objective.preset and objective.streams as in the run that saved "
+            "it."
+        )
+    then = line.get("templates", str(asked))  # files of earlier releases do not say
+    if then != str(asked):
+        raise ValueError(
+            f"{path}: its prompts were asked by other templates, {then}; the configuration has {asked}. Set "
+            "objective.template, second_template, plain_template and templates as in the run that saved it."
+        )
 
 
 def _check_places(path: Path, places: Sequence[Any], count: int) -> None:

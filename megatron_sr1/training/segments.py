@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_sr1.processor import Processor
-from megatron_sr1.streams import REST, WHOLE, Preset, block_of, other_segments
+from megatron_sr1.prompts import Template
+from megatron_sr1.streams import REST, WHOLE, Preset, other_segments
 from megatron_sr1.streams.segments import OUTSIDE_DESCRIPTION
-from megatron_sr1.types import CutResponses, PassName, RewardStream, Rollout, RolloutPair
+from megatron_sr1.types import CutResponses, PassName, Prompt, RewardStream, Rollout, RolloutPair
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,14 @@ class Response:
     pass_name: PassName
     number: int  # among the samples of its pass
     rollout: Rollout
+    template: Template  # that it answers
 
 
-def scored_responses(pair: RolloutPair, preset: Preset) -> list[Response]:
+def scored_responses(pair: RolloutPair, prompt: Prompt, preset: Preset) -> list[Response]:
     """The first pass, and of the later passes those that a stream credits."""
+    first = preset.asked.of(prompt).first
     return [
-        Response(name, number, rollout)
+        Response(name, number, rollout, first if name == "first" else preset.template_of(name))
         for name, rollouts in pair.rollouts().items()
         if name == "first" or preset.trains(name)
         for number, rollout in enumerate(rollouts)
@@ -47,27 +50,30 @@ def response_masks(
         return rows
     for row, stream in zip(rows, streams, strict=True):
         if stream.trajectory == response.pass_name:
-            row.copy_(_segment(processor, rollout, stream, streams))
+            row.copy_(_segment(processor, rollout, response.template, stream, streams))
     return rows
 
 
-def _segment(processor: Processor, rollout: Rollout, stream: RewardStream, streams: Sequence[RewardStream]) -> Tensor:
+def _segment(
+    processor: Processor, rollout: Rollout, template: Template, stream: RewardStream, streams: Sequence[RewardStream]
+) -> Tensor:
     """[n]: 1.0 on the tokens that a stream credits."""
     if stream.tokens != REST:
-        return _named(processor, rollout, stream.tokens)
+        return _named(processor, rollout, template, stream.tokens)
     left = torch.ones(len(rollout.response_ids))
     for segment in other_segments(stream, streams):
-        left = torch.minimum(left, 1.0 - _named(processor, rollout, segment))
+        left = torch.minimum(left, 1.0 - _named(processor, rollout, template, segment))
     return left
 
 
-def _named(processor: Processor, rollout: Rollout, segment: str) -> Tensor:
+def _named(processor: Processor, rollout: Rollout, template: Template, segment: str) -> Tensor:
     """[n]: 1.0 on the tokens of a segment, whatever other streams credit."""
     everything = torch.ones(len(rollout.response_ids))
     if segment == WHOLE:
         return everything
     outside = segment == OUTSIDE_DESCRIPTION
-    block = block_of(rollout.response_text, "description" if outside else segment)
+    name = template.describes if outside else segment
+    block = None if name is None else template.block(rollout.response_text, name)
     inside = torch.zeros(len(rollout.response_ids))
     if block is not None:
         inside = torch.tensor(processor.segment_mask(rollout.response_ids, block), dtype=torch.float32)

@@ -77,7 +77,7 @@ def _padded(value: Value, number: int) -> list[float]:
 
 
 def _layout(preset: Preset) -> str:
-    return layout_reward(described=preset.template == "see_think")
+    return layout_reward(preset.described)
 
 
 def _is_visual(name: str, preset: Preset) -> bool:

@@ -17,7 +17,7 @@ from megatron_sr1.data.index import content_checksum
 from megatron_sr1.data.pictures import SOURCE_FORMATS, decode_picture, picture_format
 from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample, encode_fields
 from megatron_sr1.data.sources.source import ChangeKind, Problem, ProblemKind, RawSample
-from megatron_sr1.types import MAX_ANSWER_CHARACTERS, MAX_ASPECT, Template
+from megatron_sr1.types import MAX_ANSWER_CHARACTERS, MAX_ASPECT, TemplateName
 
 _BLANK = " \t\r\n\u00a0\u200b\u200c\u200d\u2060\ufeff"
 _SOLUTION = re.compile(r"####|\\boxed|</?(?:answer|think)>")
@@ -34,7 +34,7 @@ class Question:
     """What the length of a prompt depends on."""
 
     problem: str
-    template: Template | None  # None: a prompt without a response
+    template: TemplateName | None  # None: a prompt without a response
     description: str | None
     image_sizes: tuple[Size, ...]
 
@@ -58,7 +58,7 @@ class TextRules(Protocol):
         """
         ...
 
-    def boxed_answer(self, template: Template, response: str) -> str | None:
+    def boxed_answer(self, template: TemplateName, response: str) -> str | None:
         """The answer in a response of the template's layout; None where the layout is broken."""
         ...
 
@@ -167,6 +167,8 @@ def _complete(raw: Mapping[str, Any], rules: TextRules) -> dict[str, Any]:
     boxed = rules.boxed_answer(fields["template"], response)
     if boxed is None:
         raise _Unfit("response", f"the response does not follow the layout of {fields['template']}: {response[:80]!r}")
+    if (fields["template"] == "caption_reasoner") != ("description" in fields):
+        raise _Unfit("field", f"template={fields['template']!r}: a description belongs exactly to caption_reasoner")
     fields.setdefault("answer", boxed)
     return fields
 
