@@ -366,6 +366,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
             patch.setitem(sys.modules, module, None)  # as if it were not installed
             known = sys.modules["fsspec.registry"]._registry  # pyright: ignore[reportAttributeAccessIssue]
             patch.delitem(known, url.partition(":")[0], raising=False)
+            patch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
             with pytest.raises(ValueError, match=f"needs the package {package}: pip install 'megatron_sr1") as refused:
                 check_openable(url)
             assert "secret" not in str(refused.value)

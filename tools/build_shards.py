@@ -31,6 +31,7 @@ from megatron_sr1.config import RolloutConfig
 from megatron_sr1.data import ShardDataset
 from megatron_sr1.data.build.builder import BuildOptions, BuildReport, build_shards, problems_path
 from megatron_sr1.data.build.check import check_shards
+from megatron_sr1.data.build.layouts import boxed_answer
 from megatron_sr1.data.build.samples import Question
 from megatron_sr1.data.sources.columns import Columns
 from megatron_sr1.data.sources.json_files import JsonSource
@@ -39,8 +40,6 @@ from megatron_sr1.data.sources.parquet import ParquetSource
 from megatron_sr1.data.sources.source import Format, Source
 from megatron_sr1.data.sources.webdataset import WebDatasetSource
 from megatron_sr1.prompts import (
-    parse_reasoner,
-    parse_see_think,
     render_caption_reasoner,
     render_cot,
     render_see_think,
@@ -95,8 +94,7 @@ class ModelRules:
 
     def boxed_answer(self, template: Template, response: str) -> str | None:
         """The answer in the response, or None where its layout is broken."""
-        parsed = parse_see_think(response) if template == "see_think" else parse_reasoner(response)
-        return None if parsed is None else parsed.answer
+        return boxed_answer(template, response)
 
 
 def _user_text(template: Template, question: Question) -> str:

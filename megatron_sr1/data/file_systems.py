@@ -45,9 +45,20 @@ class RemoteFile:
 
 def check_openable(url: str) -> None:
     """Asks nobody. Raises ValueError where no package that is installed opens such a URL."""
+    import fsspec  # here and below: local shards need neither it nor what it imports
+
     protocol = protocol_of(url)
-    if protocol != "pipe":
-        _file_system(url)
+    if protocol == "pipe":
+        return
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        package = _PACKAGES.get(protocol)
+        needs = f"it needs the package {package}: pip install 'megatron_sr1[remote]'" if package else str(error)
+        raise ValueError(f"{shown(url)}: {protocol}:// cannot be read here: {needs}.") from None
+    except ValueError:
+        known = "https://, s3://, gs:// or hf://"
+        raise ValueError(f"{shown(url)}: nothing here opens such a URL. Give {known}.") from None
 
 
 def file_of(url: str) -> RemoteFile:
@@ -98,10 +109,11 @@ def download(url: str, path: Path) -> None:
 
 def _tried(url: str, read: Callable[[Any], _T]) -> _T:
     """What `read` makes of the file system; tried again after a failure that may pass."""
-    files, foreign = _file_system(url), foreign_errors(protocol_of(url))
+    check_openable(url)
+    foreign = foreign_errors(protocol_of(url))
     for seconds in (*RETRY_SECONDS, None):
         try:
-            return read(files)
+            return read(_file_system(protocol_of(url), "%" in url))
         except (OSError, *foreign) as error:
             if isinstance(error, OSError) and error.errno in _LOCAL:
                 raise
@@ -113,26 +125,18 @@ def _tried(url: str, read: Callable[[Any], _T]) -> _T:
     raise AssertionError("the last try returns or raises")
 
 
-def _file_system(url: str) -> Any:
-    """fsspec's file system for a URL: one for each process and kind of URL, which fsspec keeps."""
-    import fsspec  # here and below: local shards need none of them
+def _file_system(protocol: str, encoded: bool) -> Any:
+    """fsspec's, of a protocol: one for each thread, which fsspec keeps.
 
-    protocol = protocol_of(url)
-    options: dict[str, Any] = {}
-    try:
-        if protocol in _HTTP:
-            import aiohttp
+    Args:
+        encoded: the URL has % already; it is asked for as it is written, which is what a signature is of.
+    """
+    import fsspec
 
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
-            # a signature is of the URL as it is written; proxies are those of the environment
-            options = {"encoded": "%" in url, "client_kwargs": {"timeout": timeout, "trust_env": True}}
-            options["headers"] = {"Accept-Encoding": "identity"}
-        return fsspec.filesystem(protocol, **options)
-    except ImportError as error:
-        package = _PACKAGES.get(protocol)
-        needs = f"it needs the package {package}: pip install 'megatron_sr1[remote]'" if package else str(error)
-        raise ValueError(f"{shown(url)}: {protocol}:// cannot be read here: {needs}.") from None
-    except ValueError:
-        raise ValueError(
-            f"{shown(url)}: nothing here opens such a URL. Give https://, s3://, gs:// or hf://."
-        ) from None
+    if protocol not in _HTTP:
+        return fsspec.filesystem(protocol)
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
+    client = {"timeout": timeout, "trust_env": True}  # proxies are those of the environment
+    return fsspec.filesystem(protocol, encoded=encoded, client_kwargs=client, headers={"Accept-Encoding": "identity"})

@@ -54,7 +54,12 @@ _AMAZON = (
     _Foreign("botocore.exceptions", "NoCredentialsError", refused=True),
     _Foreign("botocore.exceptions", "BotoCoreError"),
 )
-_GOOGLE = (_Foreign("gcsfs.retry", "HttpError", "code"), *_HTTP)
+_GOOGLE = (
+    _Foreign("gcsfs.retry", "HttpError", "code"),
+    _Foreign("google.auth.exceptions", "DefaultCredentialsError", refused=True),
+    _Foreign("google.auth.exceptions", "GoogleAuthError"),
+    *_HTTP,
+)
 _OF_PROTOCOL = {"http": _HTTP, "https": _HTTP, "hf": _HUB, "s3": _AMAZON, "s3a": _AMAZON, "gs": _GOOGLE, "gcs": _GOOGLE}
 
 

@@ -142,7 +142,7 @@ def heldout_prompts(run: Run) -> Heldout:
         ValueError: as `open_dataset`; more images in a prompt than rollout.max_images.
     """
     config, quarantine = run.config, run.quarantine("heldout")
-    dataset = open_dataset(config.data, config.data.heldout, "data.heldout", quarantine)
+    dataset = open_dataset(config.data, "heldout", quarantine)
     preset = preset_from_config(config.objective)
     check = prompt_check(run.planner, preset.passes.of)
     heldout = Heldout(dataset, quarantine, config.evaluate.max_prompts, check)
