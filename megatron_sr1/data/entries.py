@@ -219,8 +219,9 @@ def _choose(splits: Splits, folder: Path, name: str, default: str) -> tuple[tupl
 
 def _below(folder: Path) -> tuple[list[Path], Path | None]:
     """All files that are not hidden, sorted; links to folders are followed. And a link to a folder that it lies in."""
-    found, loop = [], None
-    waiting = [(folder, (os.path.realpath(folder),))]
+    found: list[Path] = []
+    loop = None
+    waiting: list[tuple[Path, tuple[str, ...]]] = [(folder, (os.path.realpath(folder),))]
     while waiting:
         here, around = waiting.pop()
         for entry in os.scandir(here):

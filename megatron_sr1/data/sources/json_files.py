@@ -29,9 +29,13 @@ class JsonSource:
     chosen: tuple[Path, ...] = ()
     prefix: str = ""
 
-    @cached_property
+    @property
     def files(self) -> tuple[Path, ...]:
-        """Raises ValueError as `find_files`."""
+        """The files, in order. Raises ValueError as `find_files`."""
+        return self._files
+
+    @cached_property
+    def _files(self) -> tuple[Path, ...]:
         return self.chosen or find_files(self.path, (JSON_SUFFIX,))
 
     @cached_property

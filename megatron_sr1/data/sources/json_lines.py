@@ -31,9 +31,13 @@ class JsonlSource:
     chosen: tuple[Path, ...] = ()
     prefix: str = ""
 
-    @cached_property
+    @property
     def files(self) -> tuple[Path, ...]:
-        """Raises ValueError as `find_files`."""
+        """The files, in order. Raises ValueError as `find_files`."""
+        return self._files
+
+    @cached_property
+    def _files(self) -> tuple[Path, ...]:
         return self.chosen or find_files(self.path, JSONL_SUFFIXES)
 
     @cached_property

@@ -34,9 +34,14 @@ class ParquetSource:
     chosen: tuple[Path, ...] = ()
     prefix: str = ""
 
-    @cached_property
+    @property
     def files(self) -> tuple[Path, ...]:
-        """Arrow files count only where there is no Parquet file. Raises ValueError as `find_files`."""
+        """The files, in order. Raises ValueError as `find_files`."""
+        return self._files
+
+    @cached_property
+    def _files(self) -> tuple[Path, ...]:
+        """Arrow files count only where there is no Parquet file."""
         if self.chosen:
             return self.chosen
         found = find_files(self.path, PARQUET_SUFFIXES)
@@ -181,9 +186,9 @@ def _holds_text(kind: pyarrow.DataType) -> bool:
     return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
 
 
-def _lacks_bytes(leaf: pyarrow.parquet.ColumnChunkMetaData) -> bool:
+def _lacks_bytes(leaf: Any) -> bool:
     """Of the column `bytes` of a struct: whether any may be null."""
     if not leaf.path_in_schema.endswith(".bytes"):
         return False
-    counted = leaf.statistics is not None and leaf.statistics.has_null_count
-    return not counted or leaf.statistics.null_count > 0
+    statistics = leaf.statistics
+    return statistics is None or not statistics.has_null_count or statistics.null_count > 0
