@@ -374,6 +374,14 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         check_openable("zzz://h/t.tar")
 
 
+def test_the_words_of_an_error_lose_what_signs_the_url() -> None:
+    url = "https://user:pa55@h/get?file=t.tar&X-Amz-Signature=s%2Fecret"
+    for text in (f"no route to {url}", "host user:pa55@h", "GET /get?file=t.tar&X-Amz-Signature=s/ecret", "s%2Fecret"):
+        said = str(remote_error(ConnectionError(text), url))
+        assert not any(secret in said for secret in ("pa55", "s%2Fecret", "s/ecret")), said
+    assert "ConnectionError: refused by t.tar" in str(remote_error(ConnectionError("refused by t.tar"), url))
+
+
 def test_errors_of_the_hub_are_understood() -> None:
     """huggingface_hub and httpx are asked for their classes; no request is made."""
     import httpx
