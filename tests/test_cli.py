@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def config_file(tmp_path: Path) -> Path:
         (["train.steps=0"], ["train.steps", "0"]),
         (["data.train=[/nowhere/*.tar]"], ["data.train", "/nowhere/*.tar"]),
         (["data.heldout=[]"], ["data.heldout"]),
+        (["data.train_columns={a: b}"], ["data.train_columns", "shards alone"]),
         (["layout.tensor=3", "nproc=2"], ["nproc", "layout.tensor", "3"]),
         (["layout.tensor=8", "nproc=8"], ["layout.tensor", "8", "num_attention_heads=4"]),
         (["layout.pipeline=4", "nproc=4"], ["layout.pipeline", "4", "num_hidden_layers=2"]),
@@ -86,6 +88,7 @@ def test_a_missing_file_is_named() -> None:
 
 def test_dry_run_prints_a_configuration_that_loads_again(config_file: Path, tmp_path: Path) -> None:
     changes = [f"model.hf_dir={MODELS / 'Qwen2.5-VL-3B-Instruct'}", "precision.dtype=bf16", "train.steps=7"]
+    changes += [f"data.train=[{two_splits(tmp_path / 'set')}]", f"data.cache_dir={tmp_path}/cache"]
     options = ["--dry-run", "--gpu-gib", "160", "--nproc", "2", *changes]
     command = [sys.executable, "-m", "megatron_sr1.cli", "grpo", str(config_file), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # it starts the platform: not here
@@ -95,6 +98,38 @@ def test_dry_run_prints_a_configuration_that_loads_again(config_file: Path, tmp_
     config = load_config(printed, [])
     assert config == load_config(config_file, [*changes, "nproc=2"])
     assert "# training, GiB of a rank" in done.stdout
+    assert f"data.train: {tmp_path}/set has the splits test, train: train is read" in done.stdout
+    assert not (tmp_path / "cache").exists(), "a dry run builds nothing"
+
+
+def two_splits(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("train", "test"):
+        rows = [{"problem": f"{name} {number}?", "answer": str(number)} for number in range(3)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_rows_are_built_before_ranks_start(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, started = two_splits(tmp_path / "set"), list[list[str]]()
+
+    def start(*_: object, **__: object) -> None:
+        started.append(sorted(path.name for path in (tmp_path / "cache" / "built").glob("*/*.tar")))
+
+    monkeypatch.setattr("megatron_sr1.platform.run_on_ranks", start)
+    monkeypatch.setattr("megatron_sr1.cli.runs.check_weights", lambda *_, **__: None)
+    command = ["grpo", str(config_file), f"data.cache_dir={tmp_path}/cache", f"data.train=[{folder}]"]
+    main([*command, f"data.heldout=[{folder}:test]"])
+    told = capsys.readouterr().err
+    assert f"data.train: {folder} has the splits test, train: train is read\n" in told
+    assert told.count("building shards of") == 2 and started == [["test-00000.tar", "train-00000.tar"]]
+    main([*command, f"data.heldout=[{folder}:train]"])
+    told = capsys.readouterr().err
+    assert "warning: 1 files of data.heldout are trained on, too" in told and "building" not in told
+    assert "several splits (test, train). Say which" in refused(capsys, *command, f"data.heldout=[{folder}]")
+    assert len(started) == 2
 
 
 def test_a_refusal_needs_no_torch(config_file: Path) -> None:

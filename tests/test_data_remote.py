@@ -1,24 +1,38 @@
-"""Shards behind URLs: a real HTTP server, webdataset's own openers, the cache on this machine."""
+"""Shards behind URLs: a real HTTP server that misbehaves, stores as fsspec gives them, the cache on this machine."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.server
 import os
 import re
-import stat
+import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from megatron_sr1.config import DataConfig
-from megatron_sr1.data import Quarantine, SampleFeed, ShardDataset, expand_shards, open_stream, write_shards
+from megatron_sr1.data import (
+    Quarantine,
+    SampleFeed,
+    ShardDataset,
+    expand_shards,
+    file_systems,
+    open_stream,
+    write_shards,
+)
+from megatron_sr1.data.file_systems import check_openable, download, file_of, read_all
 from megatron_sr1.data.index import index_path
 from megatron_sr1.data.remote import ShardCache
+from megatron_sr1.data.remote_errors import RemoteError, remote_error
 from megatron_sr1.data.urls import beside, same_file, shard_name, shown
 from megatron_sr1.types import Prompt
 from tests.data_cases import equal, noise, prompts
@@ -36,6 +50,19 @@ class Server:
     asked: list[str] = field(default_factory=list)
     cut: set[str] = field(default_factory=set)
     signature: str = ""  # that a URL must hold
+    failing: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # statuses of the next answers to a name; 0: it hangs up
+    redirect: str = ""  # where every request is sent
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tries again at once; what is said of it is looked at where it matters."""
+    monkeypatch.setattr(file_systems, "RETRY_SECONDS", (0.0, 0.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 @pytest.fixture
@@ -47,6 +74,16 @@ def server(tmp_path: Path) -> Iterator[Server]:
         def do_GET(self) -> None:
             name = self.path.partition("?")[0].strip("/")
             made.asked.append(name)
+            if made.redirect:
+                self.send_response(302)
+                self.send_header("Location", made.redirect)
+                self.end_headers()
+                return
+            if made.failing.get(name) and self.command == "GET":
+                status = made.failing[name].pop(0)
+                if status:
+                    self.send_error(status)
+                return
             if not (made.folder / name).is_file():
                 self.send_error(404)
                 return
@@ -56,9 +93,14 @@ def server(tmp_path: Path) -> Iterator[Server]:
             data = (made.folder / name).read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
+            self.send_header("ETag", hashlib.sha256(data).hexdigest())
             self.end_headers()
+            if self.command == "HEAD":
+                return
             with contextlib.suppress(ConnectionError):  # the reader had enough
                 self.wfile.write(data[: len(data) // 2] if name in made.cut else data)
+
+        do_HEAD = do_GET
 
         def log_message(self, *_: object) -> None:
             pass
@@ -149,8 +191,10 @@ def test_a_download_that_stops_is_an_error_and_leaves_nothing(server: Server, tm
     cache = ShardCache(tmp_path / "cache", BIG)
     dataset = ShardDataset([f"{server.url}/{shard.name}"], cache=cache)
     server.cut.add(shard.name)
-    with pytest.raises(OSError, match="exit 18"):  # curl: partial file
+    server.asked.clear()
+    with pytest.raises(RemoteError, match=r"t-00000\.tar: ClientPayloadError"):
         dataset.read(0)
+    assert server.asked == [shard.name] * 3, "it is tried again"
     assert not list((tmp_path / "cache").glob("*.tar"))
     server.cut.clear()
     assert dataset.read(0).answer == "0"
@@ -179,24 +223,178 @@ def test_an_old_copy_makes_room(server: Server, tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
 
 
-def test_s3_goes_through_the_aws_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for `aws s3 cp --no-progress s3://bucket/name -` that reads a folder."""
-    shard = indexed(write_shards(prompts(2), tmp_path / "bucket", "t", 2))[0]
-    script = tmp_path / "bin" / "aws"
-    script.parent.mkdir()
-    script.write_text(
-        "#!/bin/sh\n"
-        '[ "$1 $2 $3 $5" = "s3 cp --no-progress -" ] || exit 9\n'
-        f'exec cat "{tmp_path}/bucket/${{4#s3://bucket/}}" 2>/dev/null\n'
-    )
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
-    dataset = ShardDataset(["s3://bucket/t-00000.tar"], cache=ShardCache(tmp_path / "cache", BIG))
+class Bucket(MemoryFileSystem):
+    """A store as fsspec gives them; `refuses` is raised by the next calls."""
+
+    protocol = "bucket"
+    store: dict = {}  # noqa: RUF012, as in its parent
+    pseudo_dirs = [""]  # noqa: RUF012
+    refuses: list[Exception] = []  # noqa: RUF012
+    cut = False
+
+    def info(self, path: str, **kwargs: object) -> dict:
+        if self.refuses:
+            raise self.refuses.pop(0)
+        return super().info(path, **kwargs)
+
+    def get_file(self, rpath: str, lpath: str, **kwargs: object) -> None:
+        Path(lpath).write_bytes(self.cat_file(rpath)[: -1 if self.cut else None])
+
+
+@pytest.fixture
+def bucket() -> Iterator[type[Bucket]]:
+    fsspec.register_implementation("bucket", Bucket, clobber=True)
+    yield Bucket
+    Bucket.store.clear()
+    Bucket.refuses, Bucket.cut = [], False
+
+
+def put(url: str, path: Path) -> None:
+    fsspec.filesystem("bucket").pipe_file(url, path.read_bytes())
+
+
+def test_a_store_of_fsspec(bucket: type[Bucket], tmp_path: Path) -> None:
+    """s3:// and gs:// are asked in the same way; their packages hold the same interface."""
+    shard = indexed(write_shards(prompts(2), tmp_path, "t", 2))[0]
+    url = "bucket://b/t-00000.tar"
+    put(url, shard)
+    put(f"{url}.index.json", index_path(shard))
+    dataset = ShardDataset([url], cache=ShardCache(tmp_path / "cache", BIG))
     assert equal(dataset.read(1), prompts(2)[1])
-    index_path(shard).unlink()
-    assert len(ShardDataset(["s3://bucket/t-00000.tar"], cache=ShardCache(tmp_path / "cache2", BIG))) == 2
-    with pytest.raises(ValueError, match=r"s3://bucket/absent\.tar: the shard cannot be opened"):
-        ShardDataset(["s3://bucket/absent.tar"], cache=ShardCache(tmp_path / "cache", BIG))
+    fsspec.filesystem("bucket").rm(f"{url}.index.json")
+    assert len(ShardDataset([url], cache=ShardCache(tmp_path / "cache2", BIG))) == 2
+    with pytest.raises(ValueError, match=r"bucket://b/absent\.tar: the shard cannot be opened \(.*: nothing is there"):
+        ShardDataset(["bucket://b/absent.tar"], cache=ShardCache(tmp_path / "cache", BIG))
+    bucket.refuses = [PermissionError("Forbidden")] * 9
+    with pytest.raises(RemoteError, match="PermissionError: Forbidden"):
+        download(url, tmp_path / "copy")
+    assert len(bucket.refuses) == 8, "it would end the same way"
+    bucket.refuses = [ConnectionResetError("by peer"), TimeoutError(), OSError("slow down")]
+    with pytest.raises(RemoteError, match="slow down"):
+        download(url, tmp_path / "copy")
+    bucket.refuses = [ConnectionResetError("by peer"), TimeoutError()]
+    download(url, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == shard.read_bytes()
+    bucket.cut = True
+    with pytest.raises(RemoteError, match=f"{shard.stat().st_size - 1} bytes came, of {shard.stat().st_size}"):
+        ShardCache(tmp_path / "cache3", BIG).fetch(url)
+    assert not list((tmp_path / "cache3").glob("*.tar"))
+    bucket.refuses = [OSError(28, "No space left on device", str(tmp_path / "copy"))]
+    with pytest.raises(OSError, match="No space left") as full:
+        download(url, tmp_path / "copy")
+    assert full.value.errno == 28, "told as it is: it is this machine's"
+
+
+def test_a_command_of_the_users_own(tmp_path: Path) -> None:
+    shard = write_shards(prompts(2), tmp_path, "t", 2)[0]
+    url = f"pipe:cat {tmp_path}/$(basename x://t-00000.tar)"
+    cache = ShardCache(tmp_path / "cache", BIG)
+    assert cache.fetch(url).read_bytes() == shard.read_bytes()
+    cache.check(url)
+    with pytest.raises(ValueError, match="ended with exit 3"):
+        cache.check("pipe:exit 3; x://t.tar")
+    with pytest.raises(RemoteError, match="ended with exit 4"):
+        cache.fetch("pipe:cat /dev/null; exit 4; x://t.tar")
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
+
+
+def test_what_may_pass_is_tried_again(server: Server, tmp_path: Path) -> None:
+    """Of a busy server, and one that hangs up; never of 403, 404 and 410."""
+    shard = indexed(write_shards(prompts(2), server.folder, "t", 2))[0]
+    url = f"{server.url}/{shard.name}"
+    for statuses, tries in (([503, 0], 3), ([429], 2), ([500, 502], 3)):
+        server.failing[shard.name], server.asked = list(statuses), []
+        with pytest.warns(UserWarning, match=r"t-00000\.tar.*; trying again in 0 s"):
+            download(url, tmp_path / "copy")
+        assert len(server.asked) == tries and (tmp_path / "copy").read_bytes() == shard.read_bytes()
+    for status in (403, 404, 410, 416):
+        server.failing[shard.name], server.asked = [status], []
+        with pytest.raises(RemoteError, match=f"^HTTP {status} for {re.escape(url)}"):
+            download(url, tmp_path / "copy")
+        assert len(server.asked) == 1
+    server.failing[shard.name] = [503, 503, 503]
+    with pytest.raises(RemoteError, match="HTTP 503"):
+        download(url, tmp_path / "copy")
+    server.failing[f"{shard.name}.index.json"] = [503, 503, 503]
+    with pytest.raises(OSError, match=r"HTTP 503 for .*index\.json"):  # not: there is none
+        ShardDataset([url], cache=ShardCache(tmp_path / "cache", BIG))
+    server.failing[f"{shard.name}.index.json"] = [403]
+    assert len(ShardDataset([url], cache=ShardCache(tmp_path / "cache", BIG))) == 2
+    with pytest.raises(RemoteError, match=r"127\.0\.0\.1"):
+        read_all("http://127.0.0.1:9/t.tar?sig=secret")
+
+
+def test_what_is_known_without_reading(server: Server, bucket: type[Bucket]) -> None:
+    (server.folder / "a.jsonl").write_bytes(b"12345")
+    found = file_of(f"{server.url}/a.jsonl")
+    assert found.size == 5 and found.version.startswith("ETag ")
+    (server.folder / "a.jsonl").write_bytes(b"54321")
+    assert file_of(f"{server.url}/a.jsonl").version != found.version
+    server.signature = "right"
+    with pytest.raises(RemoteError, match="HTTP 403 for"):  # fsspec itself says of it that it is not there
+        file_of(f"{server.url}/a.jsonl?sig=wrong")
+    fsspec.filesystem("bucket").pipe_file("bucket://b/x.parquet", b"123")
+    assert file_of("bucket://b/x.parquet").size == 3
+    with pytest.raises(RemoteError, match="it is a folder"):
+        file_of("bucket://b")
+
+
+def test_a_redirection_leads_to_http_alone(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "secret.tar").write_bytes(b"x")
+    for target in (f"file://{tmp_path}/secret.tar", "ftp://host/t.tar"):
+        server.redirect = target
+        with pytest.raises(RemoteError):
+            download(f"{server.url}/t.tar", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists() and set(server.asked) == {"t.tar"} and len(server.asked) == 2
+
+
+def test_a_url_is_asked_for_as_it_is_written(server: Server) -> None:
+    """A signature is of the text: %2F stays %2F."""
+    (server.folder / "a.jsonl").write_bytes(b"1")
+    server.signature = "sig=a%2Fb%2Bc%3D"
+    assert read_all(f"{server.url}/a.jsonl?sig=a%2Fb%2Bc%3D") == b"1"
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, url, package in (
+        ("s3fs", "s3://b/t.tar", "s3fs"),
+        ("gcsfs", "gs://b/t.tar", "gcsfs"),
+        ("huggingface_hub", "hf://datasets/a/b/t.tar", "huggingface_hub"),
+        ("aiohttp", "https://h/t.tar?sig=secret", "aiohttp"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)  # as if it were not installed
+            known = sys.modules["fsspec.registry"]._registry  # pyright: ignore[reportAttributeAccessIssue]
+            patch.delitem(known, url.partition(":")[0], raising=False)
+            patch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
+            with pytest.raises(ValueError, match=f"needs the package {package}: pip install 'megatron_sr1") as refused:
+                check_openable(url)
+            assert "secret" not in str(refused.value)
+    with pytest.raises(ValueError, match="nothing here opens such a URL"):
+        check_openable("zzz://h/t.tar")
+
+
+def test_the_words_of_an_error_lose_what_signs_the_url() -> None:
+    url = "https://user:pa55@h/get?file=t.tar&X-Amz-Signature=s%2Fecret"
+    for text in (f"no route to {url}", "host user:pa55@h", "GET /get?file=t.tar&X-Amz-Signature=s/ecret", "s%2Fecret"):
+        said = str(remote_error(ConnectionError(text), url))
+        assert not any(secret in said for secret in ("pa55", "s%2Fecret", "s/ecret")), said
+    assert "ConnectionError: refused by t.tar" in str(remote_error(ConnectionError("refused by t.tar"), url))
+
+
+def test_errors_of_the_hub_are_understood() -> None:
+    """huggingface_hub and httpx are asked for their classes; no request is made."""
+    import httpx
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
+    asked = httpx.Request("GET", "https://huggingface.co/x?token=secret")
+    url = "hf://datasets/a/b/x.parquet"
+    for status, refused in ((503, False), (429, False), (403, True)):
+        kind = GatedRepoError if status == 403 else HfHubHTTPError
+        error = remote_error(kind("said", response=httpx.Response(status, request=asked)), url)
+        assert f"HTTP {status} for {url}" in str(error) and error.refused is refused
+    assert not remote_error(httpx.ConnectTimeout("slow", request=asked), url).refused
+    assert remote_error(FileNotFoundError("x"), url).refused
 
 
 # ---------------------------------------------------------------- signatures
@@ -237,7 +435,7 @@ def test_no_message_has_a_signature(server: Server, tmp_path: Path) -> None:
         dataset.read(0)
     server.signature = ""
     server.cut.add(shard.name)
-    with pytest.raises(OSError, match="ended with exit 18") as torn:
+    with pytest.raises(OSError, match="ClientPayloadError") as torn:
         dataset.read(0)
     with pytest.raises(ValueError, match="nothing here opens such a URL") as unknown:
         ShardDataset(["zzz://host/t.tar?token=secret"], cache=cache)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +17,7 @@ from megatron_sr1.config import load_config
 from megatron_sr1.config.passes import KEYS as PASS_KEYS
 from megatron_sr1.config.streams import KEYS
 from megatron_sr1.config.templates import KEYS as TEMPLATE_KEYS
+from megatron_sr1.data import Quarantine, open_stream
 from megatron_sr1.objective import OwnLoss, stream_loss
 from megatron_sr1.rewards import find_reward, score_group, soft_overlong
 from megatron_sr1.streams import PRESETS, preset_from_config, preset_of
@@ -59,6 +63,8 @@ def test_every_example_is_short_and_there() -> None:
         "judged.yaml",
         "my_loss.py",
         "layout.yaml",
+        "my_source.py",
+        "sources.yaml",
     } == EXAMPLES.keys()
     assert all(len(body.splitlines()) <= 25 for body in EXAMPLES.values())
 
@@ -165,3 +171,21 @@ def test_the_table_has_every_key_of_a_stream() -> None:
     section = TEXT.partition("## A list of streams")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE)
     assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(KEYS) - {"enabled"}
+
+
+def test_a_data_source(folder: Path) -> None:
+    """The script's shards, a Parquet file and a split, mixed as the configuration says."""
+    (folder / "pictures").mkdir()
+    for number in (2, 3):
+        Image.new("RGB", (30, 20), (number, 0, 0)).save(folder / "pictures" / f"{number}-apples.png")
+    runpy.run_path("my_source.py", run_name="__main__")
+    rows = pyarrow.Table.from_pylist([{"question": "one?", "solution": 1}])
+    for name in ("more", "path/to/dataset/train", "path/to/dataset/test"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(rows, folder / f"{name}.parquet")
+    data = replace(load_config("sources.yaml", []).data, cache_dir=str(folder / "cache"))
+    stream = open_stream(data, "train", 1, Quarantine(0), None)
+    asked = {sample.key: sample for sample in stream.take(0, 40)}
+    assert sorted(asked) == ["2-apples", "3-apples", "more-00000000", "train-00000000"]
+    assert (asked["3-apples"].problem, asked["3-apples"].answer) == ("How many apples are there?", "3")
+    assert asked["3-apples"].images[0].getpixel((0, 0)) == (3, 0, 0) and asked["more-00000000"].answer == "1"

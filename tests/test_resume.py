@@ -61,6 +61,7 @@ OTHER: dict[str, Any] = {
     "templates": ({"mine": {"extends": "cot"}}, {}),
     "rewards.workers": 3,
     "rewards.judge.url": ("http://127.0.0.1:1", {"rewards.judge.model": "m"}),
+    **{f"data.{name}_columns": {"question": "problem"} for name in ("train", "cold_start", "heldout")},
     "rewards.judge.parameters": {"temperature": 0.5},
     "objective.mismatch_low": 0.4,
     "evaluate.temperature": (1.0, {"evaluate.verify_export": 0}),

@@ -31,6 +31,7 @@ from megatron_sr1.config import ModelConfig, PixelLimits, RolloutConfig, check_p
 from megatron_sr1.data import ShardDataset
 from megatron_sr1.data.build.builder import BuildOptions, BuildReport, build_shards, problems_path
 from megatron_sr1.data.build.check import check_shards
+from megatron_sr1.data.build.layouts import boxed_answer
 from megatron_sr1.data.build.samples import Question
 from megatron_sr1.data.sources.columns import Columns
 from megatron_sr1.data.sources.json_files import JsonSource
@@ -90,8 +91,7 @@ class ModelRules:
 
     def boxed_answer(self, template: TemplateName, response: str) -> str | None:
         """The answer in the response, or None where its layout is broken."""
-        parsed = SHIPPED.by_name[template].parse(response)
-        return None if parsed is None else parsed.answer
+        return boxed_answer(template, response)
 
 
 def _user_text(template: TemplateName, question: Question) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_sr1.config import (
     Command,
@@ -19,13 +18,17 @@ from megatron_sr1.config import (
     check_weights,
     dump_config,
 )
+from megatron_sr1.config.credentials import without_queries
+
+if TYPE_CHECKING:
+    from megatron_sr1.data import DataList
 
 IMPORTS: dict[Command, tuple[str, ...]] = {
     "sft": ("megatron_sr1.loops.sft",),
     "grpo": ("megatron_sr1.loops.grpo", "megatron_sr1.rollout.vllm.imported"),
     "evaluate": ("megatron_sr1.loops.evaluate", "megatron_sr1.rollout.vllm.imported"),
 }
-TRAINING_DATA: dict[Command, tuple[str, ...]] = {
+TRAINING_DATA: dict[Command, tuple[DataList, ...]] = {
     "sft": ("cold_start",),
     "grpo": ("train", "heldout"),
     "evaluate": ("heldout",),
@@ -34,22 +37,19 @@ TRAINING_DATA: dict[Command, tuple[str, ...]] = {
 
 def check_run(command: Command, config: Config) -> list[str]:
     """What can be checked of a run without torch. Returns what keeps it from its data: a line for each key of
-    TRAINING_DATA whose shards are missing.
+    TRAINING_DATA whose files are missing.
 
     Raises:
-        ValueError: anything else that is wrong, a key without shards included.
+        ValueError: anything else that is wrong, a key without files included.
     """
-    from megatron_sr1.data import expand_shards
+    from megatron_sr1.data import MissingFiles, check_data
     from megatron_sr1.prompts import templates_of
 
     missing = []
     for name in TRAINING_DATA[command]:
-        patterns = getattr(config.data, name)
         try:
-            expand_shards(patterns, f"data.{name}")
-        except ValueError as error:
-            if not patterns:
-                raise
+            check_data(config.data, name)
+        except MissingFiles as error:
             missing.append(str(error))
     check_command(command, config)
     templates = templates_of(config)
@@ -71,7 +71,7 @@ def start(command: Command, config: Config, args: argparse.Namespace) -> None:
     """
     missing_data = check_run(command, config)
     if command == "grpo" and not missing_data:
-        _warn_of_shared_shards(config)
+        _warn_of_shared_files(config)
     parts: dict[str, Any] = {}
     if command == "grpo":
         _check_parts(args)
@@ -92,26 +92,31 @@ def start(command: Command, config: Config, args: argparse.Namespace) -> None:
             judge_key(judge)
     only_trained = command == "sft" or (command == "grpo" and args.train_only)
     check_weights(config, weights=not (only_trained and config.model.megatron_dir))
+    from megatron_sr1.data import prepare_data
+
+    for name in TRAINING_DATA[command]:
+        prepare_data(config.data, name, _say)
     from megatron_sr1.platform import run_on_ranks
 
     timeout = timedelta(minutes=config.timeout_minutes)
     run_on_ranks(_run, config.nproc, command, config, parts, imports=IMPORTS[command], timeout=timeout)
 
 
-def _warn_of_shared_shards(config: Config) -> None:
+def _warn_of_shared_files(config: Config) -> None:
     """On stderr."""
-    from megatron_sr1.data import expand_shards
+    from megatron_sr1.data import files_of
 
-    train, heldout = (
-        {os.path.realpath(shard) for shard in expand_shards(patterns, key)}
-        for patterns, key in ((config.data.train, "data.train"), (config.data.heldout, "data.heldout"))
-    )
-    if shared := sorted(train & heldout):
-        print(
-            f"warning: {len(shared)} shards of data.heldout are trained on, too ({shared[0]}): evaluations will look "
-            "better than they are.",
-            file=sys.stderr,
+    train, heldout = files_of(config.data, "train"), files_of(config.data, "heldout")
+    if shared := sorted(train.keys() & heldout.keys()):
+        _say(
+            f"warning: {len(shared)} files of data.heldout are trained on, too ({shared[0]}): evaluations will look "
+            "better than they are."
         )
+
+
+def _say(line: str) -> None:
+    """On stderr; of URLs without what signs them."""
+    print(without_queries(line), file=sys.stderr, flush=True)
 
 
 def _check_parts(args: argparse.Namespace) -> None:
@@ -130,11 +135,13 @@ def _dry_run(command: Command, config: Config, args: argparse.Namespace, missing
     from megatron_sr1.platform import start_platform
 
     start_platform()
+    from megatron_sr1.data import check_data
     from megatron_sr1.estimate import Machine, advice, check_fits, make_plan, plan_text
 
     plan = make_plan(command, config, Machine(args.gpu_gib, args.gpus_per_node, args.host_gib))
     print(dump_config(config))
-    for line in plan_text(plan, [*missing_data, *advice(plan)]).splitlines():
+    notes = [] if missing_data else [note for name in TRAINING_DATA[command] for note in check_data(config.data, name)]
+    for line in plan_text(plan, [*missing_data, *notes, *advice(plan)]).splitlines():
         print(f"# {line}".rstrip())
     check_fits(plan)
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+from megatron_sr1.config.data_suffixes import DATA_SUFFIXES
+
 URL_KEYS = ("data.train", "data.cold_start", "data.heldout")
 # of Amazon, Google, Tencent, Aliyun, CloudFront, Hugging Face; no part of a name, since `key=train.tar` may tell files
 _CREDENTIAL = re.compile(
@@ -33,7 +35,7 @@ def telling(query: str) -> list[tuple[str, str]]:
 
 def without_credentials(pattern: str) -> str:
     """A path as it is; of a URL no user, no password, and of its query what tells files apart: behind a path that names
-    a tar that is a version alone."""
+    a tar, or another file of data, that is a version alone."""
     if "://" not in pattern:
         return pattern
     if pattern.startswith("pipe:"):
@@ -54,7 +56,7 @@ def without_queries(line: str) -> str:
 def _stripped(url: str) -> str:
     parts = urlsplit(url)
     kept = telling(parts.query)
-    if parts.path.endswith(".tar"):
+    if parts.path.endswith(DATA_SUFFIXES):
         kept = [(name, value) for name, value in kept if _VERSION.fullmatch(name)]
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" + (
         f"?{urlencode(kept, safe='{}.,/')}" if kept else ""  # braces stay braces

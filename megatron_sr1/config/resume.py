@@ -28,7 +28,15 @@ from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.whole import Config
 from megatron_sr1.config.yaml_files import read_mapping
 
-_FREE_FORM = ("evaluate.judge_parameters", "rewards.judge.parameters", "rollout.engine", "templates")
+_FREE_FORM = (
+    "data.train_columns",
+    "data.cold_start_columns",
+    "data.heldout_columns",
+    "evaluate.judge_parameters",
+    "rewards.judge.parameters",
+    "rollout.engine",
+    "templates",
+)
 Rule = Literal["takes effect", "refused", "content", "free"]
 # of a key, or of all keys of a section that have no line of their own
 RULES: Mapping[str, Rule] = {
@@ -54,9 +62,12 @@ RULES: Mapping[str, Rule] = {
     "offload": "free",
     "data.train": "content",
     "data.train_weights": "content",
+    "data.train_columns": "content",
     "data.cold_start": "content",
     "data.cold_start_weights": "content",
+    "data.cold_start_columns": "content",
     "data.heldout": "content",
+    "data.heldout_columns": "content",
     "data.shuffle_window": "content",
     "data.max_prompt_tokens": "content",
     "data.max_bad_samples": "takes effect",

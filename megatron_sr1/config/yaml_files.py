@@ -11,6 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_sr1.config.data_suffixes import DATA_SUFFIXES
 from megatron_sr1.config.rules import ConfigError
 
 _REMEDY = "Indent with spaces, write each key once, and put a value that has any of {}[]:#*&! in quotes"
@@ -84,8 +85,8 @@ def read_overrides(words: Sequence[str], name: str = "override") -> DictConfig:
 
 
 def gives_list(word: str) -> bool:
-    """Whether a `key=value` word gives a list, or the path of one shard."""
-    return word.partition("=")[2].startswith("[") or word.endswith(".tar")
+    """Whether a `key=value` word gives a list, or the path of one file of data."""
+    return word.partition("=")[2].startswith("[") or word.endswith(DATA_SUFFIXES)
 
 
 def _refuse_times(root: yaml.Node | None) -> None:

@@ -1,9 +1,10 @@
-"""WebDataset shards in, prompts and demonstrations out: write, index, read, shuffle, mix, resume."""
+"""Files of data in, prompts and demonstrations out: build, write, index, read, shuffle, mix, resume."""
 
+from megatron_sr1.data.entries import expand_shards
 from megatron_sr1.data.feed import Batch, Check, SampleFeed, part_of
 from megatron_sr1.data.kinds import only_demonstrations, only_prompts
-from megatron_sr1.data.opening import open_dataset, open_stream
-from megatron_sr1.data.patterns import expand_shards
+from megatron_sr1.data.opening import DataList, check_data, files_of, open_dataset, open_stream, prepare_data
+from megatron_sr1.data.patterns import MissingFiles
 from megatron_sr1.data.quarantine import BadSample, LeftOut, Quarantine
 from megatron_sr1.data.shards import ShardDataset
 from megatron_sr1.data.state import StreamState
@@ -15,7 +16,9 @@ __all__ = [
     "BadSample",
     "Batch",
     "Check",
+    "DataList",
     "LeftOut",
+    "MissingFiles",
     "Quarantine",
     "SampleFeed",
     "SampleSize",
@@ -24,11 +27,14 @@ __all__ = [
     "StepPrompts",
     "StreamState",
     "VisualTokens",
+    "check_data",
     "expand_shards",
+    "files_of",
     "only_demonstrations",
     "only_prompts",
     "open_dataset",
     "open_stream",
     "part_of",
+    "prepare_data",
     "write_shards",
 ]

@@ -48,10 +48,7 @@ def _cut(path: Path, key: str, num_bytes: int) -> BadSample:
 
 def _of_url(url: str, cache: ShardCache) -> tuple[ShardIndex, list[BadSample]]:
     index_url = beside(url, INDEX_SUFFIX)
-    try:
-        data = cache.read_whole(index_url)
-    except OSError:  # no index there: openers do not say why they fail, and a missing shard is named below
-        data = b""
+    data = cache.read_index(index_url)
     cache.check(url)
     if data:
         return parse_index(data, shown(index_url)), []

@@ -5,9 +5,11 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
 
-from megatron_sr1.data.urls import expand_url, is_url
+
+class MissingFiles(ValueError):
+    """A pattern matches no file."""
+
 
 _BRACES = re.compile(r"\{[^{}]*(?:,|\.\.)[^{}]*\}")
 
@@ -25,39 +27,13 @@ def matching(pattern: str) -> list[str]:
     return sorted(glob.glob(glob.escape(pattern[:end]) + pattern[end:], recursive=True))
 
 
-def expand_shards(patterns: Sequence[str], key: str) -> list[str]:
-    """Expands paths, glob patterns, folders (all shards in and below them), braces and URLs, in the given order, each
-    glob's matches sorted, each file once, however it is spelled.
-
-    Args:
-        key: the configuration key the patterns come from, for messages ("data.train").
-
-    Raises:
-        ValueError: no pattern, or one that matches no file; of braces each alternative must match one.
-    """
-    if not patterns:
-        raise ValueError(f"{key} is empty. Set {key} to a list of shards, for example [data/train-*.tar].")
-    found: dict[str, str] = {}  # by what the path or URL leads to
-    for pattern in patterns:
-        if is_url(pattern):
-            found.update({url: url for url in expand_url(pattern)})
-            continue
-        is_literal = bool(matching(pattern)) or not _BRACES.search(pattern)
-        for path in [pattern] if is_literal else expand_url(pattern):
-            matches = _shards(path)
-            if not matches:
-                raise ValueError(
-                    f"{key}: {path!r} matches no file (looked from {os.getcwd()}). Correct the path or write the "
-                    "shards."
-                )
-            for match in matches:
-                found.setdefault(os.path.realpath(match), match)
-    return list(found.values())
+def has_braces(pattern: str) -> bool:
+    """Whether it has alternatives: a{0..3}, {a,b}."""
+    return bool(_BRACES.search(pattern))
 
 
-def _shards(pattern: str) -> list[str]:
-    paths = matching(pattern)
-    folder = paths[0] if len(paths) == 1 and os.path.isdir(paths[0]) else None
-    if folder is not None and (os.path.exists(pattern) or os.path.exists(os.path.expanduser(pattern))):
-        paths = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.tar"), recursive=True))
-    return [path for path in paths if os.path.isfile(path)]
+def missing(key: str, path: str) -> MissingFiles:
+    """The error to raise where the pattern of a configuration key matches nothing."""
+    return MissingFiles(
+        f"{key}: {path!r} matches no file (looked from {os.getcwd()}). Correct the path or write the shards."
+    )

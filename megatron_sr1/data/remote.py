@@ -1,69 +1,20 @@
-"""Shards behind URLs: opened by webdataset's own openers (curl, gsutil, ais ...), kept in a folder on this machine.
-
-`s3://` has no opener of its own there; it becomes webdataset's `pipe:` to the aws command, as its documentation does.
-"""
+"""Shards behind URLs: read as `file_systems` does, kept in a folder on this machine."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
-import shlex
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
 from pathlib import Path
-from typing import IO, Any
 
-from megatron_sr1.data.urls import same_file, shown
+from megatron_sr1.data.commands import output_of
+from megatron_sr1.data.file_systems import download, read_all, read_beginning
+from megatron_sr1.data.remote_errors import RemoteError
+from megatron_sr1.data.urls import protocol_of, same_file, shown
 from megatron_sr1.file_lock import lock_file
 
 _CHUNK = 1 << 20  # bytes
-_EXIT = re.compile(r"exit (-?\d+) \(read\)")  # at the end of what webdataset says of a command that failed
-_CURL_HTTP_ERROR = 22  # curl's exit status where the server answers 400 or more
-_ANSWER_SECONDS = 30
-
-
-class OpenerError(OSError):
-    """The program that reads a URL failed. Its command line, with whatever signs the URL, is not repeated."""
-
-    def __init__(self, status: int, url: str) -> None:
-        super().__init__(f"{shown(url)}: the program that reads it ended with exit {status}")
-        self.status = status
-
-
-@contextmanager
-def _opened(url: str) -> Iterator[IO[bytes]]:
-    """Raises OpenerError where the opener fails, also at the end; ValueError where there is none."""
-    from webdataset.gopen import gopen  # here, because it imports torch, which local shards do not need
-
-    command = f"pipe:aws s3 cp --no-progress {shlex.quote(url)} -"
-    opener: Any = gopen  # its pipes are files in all that is asked of them here
-    try:
-        opened = opener(command if url.startswith("s3://") else url)
-    except ValueError:
-        raise ValueError(f"{shown(url)}: nothing here opens such a URL. Give https:// or s3://.") from None
-    try:
-        with opened as stream:
-            yield stream
-    except OSError as error:
-        status = _EXIT.search(str(error))
-        if status is None:
-            raise
-        raise OpenerError(int(status[1]), url) from None
-
-
-def _why(url: str, error: OSError) -> str:
-    """What is wrong with a URL whose opener failed: curl is asked once more, for the status that it did not tell."""
-    if not isinstance(error, OpenerError) or error.status != _CURL_HTTP_ERROR:
-        return str(error)
-    quoted = url.replace("\\", "\\\\").replace('"', '\\"')
-    asked = ("curl", "--silent", "--location", "--range", "0-0", "--max-time", str(_ANSWER_SECONDS))
-    printed = ("--output", os.devnull, "--write-out", "%{http_code}", "--config", "-")
-    config = f'url = "{quoted}"\n'  # not an argument, which every user of the machine can see
-    found = subprocess.run((*asked, *printed), input=config, capture_output=True, text=True, check=False)
-    renew = ": renew its signature, or its token" if found.stdout in ("401", "403") else ""
-    return f"HTTP {found.stdout} for {shown(url)}{renew}"
+_TAR_BLOCK = 512  # bytes
 
 
 class ShardCache:
@@ -74,10 +25,22 @@ class ShardCache:
         self._folder = folder
         self._max_bytes = max_bytes
 
-    def read_whole(self, url: str) -> bytes:
-        """The bytes behind a URL, not kept. Raises OSError where it cannot be read."""
-        with _opened(url) as stream:
-            return stream.read()
+    def read_index(self, url: str) -> bytes:
+        """The bytes of the index behind a URL, not kept; none where the server has no such file, or shows it to nobody:
+        a presigned URL is that of the shard alone.
+
+        Raises:
+            RemoteError: it may be there, and could not be read.
+        """
+        try:
+            if protocol_of(url) == "pipe":
+                with output_of(url) as stream:
+                    return stream.read()
+            return read_all(url)
+        except RemoteError as error:
+            if not error.refused:
+                raise
+            return b""
 
     def check(self, url: str) -> None:
         """Reads the first bytes of a shard, to find out at start-up that it is missing.
@@ -86,11 +49,10 @@ class ShardCache:
             ValueError: it cannot be opened, or is empty.
         """
         try:
-            with _opened(url) as stream:
-                found = stream.read(512)
-        except OSError as error:
+            found = _beginning(url)
+        except RemoteError as error:
             raise ValueError(
-                f"{shown(url)}: the shard cannot be opened ({_why(url, error)}). Correct the URL, or upload the shard."
+                f"{shown(url)}: the shard cannot be opened ({error}). Correct the URL, or upload the shard."
             ) from error
         if not found:
             raise ValueError(f"{shown(url)}: the shard is empty. Upload it again.")
@@ -121,12 +83,11 @@ class ShardCache:
 
     def _download(self, url: str, path: Path) -> None:
         partial = path.with_suffix(".partial")  # one at a time: the lock is ours
-        try:
-            with _opened(url) as stream, partial.open("wb") as file:
-                while data := stream.read(_CHUNK):
-                    file.write(data)
-        except OpenerError as error:
-            raise OSError(_why(url, error)) from error
+        if protocol_of(url) == "pipe":
+            with output_of(url) as stream, partial.open("wb") as file:
+                shutil.copyfileobj(stream, file, _CHUNK)
+        else:
+            download(url, partial)
         os.replace(partial, path)
 
     def _make_room(self, newest: Path) -> None:
@@ -144,3 +105,10 @@ class ShardCache:
             if path != newest:
                 path.unlink(missing_ok=True)
                 total -= size
+
+
+def _beginning(url: str) -> bytes:
+    if protocol_of(url) != "pipe":
+        return read_beginning(url, _TAR_BLOCK)
+    with output_of(url) as stream:
+        return stream.read(_TAR_BLOCK)

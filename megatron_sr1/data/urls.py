@@ -1,8 +1,8 @@
 """Names of shards: which file a path or URL means, without the signature that lets one read it.
 
 A presigned URL is another text every time it is renewed, and its query is a secret. What a run compares, keeps and
-prints of a URL is its path. Where the path names no tar (`/get?file=train-0.tar`) a hash of the query, without what is
-known to be a credential, stands in the name.
+prints of a URL is its path. Where the path names no file of data (`/get?file=train-0.tar`) a hash of the query,
+without what is known to be a credential, stands in the name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 from urllib.parse import SplitResult, urlencode, urlsplit
 
 from megatron_sr1.config.credentials import telling
+from megatron_sr1.config.data_suffixes import DATA_SUFFIXES
 
 _IN_COMMAND = re.compile(r"\w+://[^\s'\"]+")  # of a `pipe:` to a command
 
@@ -20,6 +21,11 @@ _IN_COMMAND = re.compile(r"\w+://[^\s'\"]+")  # of a `pipe:` to a command
 def is_url(pattern: str) -> bool:
     """Whether a shard is read through an opener, not as a local file."""
     return "://" in pattern
+
+
+def protocol_of(url: str) -> str:
+    """`https://host/t.tar` -> "https"; of a command, "pipe"."""
+    return url.partition(":")[0].lower()
 
 
 def expand_url(pattern: str) -> list[str]:
@@ -56,7 +62,7 @@ def shard_name(shard: str) -> str:
         return os.path.basename(shard)
     parts = _split(shard)
     name, kept = os.path.basename(parts.path), telling(parts.query)
-    if name.endswith(".tar") or not kept:
+    if name.endswith(DATA_SUFFIXES) or not kept:
         return name
     return f"{name}-{hashlib.sha256(urlencode(kept).encode()).hexdigest()[:8]}"
 

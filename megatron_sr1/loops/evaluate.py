@@ -157,7 +157,7 @@ def heldout_prompts(run: Run) -> Heldout:
             model's chat template.
     """
     config, quarantine = run.config, run.quarantine("heldout")
-    dataset = open_dataset(config.data, config.data.heldout, "data.heldout", quarantine)
+    dataset = open_dataset(config.data, "heldout", quarantine)
     preset = preset_of(config)
     run.planner.check(preset.passes)
     check = prompt_check(run.planner, preset.passes.of)

@@ -126,15 +126,24 @@ def _plan(source: Source, options: BuildOptions) -> dict[str, Any]:
     }
 
 
-def _complete(plan: Mapping[str, Any], options: BuildOptions) -> BuildReport | None:
-    """The report of just this build, if all its shards are there."""
-    path = report_path(options.out_dir, options.name)
+def whole_report(out_dir: Path, name: str) -> BuildReport | None:
+    """The report of the build in a folder, if all its shards are there; None: it is not complete.
+
+    Raises:
+        ValueError: as `BuildReport.read`.
+    """
+    path = report_path(out_dir, name)
     if not path.is_file():
         return None
     report = BuildReport.read(path)
-    shards = [(options.out_dir / shard["name"], shard["num_bytes"]) for shard in report.shards]
-    whole = all(file.is_file() and file.stat().st_size == num_bytes for file, num_bytes in shards)
-    return report if whole and report.plan == plan else None
+    shards = [(out_dir / shard["name"], shard["num_bytes"]) for shard in report.shards]
+    return report if all(file.is_file() and file.stat().st_size == num_bytes for file, num_bytes in shards) else None
+
+
+def _complete(plan: Mapping[str, Any], options: BuildOptions) -> BuildReport | None:
+    """The report of just this build, if all its shards are there."""
+    report = whole_report(options.out_dir, options.name)
+    return report if report is not None and report.plan == plan else None
 
 
 def _refuse_other_shards(journal: Journal, options: BuildOptions) -> None:

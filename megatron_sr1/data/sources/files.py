@@ -31,13 +31,13 @@ def find_files(path: str, suffixes: Sequence[str]) -> tuple[Path, ...]:
     within = root.is_dir()
     files = [Path(file) for file in there] if not within else _below(root)
     found = [file for file in files if file.suffix.lower() in suffixes]
-    packed = [file for file in files if _is_packed(file, suffixes)]
+    packed = [file for file in files if is_packed(file, suffixes)]
     if found and packed:
         raise ValueError(
             f"{path} holds {len(packed)} compressed files beside what is read, {packed[0].name} the first. Unpack "
             f"them, or say which are meant by a pattern in quotes, for example '{root / '**' / ('*' + suffixes[0])}'."
         )
-    splits = {_split_of(file.relative_to(root)): file for file in reversed(found)} if within else {}
+    splits = {split_of(file.relative_to(root)): file for file in reversed(found)} if within else {}
     if len(splits) > 1 and splits.keys() != {None, "train"}:
         kinds = ", ".join(f"{split or 'no split'} in {splits[split].name}" for split in sorted(splits, key=str))
         raise ValueError(
@@ -54,8 +54,8 @@ def _below(root: Path) -> list[Path]:
     return [file for file in found if file.is_file()]
 
 
-def _is_packed(file: Path, suffixes: Sequence[str]) -> bool:
-    """rows.jsonl.gz, a.tar.zst, a.tgz."""
+def is_packed(file: Path, suffixes: Sequence[str]) -> bool:
+    """Whether it is a compressed file of such a kind: rows.jsonl.gz, a.tar.zst, a.tgz."""
     name = file.name.lower()
     return any(name.endswith(f"{suffix}{packed}") for suffix in suffixes for packed in _PACKED) or (
         ".tar" in suffixes and file.suffix.lower() == ".tgz"
@@ -66,17 +66,19 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _split_of(path: Path) -> str | None:
-    """train-00000-of-00007.parquet, train/0000.parquet, geo_train.jsonl, train2014.json -> train."""
-    for name in (path.stem, path.parent.name):
+def split_of(path: Path) -> str | None:
+    """The split that a relative path names, or None: train-00000-of-00007.parquet, train/0000.parquet, geo_train.jsonl,
+    train2014.json -> train. The innermost name counts."""
+    for name in (path.stem, *(folder.name for folder in path.parents)):
         for word in re.split(r"[^a-z]+", name.lower()):
             if word in _SPLITS:
                 return _SPLITS[word]
     return None
 
 
-def key_prefixes(files: Sequence[Path]) -> dict[Path, str]:
-    """A distinct beginning of the keys for every file: its name without suffix, dots replaced; numbered where equal."""
+def key_prefixes(files: Sequence[Path], before: str = "") -> dict[Path, str]:
+    """A distinct beginning of the keys for every file: `before` and its name without suffix, dots replaced; numbered
+    where equal."""
     prefixes: dict[Path, str] = {}
     taken: set[str] = set()
     for number, file in enumerate(files):
@@ -84,7 +86,7 @@ def key_prefixes(files: Sequence[Path]) -> dict[Path, str]:
         if prefix in taken:
             prefix = f"{number:05d}-{prefix}"
         taken.add(prefix)
-        prefixes[file] = prefix
+        prefixes[file] = before + prefix
     return prefixes
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1.config.data_suffixes import JSON_SUFFIX
 from megatron_sr1.data.json_values import load_json
 from megatron_sr1.data.sources.files import find_files, key_prefixes
 from megatron_sr1.data.sources.json_lines import load_below, refuse_unseen
@@ -19,33 +20,40 @@ ROWS_KEY = "data"
 
 @dataclass(frozen=True)
 class JsonSource:
-    """`images`: the folder where paths begin; None: that of the file that names them."""
+    """`images`: the folder where paths begin; None: that of the file that names them. `chosen`, `prefix`: as of
+    `JsonlSource`."""
 
     path: str
     columns: RowReader
     images: str | None = None
+    chosen: tuple[Path, ...] = ()
+    prefix: str = ""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files, in order. Raises ValueError as `find_files`."""
+        return self._files
 
     @cached_property
-    def files(self) -> tuple[Path, ...]:
-        """Raises ValueError as `find_files`."""
-        return find_files(self.path, (".json",))
+    def _files(self) -> tuple[Path, ...]:
+        return self.chosen or find_files(self.path, (JSON_SUFFIX,))
 
     @cached_property
     def _prefixes(self) -> Mapping[Path, str]:
-        return key_prefixes(self.files)
+        return key_prefixes(self.files, self.prefix)
+
+    def named(self, names: Collection[str]) -> set[str]:
+        """Those that any row has."""
+        rows = (row for file in self.files for row in _rows(file, file.stat().st_mtime_ns) if isinstance(row, dict))
+        return {name for row in rows for name in names if name in row} if names else set()
 
     def chunks(self) -> Iterator[Chunk]:
         """Raises ValueError where a file does not hold rows, or no row has a column that the user names."""
-        unseen = set(self.columns.asked_for)
+        refuse_unseen(self.path, sorted(set(self.columns.asked_for) - self.named(self.columns.asked_for)))
         for file in self.files:
-            rows = _rows(file, file.stat().st_mtime_ns)
-            num_rows = len(rows)
-            for row in rows if unseen else ():
-                unseen -= set(row) if isinstance(row, dict) else set()
+            num_rows = len(_rows(file, file.stat().st_mtime_ns))
             for row in range(0, num_rows, ROWS_PER_CHUNK):
                 yield Chunk(file, row, row, min(ROWS_PER_CHUNK, num_rows - row))
-
-        refuse_unseen(self.path, sorted(unseen))
 
     def read(self, chunk: Chunk) -> Iterator[RawSample | Problem]:
         """Raises ValueError as `chunks`."""

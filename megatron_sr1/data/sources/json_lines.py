@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from megatron_sr1.config.data_suffixes import JSONL_SUFFIXES
 from megatron_sr1.data.json_values import load_json
 from megatron_sr1.data.sources.files import find_files, inside, key_prefixes
 from megatron_sr1.data.sources.source import Chunk, Problem, RawSample, RowReader
@@ -19,20 +20,40 @@ _LOOKED_AT = 64  # bytes at the beginning of a file
 
 @dataclass(frozen=True)
 class JsonlSource:
-    """`images`: the folder where paths begin; None: that of the file that names them. Blank lines are passed over."""
+    """`images`: the folder where paths begin; None: that of the file that names them. Blank lines are passed over.
+
+    `chosen`: the files; none: those of `path`. `prefix`: of all keys that rows do not give.
+    """
 
     path: str
     columns: RowReader
     images: str | None = None
+    chosen: tuple[Path, ...] = ()
+    prefix: str = ""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files, in order. Raises ValueError as `find_files`."""
+        return self._files
 
     @cached_property
-    def files(self) -> tuple[Path, ...]:
-        """Raises ValueError as `find_files`."""
-        return find_files(self.path, (".jsonl", ".ndjson"))
+    def _files(self) -> tuple[Path, ...]:
+        return self.chosen or find_files(self.path, JSONL_SUFFIXES)
 
     @cached_property
     def _prefixes(self) -> Mapping[Path, str]:
-        return key_prefixes(self.files)
+        return key_prefixes(self.files, self.prefix)
+
+    def named(self, names: Collection[str]) -> set[str]:
+        """Those that are written in any line, as JSON writes a name."""
+        unseen = {name: _spellings(name) for name in names}
+        for path in self.files if unseen else ():
+            with open(path, "rb") as file:
+                for line in file:
+                    unseen = {name: words for name, words in unseen.items() if not any(map(line.__contains__, words))}
+                    if not unseen:
+                        break
+        return set(names) - unseen.keys()
 
     def chunks(self) -> Iterator[Chunk]:
         """Line ends are all that is looked for, and the columns that the user names.
@@ -40,7 +61,7 @@ class JsonlSource:
         Raises:
             ValueError: a file is none of lines of UTF-8, or no line has such a column.
         """
-        unseen = {name: _spellings(name) for name in self.columns.asked_for}
+        refuse_unseen(self.path, sorted(set(self.columns.asked_for) - self.named(self.columns.asked_for)))
         for path in self.files:
             with open(path, "rb") as file:
                 _check_beginning(path, file.read(_LOOKED_AT))
@@ -48,17 +69,11 @@ class JsonlSource:
                 start = position = first_row = row = 0
                 for line in file:
                     position, row = position + len(line), row + 1
-                    if unseen:
-                        unseen = {
-                            name: words for name, words in unseen.items() if not any(map(line.__contains__, words))
-                        }
                     if row - first_row == LINES_PER_CHUNK:
                         yield Chunk(path, start, first_row, row - first_row)
                         start, first_row = position, row
                 if row > first_row:
                     yield Chunk(path, start, first_row, row - first_row)
-
-        refuse_unseen(self.path, unseen)
 
     def read(self, chunk: Chunk) -> Iterator[RawSample | Problem]:
         with open(chunk.file, "rb") as file:

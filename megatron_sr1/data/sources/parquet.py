@@ -5,7 +5,7 @@ An image is what `datasets` stores, a struct of bytes and path, or bytes alone, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,32 +13,47 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_sr1.config.data_suffixes import PARQUET_SUFFIXES
 from megatron_sr1.data.sources.files import find_files, inside, key_prefixes
 from megatron_sr1.data.sources.source import Chunk, Problem, RawSample, RowReader
 
 if TYPE_CHECKING:
     import pyarrow
 
-ARROW_SUFFIX = ".arrow"
+ARROW_SUFFIX = PARQUET_SUFFIXES[1]
 ROWS_AT_ONCE = 64  # of a row group that are turned into Python objects together
 
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """A chunk is one row group of a Parquet file, or one record batch of an Arrow stream."""
+    """A chunk is one row group of a Parquet file, or one record batch of an Arrow stream. `chosen`, `prefix`: as of
+    `JsonlSource`."""
 
     path: str
     columns: RowReader
+    chosen: tuple[Path, ...] = ()
+    prefix: str = ""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files, in order. Raises ValueError as `find_files`."""
+        return self._files
 
     @cached_property
-    def files(self) -> tuple[Path, ...]:
-        """Arrow files count only where there is no Parquet file. Raises ValueError as `find_files`."""
-        found = find_files(self.path, (".parquet", ARROW_SUFFIX))
+    def _files(self) -> tuple[Path, ...]:
+        """Arrow files count only where there is no Parquet file."""
+        if self.chosen:
+            return self.chosen
+        found = find_files(self.path, PARQUET_SUFFIXES)
         return tuple(file for file in found if file.suffix.lower() != ARROW_SUFFIX) or found
 
     @cached_property
     def _prefixes(self) -> Mapping[Path, str]:
-        return key_prefixes(self.files)
+        return key_prefixes(self.files, self.prefix)
+
+    def named(self, names: Collection[str]) -> set[str]:
+        """Those that the schema of any file has. Raises ValueError where a file is damaged."""
+        return {name for file in self.files for name in _contents(file)[0] if name in names} if names else set()
 
     @cached_property
     def _folder(self) -> Path:
@@ -139,3 +154,41 @@ def _shortest(value: Any, kind: pyarrow.DataType) -> Any:
 
 def _damaged(file: Path, error: BaseException) -> str:
     return f"{file}: cannot be read ({error}). It is truncated or damaged: fetch it again."
+
+
+def may_name_files(file: Path, columns: Collection[str]) -> bool:
+    """Whether an image of these columns may be a path: they hold text, or structs whose bytes are not all there.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    import pyarrow.parquet
+
+    try:
+        if file.suffix.lower() == ARROW_SUFFIX:
+            with pyarrow.memory_map(str(file)) as mapped:
+                return any(name in columns for name in pyarrow.ipc.open_stream(mapped).schema.names)
+        with pyarrow.parquet.ParquetFile(file) as table:
+            if any(field.name in columns and _holds_text(field.type) for field in table.schema_arrow):
+                return True
+            groups = (table.metadata.row_group(number) for number in range(table.num_row_groups))
+            leaves = (group.column(number) for group in groups for number in range(group.num_columns))
+            return any(_lacks_bytes(leaf) for leaf in leaves if leaf.path_in_schema.split(".")[0] in columns)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(_damaged(file, error)) from error
+
+
+def _holds_text(kind: pyarrow.DataType) -> bool:
+    import pyarrow
+
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind):
+        return _holds_text(kind.value_type)
+    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+
+
+def _lacks_bytes(leaf: Any) -> bool:
+    """Of the column `bytes` of a struct: whether any may be null."""
+    if not leaf.path_in_schema.endswith(".bytes"):
+        return False
+    statistics = leaf.statistics
+    return statistics is None or not statistics.has_null_count or statistics.null_count > 0
