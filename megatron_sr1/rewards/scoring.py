@@ -64,7 +64,9 @@ def score_group(
 
 def mean_of(value: Value) -> float:
     """What a sample earns by the samples of one of its later passes; 0.0 where they are not there."""
-    return value if isinstance(value, float) else sum(value) / len(value) if value else 0.0
+    if not isinstance(value, tuple):
+        return value
+    return sum(value) / len(value) if value else 0.0
 
 
 def score_pair(

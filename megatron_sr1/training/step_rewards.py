@@ -71,7 +71,7 @@ def rewards_of(rewards: Mapping[str, Tensor], index: int) -> dict[str, float | l
 
 def _padded(value: Value, number: int) -> list[float]:
     """The rewards of samples that are not there are 0."""
-    found = [] if isinstance(value, float) else list(value)
+    found = list(value) if isinstance(value, tuple) else []
     assert len(found) in (0, number), "all samples of a pass are there, or none"
     return found or [0.0] * number
 
