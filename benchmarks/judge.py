@@ -3,6 +3,9 @@ which they were finished then, and a server on loopback answers each question af
 
     python -m benchmarks.judge runs/quickstart/grpo/rollouts --latency 0 0.1 0.5 1 --steps 5
 
+    --pass     the endpoint reads a pass: it is asked when a response has its description, and not when all of its group
+               are done, as a reward is
+
     rollout    seconds from a step's first request to its last answer, as it was
     waited     seconds that the rewards take beyond it: what `seconds/reward` is in a run
     share      of both, median over the steps
@@ -14,19 +17,21 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from megatron_sr1.config import JudgeConfig
+from megatron_sr1.prompts import CAPTION_REASONER
 from megatron_sr1.rewards import Ungraded
 from megatron_sr1.rewards.workers import Graders
-from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
+from megatron_sr1.types import Prompt, Reading, Rollout, RolloutGroup, RolloutPair
 
-NAMES = ("acc", "acc_judge", "fmt")
+NAMES = {False: ("acc", "acc_judge", "fmt"), True: ("acc", "acc_vis@reader", "fmt")}  # by whether it reads a pass
 
 
 def groups_of(path: Path) -> list[tuple[float, RolloutGroup]]:
@@ -81,14 +86,34 @@ def answering(latency: float) -> Iterator[str]:
 
 def waited(graders: Graders, groups: Sequence[tuple[float, RolloutGroup]]) -> float:
     """Seconds from the last group to all rewards."""
-    start = time.perf_counter()
+    events: list[tuple[float, Callable[[], None]]] = []
     for finished, group in groups:
-        time.sleep(max(0.0, finished - (time.perf_counter() - start)))
-        graders.submit(group)
+        if graders.ask is not None:
+            events += [
+                (
+                    pair.first.finished_at,
+                    partial(graders.ask, group.group_id, pair.sample_index, *_question(group, pair)),
+                )
+                for pair in group.pairs
+                if pair.description is not None
+            ]
+        events.append((finished, partial(graders.submit, group)))
+    start = time.perf_counter()
+    for moment, act in sorted(events, key=lambda event: event[0]):
+        time.sleep(max(0.0, moment - (time.perf_counter() - start)))
+        act()
     last = time.perf_counter()
     graded = graders.collect()
     assert not any(isinstance(share, Ungraded) for _, share in graded), graded
+    graders.readings()
     return time.perf_counter() - last
+
+
+def _question(group: RolloutGroup, pair: RolloutPair) -> tuple[str, Reading]:
+    assert pair.description is not None
+    name = f"{pair.first.rollout_id.removesuffix('first')}reader"
+    reading = Reading("reader", 0, Rollout(name, (), (), "", (), "stop", 0), pair.description)
+    return CAPTION_REASONER.as_question(group.prompt.problem, pair.description), reading
 
 
 def main() -> None:
@@ -97,13 +122,14 @@ def main() -> None:
     parser.add_argument("--latency", type=float, nargs="+", default=[0.0, 0.1, 0.5, 1.0], metavar="SECONDS")
     parser.add_argument("--steps", type=int, default=5, help="the last ones")
     parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--pass", dest="reads", action="store_true", help="the endpoint reads a pass")
     args = parser.parse_args()
     steps = [groups_of(path) for path in sorted(args.rollouts.glob("step_*.jsonl"))[-args.steps :]]
     print(f"{'latency s':>10} {'questions':>10} {'rollout s':>10} {'waited s':>10} {'share':>8}")
     for latency in args.latency:
         with answering(latency) as url:
             judge = JudgeConfig(url=url, model="reader", concurrency=args.concurrency).endpoint
-            with closing(Graders(NAMES, judge=judge)) as graders:
+            with closing(Graders(NAMES[args.reads], judge=judge, reads=args.reads)) as graders:
                 waited(graders, steps[0])  # starts the processes
                 times = [(groups[-1][0], waited(graders, groups)) for groups in steps]
         asked = sum(pair.description is not None for groups in steps for _, group in groups for pair in group.pairs)

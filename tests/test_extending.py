@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_sr1.config import load_config
+from megatron_sr1.config import ObjectiveConfig, load_config
 from megatron_sr1.config.passes import KEYS as PASS_KEYS
 from megatron_sr1.config.streams import KEYS
 from megatron_sr1.config.templates import KEYS as TEMPLATE_KEYS
@@ -21,6 +21,7 @@ from megatron_sr1.data import Quarantine, open_stream
 from megatron_sr1.objective import OwnLoss, stream_loss
 from megatron_sr1.rewards import find_reward, score_group, soft_overlong
 from megatron_sr1.streams import PRESETS, preset_from_config, preset_of
+from megatron_sr1.streams.spans import own_spans
 from megatron_sr1.types import LossInputs, Prompt, Rollout, RolloutGroup, RolloutPair
 
 TEXT = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -63,6 +64,7 @@ def test_every_example_is_short_and_there() -> None:
         "judged.yaml",
         "my_loss.py",
         "layout.yaml",
+        "my_spans.py",
         "my_source.py",
         "sources.yaml",
     } == EXAMPLES.keys()
@@ -113,6 +115,14 @@ def test_a_preset_with_a_stream_more() -> None:
     *ours, brief = preset.streams
     assert tuple(ours) == PRESETS["vision_sr1"].streams
     assert (brief.tokens, brief.rewards, brief.loss_weight) == ("think", (("my_rewards.py:brevity", 1.0),), 0.2)
+
+
+def test_a_segment() -> None:
+    path = f"{Path.cwd()}/my_spans.py:numbers"
+    config = ObjectiveConfig(streams=[{"name": "digits", "tokens": path, "rewards": {"acc": 1.0}}])
+    assert preset_from_config(config).streams[-1].tokens == path
+    text = "3 and 17."
+    assert [text[slice(*span)] for span in own_spans(path, text, group("x").prompt)] == ["3", "17"]
 
 
 def test_a_later_pass() -> None:

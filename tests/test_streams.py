@@ -14,6 +14,7 @@ from megatron_sr1.config import ConfigError, ObjectiveConfig, dump_config, load_
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import CAPTION_REASONER
 from megatron_sr1.prompts import SEE_THINK as ASKED
+from megatron_sr1.rewards import RewardError
 from megatron_sr1.streams import PRESETS, Preset, preset_from_config, segments_of
 from megatron_sr1.training.segments import Response, response_masks, scored_responses
 from megatron_sr1.types import Clip, Prompt, RewardStream, Rollout, RolloutPair
@@ -341,6 +342,48 @@ def test_a_list_without_advantages_of_its_own_has_a_tensor_for_each(tiny_model_d
     pair = RolloutPair(0, Rollout("r", (1,), ids, SEE_THINK, (0.0,) * len(ids), "stop", 0), None, "d")
     streams = (credit("response"), credit("response", "second"))
     (response,) = scored_responses(pair, SHOWN, Preset("credit", "see_think", streams))
-    assert response == Response("first", 0, pair.first, ASKED)
+    assert response == Response("first", 0, pair.first, SHOWN, ASKED)
     masks = response_masks(processor, response, streams)
     assert torch.equal(masks, torch.stack([torch.ones(len(ids)), torch.zeros(len(ids))]))
+
+
+def test_a_function_says_which_characters_a_stream_credits(tiny_model_dir: str, tmp_path: Path) -> None:
+    """Beside a stream of the rest, which is left what it has not found; what it gives must be spans of the text."""
+    (tmp_path / "mine.py").write_text(
+        "import re\n"
+        "def digits(text, prompt):\n    return [match.span() for match in re.finditer(r'[0-9]+', text)]\n"
+        "def none(text, prompt):\n    return []\n"
+        "def outside(text, prompt):\n    return [(0, len(text) + 1)]\n"
+        "def turned(text, prompt):\n    return [(3, 1)]\n"
+        "def broken(text, prompt):\n    return [prompt.answers]\n"
+        "def one(text):\n    return []\n"
+    )
+    processor, file = Processor.from_pretrained(tiny_model_dir), tmp_path / "mine.py"
+    first = Rollout("r", (1,), processor.response_ids(SEE_THINK), SEE_THINK, (), "stop", 0)
+
+    def masks(name: str) -> list[str]:
+        streams = (
+            RewardStream("own", "first", f"{file}:{name}", (("acc", 1.0),)),
+            RewardStream("rest", "first", "rest", (("acc", 1.0),)),
+        )
+        preset = Preset("credit", "see_think", streams)
+        (response,) = scored_responses(RolloutPair(0, first, None, None), SHOWN, preset)
+        rows = response_masks(processor, response, streams)
+        assert torch.equal(rows.sum(0), torch.ones(len(first.response_ids)))
+        ids = [[i for i, inside in zip(first.response_ids, row.bool().tolist(), strict=True) if inside] for row in rows]
+        return [processor.decode(chosen) for chosen in ids]
+
+    own, rest = masks("digits")
+    assert own.replace(" ", "") == "3710" and not any(letter.isdigit() for letter in rest)
+    assert masks("none")[0] == ""
+    for name, words in (
+        ("outside", r"gave \(0, \d+\), which is no \(start, end\)"),
+        ("turned", r"gave \(3, 1\)"),
+        ("broken", r"sample 'p' failed at .*mine.py:11 in broken: AttributeError"),
+    ):
+        with pytest.raises(RewardError, match=words):
+            masks(name)
+    with pytest.raises(ValueError, match=r"mine.py:one'.*too many positional.*function of \(text, prompt\)"):
+        masks("one")
+    with pytest.raises(ValueError, match="there is no"):
+        masks("missing")

@@ -158,7 +158,7 @@ def test_segments_follow_the_template_in_use(preset: Preset, tiny_model_dir: str
     def marked(text: str, tokens: str, asked: Any = preset.asked) -> str:
         ids = processor.response_ids(text)
         stream = RewardStream("s", "first", tokens, (("acc", 1.0),))
-        response = Response("first", 0, replace(rollout(text), response_ids=ids), asked.first)
+        response = Response("first", 0, replace(rollout(text), response_ids=ids), group().prompt, asked.first)
         (mask,) = response_masks(processor, response, (stream,))
         return processor.decode([token for token, chosen in zip(ids, mask, strict=True) if chosen]).strip()
 

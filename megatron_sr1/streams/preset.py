@@ -15,6 +15,7 @@ from megatron_sr1.rewards import find_reward, layout_reward
 from megatron_sr1.streams.passes import check_later, later_passes, needs_description
 from megatron_sr1.streams.presets import WRITTEN, Written
 from megatron_sr1.streams.segments import REST, segments_of
+from megatron_sr1.streams.spans import find_spans
 from megatron_sr1.types import SECOND, Clip, LaterPass, Passes, PassName, PresetName, RewardStream, TemplateName
 
 
@@ -132,7 +133,9 @@ class Preset:
         if stream.trajectory != "first":
             self._check_trained(where, stream.trajectory)
         allowed = segments_of(self.template_of(stream.trajectory))
-        if stream.tokens not in allowed:
+        if is_import_path(stream.tokens):
+            find_spans(stream.tokens)
+        elif stream.tokens not in allowed:
             raise ValueError(
                 f"{where}: tokens={stream.tokens!r} is no segment of the {stream.trajectory} pass. It has "
                 f"{', '.join(allowed)}."
@@ -349,13 +352,16 @@ def check_objective(
 
 
 def own_code(objective: ObjectiveConfig, templates: Templates = SHIPPED) -> dict[str, Callable[..., Any]]:
-    """The functions of a user's own that the objective names, by their import paths: rewards, and the loss.
+    """The functions of a user's own that the objective names, by their import paths: rewards, segments, and the loss.
 
     Raises:
         ValueError: see `preset_from_config`; what `objective.loss` names cannot be called.
     """
-    names = [name for name in preset_from_config(objective, templates).rewards if is_import_path(name)]
-    code: dict[str, Callable[..., Any]] = {name: find_reward(name).function for name in names}
+    preset = preset_from_config(objective, templates)
+    code: dict[str, Callable[..., Any]] = {
+        name: find_reward(name).function for name in preset.rewards if is_import_path(name)
+    }
+    code |= {stream.tokens: find_spans(stream.tokens) for stream in preset.streams if is_import_path(stream.tokens)}
     if objective.loss:
         loss = load_object(objective.loss, "objective.loss")
         require(callable(loss), "objective.loss", objective.loss, "a function", "It takes LossInputs.")

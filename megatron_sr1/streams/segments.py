@@ -5,6 +5,7 @@
     answer        the last answer, with its braces or tags
     reasoning     everything that is outside the block that describes
     rest          everything that no other stream credits in the same pass
+    file.py:name  what a function of the user's own finds, see `spans.py`
 
 A block counts where its tags stand once and in order; where it does not, the segment is empty. A token that lies partly
 inside belongs to it.

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_sr1.import_path import is_import_path
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import Template
 from megatron_sr1.streams import REST, WHOLE, Preset, other_segments
 from megatron_sr1.streams.segments import OUTSIDE_DESCRIPTION
+from megatron_sr1.streams.spans import own_spans
 from megatron_sr1.types import CutResponses, PassName, Prompt, RewardStream, Rollout, RolloutPair
 
 
@@ -22,6 +24,7 @@ class Response:
     pass_name: PassName
     number: int  # among the samples of its pass
     rollout: Rollout
+    prompt: Prompt
     template: Template  # that it answers
 
 
@@ -29,7 +32,7 @@ def scored_responses(pair: RolloutPair, prompt: Prompt, preset: Preset) -> list[
     """The first pass, and of the later passes those that a stream credits."""
     first = preset.asked.of(prompt).first
     return [
-        Response(name, number, rollout, first if name == "first" else preset.template_of(name))
+        Response(name, number, rollout, prompt, first if name == "first" else preset.template_of(name))
         for name, rollouts in pair.rollouts().items()
         if name == "first" or preset.trains(name)
         for number, rollout in enumerate(rollouts)
@@ -50,31 +53,34 @@ def response_masks(
         return rows
     for row, stream in zip(rows, streams, strict=True):
         if stream.trajectory == response.pass_name:
-            row.copy_(_segment(processor, rollout, response.template, stream, streams))
+            row.copy_(_segment(processor, response, stream, streams))
     return rows
 
 
-def _segment(
-    processor: Processor, rollout: Rollout, template: Template, stream: RewardStream, streams: Sequence[RewardStream]
-) -> Tensor:
+def _segment(processor: Processor, response: Response, stream: RewardStream, streams: Sequence[RewardStream]) -> Tensor:
     """[n]: 1.0 on the tokens that a stream credits."""
     if stream.tokens != REST:
-        return _named(processor, rollout, template, stream.tokens)
-    left = torch.ones(len(rollout.response_ids))
+        return _named(processor, response, stream.tokens)
+    left = torch.ones(len(response.rollout.response_ids))
     for segment in other_segments(stream, streams):
-        left = torch.minimum(left, 1.0 - _named(processor, rollout, template, segment))
+        left = torch.minimum(left, 1.0 - _named(processor, response, segment))
     return left
 
 
-def _named(processor: Processor, rollout: Rollout, template: Template, segment: str) -> Tensor:
+def _named(processor: Processor, response: Response, segment: str) -> Tensor:
     """[n]: 1.0 on the tokens of a segment, whatever other streams credit."""
+    rollout = response.rollout
     everything = torch.ones(len(rollout.response_ids))
     if segment == WHOLE:
         return everything
-    outside = segment == OUTSIDE_DESCRIPTION
-    name = template.describes if outside else segment
-    block = None if name is None else template.block(rollout.response_text, name)
+    if is_import_path(segment):
+        spans = own_spans(segment, rollout.response_text, response.prompt)
+    else:
+        name = response.template.describes if segment == OUTSIDE_DESCRIPTION else segment
+        block = None if name is None else response.template.block(rollout.response_text, name)
+        spans = () if block is None else (block,)
     inside = torch.zeros(len(rollout.response_ids))
-    if block is not None:
-        inside = torch.tensor(processor.segment_mask(rollout.response_ids, block), dtype=torch.float32)
-    return everything - inside if outside else inside
+    for span in spans:
+        mask = torch.tensor(processor.segment_mask(rollout.response_ids, span), dtype=torch.float32)
+        inside = torch.maximum(inside, mask)
+    return everything - inside if segment == OUTSIDE_DESCRIPTION else inside
