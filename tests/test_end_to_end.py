@@ -230,7 +230,7 @@ def test_pipeline_parallel_with_several_updates_per_batch(finished: Workspace) -
         described = sample["description"] or ""
         answer = extract_boxed(read_digits(CAPTION_REASONER.user_text("", 0, described), 0))
         right = answer is not None and grade(answer, sample["answer"])
-        assert sample["rewards"]["acc_judge"] == float(bool(described) and right)
+        assert sample["rewards"]["acc_judge"] == [float(bool(described) and right)] * 2
 
 
 def _evaluated(workspace: Workspace, run: str, label: str) -> list[dict[str, Any]]:
