@@ -4,6 +4,10 @@
 
 writes OUT/data/{train,heldout,cold_start}-*.tar, OUT/base/ (Hugging Face format) and OUT/manifest.json. Nothing is
 downloaded: the scans come with scikit-learn. A second call with the same arguments has nothing to do.
+
+With --published the demonstrations are of the published Vision-SR1 prompts; train and evaluate with these by
+
+    objective.template=vision_sr1 objective.second_template=vision_sr1_reasoner objective.plain_template=vision_sr1_cot
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +29,12 @@ import megatron_sr1.digits
 import megatron_sr1.prompts
 from megatron_sr1.data import write_shards
 from megatron_sr1.digits import make_demonstrations, make_prompts
-from megatron_sr1.prompts import CAPTION_REASONER, COT, SEE_THINK
-from megatron_sr1.types import SftSample
+from megatron_sr1.prompts import SHIPPED
+from megatron_sr1.types import SftSample, TemplateName
 
 SAMPLES_PER_SHARD = 1000
 MANIFEST = "manifest.json"
+PUBLISHED = {"see_think": "vision_sr1", "cot": "vision_sr1_cot", "caption_reasoner": "vision_sr1_reasoner"}
 MAX_TOKENIZER_SAMPLES = 1000  # the texts repeat; more of them change no merge
 
 
@@ -41,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "heldout": args.heldout,
         "demonstrations": args.demonstrations,
         "seed": args.seed,
+        "published": args.published,
         "builder": _builder_digest(),
     }
     if is_complete(args.out, wanted):
@@ -66,6 +73,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=4000, help="prompts for reinforcement learning")
     parser.add_argument("--heldout", type=int, default=400, help="prompts for evaluation, on scans used nowhere else")
     parser.add_argument("--demonstrations", type=int, default=8000, help="cold-start samples, half for either pass")
+    parser.add_argument("--published", action="store_true", help="demonstrations of the published Vision-SR1 prompts")
     parser.add_argument("--seed", type=int, default=1, help="of the data and of the model's weights")
     args = parser.parse_args(arguments)
     for name in ("train", "heldout", "demonstrations"):
@@ -82,9 +90,12 @@ def _build(args: argparse.Namespace, wanted: dict[str, Any], console: Console) -
     files: list[Path] = []
     for part in track(("train", "heldout", "cold_start", "base"), description="digits", console=console):
         if part == "base":
-            files += _build_model(demonstrations, args.out / "base", args.seed)
+            plain = PUBLISHED["cot"] if args.published else "cot"
+            files += _build_model(demonstrations, args.out / "base", args.seed, plain)
         elif part == "cold_start":
             demonstrations = make_demonstrations(args.demonstrations, args.seed)
+            if args.published:
+                demonstrations = [replace(sample, template=PUBLISHED[sample.template]) for sample in demonstrations]
             files += write_shards(demonstrations, args.out / "data", part, SAMPLES_PER_SHARD)
         else:
             prompts = make_prompts(part, wanted[part], args.seed)
@@ -95,24 +106,24 @@ def _build(args: argparse.Namespace, wanted: dict[str, Any], console: Console) -
     os.replace(temporary, args.out / MANIFEST)
 
 
-def _build_model(demonstrations: Sequence[SftSample], base: Path, seed: int) -> list[Path]:
+def _build_model(demonstrations: Sequence[SftSample], base: Path, seed: int, plain: TemplateName) -> list[Path]:
     """Returns the files of the model; its tokenizer has seen every instruction and a part of the responses."""
     # here, because both import torch, and a directory that is complete needs neither
     from megatron_sr1.digits.tiny_model import create_tiny_model
     from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 
-    texts = [text for sample in demonstrations[:MAX_TOKENIZER_SAMPLES] for text in _texts(sample)]
+    texts = [text for sample in demonstrations[:MAX_TOKENIZER_SAMPLES] for text in _texts(sample, plain)]
     define_missing_torchvision_ops()
     create_tiny_model(base, texts, seed)
     return sorted(path for path in base.iterdir() if path.is_file())
 
 
-def _texts(sample: SftSample) -> list[str]:
-    problem = sample.prompt.problem
-    description = sample.description
+def _texts(sample: SftSample, plain: TemplateName) -> list[str]:
+    problem, description = sample.prompt.problem, sample.description
+    asked = SHIPPED.by_name[sample.template]
     if description is not None:
-        return [CAPTION_REASONER.user_text(problem, 0, description), sample.response]
-    return [SEE_THINK.user_text(problem), COT.user_text(problem), sample.response]
+        return [asked.user_text(problem, 0, description), sample.response]
+    return [asked.user_text(problem), SHIPPED.by_name[plain].user_text(problem), sample.response]
 
 
 def _builder_digest() -> str:
