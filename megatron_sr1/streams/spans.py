@@ -20,9 +20,10 @@ def find_spans(path: str) -> Callable[[str, Prompt], Sequence[Span]]:
     Raises:
         ValueError: there is none that takes two arguments.
     """
-    function: Any = load_object(path, "a segment")
-    if isinstance(function, type) or not callable(function):
-        raise ValueError(f"tokens={path!r} is {function!r}: {_WANTED}.")
+    found: Any = load_object(path, "a segment")
+    function: Callable[[str, Prompt], Sequence[Span]] = found
+    if isinstance(found, type) or not callable(found):
+        raise ValueError(f"tokens={path!r} is {found!r}: {_WANTED}.")
     try:
         inspect.signature(function).bind("", None)
     except (TypeError, ValueError) as error:
