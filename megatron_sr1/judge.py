@@ -74,8 +74,11 @@ class Judge:
         """Ends its connections."""
         self._client.close()
 
-    def ask(self, question: str) -> str:
+    def ask(self, question: str, *, cut: bool = False) -> str:
         r"""The judge's complete response to a text.
+
+        Args:
+            cut: one that its limit of tokens has cut is taken as it is.
 
         Raises:
             NoVerdict: it failed in a way that may pass, `retries` times more; it refused this question; or its
@@ -84,14 +87,14 @@ class Judge:
         """
         reason = ""
         for attempt in range(self._endpoint.retries + 1):
-            wait, reason = self._attempt(question)
+            wait, reason = self._attempt(question, cut)
             if wait is None:
                 return reason
             if attempt < self._endpoint.retries:
                 self._sleep(self._delay(attempt, wait))
         raise NoVerdict(f"{self._endpoint.retries + 1} attempts failed, the last with: {reason}")
 
-    def _attempt(self, question: str) -> tuple[float | None, str]:
+    def _attempt(self, question: str, cut: bool) -> tuple[float | None, str]:
         """(None, response), or (seconds that the endpoint asks to wait, what went wrong)."""
         from openai import APIConnectionError, APIStatusError
 
@@ -101,7 +104,7 @@ class Judge:
                 messages=[{"role": "user", "content": question}],
                 extra_body=self._parameters,
             )
-            return None, _text(response.http_response.content)
+            return None, _text(response.http_response.content, cut)
         except APIStatusError as error:
             if error.status_code in _REFUSED:
                 raise ConfigError(
@@ -127,7 +130,7 @@ class _Damaged(Exception):
     """The endpoint said that all is well, and it is not."""
 
 
-def _text(body: bytes) -> str:
+def _text(body: bytes, cut: bool) -> str:
     """The text of the first choice of a chat completion; the parts that are needed are checked, and no others."""
     try:
         choice = json.loads(body)["choices"][0]
@@ -136,7 +139,8 @@ def _text(body: bytes) -> str:
         raise _Damaged(f"the answer is no chat completion ({type(error).__name__}: {error})") from error
     if not isinstance(text, str):
         raise _Damaged("the answer is no chat completion: its content is not text")
-    if reason == "length" and "\\boxed" not in text:
+    text = text.encode("utf-8", "replace").decode("utf-8")  # JSON can say halves of characters, and no file can
+    if reason == "length" and not cut and "\\boxed" not in text:
         raise NoVerdict("the response was cut by its limit of tokens; raise max_tokens in its parameters")
     if not text.strip():
         raise NoVerdict(f"the response is empty (finish_reason {reason!r})")

@@ -10,7 +10,7 @@ Shape legend, used by every tensor file of the project:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -201,6 +201,12 @@ class Question:
     problem: str
     answer: str
     choices: tuple[str, ...] = ()
+
+    def asked_of(self, prompt: Prompt) -> Prompt:
+        """The prompt with this question in the place of its own."""
+        metadata = {key: value for key, value in prompt.metadata.items() if key != "choices"}
+        choices = {"choices": list(self.choices)} if self.choices else {}
+        return replace(prompt, problem=self.problem, answer=self.answer, metadata={**metadata, **choices})
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from megatron_sr1.config import Config, ConfigError, ObjectiveConfig, RewardsConfig, load_config
 from megatron_sr1.data import Quarantine, SampleFeed, SampleStream, ShardDataset, StepPrompts, write_shards
@@ -389,7 +390,7 @@ def test_a_damaged_file_is_named(runs: Runs) -> None:
 
     def read(*lines: dict[str, Any]) -> StepRollouts:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return read_rollouts(path, lambda further: drawn[: 4 + further], SAMPLES, ["acc"], PRESET.asked)
+        return read_rollouts(path, lambda further: drawn[: 4 + further], SAMPLES, ["acc"], PRESET.asked, ())
 
     further = whole[0]["further_prompts"]
     assert read(*whole).num_drawn == 4 + further > 4
@@ -411,7 +412,8 @@ def test_a_damaged_file_is_named(runs: Runs) -> None:
 
 def test_the_leak_filter_counts_for_what_is_dead(tmp_path: Path) -> None:
     """Two responses, one of which leaks: only with the filter do they earn different things."""
-    made, preset = groups_of(1, 2), PRESETS["vision_sr1"]
+    (plain,), preset = groups_of(1, 2), PRESETS["vision_sr1"]
+    made = [replace(plain, prompt=replace(plain.prompt, images=(Image.new("RGB", (28, 28)),)))]
     ones = dict.fromkeys(("acc", "fmt", "acc_vis", "fmt_vis", "format"), torch.ones(2))
     rollouts = StepRollouts(made, {**ones, "leak": torch.tensor([0.0, 1.0])}, [0], {}, None)
     clock = Clock()

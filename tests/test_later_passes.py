@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from megatron_sr1.config import ConfigError, JudgeConfig, ObjectiveConfig, RewardsConfig, load_config
+from megatron_sr1.cli.arguments import parse, sources
+from megatron_sr1.config import Config, ConfigError, JudgeConfig, ObjectiveConfig, RewardsConfig, load_config
+from megatron_sr1.evaluation import digest_of
+from megatron_sr1.loops.evaluate import _identity
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.rewards import Ungraded, find_reward, score_group
 from megatron_sr1.rewards.workers import Graders
@@ -20,9 +25,11 @@ from megatron_sr1.rollout.request import Generation
 from megatron_sr1.streams import check_objective, preset_from_config
 from megatron_sr1.training.batches import rollout_advantages
 from megatron_sr1.training.live_rollouts import LiveRollouts
-from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file
+from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file, write_rollouts
+from megatron_sr1.training.segments import scored_responses
 from megatron_sr1.training.step_metrics import step_metrics
 from megatron_sr1.training.step_rewards import join_rewards, scored_rewards, without_leaks
+from megatron_sr1.training.step_rollouts import all_trained
 from megatron_sr1.types import (
     ALONE,
     LaterPass,
@@ -38,9 +45,11 @@ from megatron_sr1.types import (
 from tests.judge_server import serve
 from tests.scripted_engine import IMAGE, SEEN, ScriptedEngine, generator, planner, prompt, sampling
 from tests.step_cases import Listed
+from tests.thread_ranks import Meeting
 
 OTHERS = [{"problem": "How many are red?", "answer": "7"}, {"problem": "Which?", "answer": "B", "choices": ["x", "y"]}]
 BLIND = LaterPass("blind", "nothing")
+SEEN_IMAGE = (Image.new("RGB", (28, 28)),)
 
 
 class Shown:
@@ -70,6 +79,7 @@ def preset(*passes: dict[str, Any], streams: Any = (), **more: Any) -> Any:
         ("[{context: nothing}]", r"objective.passes\[0\].name=None"),
         ("[{name: first}]", r"passes\[0\].name='first'.*not first"),
         ("[{name: a b}]", r"passes\[0\].name='a b'"),
+        ("[{name: 2nd, context: nothing}]", r"passes\[0\].name='2nd'.*begins with a letter"),
         ("[{name: a, context: nothing}, {name: a, context: nothing}]", r"passes\[1\].name='a'.*no other pass"),
         ("[{name: a, contxt: nothing}]", r"\(a\).contxt is no key of a pass. Did you mean 'context'"),
         ("[{name: a, context: image}]", r"\(a\).context='image'.*description, other_description, metadata, nothing"),
@@ -104,6 +114,19 @@ def test_a_slip_in_a_pass_is_named_with_its_place(passes: str, words: str) -> No
             "'acc' is of the first pass. Only rewards of the second",
         ),
         ([], [{"name": "v", "rewards": {"acc_vis@second": 1}}], {}, "leave @second out"),
+        (
+            [{"name": "a", "context": "nothing"}, {"name": "b", "context": "nothing"}],
+            [{"name": "v", "rewards": {"acc_vis@a@b": 1}}],
+            {},
+            "leave @b out",
+        ),
+        (
+            [{"name": "a", "context": "nothing"}],
+            [{"name": "v", "rewards": {"acc_judge@a": 1}}],
+            {},
+            "asks the endpoint about a text, and the pass 'a' reads none",
+        ),
+        ([], [{"name": "v", "tokens": "rest", "rewards": {"acc": 1}}], {}, "nothing is left for tokens=rest"),
         ([{"name": "a"}], [], {"preset": "vision_r1"}, "'a' reads a description, and the template 'cot' asks for none"),
         (
             [{"name": "start", "reader": "reference"}],
@@ -122,6 +145,15 @@ def test_a_slip_in_a_pass_is_named_with_its_place(passes: str, words: str) -> No
 def test_passes_streams_and_rewards_must_agree(passes: Any, streams: Any, more: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         preset(*passes, streams=streams, **more)
+
+
+def test_no_reward_is_shown_as_the_measure_of_a_pass(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from megatron_sr1.rewards import Reward\nf = Reward(lambda pair, prompt: 1.0, shown='acc_vis.a')\n"
+    )
+    mine = {"name": "v", "rewards": {f"{tmp_path}/mine.py:f": 1}}
+    with pytest.raises(ValueError, match=r"are both shown as 'acc_vis.a'"):
+        preset({"name": "a", "context": "nothing"}, streams=[mine])
 
 
 def test_the_paper_s_graph_is_the_default_and_what_is_written_joins_it() -> None:
@@ -208,6 +240,38 @@ def test_another_image_s_description_comes_from_the_next_prompt_that_shows_anoth
     assert all(not pair.readings("other") and pair.second is not None for group in alone for pair in group.pairs)
 
 
+def test_who_lends_a_description_does_not_depend_on_the_engines() -> None:
+    later = (LaterPass("other", "other_description"),)
+    prompts = [shown(name, name.encode()) for name in "abcd"]
+
+    def lent(ranks: Any) -> list[list[str | None]]:
+        groups = generator(ScriptedEngine(lambda request_id: SEEN.format(f"{request_id} x")), engines=ranks).generate(
+            prompts, sampling(later=later), 0
+        )
+        return [[pair.readings("other")[0].context for pair in group.pairs] for group in groups]
+
+    (alone,) = (lent(ALONE),)
+    assert alone[3] == ["a 0/0/first x", "a 0/1/first x"]
+    for number in (2, 4):
+        meeting = Meeting(number)
+        with ThreadPoolExecutor(number) as pool:
+            assert (
+                list(pool.map(lambda rank, meeting=meeting: lent(meeting.of(rank)), range(number))) == [alone] * number
+            )
+
+
+def test_a_description_is_found_where_no_later_pass_reads_it() -> None:
+    (group,) = generator(ScriptedEngine()).generate([prompt("a")], sampling(later=(BLIND,)), 0)
+    assert [pair.description for pair in group.pairs] == ["a 0/0/first", "a 0/1/first"]
+    assert score_group(group, ["leak"])[0]["leak"] in (0.0, 1.0) and group.pairs[0].second is None
+
+
+def test_a_text_of_the_metadata_is_read_whole_or_refused() -> None:
+    later = (LaterPass("gold", "metadata", field="facts"),)
+    with pytest.raises(ValueError, match=r"sample 'a': the metadata's 'facts'.*rollout.max_description_tokens=50"):
+        generator(ScriptedEngine()).generate([shown("a", b"1", facts="x" * 51)], sampling(later=later), 0)
+
+
 @pytest.mark.parametrize(
     ("later", "metadata", "words"),
     [
@@ -261,6 +325,17 @@ def test_the_starting_weights_read_when_the_policy_has_written_and_leave_again()
     assert group.pairs[0].readings("start") and not any("weights" in line for line in alone.log)
 
 
+def test_an_evaluation_has_its_own_weights_beside_those_of_the_start(tmp_path: Path) -> None:
+    """Of a finished run: its export is evaluated, and read by what the run began with."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text("model: {hf_dir: begun/with}\n")
+    _, words = sources(parse(["evaluate", str(tmp_path)]))
+    assert {"objective.reference_dir=begun/with", f"model.hf_dir={tmp_path / 'hf'}"} < set(words)
+    (tmp_path / "config.yaml").write_text("model: {hf_dir: x}\nobjective: {reference_dir: named}\n")
+    assert "objective.reference_dir=named" in sources(parse(["evaluate", str(tmp_path)]))[1]
+
+
 def test_an_engine_that_fails_under_the_starting_weights_gets_them_again() -> None:
     class Failing(ScriptedEngine):
         fails = True
@@ -310,7 +385,9 @@ def test_an_endpoint_reads_while_the_engine_decodes_and_its_answers_are_kept(tmp
     assert reading.rollout.response_ids == () and reading.rollout.rollout_id == "0/a/0/big"
     assert metrics["reward/acc_vis.big"] == 0.25 and metrics["big/missing"] == metrics["second/missing"] == 0.0
     assert "big/response_tokens" not in metrics and metrics["second/response_tokens"] == 3
-    again = read_rollouts(rollouts_file(tmp_path, 0), lambda further: prompts, 2, scored_rewards(objective))
+    again = read_rollouts(
+        rollouts_file(tmp_path, 0), lambda further: prompts, 2, scored_rewards(objective), later=objective.passes.later
+    )
     assert again.groups == groups and all(torch.equal(again.rewards[name], rewards[name]) for name in rewards)
     assert rewards["acc_vis"].shape == (4, 2)
 
@@ -390,7 +467,9 @@ def test_advantages_of_a_pass_with_samples_compare_all_of_them_and_the_first_pas
     pairs = [answered("10", "9"), answered("10", "10"), answered()]
     groups = [
         RolloutGroup(
-            number, Prompt(f"p{number}", "Sum?", "10"), tuple(replace(p, sample_index=i) for i, p in enumerate(ps))
+            number,
+            Prompt(f"p{number}", "Sum?", "10", SEEN_IMAGE),
+            tuple(replace(p, sample_index=i) for i, p in enumerate(ps)),
         )
         for number, ps in enumerate((pairs, pairs[:1] * 3))
     ]
@@ -417,6 +496,55 @@ def test_advantages_of_a_pass_with_samples_compare_all_of_them_and_the_first_pas
     assert not first[:, 1].any() and not first[3:].any()
 
 
+def test_prompts_that_are_not_asked_a_pass_are_not_among_those_it_is_compared_with() -> None:
+    """Scope batch, three prompts without images beside one with: the same advantages as alone."""
+    objective = preset(advantage_scope="batch")
+    with_image = RolloutGroup(0, Prompt("p", "Sum?", "10", SEEN_IMAGE), (answered("10"), answered("9")))
+    plain = [RolloutGroup(n, Prompt(f"t{n}", "Sum?", "10"), (answered(), answered())) for n in (1, 2, 3)]
+    names = [stream.name for stream in objective.streams]
+
+    def visual(*groups: RolloutGroup) -> torch.Tensor:
+        vectors = [(group.group_id, score_group(group, scored_rewards(objective))) for group in groups]
+        return rollout_advantages(groups, join_rewards(vectors, objective), objective, 1e-6)[names.index("visual")]
+
+    alone, both = visual(with_image), visual(with_image, *plain)
+    assert torch.equal(both[:2], alone) and alone.any() and not both[2:].any() and not visual(*plain).any()
+
+
+def test_a_function_of_spans_sees_the_question_that_was_asked() -> None:
+    streams = [{"name": "v", "pass": "more", "rewards": {"acc_vis@more": 1.0}}]
+    objective = preset({"name": "more", "question": "others", "samples": 2}, streams=streams)
+    found = scored_responses(answered("10"), Prompt("p", "Sum?", "10", SEEN_IMAGE), objective)
+    asked = [(one.pass_name, one.number, one.prompt.problem, one.prompt.answer) for one in found]
+    assert ("first", 0, "Sum?", "10") in asked
+    assert [one for one in asked if one[0] == "more"] == [("more", 0, "Red?", "7"), ("more", 1, "W", "A")]
+
+
+def test_rollouts_of_other_passes_are_not_trained_on(tmp_path: Path) -> None:
+    made = [RolloutGroup(0, Prompt("p", "Sum?", "10"), (answered("10"),))]
+    path = rollouts_file(tmp_path, 0)
+    then, now = preset({"name": "blind", "context": "nothing"}), preset({"name": "second", "samples": 2})
+    rewards = {name: torch.zeros(1) for name in scored_rewards(then)}
+    write_rollouts(path, all_trained(made, rewards), 1, then.asked, then.passes.later)
+
+    def read(by: Any) -> Any:
+        return read_rollouts(path, lambda further: [made[0].prompt], 1, ["acc"], by.asked, by.passes.later)
+
+    assert read(then).groups == made and read(preset()).groups == made, "a pass more does no harm"
+    for other, name in ((now, "second"), (preset({"name": "blind", "context": "metadata", "field": "x"}), "blind")):
+        with pytest.raises(ValueError, match=f"the pass '{name}' was another one, or none"):
+            read(other)
+    path.write_text(path.read_text().replace('"passes"', '"other"'))
+    assert read(now).groups == made, "of an earlier release"
+
+
+def test_a_judge_s_reward_asks_once_whatever_the_second_pass_is_asked() -> None:
+    asked: list[str] = []
+    group = RolloutGroup(0, Prompt("p", "Sum?", "10"), (answered("10", "9"),))
+    vectors = score_group(group, ["acc_judge"], ask=lambda text: asked.append(text) or r"\boxed{10}")
+    assert vectors == [{"acc_judge": (1.0, 1.0)}] and len(asked) == 1
+
+
 def test_the_leak_filter_takes_what_a_description_gives_away_and_nothing_else() -> None:
     passes = [
         {"name": "blind", "context": "nothing"},
@@ -429,3 +557,53 @@ def test_the_leak_filter_takes_what_a_description_gives_away_and_nothing_else() 
     filtered = without_leaks(rewards, objective)
     assert filtered["acc_vis"].tolist() == [[1, 1], [0, 0]] and filtered["acc_vis@start"].tolist() == [1, 0]
     assert all(filtered[name].tolist() == [1, 1] for name in ("acc", "acc_vis@blind", "acc_vis@more"))
+
+
+def test_a_cut_answer_of_an_endpoint_is_graded_as_it_is(tmp_path: Path) -> None:
+    _, _, taken, metrics = live(tmp_path, lambda question, attempt: "cut" if "0/0/first" in question else r"\boxed{1}")
+    assert taken.rewards["acc_vis@big"].tolist() == [0.0, 1.0, 1.0, 1.0] and metrics["big/missing"] == 0.0
+
+
+def test_a_pass_is_measured_over_the_prompts_that_are_asked_it() -> None:
+    objective = preset(
+        {"name": "second", "enabled": False}, {"name": "blind", "context": "nothing"}, preset="see_think"
+    )
+    groups = [
+        RolloutGroup(number, Prompt(f"p{number}", "Sum?", "10", SEEN_IMAGE if number == 0 else ()), pairs)
+        for number, pairs in enumerate([(answered("10"), answered(blind="9"))] + [(answered(), answered())] * 3)
+    ]
+    vectors = [
+        (
+            group.group_id,
+            score_group(group if group.prompt.images else replace(group, pairs=bare(group)), scored_rewards(objective)),
+        )
+        for group in groups
+    ]
+    clock = Clock()
+    with clock("rollout"):
+        pass
+    metrics = step_metrics(
+        all_trained(groups, join_rewards(vectors, objective)), objective, ObjectiveConfig(), [], clock
+    )
+    assert metrics["reward/acc_vis.blind"] == 0.5 and metrics["blind/missing"] == 0.0
+    assert not {"reward/acc_vis", "second_pass_accuracy", "second/missing"} & metrics.keys()
+
+
+def bare(group: RolloutGroup) -> tuple[RolloutPair, ...]:
+    return tuple(replace(pair, further=()) for pair in group.pairs)
+
+
+def test_an_evaluation_is_of_its_readers() -> None:
+    class Data:
+        fingerprint = "f"
+
+    def identity(passes: list[dict[str, Any]], **judge: Any) -> dict[str, Any]:
+        settings = JudgeConfig(**{"url": "http://127.0.0.1:1/v1", "model": "m", **judge})
+        config = Config(objective=ObjectiveConfig(passes=passes), rewards=RewardsConfig(judge=settings))
+        return dict(_identity(config, Data(), "weights"))  # type: ignore[arg-type]
+
+    big = [{"name": "big", "reader": "endpoint"}]
+    found = [identity(big), identity(big, model="n"), identity(big, parameters={"temperature": 1.0}), identity([])]
+    assert len({digest_of(each) for each in found}) == 4
+    assert identity([]) == identity([], model="n"), "whom nobody asks makes no difference"
+    assert "the passes" not in identity([])

@@ -88,7 +88,7 @@ def test_without_a_description_there_is_no_second_pass() -> None:
     assert group.pairs[0].second is None and group.pairs[0].description is None
     assert group.pairs[1].second is not None
     (group,) = generator(ScriptedEngine()).generate([prompt("a")], sampling(later=()), 0)
-    assert all(pair.second is None and pair.description is None for pair in group.pairs)
+    assert all(pair.second is None and pair.description == f"a 0/{pair.sample_index}/first" for pair in group.pairs)
 
 
 def test_without_an_image_there_is_one_pass_with_the_plain_prompt() -> None:

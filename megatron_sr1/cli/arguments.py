@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_sr1.cli.convert import add_convert_options
 from megatron_sr1.config import Config, load_config
+from megatron_sr1.config.yaml_files import read_mapping
 from megatron_sr1.launch import add_launch_options, started_rank
 
 HELP = {
@@ -83,7 +84,10 @@ def sources(args: argparse.Namespace) -> tuple[Path, list[str]]:
             f"{run} is not the folder of a finished run, which holds config.yaml and hf/config.json. Let the run end, "
             "or give a configuration with model.hf_dir."
         )
+    kept = read_mapping(run / "config.yaml")
+    began = str(kept.get("objective", {}).get("reference_dir") or kept.get("model", {}).get("hf_dir") or "")
     own = [f"model.hf_dir={run / 'hf'}", f"run_dir={run / 'evaluate'}", "evaluate.verify_export=0"]
+    own += [f"objective.reference_dir={began}"] if began else []
     return run / "config.yaml", [*own, *args.overrides]
 
 

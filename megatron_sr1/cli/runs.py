@@ -83,7 +83,7 @@ def start(command: Command, config: Config, args: argparse.Namespace) -> None:
         return
     if missing_data:
         raise ValueError(missing_data[0])
-    judges = [config.rewards.judge.endpoint] if command == "grpo" and config.rewards.judge.url else []
+    judges = [config.rewards.judge.endpoint] if command != "sft" and config.rewards.judge.url else []
     judges += [config.evaluate.judge] if command == "evaluate" and config.evaluate.judge_url else []
     if judges:
         from megatron_sr1.judge import judge_key

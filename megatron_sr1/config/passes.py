@@ -25,8 +25,9 @@ def check_passes(passes: Sequence[Any]) -> None:
         where = f"objective.passes[{index}]"
         require(isinstance(entry, Mapping), where, entry, "keys with values", _EXAMPLE)
         name = entry.get("name")
-        is_name = isinstance(name, str) and name != "first" and name.replace("_", "").isalnum() and name.isascii()
-        require(is_name, f"{where}.name", name, "a word of letters, digits and _, and not first", _EXAMPLE)
+        is_name = isinstance(name, str) and name != "first" and name.isidentifier() and name.isascii()
+        allowed = "a word of letters, digits and _ that begins with a letter, and not first"
+        require(is_name, f"{where}.name", name, allowed, _EXAMPLE)
         require(name not in names, f"{where}.name", name, "a name that no other pass has", "Streams name their pass.")
         names.append(str(name))
         for key, value in entry.items():

@@ -89,6 +89,7 @@ RULES: Mapping[str, Rule] = {
     "rewards.workers": "free",
     "objective": "takes effect",
     "objective.preset": "refused",
+    "objective.reference_dir": "refused",
     "objective.template": "refused",
     "objective.second_template": "refused",
     "objective.plain_template": "refused",

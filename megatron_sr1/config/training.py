@@ -85,6 +85,8 @@ class ObjectiveConfig:
     streams: list[Any] = field(default_factory=list)  # changes a preset's of that name; further ones join
     # changes the second pass; further ones join: {name: blind, context: nothing}
     passes: list[Any] = field(default_factory=list)
+    # the folder of the weights that passes of `reader: reference` are read by; empty: those that the run begins with
+    reference_dir: str = ""
     template: str | None = None  # of the first pass, see `templates`; null: the preset's, else see_think
     second_template: str | None = None  # of passes that read a text; null: caption_reasoner
     plain_template: str | None = None  # of prompts without images, and of passes that read nothing; null: cot

@@ -48,6 +48,9 @@ def summarise_records(records: Iterable[Record], judge_model: str = "") -> tuple
     return {**everything.numbers(), "macro_accuracy": _mean(known) if known else None}, numbers
 
 
+_LATER = "acc_vis."  # a later pass is right: rewards are shown so
+
+
 class Tally:
     """Counts the samples of some prompts; what it holds does not grow with their texts."""
 
@@ -59,7 +62,8 @@ class Tally:
         self._right: list[tuple[int, int]] = []  # (samples, right ones) of each prompt
         self._lengths = {"first": _Lengths(), "second": _Lengths()}
         self._unjudged = 0
-        self._users: dict[str, list[float]] = {}  # values of the user's rewards
+        self._users: dict[str, list[float]] = {}  # values of the user's rewards, and of other later passes
+        self._missing: dict[str, list[float]] = {}  # of these passes, whether they could not be asked
 
     def add(self, record: Record) -> None:
         """Counts a prompt in."""
@@ -75,6 +79,8 @@ class Tally:
             self._unjudged += self._suffices(sample, record) is None and record.described
             for name in sample.rewards.keys() - REWARDS.keys():
                 self._users.setdefault(name, []).append(sample.rewards[name])
+            for later in (name.removeprefix(_LATER) for name in sample.rewards if name.startswith(_LATER)):
+                self._missing.setdefault(later, []).append(float(later not in sample.further))
 
     def numbers(self) -> Numbers:
         """All numbers; every share with the bounds of its 95 % interval as `<name>_low` and `<name>_high`."""
@@ -93,6 +99,7 @@ class Tally:
         for name, lengths in self._lengths.items():
             numbers |= lengths.numbers(name)
         numbers |= {f"reward/{name}": _mean(values) for name, values in sorted(self._users.items())}
+        numbers |= {f"{later}/missing": _mean(values) for later, values in sorted(self._missing.items())}
         if self._judge_model:
             numbers["judge_missing"] = self._unjudged
         numbers |= {"num_samples": sum(samples for samples, _ in self._right), "num_prompts": len(self._right)}

@@ -6,6 +6,7 @@ Prompts without images are answered in one pass, with the plain reasoning templa
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -189,6 +190,7 @@ def _identity(config: Config, heldout: Heldout, model: str) -> Identity:
         "the data": heldout.fingerprint,
         "the template": preset.template,
         **({"the passes": repr(preset.passes.later)} if preset.passes.later not in ((), (SECOND,)) else {}),
+        **_readers(config, preset),
         **({"the templates": str(preset.asked)} if preset.asked != OURS else {}),
         **({"model.system_prompt": system} if system is not None else {}),
         **({"the rewards": ", ".join(f"{name} ({digest})" for name, digest in code.items())} if code else {}),
@@ -198,6 +200,20 @@ def _identity(config: Config, heldout: Heldout, model: str) -> Identity:
         "rollout.max_description_tokens": rollout.max_description_tokens,
         **{f"evaluate.{name}": getattr(settings, name) for name in _RECORDED},
     }
+
+
+def _readers(config: Config, preset: Preset) -> Identity:
+    """Who reads later passes, and answers the questions of rewards, beside the model that is evaluated."""
+    readers = {later.reader for later in preset.passes.later}
+    asks = any("judge" in find_reward(name).needs for name in preset.rewards if is_import_path(name))
+    found: dict[str, str] = {}
+    if "reference" in readers:
+        found["objective.reference_dir"] = config.objective.reference_dir
+    if "endpoint" in readers or asks:
+        judge = config.rewards.judge
+        found |= {"rewards.judge.model": judge.model, "rewards.judge.url": judge.url}
+        found["rewards.judge.parameters"] = json.dumps(judge.parameters, sort_keys=True)
+    return found
 
 
 def _resume(files: EvaluationFiles, identity: Identity, restart: bool) -> list[str]:
@@ -280,6 +296,7 @@ def _grade(
     can be ended."""
     rounded = config.evaluate.rounded_decimals
     users = [name for name in preset.rewards if is_import_path(name)]
+    plain = [name for name in users if find_reward(name).later == SECOND.name]  # a prompt without images has no others
     further = [f"acc_vis@{later.name}" for later in preset.passes.later if later.name != SECOND.name]
     named = []
     for index, group, template in share:
@@ -294,7 +311,7 @@ def _grade(
     endpoint = judge.endpoint if judge.url else None
     with closing(Graders(users, *limits, rounded=rounded, judge=endpoint, asked=preset.asked)) as graders:
         for index, group, own in named:
-            graders.submit(replace(group, group_id=index), (*own, *users))
+            graders.submit(replace(group, group_id=index), (*own, *(users if group.prompt.images else plain)))
         return graders.collect()
 
 

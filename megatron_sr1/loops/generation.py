@@ -64,15 +64,18 @@ def build_generator(run: Run, weights: Callable[[], NamedTensors] | None = None)
         stale_vision_canary(engine, run.processor, _canary_image(), weights)
     engines = TeamRanks(run.platform.ranks, rollout.engine_tensor)
     hands_on = run.platform.ranks.rank % rollout.engine_tensor == 0
-    start = None if weights is None else functools.partial(_start_weights, run.config.model.hf_dir)
+    own, reference = run.config.model.hf_dir, run.config.objective.reference_dir
+    start = None
+    if weights is not None or reference:
+        # from a folder, since what the policy keeps of them has left the device while engines generate
+        start = functools.partial(_weights_of, reference or own)
+        weights = weights or functools.partial(_weights_of, own)
     return TwoPassGenerator(
         engine, run.planner, engines=engines, hands_on=hands_on, weights=weights, start_weights=start
     )
 
 
-def _start_weights(hf_dir: str) -> NamedTensors:
-    """Those that the run began with, which only a pass of another reader needs: from the model's folder, since what the
-    policy keeps of them has left the device while engines generate."""
+def _weights_of(hf_dir: str) -> NamedTensors:
     tensors = open_tensors(read_architecture(hf_dir))
     return ((name, tensors[name]) for name in tensors.tensors)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from megatron_sr1.import_path import is_import_path, load_object
 from megatron_sr1.rewards.table import REWARDS, Need, Reward
-from megatron_sr1.types import PassName
+from megatron_sr1.types import SECOND, PassName
 
 _SHOWN = re.compile(r"[\w.-]+")
 _WANTED = (
@@ -60,7 +60,7 @@ def find_reward(name: str) -> Reward:
 
 
 def _aimed(reward: Reward, name: str, later: PassName) -> Reward:
-    if reward.of_pass != "second" or later == reward.later:
+    if reward.of_pass != "second" or later == SECOND.name or reward.later != SECOND.name:
         raise ValueError(
             f"reward {name + '@' + later!r}: {name!r} is of the {reward.of_pass} pass. Only rewards of the second, as "
             f"acc_vis, can be measured on another later pass; leave @{later} out."

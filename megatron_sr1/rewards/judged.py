@@ -74,7 +74,7 @@ class JudgedRewards:
         if self._failure is not None:
             return self._failure
         try:
-            return self._judge.ask(question)
+            return self._judge.ask(question, cut=True)
         except (NoVerdict, ConfigError) as error:
             failure = Ungraded(f"{where} was not answered by its endpoint: {error}")
         if self._fails_fast:

@@ -10,8 +10,8 @@ from typing import Any
 from megatron_sr1.import_path import UserCode, UserCodeError, source_of
 from megatron_sr1.prompts import OURS, Asked
 from megatron_sr1.rewards.find import find_reward
-from megatron_sr1.rewards.table import Ask, Reward
-from megatron_sr1.types import PassName, Prompt, Question, RolloutGroup, RolloutPair
+from megatron_sr1.rewards.table import REWARDS, Ask, Reward
+from megatron_sr1.types import PassName, Prompt, RolloutGroup, RolloutPair
 
 Value = float | tuple[float, ...]  # one a sample of its pass, where there are several; () where they are not there
 Vectors = list[dict[str, Value]]  # one reward vector per sample, by the names that were asked for
@@ -81,9 +81,12 @@ def _values(name: str, reward: Reward, group: RolloutGroup, ask: Ask | None, ask
     if reward.of_pass == "first":
         return _view_values(name, reward, group, ask, asked)
     found = [len(pair.readings(reward.later)) for pair in group.pairs]
-    views = [_view(group, reward.later, number, asked) for number in range(max(1, *found))]
+    once = "judge" in reward.needs and name.partition("@")[0] in REWARDS  # ours looks at what was read alone
+    views = [_view(group, reward.later, number, asked) for number in range(1 if once else max(1, *found))]
     values = list(zip(*(_view_values(name, reward, view, ask, by) for view, by in views), strict=True))
-    return [each[0] if len(each) == 1 else each[:number] for each, number in zip(values, found, strict=True)]
+    if max(found) < 2:
+        return [each[0] for each in values]
+    return [(each * number)[:number] for each, number in zip(values, found, strict=True)]
 
 
 def _view(group: RolloutGroup, later: PassName, number: int, asked: Asked) -> tuple[RolloutGroup, Asked]:
@@ -98,14 +101,8 @@ def _view(group: RolloutGroup, later: PassName, number: int, asked: Asked) -> tu
         by = replace(asked, second=asked.plain) if reading.context is None else asked
         given, question = reading.context or "", reading.question or question
         pairs.append(replace(pair, second=reading.rollout, description=given, further=()))
-    prompt = group.prompt if question is None else _asking(group.prompt, question)
+    prompt = group.prompt if question is None else question.asked_of(group.prompt)
     return replace(group, pairs=tuple(pairs), prompt=prompt), by
-
-
-def _asking(prompt: Prompt, question: Question) -> Prompt:
-    metadata = {key: value for key, value in prompt.metadata.items() if key != "choices"}
-    choices = {"choices": list(question.choices)} if question.choices else {}
-    return replace(prompt, problem=question.problem, answer=question.answer, metadata={**metadata, **choices})
 
 
 def _view_values(name: str, reward: Reward, group: RolloutGroup, ask: Ask | None, asked: Asked) -> list[float]:

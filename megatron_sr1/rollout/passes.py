@@ -4,16 +4,16 @@ Where requests wait for a slot, every first pass goes before every later pass: a
 others behind it, so the sooner it starts the shorter the tail, and the later passes fill the slots that the tail leaves
 free. Among passes of one kind the groups go in order, so that whole groups come out early.
 
-A pass that reads what was said of another image waits until all first passes of the engine are done, so that who lends
-the description does not depend on who was quicker: the next group of this engine whose image is another and whose
-sample of the same number has one. A pass that the starting weights read waits until the engine has them.
+A pass that reads what was said of another image waits until all first passes of all engines are done, so that who lends
+the description depends on nothing but the prompts: the next one of the step whose image is another, and whose sample of
+the same number has one. A pass that the starting weights read waits until the engine has them.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -92,7 +92,6 @@ class PassRequests:
         plans = {group: planner.first(prompts[group], sampling.passes_of(prompts[group]).template) for group in groups}
         requests = [_Request(group, sample, plan) for group, plan in plans.items() for sample in samples]
         self._open = {request.request_id: request for request in requests}  # asked for, not answered
-        self._num_firsts = len(requests)  # of the open ones
         self._lent: list[tuple[LaterPass, tuple[int, int]]] = []  # passes that read of another image, and whose
         self._held: list[_Request] = []  # for the starting weights
         self._first_draw = _first_draws(prompts, sampling.num_samples)
@@ -104,7 +103,7 @@ class PassRequests:
     @property
     def num_open(self) -> int:
         """Requests that are known and unanswered."""
-        return len(self._open) + len(self._held)
+        return len(self._open) + len(self._held) + len(self._lent)
 
     def run(self, engine: TokenEngine) -> None:
         """Answers all that is open. After a fault, `run` on an engine that works goes on, to the same tokens.
@@ -127,6 +126,17 @@ class PassRequests:
                         self._submit_all(engine, [request])
             if not self._streamed and not waiting and not engine.has_unfinished():
                 waiting = self._possible()
+
+    def descriptions(self) -> list[tuple[tuple[int, int], str]]:
+        """By group and sample: what the responses of this engine describe."""
+        pairs = self._pairs.items()
+        return [(place, pair.description) for place, pair in pairs if pair.description is not None]
+
+    def lend(self, descriptions: Mapping[tuple[int, int], str]) -> None:
+        """Those of all engines are known: `run` answers what has waited for them."""
+        lent, self._lent = self._lent, []
+        for later, place in lent:
+            self._open |= {request.request_id: request for request in self._borrow(later, place, descriptions)}
 
     def release_reference(self) -> None:
         """The engine has the starting weights now: `run` answers what has waited for them."""
@@ -193,20 +203,15 @@ class PassRequests:
         if request.asked is not None:
             self._read(request.place, request.asked, rollout)
             return []
-        self._num_firsts -= 1
-        further = self._after_first(request, rollout)
-        if not self._num_firsts:
-            lent, self._lent = self._lent, []
-            further += [one for later, place in lent for one in self._lend(later, place)]
-        return further
+        return self._after_first(request, rollout)
 
     def _after_first(self, request: _Request, rollout: Rollout) -> list[_Request]:
         prompt, place = self._prompts[request.group], request.place
         passes = self._sampling.passes_of(prompt)
         later = passes.later
         # a response that was cut short is no complete first pass, whatever it has described by then
-        reads = rollout.finish_reason == "stop" and any(one.context.endswith("description") for one in later)
-        written = self._planner.template(passes.template).find_description(rollout.response_text) if reads else None
+        whole = rollout.finish_reason == "stop"
+        written = self._planner.template(passes.template).find_description(rollout.response_text) if whole else None
         description = None if written is None else self._planner.cut(written)
         self._pairs[place] = RolloutPair(request.sample, rollout, None, description, description != written)
         self._missing[place] = 1  # until all have been asked
@@ -241,13 +246,15 @@ class PassRequests:
             return []
         return requests
 
-    def _lend(self, later: LaterPass, place: tuple[int, int]) -> list[_Request]:
+    def _borrow(
+        self, later: LaterPass, place: tuple[int, int], descriptions: Mapping[tuple[int, int], str]
+    ) -> list[_Request]:
         """The requests of a pass that reads what was said of another image; none where nobody else has said a thing."""
-        (group, sample), groups = place, list(self._left)
-        mine = groups.index(group)
-        others = (*groups[mine + 1 :], *groups[:mine])
-        texts = (self._pairs[other, sample].description for other in others if not self._same_images(group, other))
-        text = next((text for text in texts if text is not None), None)
+        group, sample = place
+        others = (*range(group + 1, len(self._prompts)), *range(group))
+        said = (other for other in others if (other, sample) in descriptions)
+        lender = next((other for other in said if not self._same_images(group, other)), None)
+        text = None if lender is None else descriptions[lender, sample]
         requests = [] if text is None else self._ask(later, place, text)
         for _ in range(later.samples):
             self._answered(place)

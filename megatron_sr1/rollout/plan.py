@@ -123,8 +123,20 @@ class Planner:
         return template.as_question(asked.problem(prompt), asked.context)
 
     def given(self, prompt: Prompt, later: LaterPass) -> str | None:
-        """The context of a pass that reads no response. Raises as `metadata_context`."""
-        return self.cut(metadata_context(prompt, later)) if later.context == "metadata" else None
+        """The context of a pass that reads no response.
+
+        Raises:
+            ValueError: see `metadata_context`; it is longer than a description may be.
+        """
+        if later.context != "metadata":
+            return None
+        text = metadata_context(prompt, later)
+        if self.cut(text) != text:
+            raise ValueError(
+                f"sample {prompt.key!r}: the metadata's {later.field!r}, which the pass {later.name!r} reads, is "
+                f"longer than rollout.max_description_tokens={self.limits.max_description}. Raise that, or shorten it."
+            )
+        return text
 
     def refusals(self, prompt: Prompt, passes: Passes) -> list[str]:
         """Why the engine cannot take a prompt, for each pass that does not fit; of a pass that reads a description all

@@ -106,6 +106,9 @@ class TwoPassGenerator:
             self._planner, prompts, mine, sampling, step, *takers, streamed=self._streamed, holds_reference=holds
         )
         self._run(requests)
+        if any(later.context == "other_description" for later in sampling.later):
+            requests.lend(dict(self._engines.gather(requests.descriptions())))
+            self._run(requests)
         if holds:
             self._replace()
             requests.release_reference()

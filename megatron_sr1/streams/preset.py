@@ -14,7 +14,7 @@ from megatron_sr1.prompts import SHIPPED, Asked, Template, Templates, templates_
 from megatron_sr1.rewards import find_reward, layout_reward
 from megatron_sr1.streams.passes import check_later, later_passes, needs_description
 from megatron_sr1.streams.presets import WRITTEN, Written
-from megatron_sr1.streams.segments import REST, segments_of
+from megatron_sr1.streams.segments import REST, WHOLE, other_segments, segments_of
 from megatron_sr1.streams.spans import find_spans
 from megatron_sr1.types import SECOND, Clip, LaterPass, Passes, PassName, PresetName, RewardStream, TemplateName
 
@@ -155,6 +155,11 @@ class Preset:
         rests = [other.name for other in self.streams if (other.trajectory, other.tokens) == (stream.trajectory, REST)]
         if len(rests) > 1:
             raise ValueError(f"{where}: {' and '.join(rests)} both credit the rest of one pass. Give it to one.")
+        if stream.tokens == REST and WHOLE in other_segments(stream, self.streams):
+            raise ValueError(
+                f"{where}: another stream credits the whole response of the {stream.trajectory} pass, so nothing is "
+                "left for tokens=rest. Name its tokens."
+            )
 
     def _check_trained(self, where: str, name: PassName) -> None:
         later = self.later_pass(name)
@@ -170,7 +175,7 @@ class Preset:
         return ", ".join(("first", *(later.name for later in self.later)))
 
     def _check_rewards(self) -> None:
-        by_name: dict[str, str] = {}
+        by_name = {f"acc_vis.{later.name}": f"acc_vis@{later.name}" for later in self.later if later != SECOND}
         described = self.described
         for name in self.rewards:
             reward = find_reward(name)
@@ -184,6 +189,11 @@ class Preset:
                 raise ValueError(
                     f"objective {self.name!r}: the reward {name!r} asks the endpoint about a pass that it answers. "
                     f"Use acc_vis@{later.name}."
+                )
+            if "judge" in reward.needs and later is not None and later.context == "nothing":
+                raise ValueError(
+                    f"objective {self.name!r}: the reward {name!r} asks the endpoint about a text, and the pass "
+                    f"{later.name!r} reads none. Use acc_vis@{later.name}, or give the pass another context."
                 )
             free = reward.of_pass == "second" and later is not None and not needs_description(later)
             if not described and not free and (reward.of_pass == "second" or "description" in reward.needs):
@@ -343,11 +353,11 @@ def check_objective(
     )
     starting = [later.name for later in preset.passes.later if later.reader == "reference"]
     require(
-        not starting or not megatron_dir,
+        not starting or not megatron_dir or bool(objective.reference_dir),
         "model.megatron_dir",
         megatron_dir,
         f"empty where the pass {''.join(starting[:1])!r} is read by the starting weights, those of model.hf_dir",
-        "Convert the checkpoint with megatron-sr1 convert export, and give its folder as model.hf_dir.",
+        "Convert it with megatron-sr1 convert megatron-to-hf, and name the folder in objective.reference_dir.",
     )
 
 

@@ -80,13 +80,18 @@ def rollout_advantages(
         ValueError: see `stream_advantages`.
     """
     group_ids = torch.tensor([group.group_id for group in groups for _ in group.pairs])  # [B]
+    shown = torch.tensor([bool(group.prompt.images) for group in groups for _ in group.pairs])  # [B]
     advantages = torch.zeros(len(preset.streams), len(group_ids), preset.most_samples)
     for index, stream in enumerate(preset.streams):
+        # a prompt without images is not asked a later pass: it is not among those that are compared
+        asked = shown if stream.trajectory != "first" else torch.ones_like(shown)
+        if not asked.any():
+            continue
         number = preset.num_samples(stream.trajectory)
-        own = {name: _per_response(name, rewards[name], stream, number) for name, _ in stream.rewards}
-        held = None if kl is None else kl[index, :, :number].flatten()
-        found = stream_advantages(stream, own, group_ids.repeat_interleave(number), eps, held)
-        advantages[index, :, :number] = found.view(-1, number)
+        own = {name: _per_response(name, rewards[name][asked], stream, number) for name, _ in stream.rewards}
+        held = None if kl is None else kl[index, asked, :number].flatten()
+        found = stream_advantages(stream, own, group_ids[asked].repeat_interleave(number), eps, held)
+        advantages[index, asked, :number] = found.view(-1, number)
     return advantages
 
 

@@ -170,7 +170,8 @@ class LiveRollouts:
         if self._ranks.rank == 0:
             for reason in reasons:
                 logger.warning("a group is skipped: %s", reason)
-            write_rollouts(rollouts_file(self._folder, step), chosen, len(prompts.first), self._preset.asked)
+            made_by = (self._preset.asked, self._preset.passes.later)
+            write_rollouts(rollouts_file(self._folder, step), chosen, len(prompts.first), *made_by)
         return chosen
 
     def _answer(self, prompts: Sequence[Prompt], drawn: _Drawn, step: int, clock: Clock) -> None:

@@ -19,7 +19,7 @@ import torch
 from megatron_sr1.prompts import OURS, Asked
 from megatron_sr1.training.step_rewards import rewards_of
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.types import Prompt, Question, Reading, Rollout, RolloutGroup, RolloutPair
+from megatron_sr1.types import SECOND, LaterPass, Prompt, Question, Reading, Rollout, RolloutGroup, RolloutPair
 
 _KEYS = {"key", "sample", "rewards", "first", "second", "description", "description_cut"}
 _SKIPPED_KEYS = {"group_id", "skipped"}
@@ -33,7 +33,13 @@ def rollouts_file(folder: Path, step: int) -> Path:
     return folder / f"step_{step:06d}.jsonl"
 
 
-def write_rollouts(path: Path, rollouts: StepRollouts, num_prompts: int, asked: Asked = OURS) -> None:
+def write_rollouts(
+    path: Path,
+    rollouts: StepRollouts,
+    num_prompts: int,
+    asked: Asked = OURS,
+    later: Sequence[LaterPass] = (SECOND,),
+) -> None:
     """One JSON line per sample: ids, texts, log-probs and rewards of all passes; images by the prompt's key. Groups
     that could not be graded have a line each.
 
@@ -42,6 +48,7 @@ def write_rollouts(path: Path, rollouts: StepRollouts, num_prompts: int, asked: 
     Args:
         num_prompts: that the step began with.
         asked: the templates of the passes.
+        later: the later passes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     index = 0
@@ -64,6 +71,7 @@ def write_rollouts(path: Path, rollouts: StepRollouts, num_prompts: int, asked: 
                     "description_cut": pair.description_cut,
                     "rewards": rewards_of(rollouts.rewards, index),
                     "templates": str(asked),
+                    "passes": _told(later),
                     "first": _fields(pair.first),
                     "second": _fields(pair.second),
                     **({"further": [asdict(reading) for reading in pair.further]} if pair.further else {}),
@@ -78,6 +86,7 @@ def read_rollouts(
     num_samples: int,
     names: Sequence[str],
     asked: Asked = OURS,
+    later: Sequence[LaterPass] = (SECOND,),
 ) -> StepRollouts:
     """What `write_rollouts` wrote; groups that were skipped are left out again, those that were dropped dropped.
 
@@ -87,6 +96,7 @@ def read_rollouts(
         num_samples: K.
         names: of rewards that must be there.
         asked: the templates that the segments of the responses are looked for by.
+        later: the passes that the objective has.
 
     Raises:
         ValueError: no such file, a damaged one, another number of samples, another prompt than the data gives at this
@@ -106,7 +116,7 @@ def read_rollouts(
             f"{path} holds {len(lines)} samples, the configuration asks for {len(graded)} prompts x {num_samples} "
             "samples. Set rollout.prompts_per_step and rollout.samples_per_prompt as in the run that saved it."
         )
-    _check_settings(path, lines[0], names, asked)
+    _check_settings(path, lines[0], names, asked, later)
     groups, places = [], []
     for number, index in enumerate(graded):
         prompt = prompts[index]
@@ -124,15 +134,28 @@ def read_rollouts(
     return StepRollouts(groups, rewards, places, file.skipped, file.rounds)
 
 
-def _check_settings(path: Path, line: dict[str, Any], names: Sequence[str], asked: Asked) -> None:
-    """`line`: a sample's."""
+def _told(later: Sequence[LaterPass]) -> list[dict[str, Any]]:
+    return [asdict(one) for one in later]
+
+
+def _check_settings(
+    path: Path, line: dict[str, Any], names: Sequence[str], asked: Asked, later: Sequence[LaterPass]
+) -> None:
+    """`line`: a sample's. Files of earlier releases do not tell of templates and passes."""
+    passes = line.get("passes", _told(later))
+    changed = [one["name"] for one in _told(later) if one not in passes]
+    if changed:
+        raise ValueError(
+            f"{path}: the pass {changed[0]!r} was another one, or none, when it was saved. Set objective.passes as in "
+            "the run that saved it."
+        )
     missing = sorted(set(names) - set(line["rewards"]))
     if missing:
         raise ValueError(
             f"{path} has no reward {missing[0]!r}. Set objective.preset and objective.streams as in the run that saved "
             "it."
         )
-    then = line.get("templates", str(asked))  # files of earlier releases do not say
+    then = line.get("templates", str(asked))
     if then != str(asked):
         raise ValueError(
             f"{path}: its prompts were asked by other templates, {then}; the configuration has {asked}. Set "

@@ -24,7 +24,7 @@ class SavedRollouts:
         """`num_samples`: K of the run that saved them."""
         self._folder = folder
         self._names = scored_rewards(preset)
-        self._asked = preset.asked
+        self._made_by = (preset.asked, preset.passes.later)
         self._num_samples = num_samples
 
     def __enter__(self) -> SavedRollouts:
@@ -41,7 +41,7 @@ class SavedRollouts:
         The file decides how many prompts are drawn, whatever `rollout.dynamic_sampling` says. Collective."""
         with clock("rollout"):
             path = rollouts_file(self._folder, step)
-            return read_rollouts(path, partial(_all_prompts, prompts), self._num_samples, self._names, self._asked)
+            return read_rollouts(path, partial(_all_prompts, prompts), self._num_samples, self._names, *self._made_by)
 
     def refresh(self, weights: NamedTensors, version: int) -> None:
         """Nothing is drawn, so the weights stay where they are; no rank asks for one."""

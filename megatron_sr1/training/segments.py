@@ -24,19 +24,20 @@ class Response:
     pass_name: PassName
     number: int  # among the samples of its pass
     rollout: Rollout
-    prompt: Prompt
+    prompt: Prompt  # with the question that was asked
     template: Template  # that it answers
 
 
 def scored_responses(pair: RolloutPair, prompt: Prompt, preset: Preset) -> list[Response]:
     """The first pass, and of the later passes those that a stream credits."""
     first = preset.asked.of(prompt).first
-    return [
-        Response(name, number, rollout, prompt, first if name == "first" else preset.template_of(name))
-        for name, rollouts in pair.rollouts().items()
-        if name == "first" or preset.trains(name)
-        for number, rollout in enumerate(rollouts)
-    ]
+    responses = [Response("first", 0, pair.first, prompt, first)]
+    for later in preset.later:
+        for reading in pair.readings(later.name) if preset.trains(later.name) else ():
+            asked = prompt if reading.question is None else reading.question.asked_of(prompt)
+            template = preset.template_of(later.name)
+            responses.append(Response(later.name, reading.number, reading.rollout, asked, template))
+    return responses
 
 
 def response_masks(

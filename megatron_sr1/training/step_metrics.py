@@ -45,7 +45,7 @@ def step_metrics(
     for name, value in summarise(rollouts.groups, rollouts.rewards).items():
         if value is not None and (name not in _OF_SECOND or SECOND.name in asked):
             log.add(name, value)
-    _log_rewards(log, rollouts.trained[1], preset)
+    _log_rewards(log, *rollouts.trained, preset)
     num_tokens = _log_responses(log, rollouts.groups, preset)
     log.add("tokens_per_second", num_tokens / clock.seconds["seconds/rollout"])
     for result in results:
@@ -91,10 +91,16 @@ def _log_sampling(log: MetricLog, rollouts: StepRollouts, alive: Tensor) -> None
     log.add("sampling/dead_trained", int((~alive & trained).sum()))
 
 
-def _log_rewards(log: MetricLog, rewards: Rewards, preset: Preset) -> None:
+def _log_rewards(log: MetricLog, groups: Sequence[RolloutGroup], rewards: Rewards, preset: Preset) -> None:
+    shown = torch.tensor([bool(group.prompt.images) for group in groups for _ in group.pairs])
+    asked = {later.name for later in preset.passes.later}
     for name, reward in rewards.items():
-        if name != "format":  # in the summary already
-            log.add(f"reward/{find_reward(name).shown}", reward.mean().item())
+        if name == "format" or (name == "acc_vis" and SECOND.name not in asked):  # in the summary already; not asked
+            continue
+        further = find_reward(name).of_pass == "second" and find_reward(name).later != SECOND.name
+        values = reward[shown] if further else reward  # of prompts that are asked such a pass
+        if len(values):
+            log.add(f"reward/{find_reward(name).shown}", values.mean().item())
     earned = [weight * rewards[name].mean().item() for stream in preset.streams for name, weight in stream.rewards]
     log.add("reward/total", sum(earned))
 
