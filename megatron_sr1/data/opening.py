@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron_sr1.data.build.cached import RowsToBuild, Say, built_rows, check_r
 from megatron_sr1.data.entries import Rows, Shards, each_once, read_entries
 from megatron_sr1.data.quarantine import Quarantine
 from megatron_sr1.data.remote import ShardCache
-from megatron_sr1.data.shards import ShardDataset
+from megatron_sr1.data.shards import ShardDataset, distinct_names
 from megatron_sr1.data.sources.files import key_prefixes
 from megatron_sr1.data.stream import SampleStream, VisualTokens
 from megatron_sr1.data.urls import shown
@@ -188,4 +189,8 @@ def _built(config: DataConfig, name: DataList, quarantine: Quarantine, say: Say)
 def _open(config: DataConfig, name: DataList, quarantine: Quarantine) -> list[ShardDataset]:
     cache = ShardCache(_cache_dir(config), int(config.cache_gib * 2**30))
     datasets = _built(config, name, quarantine, lambda line: None)
-    return [ShardDataset(shards, quarantine=quarantine, cache=cache) for shards in datasets]
+    names = iter(distinct_names([shard for shards in datasets for shard in shards]))
+    return [
+        ShardDataset(shards, quarantine=quarantine, cache=cache, names=list(itertools.islice(names, len(shards))))
+        for shards in datasets
+    ]
