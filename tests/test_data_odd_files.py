@@ -6,11 +6,25 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from megatron_sr1.data import BadSample, LeftOut, Quarantine, SampleFeed, StreamState, open_stream, prepare_data
+from megatron_sr1.data import (
+    BadSample,
+    LeftOut,
+    Quarantine,
+    SampleFeed,
+    StreamState,
+    open_dataset,
+    open_stream,
+    prepare_data,
+)
+from megatron_sr1.data.sources.parquet import may_name_files
 from megatron_sr1.types import Prompt, SftSample
-from tests.test_data_rows import ROWS, config, parquet, write_rows
+from tests.build_cases import picture
+from tests.data_cases import encoded
+from tests.test_data_rows import ROWS, built, config, opened, parquet, write_rows
 
 
 def test_each_row_that_is_left_out_counts(tmp_path: Path) -> None:
@@ -72,3 +86,77 @@ def test_rows_that_are_left_out_are_not_of_the_stream(tmp_path: Path) -> None:
         assert {sample.key for sample in feed.next(4).samples if isinstance(sample, Prompt)} == {
             f"a-0000000{i}" for i in range(4)
         }
+
+
+PATH, BYTES = pyarrow.field("path", pyarrow.string()), pyarrow.field("bytes", pyarrow.binary())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+        pyarrow.list_(pyarrow.dictionary(pyarrow.int32(), pyarrow.string())),
+        pyarrow.struct([PATH]),
+        pyarrow.list_(pyarrow.struct([PATH])),
+        pyarrow.list_(pyarrow.struct([BYTES, PATH])),
+        pyarrow.large_string(),
+        pyarrow.string_view(),
+    ],
+    ids=str,
+)
+def test_an_image_file_is_noticed_however_its_path_is_written(tmp_path: Path, kind: pyarrow.DataType) -> None:
+    image = tmp_path / "x.png"
+    image.write_bytes(encoded(picture(1)))
+    inner = kind.value_type if pyarrow.types.is_list(kind) else kind
+    value: object = {"path": "x.png"} if pyarrow.types.is_struct(inner) else "x.png"
+    values = [[value] if inner is not kind else value]
+    columns = {
+        "problem": pyarrow.array(["q?"]),
+        "answer": pyarrow.array(["1"]),
+        "my.image": pyarrow.array(values, kind),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    data = config(tmp_path, tmp_path / "a.parquet", train_columns={"my.image": "images"})
+    first = opened(data)
+    image.write_bytes(encoded(picture(2)))
+    assert opened(data).fingerprint != first.fingerprint
+    assert opened(data).read(0).images[0].tobytes() == picture(2).tobytes() and len(built(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("kind", [pyarrow.binary(), pyarrow.large_binary(), pyarrow.struct([BYTES, PATH])], ids=str)
+def test_bytes_are_not_read_for_paths(tmp_path: Path, kind: pyarrow.DataType) -> None:
+    """Rows of millions of images would be read twice."""
+    value: object = encoded(picture(1))
+    value = {"bytes": value, "path": "x.png"} if pyarrow.types.is_struct(kind) else value
+    for inner, cell in ((kind, value), (pyarrow.list_(kind), [value])):
+        pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array([cell], inner)}), tmp_path / "a.parquet")
+        assert not may_name_files(tmp_path / "a.parquet", {"image"})
+
+
+@pytest.mark.parametrize("image", [b"", "", {"bytes": b"", "path": None}, [b""]])
+def test_an_image_that_is_empty_is_unreadable(tmp_path: Path, image: object) -> None:
+    """It is no question without an image: the image was lost. A null and an empty list are none."""
+    path = parquet(tmp_path / "a.parquet", [{**ROWS[1], "image": image}, ROWS[0]])
+    quarantine = Quarantine(1)
+    assert len(open_dataset(config(tmp_path, path), "train", quarantine)) == 1
+    assert "row 0: image 0: " in quarantine.bad[0].reason
+    path = parquet(tmp_path / "b.parquet", [{**ROWS[1], "image": [] if isinstance(image, list) else None}, ROWS[0]])
+    assert len(opened(config(tmp_path, path))) == 2
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        (pyarrow.array([1, 1], pyarrow.timestamp("ns")), "timestamp"),
+        (pyarrow.array([b"a", b"\xff"]).view(pyarrow.string()), "utf-8"),
+        (pyarrow.array([1, 2**53], pyarrow.timestamp("s")), "timestamp"),
+    ],
+    ids=["ns", "utf-8", "far"],
+)
+def test_a_cell_that_cannot_be_read_is_named(tmp_path: Path, column: pyarrow.Array, said: str) -> None:
+    columns = {"problem": ["a?", "b?"], "answer": ["1", "2"], "when": column}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    row = 0 if column.type == pyarrow.timestamp("ns") else 1
+    message = rf"a\.parquet, row {row}: its column 'when', .*{said}.*write the file again"
+    with pytest.raises(ValueError, match=message):
+        opened(config(tmp_path, tmp_path / "a.parquet"))
