@@ -16,14 +16,16 @@ from megatron_sr1.data import (
     Quarantine,
     SampleFeed,
     StreamState,
+    check_data,
     open_dataset,
     open_stream,
     prepare_data,
+    write_shards,
 )
 from megatron_sr1.data.sources.parquet import may_name_files
 from megatron_sr1.types import Prompt, SftSample
 from tests.build_cases import picture
-from tests.data_cases import encoded
+from tests.data_cases import encoded, prompts
 from tests.test_data_rows import ROWS, built, config, opened, parquet, write_rows
 
 
@@ -160,3 +162,33 @@ def test_a_cell_that_cannot_be_read_is_named(tmp_path: Path, column: pyarrow.Arr
     message = rf"a\.parquet, row {row}: its column 'when', .*{said}.*write the file again"
     with pytest.raises(ValueError, match=message):
         opened(config(tmp_path, tmp_path / "a.parquet"))
+
+
+def test_folders_that_do_not_say_what_is_meant(tmp_path: Path) -> None:
+    """Whatever would be passed over in silence is refused by its name."""
+    for folder in ("mixed", "gz", "tgz", "zst"):
+        write_shards(prompts(1), tmp_path / folder, "t", 1)
+    write_rows(tmp_path / "mixed" / "b.jsonl", ROWS)
+    for name in ("gz/b.tar.gz", "tgz/b.tgz", "zst/b.tar.zst"):
+        (tmp_path / name).write_bytes(b"x")
+    write_rows(tmp_path / "deep" / "x.jsonl", ROWS[:1])
+    write_rows(tmp_path / "deep" / "sub" / "y.jsonl", ROWS[1:])
+    for language in ("en", "de"):
+        parquet(tmp_path / "languages" / language / "train-00000-of-00001.parquet", ROWS)
+    parquet(tmp_path / "part" / "data" / "train-00001-of-00002.parquet", ROWS)
+    for entry, message in (
+        ("mixed", r"mixed holds shards \(t-00000\.tar\) and JSON Lines \(b\.jsonl\)"),
+        ("gz", r"holds compressed files, b\.tar\.gz the first"),
+        ("tgz", r"holds compressed files, b\.tgz the first"),
+        ("zst", r"holds compressed files, b\.tar\.zst the first"),
+        ("deep/*", r"data\.train: .*deep/\*' matches the folder .*deep/sub\. Make an entry of each folder"),
+        ("languages", r"languages has files of one split in several folders \(.*/de, .*/en\).*de/train-\*\.parquet"),
+        ("part", r"1 of 2 files train-\*-of-00002: train-00000-of-00002 is not there"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_data(config(tmp_path, tmp_path / entry), "train")
+    for entry, num in (("deep/**", 6), ("deep/*.jsonl", 1), ("languages/de", 6), ("languages/en/train-*.parquet", 6)):
+        assert len(opened(config(tmp_path, tmp_path / entry))) == num
+    (tmp_path / "part" / "images.tar.gz").write_bytes(b"x")
+    parquet(tmp_path / "part" / "data" / "train-00000-of-00002.parquet", [{"problem": "other?", "answer": "1"}])
+    assert len(opened(config(tmp_path, tmp_path / "part"))) == 7
