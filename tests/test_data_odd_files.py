@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megatron_sr1.config import ConfigError
 from megatron_sr1.data import (
     BadSample,
     LeftOut,
@@ -192,3 +193,23 @@ def test_folders_that_do_not_say_what_is_meant(tmp_path: Path) -> None:
     (tmp_path / "part" / "images.tar.gz").write_bytes(b"x")
     parquet(tmp_path / "part" / "data" / "train-00000-of-00002.parquet", [{"problem": "other?", "answer": "1"}])
     assert len(opened(config(tmp_path, tmp_path / "part"))) == 7
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"opts": "choises"}, r"\{'opts': 'choises'\} .*Did you mean choices"),
+        ({"junk": "problm"}, r"Did you mean problem"),
+        ({"junk": "zzz"}, r"To keep it as metadata write \{junk: junk\}"),
+    ],
+)
+def test_columns_become_fields_that_there_are(tmp_path: Path, columns: dict[str, str], message: str) -> None:
+    path = parquet(tmp_path / "a.parquet", [{**row, "opts": list("012345"), "junk": "z", "third": "w"} for row in ROWS])
+    with pytest.raises(ConfigError, match=rf"data\.train_columns=.*{message}"):
+        check_data(config(tmp_path, path, train_columns=columns), "train")
+    assert not (tmp_path / "cache").exists()
+    good = {"opts": "options", "junk": "junk", "third": None}
+    assert opened(config(tmp_path, path, train_columns=good)).read(0).metadata == {
+        "junk": "z",
+        "choices": tuple("012345"),
+    }
