@@ -137,10 +137,11 @@ def _values(batch: pyarrow.RecordBatch, file: Path, first_row: int) -> list[dict
     try:
         return batch.to_pylist()
     except errors as error:
-        for row, column in itertools.product(range(batch.num_rows), batch.schema):
+        for row, number in itertools.product(range(batch.num_rows), range(batch.num_columns)):
             try:
-                batch.column(batch.schema.get_field_index(column.name))[row].as_py()
+                batch.column(number)[row].as_py()
             except errors as cause:
+                column = batch.schema.field(number)
                 raise ValueError(
                     f"{file}, row {first_row + row}: its column {column.name!r}, of {column.type}, holds a value that "
                     f"cannot be read ({cause}). Mend the value or drop the column, and write the file again: texts are "
