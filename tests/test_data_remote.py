@@ -32,7 +32,7 @@ from megatron_sr1.data import (
 from megatron_sr1.data.file_systems import check_openable, download, file_of, read_all
 from megatron_sr1.data.index import index_path
 from megatron_sr1.data.remote import ShardCache
-from megatron_sr1.data.remote_errors import RemoteError, remote_error
+from megatron_sr1.data.remote_errors import RemoteError, foreign_errors, remote_error
 from megatron_sr1.data.urls import beside, same_file, shard_name, shown
 from megatron_sr1.types import Prompt
 from tests.data_cases import equal, noise, prompts
@@ -383,8 +383,10 @@ def test_the_words_of_an_error_lose_what_signs_the_url() -> None:
 
 
 def test_errors_of_the_hub_are_understood() -> None:
-    """huggingface_hub and httpx are asked for their classes; no request is made."""
+    """The package asks with httpx, or with httpx2 since its release 2; no request leaves the machine."""
     import httpx
+    import httpx2
+    from huggingface_hub import get_session
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
     asked = httpx.Request("GET", "https://huggingface.co/x?token=secret")
@@ -393,7 +395,12 @@ def test_errors_of_the_hub_are_understood() -> None:
         kind = GatedRepoError if status == 403 else HfHubHTTPError
         error = remote_error(kind("said", response=httpx.Response(status, request=asked)), url)
         assert f"HTTP {status} for {url}" in str(error) and error.refused is refused
-    assert not remote_error(httpx.ConnectTimeout("slow", request=asked), url).refused
+    for module in (httpx, httpx2):
+        slow = module.ConnectTimeout("slow", request=module.Request("GET", str(asked.url)))
+        assert isinstance(slow, foreign_errors("hf")) and not remote_error(slow, url).refused
+    with pytest.raises(foreign_errors("hf")) as caught:
+        get_session().get("http://127.0.0.1:1/x")
+    assert f"{url}: ConnectError" in str(remote_error(caught.value, url))
     assert remote_error(FileNotFoundError("x"), url).refused
 
 

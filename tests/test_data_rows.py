@@ -456,9 +456,9 @@ def test_rows_that_are_left_out_are_bad_samples(tmp_path: Path) -> None:
     quarantine = Quarantine(2, tmp_path / "quarantine.jsonl")
     assert len(open_dataset(data, "train", quarantine)) == 6
     assert [(bad.shard, bad.key, bad.counts) for bad in quarantine.bad] == [
-        ("a.jsonl", "a-00000006", False),
-        ("a.jsonl", "a-00000007", True),
-        ("a.jsonl", "a-00000008", True),
+        (f"{path}, line 7", "a-00000006", False),
+        (f"{path}, line 8", "a-00000007", True),
+        (f"{path}, line 9", "a-00000008", True),
     ]
     assert "name it with data.train_columns.COLUMN=problem" in quarantine.bad[-1].reason
     with pytest.raises(ValueError, match=r"data\.train: no sample is left of 1"):

@@ -100,7 +100,7 @@ WARNED: list[tuple[str, list[str], list[str]]] = [
     ("qwen2_5_vl_3b/grpo.yaml", ["rollout.engine_tensor=4"], ["keeps each of 2 key/value heads 2 times"]),
     ("qwen2_5_vl_7b/grpo.yaml", ["train.micro_batch_tokens=4096"], ["a sequence", "would stop the run"]),
     ("qwen2_5_vl_7b/grpo.yaml", ["rollout.max_model_tokens=16384"], ["model.max_position=8192 is less than"]),
-    ("qwen2_5_vl_7b/grpo.yaml", ["data.max_prompt_tokens=0"], ["data.max_prompt_tokens=0", "Set it to 6144"]),
+    ("qwen2_5_vl_7b/grpo.yaml", ["data.max_prompt_tokens=6145"], ["left out and counted", "Set it to 6144 or less"]),
     ("qwen2_5_vl_7b/grpo.yaml", ["layout.context=2", "layout.tensor=2", "--gpu-gib", "110"], []),
     (
         "qwen2_5_vl_7b/grpo.yaml",

@@ -18,7 +18,7 @@ from typing import Literal
 
 from megatron_sr1.config.data_suffixes import JSON_SUFFIX, JSONL_SUFFIXES, PARQUET_SUFFIXES, SHARD_SUFFIX
 from megatron_sr1.data.file_systems import check_openable
-from megatron_sr1.data.hub_folders import Splits, splits_of
+from megatron_sr1.data.hub_folders import Splits, refuse_parts, splits_of
 from megatron_sr1.data.patterns import has_braces, matching, missing
 from megatron_sr1.data.sources.files import is_packed
 from megatron_sr1.data.urls import expand_url, is_url, same_file, shown
@@ -132,12 +132,25 @@ def _parts(pattern: str, key: str, default: str) -> Iterator[Part]:
         if folder is not None:
             yield _of_folder(pattern, folder, split, key, default)
             continue
-        files = [file for file in matching(path) if os.path.isfile(file)]
+        there = matching(path)
+        files = [file for file in there if os.path.isfile(file)]
+        _refuse_folders(path, there, files, key)
         if not files:
             raise missing(key, path)
         found += files
     if found:
         yield _of_one_kind(pattern, found, key)
+
+
+def _refuse_folders(path: str, there: Sequence[str], files: Sequence[str], key: str) -> None:
+    """A folder that a pattern matches, none of whose files it matches, would be passed over in silence."""
+    within = {str(parent) for file in files for parent in Path(file).parents}
+    folder = next((name for name in there if os.path.isdir(name) and str(Path(name)) not in within), None)
+    if folder is not None and _below(Path(folder))[0]:
+        raise ValueError(
+            f"{key}: {shown(path)!r} matches the folder {folder}. Make an entry of each folder, and a pattern for "
+            f"files alone, for example '{os.path.dirname(path)}/*{SHARD_SUFFIX}'."
+        )
 
 
 def _folder_of(path: str) -> tuple[Path | None, str]:
@@ -175,25 +188,27 @@ def _of_folder(pattern: str, folder: Path, split: str, key: str, default: str) -
     files, loop = _below(folder)
     shards = [file for file in files if file.name.endswith(SHARD_SUFFIX)]
     rows = [file for file in files if file.suffix.lower() in _OF_FOLDERS and not file.name.endswith(_OF_BUILDS)]
-    tables = [file for file in rows if file.suffix.lower() in PARQUET_SUFFIXES]
-    if shards and tables:
+    if shards and rows:
+        kind = "Parquet" if rows[0].suffix.lower() in PARQUET_SUFFIXES else "JSON Lines"
         raise ValueError(
-            f"{key}: {folder} holds shards ({shards[0].name}) and Parquet ({tables[0].name}). Say which are meant by a "
+            f"{key}: {folder} holds shards ({shards[0].name}) and {kind} ({rows[0].name}). Say which are meant by a "
             f"pattern, for example '{folder}/**/*{SHARD_SUFFIX}'."
         )
-    if not rows or (shards and not split):
+    suffixes = _OF_FOLDERS if rows else (SHARD_SUFFIX, *_OF_FOLDERS)  # beside rows a tar has their images
+    packed = next((file for file in files if is_packed(file, suffixes)), None)
+    if packed is not None:
+        raise ValueError(
+            f"{key}: {folder} holds compressed files, {packed.name} the first. Unpack them, or name files."
+        )
+    if not rows:
         if split or not shards:
             raise missing(key, pattern)
         return Shards(pattern, tuple(str(file) for file in shards))
     if loop is not None:
         raise ValueError(f"{key}: {loop} is a link to a folder that it lies in. Remove it, or name the files.")
-    packed = next((file for file in files if is_packed(file, _OF_FOLDERS)), None)
-    if packed is not None:
-        raise ValueError(
-            f"{key}: {folder} holds compressed files, {packed.name} the first. Unpack them, or name files."
-        )
     config, _, name = split.rpartition("/")
     chosen, note = _choose(splits_of(folder.absolute(), _absolute(rows), config), folder, name, default)
+    refuse_parts(folder, chosen)
     made = _of_one_kind(pattern, [str(file) for file in chosen], key)
     assert isinstance(made, Rows)
     note = note and f"{key}: {note}"

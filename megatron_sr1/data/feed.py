@@ -145,7 +145,9 @@ class SampleFeed:
             ValueError: the state is of another stream; the message says which shard changed.
         """
         state.check(self._stream.fingerprint, self._stream.seed, self._stream.shard_fingerprints)
-        self._quarantine.remember(state.bad)
+        # what was bad before there were shards is found again whenever they are opened, maybe under another path
+        names = self._stream.shard_names
+        self._quarantine.remember(bad for bad in state.bad if bad.shard in names)
         self._reader.plan([])
         self._position = state.position
         self._in_flight = {}
@@ -170,15 +172,20 @@ class SampleFeed:
             self._position = fresh[-1] + 1
 
     def _upcoming(self, count: int) -> list[int]:
-        """The next `count` positions that are not known to be bad."""
-        if len(self._quarantine.bad) >= self._stream.num_samples:
-            raise ValueError(f"no sample of the training data can be used. {self._quarantine.bad[0].reason}")
+        """The next `count` positions that are not known to be bad. Raises ValueError where all samples are."""
         found: list[int] = []
+        bad: set[int] = set()  # samples, not positions: an epoch brings each again
         for position in self._candidates():
             if len(found) == count:
                 break
             if not self._is_bad(position):
                 found.append(position)
+                continue
+            bad.add(self._stream.index(position))
+            if len(bad) >= self._stream.num_samples:
+                place = self._stream.place(self._stream.index(position))
+                reason = next(item.reason for item in self._quarantine.bad if (item.shard, item.key) == place)
+                raise ValueError(f"no sample of the training data can be used. {reason}")
         return found
 
     def _candidates(self) -> Iterator[int]:

@@ -22,7 +22,7 @@ from megatron_sr1.data.sources.files import inside, split_of
 Splits = Mapping[str, tuple[Path, ...]]  # files by split; "": files that name none
 _CARD = "README.md"
 _DICT, _STATE = "dataset_dict.json", "state.json"
-_NUMBERED = re.compile(r"(\w[\w.-]*)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
+_NUMBERED = re.compile(r"(\w[\w.-]*)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?")
 _ROWS = (*PARQUET_SUFFIXES, *JSONL_SUFFIXES)
 
 
@@ -176,3 +176,29 @@ def _by_names(base: Path, files: Sequence[Path]) -> Splits:
             "you mean by a pattern."
         )
     return {split: tuple(found) for split, found in splits.items()}
+
+
+def refuse_parts(folder: Path, files: Sequence[Path]) -> None:
+    """Raises ValueError where NAME-00000-of-00002 stand for one split in several folders, or some of them are missing.
+
+    Folders that each have a whole split are configurations (en, de): which is meant, only a card could say.
+    """
+    parts: dict[tuple[Path, str, str], set[str]] = {}
+    for file in files:
+        if found := _NUMBERED.fullmatch(file.stem):
+            name, number, total = found.groups()
+            parts.setdefault((file.parent, name, total), set()).add(number)
+    for (parent, name, total), numbers in parts.items():
+        absent = next((n for n in range(int(total)) if f"{n:05d}" not in numbers), None)
+        if absent is not None:
+            raise ValueError(
+                f"{parent} has {len(numbers)} of {int(total)} files {name}-*-of-{total}: {name}-{absent:05d}-of-"
+                f"{total} is not there. Get the data set again, or name the files that you mean by a pattern."
+            )
+    parents = list(dict.fromkeys(parent for parent, _, _ in parts))
+    if len(parents) > 1:
+        listed, example = ", ".join(map(str, parents)), parents[0] / f"{next(iter(parts))[1]}-*{files[0].suffix}"
+        raise ValueError(
+            f"{folder} has files of one split in several folders ({listed}), and no card that says which are meant. "
+            f"Write each that you mean as an entry: {example}."
+        )

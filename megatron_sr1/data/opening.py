@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +15,11 @@ from megatron_sr1.data.build.cached import RowsToBuild, Say, built_rows, check_r
 from megatron_sr1.data.entries import Rows, Shards, each_once, read_entries
 from megatron_sr1.data.quarantine import Quarantine
 from megatron_sr1.data.remote import ShardCache
-from megatron_sr1.data.shards import ShardDataset
+from megatron_sr1.data.shards import ShardDataset, distinct_names
 from megatron_sr1.data.sources.files import key_prefixes
+from megatron_sr1.data.sources.option_columns import is_option_name
+from megatron_sr1.data.sources.source import IMAGE_COLUMNS, KEY_COLUMN, SCHEMA_COLUMNS
+from megatron_sr1.data.sources.turns import TURN_COLUMNS
 from megatron_sr1.data.stream import SampleStream, VisualTokens
 from megatron_sr1.data.urls import shown
 
@@ -128,6 +133,7 @@ def _datasets(config: DataConfig, name: DataList) -> list[list[Shards | RowsToBu
         f"left out where {key} has shards alone, whose fields have their names",
         "Leave it out.",
     )
+    _check_fields(given.columns, key)
     require(
         not rows or name == "heldout" or not config.max_prompt_tokens,
         "data.max_prompt_tokens",
@@ -136,6 +142,20 @@ def _datasets(config: DataConfig, name: DataList) -> list[list[Shards | RowsToBu
         "Build shards of them with tools/build_shards.py --model, or leave the key out.",
     )
     return [list(_jobs(dataset, given.columns, key)) for dataset in datasets]
+
+
+def _check_fields(columns: Mapping[str, str], key: str) -> None:
+    """Whether each column becomes a field: under a misspelled name it would be metadata, and the field missing."""
+    known = (*SCHEMA_COLUMNS, *IMAGE_COLUMNS, KEY_COLUMN, *TURN_COLUMNS)
+    for column, to in columns.items():
+        near = difflib.get_close_matches(to, known, n=3)
+        require(
+            to in ("", column, *known) or is_option_name(to),
+            f"{key}_columns",
+            {column: to},
+            f"{{column: field}} with a field of {', '.join(known)}, the column's own name, or null",
+            f"Did you mean {' or '.join(near)}?" if near else f"To keep it as metadata write {{{column}: {column}}}.",
+        )
 
 
 def _jobs(dataset: Sequence[Shards | Rows], columns: Mapping[str, str], key: str) -> Iterator[Shards | RowsToBuild]:
@@ -188,4 +208,8 @@ def _built(config: DataConfig, name: DataList, quarantine: Quarantine, say: Say)
 def _open(config: DataConfig, name: DataList, quarantine: Quarantine) -> list[ShardDataset]:
     cache = ShardCache(_cache_dir(config), int(config.cache_gib * 2**30))
     datasets = _built(config, name, quarantine, lambda line: None)
-    return [ShardDataset(shards, quarantine=quarantine, cache=cache) for shards in datasets]
+    names = iter(distinct_names([shard for shards in datasets for shard in shards]))
+    return [
+        ShardDataset(shards, quarantine=quarantine, cache=cache, names=list(itertools.islice(names, len(shards))))
+        for shards in datasets
+    ]

@@ -20,7 +20,7 @@ class LeftOut(ValueError):
 class BadSample:
     """What cannot be used: a sample, a member, or (key "") the rest of a shard."""
 
-    shard: str
+    shard: str  # what `ShardDataset` calls it; of a row that is in no shard its file and row
     key: str
     reason: str  # names shard and key too, and says what to do
     counts: bool = True  # as bad; False: it is left out

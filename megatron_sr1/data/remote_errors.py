@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 from dataclasses import dataclass
 from operator import attrgetter
@@ -33,9 +34,13 @@ class _Foreign:
     name: str
     status: str = ""  # the attribute that has the HTTP status
     refused: bool = False  # where there is no status
+    optional: bool = False  # some releases of the package that reads do without the module
 
-    def load(self) -> type[Exception]:
-        return attrgetter(self.name)(importlib.import_module(self.module))
+    def load(self) -> tuple[type[Exception], ...]:
+        """The class; nothing where an optional module is not installed, which then raised nothing."""
+        if self.optional and importlib.util.find_spec(self.module) is None:
+            return ()
+        return (attrgetter(self.name)(importlib.import_module(self.module)),)
 
 
 _HTTP = (
@@ -48,7 +53,8 @@ _HTTP = (
 _HUB = (
     _Foreign("huggingface_hub.errors", "OfflineModeIsEnabled", refused=True),
     _Foreign("huggingface_hub.errors", "HfHubHTTPError", "response.status_code"),
-    _Foreign("httpx", "HTTPError"),
+    _Foreign("httpx2", "HTTPError", optional=True),  # what it asks with, since its release 2
+    _Foreign("httpx", "HTTPError", optional=True),
 )
 _AMAZON = (
     _Foreign("botocore.exceptions", "NoCredentialsError", refused=True),
@@ -65,7 +71,7 @@ _OF_PROTOCOL = {"http": _HTTP, "https": _HTTP, "hf": _HUB, "s3": _AMAZON, "s3a":
 
 def foreign_errors(protocol: str) -> tuple[type[Exception], ...]:
     """The classes of errors of the packages that read such URLs, beside OSError; the packages are installed."""
-    return tuple(kind.load() for kind in _OF_PROTOCOL.get(protocol, ()))
+    return tuple(error for kind in _OF_PROTOCOL.get(protocol, ()) for error in kind.load())
 
 
 def remote_error(error: Exception, url: str) -> RemoteError:

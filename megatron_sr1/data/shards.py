@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -34,12 +36,14 @@ class ShardDataset:
         *,
         quarantine: Quarantine | None = None,
         cache: ShardCache | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         """Reads the index beside each shard, or, where there is none, the tar headers of the shard.
 
         Args:
             quarantine: takes what breaks the schema; None: the first such thing is an error.
             cache: where the shards behind URLs go; needed if there are any.
+            names: what the quarantine calls each shard, distinct in all that share it; None: `distinct_names` of these.
 
         Raises:
             ValueError: no samples; a shard that is missing; an index of another shard; and, beyond what the quarantine
@@ -48,6 +52,7 @@ class ShardDataset:
                 or whose key occurs twice.
         """
         self._shards = tuple(str(shard) for shard in shards)
+        self._names = tuple(distinct_names(self._shards) if names is None else names)
         self._cache = cache
         self._quarantine = quarantine or Quarantine(0)
         self.tokenizers: set[str] = set()  # that the indices name
@@ -55,8 +60,8 @@ class ShardDataset:
         builder, fingerprints, shard_of_key = TableBuilder(), [], {}
         for number, (shard, (index, bad)) in enumerate(zip(self._shards, self._indices(), strict=True)):
             for sample in bad:
-                self._quarantine.add(sample)
-            samples = [sample for sample in index.samples if self._is_new(sample.key, shard, shard_of_key)]
+                self._quarantine.add(replace(sample, shard=self._names[number]))
+            samples = [sample for sample in index.samples if self._is_new(sample.key, number, shard_of_key)]
             builder.add(number, samples)
             fingerprints.append((shard_name(shard), index.fingerprint))
             self.tokenizers.add(index.tokenizer)
@@ -123,8 +128,13 @@ class ShardDataset:
         return BadSample(*self.place(i), str(error), counts=not isinstance(error, LeftOut))
 
     def place(self, i: int) -> tuple[str, str]:
-        """The name of the shard of sample `i`, and its key."""
-        return shard_name(self._shards[self._table.shard_of[i]]), self._table.keys[i]
+        """The quarantine's name of the shard of sample `i`, and its key."""
+        return self._names[self._table.shard_of[i]], self._table.keys[i]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the quarantine calls each shard."""
+        return self._names
 
     def check_images(self, max_images: int, key: str, numbers: Sequence[int] | np.ndarray) -> None:
         """Asks the index, before an engine starts.
@@ -171,13 +181,14 @@ class ShardDataset:
         with ThreadPoolExecutor(_URLS_AT_ONCE) as pool:
             yield from pool.map(load_index, self._shards, itertools.repeat(self._cache))
 
-    def _is_new(self, key: str, shard: str, shard_of_key: dict[str, str]) -> bool:
-        """Notes a key; one that was there is quarantined."""
+    def _is_new(self, key: str, number: int, shard_of_key: dict[str, str]) -> bool:
+        """Notes a key of a shard; one that was there is quarantined."""
+        shard = self._shards[number]
         if key not in shard_of_key:
             shard_of_key[key] = shard
             return True
         reason = repeated_key(shown(shard), key, shown(shard_of_key[key]))
-        self._quarantine.add(BadSample(shard_name(shard), key, reason))
+        self._quarantine.add(BadSample(self._names[number], key, reason))
         return False
 
     def _members(self, i: int, sample: IndexedSample) -> dict[str, bytes]:
@@ -193,6 +204,17 @@ class ShardDataset:
                 if len(members[extension]) != size:
                     raise ValueError(f"{self.where(i)}: the file is shorter than its index says. Restore the shard.")
         return members
+
+
+def distinct_names(shards: Sequence[str]) -> list[str]:
+    """A name for each shard: that of its file, with its place among equals before it, which no name of a file has."""
+    files = [shard_name(shard) for shard in shards]
+    equals, seen = Counter(files), Counter[str]()
+    names = []
+    for file in files:
+        names.append(f"{seen[file]}/{file}" if equals[file] > 1 else file)
+        seen[file] += 1
+    return names
 
 
 def _number(extension: str) -> int:

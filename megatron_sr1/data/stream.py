@@ -160,6 +160,11 @@ class SampleStream:
         """The key of the sample with this number."""
         return self.place(index)[1]
 
+    @property
+    def shard_names(self) -> frozenset[str]:
+        """What the quarantine calls the shards of all datasets."""
+        return frozenset(name for dataset in self._datasets for name in dataset.names)
+
     def place(self, index: int) -> tuple[str, str]:
         """Shard and key of the sample with this number, as the quarantine names it."""
         dataset, i = self._in_dataset(index)

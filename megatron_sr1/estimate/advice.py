@@ -82,10 +82,11 @@ def _tokens(plan: RunPlan) -> Iterator[str]:
             f"model.max_pixels={config.model.max_pixels} leaves an image {largest} token{'s' if largest > 1 else ''}, "
             f"of {plan.model.visual_token_side} x {plan.model.visual_token_side} pixels: little can be seen. Raise it."
         )
-    if plan.command == "grpo" and not 0 < config.data.max_prompt_tokens <= room:
+    if plan.command == "grpo" and config.data.max_prompt_tokens > room:  # 0: the engines' limit is that of the data
         yield (
             f"data.max_prompt_tokens={config.data.max_prompt_tokens} lets prompts through that leave no room for a "
-            f"response: one stops the run. Set it to {room} or less (rollout.max_model_tokens - max_response_tokens)."
+            "response: they are read, left out and counted (data/left_out). Set it to "
+            f"{room} or less (rollout.max_model_tokens - max_response_tokens), or to 0."
         )
 
 

@@ -237,8 +237,8 @@ def _bad_sample(job: RowsToBuild, folder: Path, problem: Mapping[str, str]) -> B
     """A repetition is left out, as by the tool; it is not bad."""
     reason = _in_words_of(job, folder, f"{problem['where']}: {problem['reason']}".rstrip("."))
     reason += f". Mend {job.key}, or let such samples be left out by data.max_bad_samples."
-    file = os.path.basename(problem["where"].rpartition(", ")[0])
-    return BadSample(file, problem["key"], reason, counts=problem["kind"] != "duplicate")
+    row = _in_words_of(job, folder, problem["where"])  # with its file: keys may be equal, and names of files too
+    return BadSample(row, problem["key"], reason, counts=problem["kind"] != "duplicate")
 
 
 @contextmanager

@@ -123,10 +123,11 @@ class Columns:
 
 
 def _is_no_image(value: object) -> bool:
-    """Null, nothing, or what a table writes for them: {bytes: null, path: null}."""
+    """Null, an empty list, or what a table writes for them: {bytes: null, path: null}. Empty bytes, or an empty path,
+    are an image that was lost."""
     if isinstance(value, Mapping):
         return all(inner is None for inner in value.values())
-    return is_missing(value) or (isinstance(value, str | bytes | list | tuple) and not value)
+    return is_missing(value) or (isinstance(value, list | tuple) and not value)
 
 
 def _images(row: _Row, rename: Mapping[str, str]) -> Sequence[object]:

@@ -15,6 +15,11 @@ _LOOKS_LIKE = re.compile("option|choice|candidate|possible.?answer|ending|distra
 _ONE = re.compile(r"(?P<letter>[A-J])|(?i:option|choice|opt)[ _-]?(?:(?P<named>[A-Ja-j])|(?P<number>\d{1,2}))")
 
 
+def is_option_name(name: str) -> bool:
+    """Whether a column of this name holds options, or one of them."""
+    return name in _LISTS or bool(_ONE.fullmatch(name))
+
+
 def take_options(fields: dict[str, Any], others: dict[str, Any], renamed: Collection[str]) -> tuple[str, ...]:
     """Takes the options out of the columns of a row; an answer that names such a column becomes a letter.
 

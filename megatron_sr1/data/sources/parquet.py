@@ -5,6 +5,7 @@ An image is what `datasets` stores, a struct of bytes and path, or bytes alone, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,11 +75,11 @@ class ParquetSource:
                 row += num_rows
 
     def read(self, chunk: Chunk) -> Iterator[RawSample | Problem]:
-        """Raises ValueError where the file is damaged."""
+        """Raises ValueError where the file is damaged, or a value cannot be read."""
         row = chunk.first_row
         for batch in _batches(chunk):
             short = [column.name for column in batch.schema if _is_short(column.type)]
-            for values in batch.to_pylist():
+            for values in _values(batch, chunk.file, row):
                 values |= {name: _shortest(values[name], batch.schema.field(name).type) for name in short}
                 key = f"{self._prefixes[chunk.file]}-{row:08d}"
                 yield self.columns.sample(values, key, f"{chunk.file}, row {row}", self._load_image)
@@ -128,6 +129,27 @@ def _batches(chunk: Chunk) -> Iterator[pyarrow.RecordBatch]:
         raise ValueError(_damaged(chunk.file, error)) from error
 
 
+def _values(batch: pyarrow.RecordBatch, file: Path, first_row: int) -> list[dict[str, Any]]:
+    """The rows. Raises ValueError where Python has no such value, naming the row and the column."""
+    import pyarrow
+
+    errors = (ValueError, OverflowError, pyarrow.ArrowException)  # text that is no UTF-8, a time out of range
+    try:
+        return batch.to_pylist()
+    except errors as error:
+        for row, number in itertools.product(range(batch.num_rows), range(batch.num_columns)):
+            try:
+                batch.column(number)[row].as_py()
+            except errors as cause:
+                column = batch.schema.field(number)
+                raise ValueError(
+                    f"{file}, row {first_row + row}: its column {column.name!r}, of {column.type}, holds a value that "
+                    f"cannot be read ({cause}). Mend the value or drop the column, and write the file again: texts are "
+                    "UTF-8, times of the years 1 to 9999 in whole microseconds (timestamp[us])."
+                ) from error
+        raise
+
+
 def _is_short(kind: pyarrow.DataType) -> bool:
     """Whether it holds floats that Python's are longer than."""
     import pyarrow
@@ -157,7 +179,7 @@ def _damaged(file: Path, error: BaseException) -> str:
 
 
 def may_name_files(file: Path, columns: Collection[str]) -> bool:
-    """Whether an image of these columns may be a path: they hold text, or structs whose bytes are not all there.
+    """Whether an image of these columns may be a path: they hold anything but bytes, and structs that have bytes.
 
     Raises:
         ValueError: the file is damaged.
@@ -169,21 +191,29 @@ def may_name_files(file: Path, columns: Collection[str]) -> bool:
             with pyarrow.memory_map(str(file)) as mapped:
                 return any(name in columns for name in pyarrow.ipc.open_stream(mapped).schema.names)
         with pyarrow.parquet.ParquetFile(file) as table:
-            if any(field.name in columns and _holds_text(field.type) for field in table.schema_arrow):
+            if any(field.name in columns and _may_be_path(field.type) for field in table.schema_arrow):
                 return True
             groups = (table.metadata.row_group(number) for number in range(table.num_row_groups))
+            within = tuple(f"{name}." for name in columns)  # a name may have dots itself
             leaves = (group.column(number) for group in groups for number in range(group.num_columns))
-            return any(_lacks_bytes(leaf) for leaf in leaves if leaf.path_in_schema.split(".")[0] in columns)
+            return any(_lacks_bytes(leaf) for leaf in leaves if leaf.path_in_schema.startswith(within))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(_damaged(file, error)) from error
 
 
-def _holds_text(kind: pyarrow.DataType) -> bool:
+def _may_be_path(kind: pyarrow.DataType) -> bool:
+    """Whether a value may be something else than bytes; of a struct that has some, `_lacks_bytes` tells."""
     import pyarrow
 
-    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind):
-        return _holds_text(kind.value_type)
-    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+    types = pyarrow.types
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    if types.is_dictionary(kind) or any(is_list(kind) for is_list in lists):
+        return _may_be_path(kind.value_type)
+    if types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index < 0 or _may_be_path(kind.field(index).type)
+    known = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary, types.is_null)
+    return not any(is_known(kind) for is_known in known)
 
 
 def _lacks_bytes(leaf: Any) -> bool:

@@ -124,6 +124,8 @@ def load_images(images: Sequence[object], load_image: Callable[[object], bytes])
     loaded: list[bytes] = []
     for number, image in enumerate(images):
         try:
+            if isinstance(image, str | bytes) and not image:
+                raise ValueError("it is empty")
             written_out = base64_image(image)
             loaded.append(load_image(image) if written_out is None else written_out)
         except (OSError, ValueError) as error:
