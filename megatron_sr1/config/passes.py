@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from megatron_sr1.config.rules import ConfigError, require
+from megatron_sr1.config.rules import known_key, require
 from megatron_sr1.types import SECOND, Context, Reader
 
 KEYS = ("name", "context", "field", "question", "samples", "reader", "enabled")
@@ -36,11 +35,8 @@ def check_passes(passes: Sequence[Any]) -> None:
 
 
 def _check(where: str, key: str, value: Any) -> None:
-    if key not in KEYS:
-        near = difflib.get_close_matches(key, KEYS, 1)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{where}.{key} is no key of a pass.{meant} Known keys: {', '.join(KEYS)}.")
     place = f"{where}.{key}"
+    known_key(place, key, KEYS, "pass")
     if key in ("context", "reader"):
         allowed = get_args(Context if key == "context" else Reader)
         require(value in allowed, place, value, "one of " + ", ".join(allowed), "Set it to one of them.")

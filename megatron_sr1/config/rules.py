@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,6 +16,14 @@ def require(condition: bool, key: str, got: Any, allowed: str, remedy: str) -> N
     """Raises ConfigError unless `condition`; `key` got `got`, which must be `allowed`, and `remedy` says what to do."""
     if not condition:
         raise ConfigError(f"{key}={got!r} is not allowed: it must be {allowed}. {remedy}")
+
+
+def known_key(place: str, key: str, keys: Sequence[str], of: str) -> None:
+    """Raises ConfigError for a key, at `place`, that is none of the `keys` of a stream, pass or whatever `of` says."""
+    if key not in keys:
+        near = difflib.get_close_matches(key, keys, 1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{place} is no key of a {of}.{meant} Known keys: {', '.join(keys)}.")
 
 
 @dataclass(frozen=True)

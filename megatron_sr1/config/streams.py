@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from megatron_sr1.config.rules import COUNT, ConfigError, Range, require
+from megatron_sr1.config.rules import COUNT, Range, known_key, require
 from megatron_sr1.types import (
     AdvantageKind,
     AdvantageScope,
@@ -69,10 +68,7 @@ def check_streams(streams: Sequence[Any]) -> None:
 
 
 def _check(where: str, key: str, value: Any) -> None:
-    if key not in KEYS:
-        near = difflib.get_close_matches(key, KEYS, 1)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{where} is no key of a stream.{meant} Known keys: {', '.join(KEYS)}.")
+    known_key(where, key, KEYS, "stream")
     if key in _NUMBERS:
         if value is not None or key not in _NULLABLE:
             _check_number(where, value, _NUMBERS[key], whole=key in _WHOLE)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_sr1.config.rules import ConfigError, require
+from megatron_sr1.config.rules import known_key, require
 
 _TEXTS = ("prompt", "text_only", "system", "describes", "opens", "extends")
 _LISTS = ("tags", "may_be_blank")
@@ -34,10 +33,7 @@ def check_templates(templates: Mapping[Any, Any]) -> None:
 
 
 def _check(where: str, key: str, value: Any) -> None:
-    if key not in KEYS:
-        near = difflib.get_close_matches(key, KEYS, 1)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{where} is no key of a template.{meant} Known keys: {', '.join(KEYS)}.")
+    known_key(where, key, KEYS, "template")
     if value is None and key in _NULLABLE:
         return
     if key in _LISTS:
