@@ -428,7 +428,7 @@ def test_kernels_compile_for_a_gpu(capability: int, tmp_path: Path, monkeypatch:
     loss_of_blocks.device_caches.clear()
     add_blocks.device_caches.clear()
     x, weights, coefs = torch.zeros(1), (1.0, 0.5), (0.0, 0.1)
-    switches = {"HAS_DUAL": (True, False), "HAS_REFERENCE": True, "ESTIMATORS": ("k1", "k3"), "BLOCK": 512}
+    switches = {"HAS_DUAL": (True, False), "HAS_REFERENCE": True, "ESTIMATORS": (1, 3), "BLOCK": 512}
     numbers = (1, 1, weights, coefs, (0.8, 0.9), (1.2, 1.3), (3.0, 0.0))
     first = loss_of_blocks.warmup(x, x, x, x.double(), x, x, x, *numbers, **switches, grid=(1,))
     second = add_blocks.warmup(x, x, x, 1, weights, coefs, STREAMS=2, BLOCK=128, grid=(1,))

@@ -37,10 +37,11 @@ def _k3(d):
 
 @triton.jit
 def _kl_and_slope(d, k3, expm1, ESTIMATOR: tl.constexpr):
-    """The estimate and its derivative in the trainer log-prob."""
-    if ESTIMATOR == "k1":
+    """The estimate k1, k2 or k3, by its number, and its derivative in the trainer log-prob. Triton 3.6 hands no text of
+    a tuple on to a function."""
+    if ESTIMATOR == 1:
         kl, slope = -d, tl.full(d.shape, 1.0, tl.float32)
-    elif ESTIMATOR == "k2":
+    elif ESTIMATOR == 2:
         kl, slope = 0.5 * d * d, -d
     else:
         kl, slope = k3, -expm1

@@ -12,6 +12,7 @@ dual clipping.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ import triton
 from torch import Tensor
 
 from megatron_sr1.kernels.policy_loss.triton_kernels import NUM_TERMS, add_blocks, loss_of_blocks
-from megatron_sr1.types import LossInputs
+from megatron_sr1.types import KlEstimator, LossInputs
 
 BLOCK_TOKENS = 512
 BLOCK_PARTIALS = 128
+_NUMBERS: Mapping[KlEstimator, int] = {"k1": 1, "k2": 2, "k3": 3}  # of the estimators, as the kernel knows them
 
 
 def triton_loss(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +69,7 @@ def triton_loss(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
                 dual,
                 HAS_DUAL=has_dual,
                 HAS_REFERENCE=inputs.ref_logprobs is not None,
-                ESTIMATORS=tuple(stream.kl_estimator for stream in inputs.streams),
+                ESTIMATORS=tuple(_NUMBERS[stream.kl_estimator] for stream in inputs.streams),
                 BLOCK=BLOCK_TOKENS,
             )
         add_blocks[(1,)](
