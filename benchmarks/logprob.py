@@ -121,11 +121,14 @@ class Entry:
     run: Candidate
     package: str | None = None
     needs_gpu: bool = False
+    function: str | None = None  # of torch.nn.functional, which older releases do not have
 
     def missing(self) -> str | None:
         """Why it does not run here; None: it does."""
         if self.package is not None and find_spec(self.package) is None:
             return f"absent: {self.package} is not installed"
+        if self.function is not None and not hasattr(functional, self.function):
+            return f"absent: torch {torch.__version__} has no {self.function}"
         if self.needs_gpu and not torch.cuda.is_available():
             return "needs a GPU"
         return None
@@ -138,7 +141,7 @@ CANDIDATES: dict[str, Entry] = {
     "ours triton": Entry(ours_triton, "triton", True),
     "ours triton bf16": Entry(ours_triton_bf16, "triton", True),
     "ours fused": Entry(ours_fused, "triton", True),
-    "torch op": Entry(torch_op),
+    "torch op": Entry(torch_op, function="linear_cross_entropy"),
     "liger": Entry(liger, "liger_kernel"),
     "liger summed": Entry(liger_summed, "liger_kernel", True),
     "apple cce": Entry(apple, "cut_cross_entropy", True),

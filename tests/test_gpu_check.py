@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu_check import runner
+from benchmarks.gpu_check import private, runner
 from benchmarks.gpu_check.__main__ import main
 from benchmarks.gpu_check.private import scrubbed
 from benchmarks.gpu_check.processes import run_limited
@@ -212,6 +212,11 @@ def test_a_killed_command_leaves_what_it_knew_and_the_next_one_starts(tmp_path: 
 
 
 # ---------------------------------------------------------------- what the result does not say
+def test_a_version_of_four_parts_is_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private, "_versions", lambda: frozenset({"9.19.0.56"}))
+    assert scrubbed("cudnn 9.19.0.56 on 9.19.0.57", {}) == "cudnn 9.19.0.56 on <address>"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -19,6 +19,7 @@ def _check(name: str, what: str, limit_s: float, *, needs_cuda: bool = False, mo
 CHECKS: Sequence[Check] = (
     _check("environment", "cards, driver, versions of packages, commit", 120),
     _check("gpu_tests", "every test that is marked gpu", 420, needs_cuda=True),
+    _check("cold_start", "supervised training on images, killed after a checkpoint and gone on: no engine", 240),
     _check("canary", "engine: sleep, wake, restart, stale images; decoding from graphs against eager", 240),
     _check("quickstart", "20 steps of the quickstart after a short cold start", 600),
     _check("kernels", "log-probs and loss against the installed peers", 180),

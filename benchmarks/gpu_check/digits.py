@@ -26,11 +26,17 @@ def device_words() -> list[str]:
     return [f"nproc={ranks}", f"layout.tensor={ranks}", "precision.dtype=bf16", "evaluate.verify_export=0"]
 
 
-def made_digits(work: Path) -> Path:
-    """The folder with data/ and sft/hf; made where an earlier check has not."""
+def build_digits(work: Path) -> Path:
+    """The folder with data/ and base/, an untrained model; made where an earlier check has not."""
     folder = work / "digits"
     build = [sys.executable, "tools/build_digits.py", "--out", str(folder), *SIZES]
     subprocess.run(build, cwd=REPOSITORY, check=True)
+    return folder
+
+
+def made_digits(work: Path) -> Path:
+    """`build_digits`, and in it sft/hf; made where an earlier check has not."""
+    folder = build_digits(work)
     if not (folder / "sft" / "hf" / "config.json").is_file():
         words = (f"model.hf_dir={folder / 'base'}", f"train.steps={COLD_START_STEPS}", "train.batch_size=32")
         call("sft", "examples/quickstart/sft.yaml", folder, folder / "sft", *words)

@@ -8,6 +8,8 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ def scrubbed(text: str, environment: Mapping[str, str] = os.environ) -> str:
             text = text.replace(value, "<secret>")
     text = _SECRET.sub(r"\1<secret>", text)
     text = _URL.sub("<address>", text)
-    text = _ADDRESS.sub("<address>", text)
+    text = _ADDRESS.sub(lambda found: found[0] if found[0] in _versions() else "<address>", text)
     for folder, stands_for in (
         (sys.prefix, "<environment>"),  # it may be in the repository
         (str(REPOSITORY), "."),
@@ -47,6 +49,12 @@ def scrubbed(text: str, environment: Mapping[str, str] = os.environ) -> str:
         if len(name) >= _MIN_NAME and name not in _EVERYWHERE:
             text = re.sub(rf"\b{re.escape(name)}\b", "<name>", text)
     return text
+
+
+@cache
+def _versions() -> frozenset[str]:
+    """Of the installed packages: one of four parts (cuDNN's) looks like an address."""
+    return frozenset(package.version for package in distributions())
 
 
 def scrubbed_tree(tree: Any) -> Any:

@@ -37,23 +37,32 @@ def run(folder: Path) -> Report:
     words = (*SMALL, f"model.hf_dir={digits / 'sft' / 'hf'}", f"train.steps={STEPS}", "train.save_every=1")
     whole, cut = folder / "whole", folder / "cut"
     call("grpo", CONFIG, digits, whole, *words)
-    trained = _weights(whole / "hf")
+    trained = weights(whole / "hf")
     replay = ("--train-only", "--from-rollouts", str(whole / "rollouts"))
-    saved = _kill_after_checkpoint(command("grpo", CONFIG, digits, cut, *words, *replay), cut)
+    saved = kill_after_checkpoint(command("grpo", CONFIG, digits, cut, *words, *replay), cut, KILLED_AFTER, STEPS)
     call("grpo", CONFIG, digits, cut, *words, *replay)
-    figures, wrong = compared(trained, _weights(cut / "hf"), _weights(digits / "sft" / "hf"))
+    figures, wrong = compared(trained, weights(cut / "hf"), weights(digits / "sft" / "hf"))
     figures["killed when these were saved"] = ", ".join(map(str, saved))
     call("grpo", CONFIG, digits, whole, *words[:-2], f"train.steps={STEPS + MORE}", "train.save_every=1")
     for name, path, steps in (("cut", cut, STEPS), ("whole, extended with engines", whole, STEPS + MORE)):
-        found = [entry["step"] for entry in metrics(path)]
-        figures[f"steps of {name}"] = len(found)
-        if found != list(range(steps)):
-            wrong.append(f"{name}: metrics.jsonl has steps {found} instead of 0 to {steps - 1}")
+        figures[f"steps of {name}"] = len(metrics(path))
+        wrong += step_faults(name, path, steps)
     return Report(figures, wrong=wrong)
 
 
-def _kill_after_checkpoint(words: list[str], run_dir: Path) -> list[int]:
-    """Steps that were saved when the run was killed.
+def step_faults(name: str, run_dir: Path, steps: int) -> list[str]:
+    """A line where the run's metrics lack one of its steps, or have one twice."""
+    found = [entry["step"] for entry in metrics(run_dir)]
+    if found == list(range(steps)):
+        return []
+    return [f"{name}: metrics.jsonl has steps {found} instead of 0 to {steps - 1}"]
+
+
+def kill_after_checkpoint(words: list[str], run_dir: Path, step: int, last: int) -> list[int]:
+    """Kills a run with all its ranks when it has saved `step`; the steps that are saved then.
+
+    Args:
+        words: the command, of `last` steps.
 
     Raises:
         RuntimeError: it ended before.
@@ -65,7 +74,7 @@ def _kill_after_checkpoint(words: list[str], run_dir: Path) -> list[int]:
     try:
         while time.monotonic() < end and process.poll() is None:
             saved = saved_steps(run_dir / "checkpoints")
-            if saved and saved[-1] >= KILLED_AFTER:
+            if saved and saved[-1] >= step:
                 break
             time.sleep(0.02)
     finally:
@@ -73,12 +82,13 @@ def _kill_after_checkpoint(words: list[str], run_dir: Path) -> list[int]:
             os.killpg(process.pid, signal.SIGKILL)
         status = process.wait()
     saved = saved_steps(run_dir / "checkpoints")
-    if status != -signal.SIGKILL or not saved or saved[-1] == STEPS:
+    if status != -signal.SIGKILL or not saved or saved[-1] == last:
         raise RuntimeError(f"the run was to be killed in its middle; it ended with {status}, saved: {saved}")
     return saved
 
 
-def _weights(hf_dir: Path) -> dict[str, torch.Tensor]:
+def weights(hf_dir: Path) -> dict[str, torch.Tensor]:
+    """Of an export, by name."""
     from megatron_sr1.weights import HfTensors
 
     tensors = HfTensors(hf_dir)
