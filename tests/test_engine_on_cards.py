@@ -54,6 +54,7 @@ def _transformers_logprobs(folder: Path, processor: Any, answers: list[Any]) -> 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_seeds_bans_log_probs_and_reloads_hold_on_a_card(tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="needs vLLM")
     from megatron_sr1.rollout import Engine, EngineLimits
 
     make_model(tmp_path)
