@@ -144,8 +144,13 @@ def test_a_killed_run_continues_to_the_same_bits(finished: Workspace) -> None:
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_a_run_trained_from_its_saved_rollouts_is_the_run(finished: Workspace) -> None:
-    """No engine: all eight steps from the files of the whole run, to the same metrics and weights, bit for bit."""
+def test_a_run_trained_from_its_saved_rollouts_is_the_run(
+    finished: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No engine, where vLLM cannot be imported: all eight steps from the files of the whole run, to the same metrics
+    and weights, bit for bit."""
+    (tmp_path / "vllm.py").write_text("raise ImportError('there is none')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     saved = finished.folder / "whole" / "rollouts"
     parts = ("--train-only", "--from-rollouts", str(saved))
     printed = finished.run("grpo", "replayed", "train.steps=8", "train.save_every=8", *parts)

@@ -23,11 +23,7 @@ from megatron_sr1.config.credentials import without_queries
 if TYPE_CHECKING:
     from megatron_sr1.data import DataList
 
-IMPORTS: dict[Command, tuple[str, ...]] = {
-    "sft": ("megatron_sr1.loops.sft",),
-    "grpo": ("megatron_sr1.loops.grpo", "megatron_sr1.rollout.vllm.imported"),
-    "evaluate": ("megatron_sr1.loops.evaluate", "megatron_sr1.rollout.vllm.imported"),
-}
+ENGINE = "megatron_sr1.rollout.vllm.imported"  # what a run without engines does not import
 TRAINING_DATA: dict[Command, tuple[DataList, ...]] = {
     "sft": ("cold_start",),
     "grpo": ("train", "heldout"),
@@ -99,7 +95,8 @@ def start(command: Command, config: Config, args: argparse.Namespace) -> None:
     from megatron_sr1.platform import run_on_ranks
 
     timeout = timedelta(minutes=config.timeout_minutes)
-    run_on_ranks(_run, config.nproc, command, config, parts, imports=IMPORTS[command], timeout=timeout)
+    imports = (f"megatron_sr1.loops.{command}", *(() if only_trained else (ENGINE,)))
+    run_on_ranks(_run, config.nproc, command, config, parts, imports=imports, timeout=timeout)
 
 
 def _warn_of_shared_files(config: Config) -> None:
