@@ -53,6 +53,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_numbers("data", self, _NUMBERS)
+        require(
+            bool(self.cache_dir.strip()), "data.cache_dir", self.cache_dir, "a folder", "Name one, or leave it out."
+        )
         for name in ("train", "cold_start"):
             weights, entries = getattr(self, f"{name}_weights"), getattr(self, name)
             require(

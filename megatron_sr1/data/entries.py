@@ -20,7 +20,7 @@ from megatron_sr1.config.data_suffixes import JSON_SUFFIX, JSONL_SUFFIXES, PARQU
 from megatron_sr1.data.file_systems import check_openable
 from megatron_sr1.data.hub_folders import Splits, refuse_parts, splits_of
 from megatron_sr1.data.patterns import has_braces, matching, missing
-from megatron_sr1.data.sources.files import is_packed
+from megatron_sr1.data.sources.files import is_packed, split_of
 from megatron_sr1.data.urls import expand_url, is_url, same_file, shown
 
 RowFormat = Literal["parquet", "jsonl", "json"]
@@ -29,6 +29,14 @@ _FORMATS: dict[str, RowFormat] = {
     **dict.fromkeys(JSONL_SUFFIXES, "jsonl"),
     JSON_SUFFIX: "json",
 }
+# what a shard is not called, whatever else it is called: tables and archives of other kinds, pictures, texts
+_NOT_DATA = frozenset(
+    (
+        *(".csv", ".tsv", ".xls", ".xlsx", ".feather", ".orc", ".avro", ".h5", ".hdf5", ".npy", ".npz", ".pkl"),
+        *(".pickle", ".pt", ".db", ".sqlite", ".lance", ".zip", ".7z", ".rar", ".txt", ".md", ".yaml", ".yml"),
+        *(".xml", ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    )
+)
 _OF_FOLDERS = (*PARQUET_SUFFIXES, *JSONL_SUFFIXES)  # a .json of a folder says something about the data
 _OF_BUILDS = (".problems.jsonl",)  # tools/build_shards.py leaves it beside its shards
 _TRAIN = "train"
@@ -173,6 +181,11 @@ def _of_one_kind(pattern: str, paths: Sequence[str], key: str) -> Part:
             f"{key}: {shown(pattern)!r} names files of several kinds: {first}. Make an entry of each kind."
         )
     for path in paths:
+        if _suffix_of(path) in _NOT_DATA:
+            raise ValueError(
+                f"{key}: {shown(path)} is none of what is read: shards (*{SHARD_SUFFIX}), {', '.join(_FORMATS)}. Write "
+                "its rows as one of these."
+            )
         if is_packed(Path(shown(path)), _OF_FOLDERS):
             raise ValueError(f"{key}: {shown(path)} is compressed. Unpack it; Parquet is compressed inside.")
     (kind,) = kinds
@@ -208,6 +221,10 @@ def _of_folder(pattern: str, folder: Path, split: str, key: str, default: str) -
         raise ValueError(f"{key}: {loop} is a link to a folder that it lies in. Remove it, or name the files.")
     config, _, name = split.rpartition("/")
     chosen, note = _choose(splits_of(folder.absolute(), _absolute(rows), config), folder, name, default)
+    if not chosen:
+        raise ValueError(
+            f"{key}: the card of {folder} names files of this split, and none of them is there. Get the data set again."
+        )
     refuse_parts(folder, chosen)
     made = _of_one_kind(pattern, [str(file) for file in chosen], key)
     assert isinstance(made, Rows)
@@ -219,6 +236,7 @@ def _choose(splits: Splits, folder: Path, name: str, default: str) -> tuple[tupl
     """The files of a split, and what to tell where it was not asked for by name."""
     there = ", ".join(sorted(split or "files that name none" for split in splits))
     if name:
+        name = name if name in splits else split_of(Path(name)) or name  # val is validation
         if name not in splits:
             raise ValueError(
                 f"{folder}: there is no split {name!r}: it has {there}. Write {folder}:SPLIT, or no split."
@@ -259,8 +277,12 @@ def _absolute(files: Sequence[Path]) -> list[Path]:
 
 def _format_of(path: str) -> RowFormat | None:
     """None of a shard, which may be called anything."""
+    return _FORMATS.get(_suffix_of(path))
+
+
+def _suffix_of(path: str) -> str:
     name = same_file(path).partition("?")[0] if is_url(path) else path
-    return _FORMATS.get(os.path.splitext(name)[1].lower())
+    return os.path.splitext(name)[1].lower()
 
 
 def _identity(path: str) -> str:

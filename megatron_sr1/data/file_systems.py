@@ -8,6 +8,7 @@ the environment, of its own files, or in the URL. No message repeats them.
 from __future__ import annotations
 
 import errno
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -44,12 +45,19 @@ class RemoteFile:
 
 
 def check_openable(url: str) -> None:
-    """Asks nobody. Raises ValueError where no package that is installed opens such a URL."""
+    """Asks nobody. Raises ValueError where no package that is installed opens such a URL, or it cannot name a file."""
     import fsspec  # here and below: local shards need neither it nor what it imports
 
     protocol = protocol_of(url)
     if protocol == "pipe":
         return
+    if protocol in ("file", "local") and ("#" in url or "?" in url):
+        raise ValueError(f"{url}: in a URL # and ? end the name of the file. Give its path, without {protocol}://.")
+    if protocol == "hf" and not os.path.splitext(shown(url))[1]:
+        raise ValueError(
+            f"{shown(url)} is no file. Name the files of the data set ({shown(url)}/train.parquet), or download it and "
+            "give the folder."
+        )
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:

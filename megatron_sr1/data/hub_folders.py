@@ -19,7 +19,7 @@ import yaml
 from megatron_sr1.config.data_suffixes import JSONL_SUFFIXES, PARQUET_SUFFIXES
 from megatron_sr1.data.sources.files import inside, split_of
 
-Splits = Mapping[str, tuple[Path, ...]]  # files by split; "": files that name none
+Splits = Mapping[str, tuple[Path, ...]]  # files by split; "": files that name none; no files: they were not fetched
 _CARD = "README.md"
 _DICT, _STATE = "dataset_dict.json", "state.json"
 _NUMBERED = re.compile(r"(\w[\w.-]*)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?")
@@ -141,21 +141,24 @@ def _of_config(folder: Path, files: Sequence[Path], config: Mapping[str, Any]) -
         paths = [paths] if isinstance(paths, str) else paths
         if not isinstance(split, str) or split in splits or not isinstance(paths, list) or not paths:
             raise ValueError(f"{card}: its data_files must be a list of {{split, path}}, each split once. Correct it.")
-        splits[split] = _matching(base, [str(path) for path in paths], card)
+        splits[split] = _matching(base, [str(path) for path in paths], card, len(patterns))
     if not splits:
         raise ValueError(f"{card}: its data_files must be a list of {{split, path}}. Correct it.")
     return splits
 
 
-def _matching(base: Path, patterns: Sequence[str], card: Path) -> tuple[Path, ...]:
+def _matching(base: Path, patterns: Sequence[str], card: Path, num_splits: int) -> tuple[Path, ...]:
+    """The files of a split; of one of several, none where nothing of it was fetched."""
     found: dict[Path, None] = {}
+    absent = ""
     for pattern in patterns:
         inside(base, pattern)  # refuses what leads out
         names = sorted(glob.glob(pattern, root_dir=base, recursive=True))
         files = [base / name for name in names if (base / name).is_file()]
-        if not files:
-            raise ValueError(f"{card}: its data_files name {pattern!r}, and no such file is in {base}. Get it again.")
+        absent = absent or ("" if files else pattern)
         found |= dict.fromkeys(files)
+    if absent and (found or num_splits == 1):
+        raise ValueError(f"{card}: its data_files name {absent!r}, and no such file is in {base}. Get it again.")
     strange = next((file for file in found if file.suffix.lower() not in _ROWS), None)
     if strange is not None:
         raise ValueError(

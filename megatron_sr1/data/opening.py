@@ -60,7 +60,7 @@ def prepare_data(config: DataConfig, name: DataList, say: Say) -> None:
         for part in dataset:
             if isinstance(part, RowsToBuild) and part.rows.note:
                 say(part.rows.note)
-    _built(config, name, Quarantine(config.max_bad_samples), say)
+    _built(config, name, Quarantine(config.max_bad_samples), say, {})
 
 
 def files_of(config: DataConfig, name: DataList) -> dict[str, str]:
@@ -117,7 +117,11 @@ def _list(config: DataConfig, name: DataList) -> _List:
 
 
 def _cache_dir(config: DataConfig) -> Path:
-    return Path(config.cache_dir).expanduser()
+    """Raises ConfigError where it is, or would be in, a file."""
+    folder = Path(config.cache_dir).expanduser()
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    require(there.is_dir(), "data.cache_dir", config.cache_dir, f"a folder, and {there} is a file", "Name another one.")
+    return folder
 
 
 def _datasets(config: DataConfig, name: DataList) -> list[list[Shards | RowsToBuild]]:
@@ -149,6 +153,8 @@ def _check_fields(columns: Mapping[str, str], key: str) -> None:
     known = (*SCHEMA_COLUMNS, *IMAGE_COLUMNS, KEY_COLUMN, *TURN_COLUMNS)
     for column, to in columns.items():
         near = difflib.get_close_matches(to, known, n=3)
+        if column in known and to not in known:
+            near = [f"{{{to}: {column}}}"]
         require(
             to in ("", column, *known) or is_option_name(to),
             f"{key}_columns",
@@ -184,8 +190,14 @@ def _check_columns(config: DataConfig, name: DataList, seen: Sequence[frozenset[
     )
 
 
-def _built(config: DataConfig, name: DataList, quarantine: Quarantine, say: Say) -> list[list[str]]:
-    """The shards of each dataset. What the builder left out goes into the quarantine."""
+def _built(
+    config: DataConfig, name: DataList, quarantine: Quarantine, say: Say, origins: dict[str, str]
+) -> list[list[str]]:
+    """The shards of each dataset. What the builder left out goes into the quarantine.
+
+    Args:
+        origins: is given the entry that each built shard is of.
+    """
     seen: list[frozenset[str]] = []
     datasets: list[list[str]] = []
     for dataset in _datasets(config, name):
@@ -196,6 +208,7 @@ def _built(config: DataConfig, name: DataList, quarantine: Quarantine, say: Say)
                 continue
             built = built_rows(part, _cache_dir(config), say)
             shards += built.shards
+            origins |= dict.fromkeys(built.shards, shown(part.rows.pattern))
             seen.append(built.seen_columns)
             quarantine.remember([sample for sample in built.left_out if not sample.counts])
             for sample in built.left_out:
@@ -207,9 +220,17 @@ def _built(config: DataConfig, name: DataList, quarantine: Quarantine, say: Say)
 
 def _open(config: DataConfig, name: DataList, quarantine: Quarantine) -> list[ShardDataset]:
     cache = ShardCache(_cache_dir(config), int(config.cache_gib * 2**30))
-    datasets = _built(config, name, quarantine, lambda line: None)
+    origins: dict[str, str] = {}
+    datasets = _built(config, name, quarantine, lambda line: None, origins)
     names = iter(distinct_names([shard for shards in datasets for shard in shards]))
+    advice = f"Rows need none: data.{name}_columns={{{KEY_COLUMN}: null}} leaves the column out."
     return [
-        ShardDataset(shards, quarantine=quarantine, cache=cache, names=list(itertools.islice(names, len(shards))))
+        ShardDataset(
+            shards,
+            quarantine=quarantine,
+            cache=cache,
+            names=list(itertools.islice(names, len(shards))),
+            origins={shard: (origins[shard], advice) for shard in shards if shard in origins},
+        )
         for shards in datasets
     ]

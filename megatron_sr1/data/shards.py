@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -37,6 +37,7 @@ class ShardDataset:
         quarantine: Quarantine | None = None,
         cache: ShardCache | None = None,
         names: Sequence[str] | None = None,
+        origins: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
         """Reads the index beside each shard, or, where there is none, the tar headers of the shard.
 
@@ -44,6 +45,7 @@ class ShardDataset:
             quarantine: takes what breaks the schema; None: the first such thing is an error.
             cache: where the shards behind URLs go; needed if there are any.
             names: what the quarantine calls each shard, distinct in all that share it; None: `distinct_names` of these.
+            origins: what shards were built of, and what to do where its keys repeat.
 
         Raises:
             ValueError: no samples; a shard that is missing; an index of another shard; and, beyond what the quarantine
@@ -54,6 +56,7 @@ class ShardDataset:
         self._shards = tuple(str(shard) for shard in shards)
         self._names = tuple(distinct_names(self._shards) if names is None else names)
         self._cache = cache
+        self._origins = origins or {}
         self._quarantine = quarantine or Quarantine(0)
         self.tokenizers: set[str] = set()  # that the indices name
         self._versions: list[str] = []  # of each shard, for the cache
@@ -187,7 +190,10 @@ class ShardDataset:
         if key not in shard_of_key:
             shard_of_key[key] = shard
             return True
-        reason = repeated_key(shown(shard), key, shown(shard_of_key[key]))
+        (here, advice), (first, _) = (
+            self._origins.get(place, (shown(place), "")) for place in (shard, shard_of_key[key])
+        )
+        reason = f"{repeated_key(here, key, first)} {advice}".rstrip()
         self._quarantine.add(BadSample(self._names[number], key, reason))
         return False
 

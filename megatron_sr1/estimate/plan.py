@@ -25,7 +25,7 @@ from megatron_sr1.estimate.host import host_bytes
 from megatron_sr1.estimate.machine import GIB, Machine
 from megatron_sr1.estimate.state import TrainerState, gathered_bytes, trainer_state
 from megatron_sr1.policy.architecture import Architecture
-from megatron_sr1.policy.frozen import check_shares
+from megatron_sr1.policy.frozen import check_shares, read_frozen
 from megatron_sr1.policy.parameter_counts import StageCount, count_stages
 from megatron_sr1.policy.read import read_architecture
 from megatron_sr1.streams import preset_of
@@ -102,6 +102,7 @@ def make_plan(command: Command, config: Config, machine: Machine) -> RunPlan:
         counts = count_stages(config.model.hf_dir, config.layout, config.nproc, config.model.freeze)
         trained = [(count.trained_experts, count.trained - count.trained_experts) for count in counts]
         check_shares(config.model.freeze, trained, "pipeline stage")
+        read_frozen(model, config)
         stages = tuple(_stage(model, config, count, command, rows, num_rows) for count in counts)
     engine = None if command == "sft" else engine_bytes(model, config)
     phases = tuple(_phases(config, stages, engine))

@@ -22,8 +22,8 @@ def stale_vision_canary(
     image: Image,
     weights: Callable[[], Iterable[tuple[str, Tensor]]],
 ) -> None:
-    """Run once at start-up, before the engine has answered anything. Leaves the engine with the weights it was given, at
-    the version it had.
+    """Run once at start-up, before the engine has answered anything. Leaves the engine with the weights it was given,
+    at the version it had.
 
     Caches keyed by the image alone (embeddings, KV prefixes) survive a careless weight update, and the policy then
     looks at images through old eyes without any error. So: greedy log-probs of one image prompt are taken, again with

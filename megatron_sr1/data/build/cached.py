@@ -151,8 +151,9 @@ def _find(job: RowsToBuild, base: Path) -> Path | None:
 def _inputs(folder: Path) -> Mapping[str, Any]:
     path = folder / _INPUTS
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return {name: tree[name] for name in ("seen_columns", "images", "files")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: it cannot be read ({error}). Remove {folder}, to build it again.") from error
 
 

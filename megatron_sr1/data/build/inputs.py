@@ -24,6 +24,13 @@ from megatron_sr1.data.urls import same_file, shard_name, shown
 RowSource = ParquetSource | JsonlSource | JsonSource
 Stamp = list[Any]  # [place, size in bytes, time in ns or version], as JSON has it
 _POINTER = b"version https://git-lfs"  # how a file begins that Git LFS stands in for
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "ZIP",
+}
 _FIXED_TIME = (0, 0)  # of a downloaded file: a build that was killed goes on with a copy that came again
 
 
@@ -59,6 +66,9 @@ def _of_file(path: str) -> Stamp:
     _refuse_empty(path, found.st_size)
     if beginning == _POINTER:
         raise ValueError(f"{path}: it only points to the file, which Git LFS keeps. Get it: git lfs pull.")
+    packed = next((name for start, name in _PACKED.items() if beginning.startswith(start)), None)
+    if packed is not None:
+        raise ValueError(f"{path}: it is compressed ({packed}), whatever its name says. Unpack it.")
     return [path, found.st_size, found.st_mtime_ns]
 
 

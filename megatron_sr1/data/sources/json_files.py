@@ -74,7 +74,10 @@ def _rows(file: Path, mtime_ns: int) -> list[Any]:
     try:
         tree = load_json(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file}: it is not JSON ({error}). It is truncated or damaged: fetch it again.") from error
+        lines = "Where each line is a sample, call it *.jsonl; else it" if "Extra data" in str(error) else "It"
+        raise ValueError(
+            f"{file}: it is not JSON ({error}). {lines} is truncated or damaged: fetch it again."
+        ) from error
     rows = tree.get(ROWS_KEY) if isinstance(tree, dict) else tree
     if not isinstance(rows, list):
         raise ValueError(f"{file}: it holds no array of rows, neither by itself nor under {ROWS_KEY!r}.")

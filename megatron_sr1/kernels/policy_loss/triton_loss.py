@@ -52,6 +52,7 @@ def triton_loss(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
             high: Any = tuple(1.0 + clip.high for clip in clips)
             dual: Any = tuple(0.0 if clip.dual is None else float(clip.dual) for clip in clips)
             has_dual: Any = tuple(clip.dual is not None for clip in clips)
+            estimators: Any = tuple(_NUMBERS[stream.kl_estimator] for stream in inputs.streams)
             loss_of_blocks[(num_blocks,)](
                 trainer,
                 trainer if inputs.old_logprobs is None else inputs.old_logprobs.contiguous(),
@@ -69,7 +70,7 @@ def triton_loss(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
                 dual,
                 HAS_DUAL=has_dual,
                 HAS_REFERENCE=inputs.ref_logprobs is not None,
-                ESTIMATORS=tuple(_NUMBERS[stream.kl_estimator] for stream in inputs.streams),
+                ESTIMATORS=estimators,
                 BLOCK=BLOCK_TOKENS,
             )
         add_blocks[(1,)](
