@@ -38,6 +38,7 @@ Surrogate = Literal["ppo", "cispo", "sapo"]
 RatioLevel = Literal["token", "sequence"]
 CutResponses = Literal["train", "mask"]
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
+OldLogprobs = Literal["trainer", "generator", "none"]
 MismatchKind = Literal["none", "truncate", "mask"]
 MismatchLevel = Literal["token", "sequence"]
 

@@ -8,7 +8,8 @@ from typing import cast
 import pytest
 import torch
 
-from megatron_sr1.config import load_config
+from megatron_sr1.config import ConfigError, load_config
+from megatron_sr1.config.checks import check_train_batch
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
@@ -28,10 +29,15 @@ class Recorder:
     def __init__(self, moves: float, start: float) -> None:
         self.moves = moves
         self.moved = start
+        self.scored = 0  # passes without a gradient
 
     def return_to_device(self) -> None: ...
 
     def logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
+        self.scored += 1
+        return self._logprobs(batches)
+
+    def _logprobs(self, batches: Sequence[MicroBatch]) -> list[LogProbs]:
         values = [-0.01 * batch.row_offset.float() + self.moved for batch in batches]
         return [LogProbs(value, torch.zeros_like(value)) for value in values]
 
@@ -42,7 +48,7 @@ class Recorder:
 
     def train_step(self, batches: Sequence[MicroBatch], loss_fn: LossFn, scoring: Scoring) -> StepResult:
         metrics: dict[str, float] = {}
-        for index, logprobs in enumerate(self.logprobs(batches, scoring)):
+        for index, logprobs in enumerate(self._logprobs(batches)):
             for name, value in loss_fn(index, logprobs)[1].items():
                 metrics[name] = metrics.get(name, 0.0) + float(value)
         self.moved += self.moves
@@ -56,9 +62,10 @@ def _metrics(
     batch = ("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", f"train.batch_size={size}")
     config = load_config(None, [*batch, "train.micro_batch_tokens=256", *overrides])
     processor = Processor.from_pretrained(tiny_model_dir)
-    preset = preset_from_config(config.objective)
-    trainer = Trainer(config, cast(Policy, Recorder(moves, start)), preset, processor)
-    return [result.metrics for result in trainer.update(two_groups(processor), their_rewards())]
+    preset, recorder = preset_from_config(config.objective), Recorder(moves, start)
+    trainer = Trainer(config, cast(Policy, recorder), preset, processor)
+    results = trainer.update(two_groups(processor), their_rewards())
+    return [{**result.metrics, "scored": recorder.scored} for result in results]
 
 
 @pytest.mark.parametrize("scope", ["batch", "group"])
@@ -121,6 +128,62 @@ def test_the_gap_to_the_generator_leaves_the_updates_out(tiny_model_dir: str) ->
     for step in (first, second):
         gaps = {name: value for name, value in step.items() if name == "logprob_gap" or name.startswith("mismatch/")}
         assert len(gaps) >= 3 and max(gaps.values()) < 1e-7
+
+
+OLD = ("objective.kl_coef=0", "objective.clip_high=9", "objective.clip_low=1")
+
+
+def test_the_generator_s_log_probs_stand_for_a_pass_of_the_trainer(tiny_model_dir: str) -> None:
+    """Where both are the same, so is everything; where they differ, by 0.1 nats here, every ratio has the gap."""
+    ours = _metrics(tiny_model_dir, 1.0, *OLD)
+    theirs = _metrics(tiny_model_dir, 1.0, *OLD, "objective.old=generator")
+    assert [step.pop("scored") for step in ours] == [2, 2] and [step.pop("scored") for step in theirs] == [0, 0]
+    assert theirs[0] == pytest.approx(ours[0], abs=1e-7)
+    gaps = {name for name in ours[1] if name == "logprob_gap" or name.startswith("mismatch/")}
+    assert len(gaps) >= 3 and ours[1].keys() - gaps == theirs[1].keys(), "an update is no gap"
+    assert theirs[1] == pytest.approx({name: ours[1][name] for name in theirs[1]}, abs=1e-6)
+    apart = _metrics(tiny_model_dir, 0.0, *OLD, "objective.old=generator", "objective.max_logprob_gap=1", start=0.1)
+    for number, step in enumerate(apart):
+        assert step["loss/answer/ratio_mean"] == pytest.approx(torch.tensor(0.1).exp().item(), rel=1e-5)
+        assert step.get("logprob_gap") == (pytest.approx(0.1, rel=1e-4) if number == 0 else None)
+    with pytest.raises(ValueError, match=r"differ by 0\.1 nats a token"):
+        _metrics(tiny_model_dir, 0.0, *OLD, "objective.old=generator", start=0.1)
+
+
+def test_without_old_log_probs_every_ratio_is_1_and_the_weights_correct(tiny_model_dir: str) -> None:
+    """The second step is a nat off-policy: its weights are present over generator's probability, held at the bound."""
+    settings = (*OLD, "objective.old=none", "objective.mismatch=truncate", "objective.mismatch_high=2")
+    first, second = _metrics(tiny_model_dir, 1.0, *settings)
+    for step in (first, second):
+        assert step["scored"] == 0 and step["loss/answer/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+    assert first["mismatch/weight"] == pytest.approx(1.0, abs=1e-6) and first["mismatch/bounded"] == 0.0
+    assert second["mismatch/weight"] == pytest.approx(2.0) and second["mismatch/bounded"] == pytest.approx(1.0)
+    plain = _metrics(tiny_model_dir, 1.0, *OLD)
+    assert second["loss/answer/policy"] == pytest.approx(2 / torch.e * plain[1]["loss/answer/policy"], rel=1e-5)
+    (once,) = _metrics(tiny_model_dir, 1.0, *OLD, "objective.old=none", size=2)
+    assert once == _metrics(tiny_model_dir, 1.0, *OLD, size=2)[0], "one optimizer step has none in any case"
+
+
+def test_a_kl_in_the_reward_without_a_pass_is_of_the_generator(tiny_model_dir: str) -> None:
+    kl = ("objective.kl_in=reward", "objective.kl_estimator=k1", "objective.kl_coef=0.5", "objective.max_logprob_gap=9")
+    for old, ours in (("trainer", 0.25), ("generator", 0.0), ("none", 0.0)):
+        step = _metrics(tiny_model_dir, 0.0, *kl, f"objective.old={old}", start=0.25, size=2)[0]
+        groups = two_groups(Processor.from_pretrained(tiny_model_dir))
+        lengths = [len(pair.first.response_ids) for group in groups for pair in group.pairs]
+        expected = 0.5 * (_summed_kl(Processor.from_pretrained(tiny_model_dir)).sum() + ours * sum(lengths)) / 4
+        assert step["loss/answer/kl_in_reward"] == pytest.approx(float(expected), rel=1e-5), old
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("objective.old=generator", "objective.mismatch=mask"), "it must be none with objective.old=generator"),
+        (("objective.old=none",), "several optimizer steps"),
+    ],
+)
+def test_old_log_probs_that_nothing_corrects_for_are_refused(settings: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_train_batch(load_config(None, ["rollout.prompts_per_step=4", "train.batch_size=2", *settings]))
 
 
 def test_a_step_whose_log_probs_are_too_far_apart_ends_the_run(tiny_model_dir: str) -> None:

@@ -163,6 +163,14 @@ def check_train_batch(config: Config) -> None:
         f"a divisor of rollout.prompts_per_step={config.rollout.prompts_per_step}",
         "It is the number of prompts of one optimizer step.",
     )
+    several = config.rollout.prompts_per_step > config.train.batch_size
+    require(
+        not several or config.objective.old != "none" or config.objective.mismatch != "none",
+        "objective.old",
+        config.objective.old,
+        "trainer or generator where a step has several optimizer steps, of which all but the first are off-policy",
+        "Or let weights correct for it: objective.mismatch=truncate.",
+    )
 
 
 def row_tokens(config: Config) -> int:

@@ -17,6 +17,7 @@ from megatron_sr1.types import (
     KlPlace,
     MismatchKind,
     MismatchLevel,
+    OldLogprobs,
     PresetName,
     RatioLevel,
     Surrogate,
@@ -112,6 +113,9 @@ class ObjectiveConfig:
     cut_responses: CutResponses = "train"  # mask: nothing is learned from what the token limit cut (DAPO)
     loss: str = ""  # import path of a function (LossInputs) -> (loss, metrics) in place of ours
     leak_filter: bool = False  # true: a description that states the answer earns no visual reward
+    # whose log-probs ratios are taken to. trainer: of a pass before the first of several optimizer steps; generator: of
+    # the draw; none: the present ones, every ratio is 1. docs/algorithms.md has the risks
+    old: OldLogprobs = "trainer"
     mismatch: MismatchKind = "none"  # else tokens weigh trainer / generator probability: objective/mismatch.py
     mismatch_level: MismatchLevel = "token"  # sequence: one weight for all tokens of a response
     mismatch_low: float = 0.5  # mask: smaller weights become 0
@@ -131,9 +135,17 @@ class ObjectiveConfig:
         one_of("objective.surrogate", self.surrogate, get_args(Surrogate))
         one_of("objective.ratio", self.ratio, get_args(RatioLevel))
         one_of("objective.cut_responses", self.cut_responses, get_args(CutResponses))
+        one_of("objective.old", self.old, get_args(OldLogprobs))
         one_of("objective.mismatch", self.mismatch, get_args(MismatchKind))
         one_of("objective.mismatch_level", self.mismatch_level, get_args(MismatchLevel))
         check_numbers("objective", self, _OBJECTIVE_NUMBERS)
+        require(
+            self.old != "generator" or self.mismatch == "none",
+            "objective.mismatch",
+            self.mismatch,
+            "none with objective.old=generator, whose ratios hold the gap to the generator already",
+            "With objective.old=none the weights take the place of the ratios.",
+        )
         require(
             self.mismatch_low < self.mismatch_high,
             "objective.mismatch_low",

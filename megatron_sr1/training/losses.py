@@ -34,13 +34,19 @@ class PolicyLoss:
         reference: list[LogProbs] | None,
         preset: Preset,
         objective: ObjectiveConfig,
+        *,
+        measures_gap: bool = True,
     ) -> None:
         """
         Args:
-            old: per micro-batch, of the weights that drew the rollouts; None: they are the policy's present ones.
+            old: per micro-batch, of the weights that drew the rollouts, by whom objective.old says; None: the policy's
+                present ones stand for them.
             reference: per micro-batch; None only where no stream has a KL term.
+            measures_gap: the trainer's log-probs of the weights that drew the rollouts are known, so how far it is from
+                the generator can be told.
         """
         self._batch, self._old, self._reference, self._preset = batch, old, reference, preset
+        self._own, self._measures_gap = objective.old == "trainer", measures_gap
         fits = all(is_fused(stream) for stream in preset.streams)
         ours = fused_stream_loss if fits else stream_loss
         self._loss = OwnLoss(objective.loss) if objective.loss else ours
@@ -50,7 +56,8 @@ class PolicyLoss:
     def __call__(self, index: int, logprobs: LogProbs) -> tuple[Tensor, Mapping[str, Tensor]]:
         micro_batch, tokens, trainer = self._batch.micro_batches[index], self._batch.tokens[index], logprobs.logprobs
         old = None if self._old is None else self._old[index].logprobs
-        drawing = trainer if old is None else old  # the trainer's, of the weights that drew the tokens
+        # the trainer's, of the weights that drew the tokens; where objective.old spares their pass, its present ones
+        drawing = old if old is not None and self._own else trainer
         weights, bounded = importance_weights(
             drawing, tokens.generator_logprobs, micro_batch.row_sequence, self._mismatch
         )
@@ -70,12 +77,14 @@ class PolicyLoss:
                 entropy=entropy,
             )
         )
-        gap = (drawing.detach() - tokens.generator_logprobs).abs()  # before any update, so both of the same weights
-        per_token = {"logprob_gap": gap, "entropy": logprobs.entropy}
+        per_token = {"entropy": logprobs.entropy}
+        gap = (drawing.detach() - tokens.generator_logprobs).abs()
+        if self._measures_gap:
+            per_token["logprob_gap"] = gap
         if self._mismatch.kind != "none":
             per_token |= {"mismatch/weight": weights, "mismatch/bounded": bounded}
         sums = {name: value.sum() / self._batch.num_tokens for name, value in per_token.items()}
-        return loss, {**metrics, **sums, **self._gaps(index, gap)}
+        return loss, {**metrics, **sums, **(self._gaps(index, gap) if self._measures_gap else {})}
 
     def _gaps(self, index: int, gap: Tensor) -> dict[str, Tensor]:
         """Mean |log-prob gap| to the generator, by kind of token."""

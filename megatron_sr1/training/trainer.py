@@ -46,8 +46,8 @@ class Trainer:
         self._batcher = Batcher(config, processor, policy.replicas, policy.platform.device)
 
     def update(self, groups: Sequence[RolloutGroup], rewards: Rewards) -> list[StepResult]:
-        """One optimizer step per `train.batch_size` prompts. With several, old log-probs are taken before the first;
-        where a KL is in the reward, old and reference log-probs are, and before the advantages.
+        """One optimizer step per `train.batch_size` prompts. With several, old log-probs are taken before the first, or
+        are the generator's; where a KL is in the reward, old and reference log-probs are taken, before the advantages.
 
         Raises:
             ValueError: trainer and generator are too far apart, see `check_logprob_gap`.
@@ -58,8 +58,10 @@ class Trainer:
         rows = [self._batcher.rows(groups[share], self._preset) for share in shares]
         old: list[list[LogProbs]] = []
         reference: list[list[LogProbs]] = []
-        if len(shares) > 1 or self._preset.kl_in_reward:
-            old = [self._policy.logprobs(row.micro_batches, self._scoring) for row in rows]
+        whose = self._config.objective.old
+        needs_old = whose == "generator" or (whose == "trainer" and len(shares) > 1)
+        if needs_old or self._preset.kl_in_reward:
+            old = [self._drawn(row) for row in rows]
         kl = None
         if self._preset.kl_in_reward:
             reference = [self._policy.reference_logprobs(row.micro_batches, self._scoring) for row in rows]
@@ -69,13 +71,22 @@ class Trainer:
         results = []
         for number, share in enumerate(shares):
             batch = self._batcher.streams(rows[number], advantages[:, self._rollouts(share)], self._preset)
-            before = old[number] if len(shares) > 1 else None  # of the only step the policy's present ones
+            before = old[number] if needs_old else None  # of the only step the policy's present ones
             held = reference[number] if reference else self._reference(batch)
-            loss = PolicyLoss(batch, before, held, self._preset, self._config.objective)
+            same = number == 0 or whose == "trainer"
+            loss = PolicyLoss(batch, before, held, self._preset, self._config.objective, measures_gap=same)
             result = self._policy.train_step(batch.micro_batches, loss, self._scoring)
             results.append(result if kl is None else self._with_penalties(result, kl[:, self._rollouts(share)]))
-            check_logprob_gap(result.metrics, self._max_logprob_gap)
+            if same:
+                check_logprob_gap(result.metrics, self._max_logprob_gap)
         return results
+
+    def _drawn(self, rows: StreamRows) -> list[LogProbs]:
+        """Per micro-batch, of the weights that drew the responses: the policy's, before it is trained, or those that
+        the generator had."""
+        if self._config.objective.old == "trainer":
+            return self._policy.logprobs(rows.micro_batches, self._scoring)
+        return [LogProbs(tokens.generator_logprobs, None) for tokens in rows.tokens]
 
     def _reference(self, rows: StreamRows) -> list[LogProbs] | None:
         """None where no stream is held to it."""
