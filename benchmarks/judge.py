@@ -29,6 +29,7 @@ from megatron_sr1.config import JudgeConfig
 from megatron_sr1.prompts import CAPTION_REASONER
 from megatron_sr1.rewards import Ungraded
 from megatron_sr1.rewards.workers import Graders
+from megatron_sr1.training.rollout_files import step_lines, steps_in
 from megatron_sr1.types import Prompt, Reading, Rollout, RolloutGroup, RolloutPair
 
 NAMES = {False: ("acc", "acc_judge", "fmt"), True: ("acc", "acc_vis@reader", "fmt")}  # by whether it reads a pass
@@ -38,7 +39,7 @@ def groups_of(path: Path) -> list[tuple[float, RolloutGroup]]:
     """Each group of a file of rollouts with the second at which it was finished, in that order."""
     pairs: dict[int, list[RolloutPair]] = {}
     prompts: dict[int, Prompt] = {}
-    for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+    for line in step_lines(path):
         if "skipped" in line:
             continue
         number, second = line["group_id"], line["second"]
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--pass", dest="reads", action="store_true", help="the endpoint reads a pass")
     args = parser.parse_args()
-    steps = [groups_of(path) for path in sorted(args.rollouts.glob("step_*.jsonl"))[-args.steps :]]
+    steps = [groups_of(path) for path in steps_in(args.rollouts)[-args.steps :]]
     print(f"{'latency s':>10} {'questions':>10} {'rollout s':>10} {'waited s':>10} {'share':>8}")
     for latency in args.latency:
         with answering(latency) as url:

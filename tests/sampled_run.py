@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from megatron_sr1.streams import PRESETS
 from megatron_sr1.training import live_rollouts
 from megatron_sr1.training.checkpointer import Progress
 from megatron_sr1.training.live_rollouts import LiveRollouts
-from megatron_sr1.training.rollout_files import rollouts_file
+from megatron_sr1.training.rollout_files import rollouts_file, step_lines
 from megatron_sr1.training.saved_rollouts import SavedRollouts
 from megatron_sr1.training.trainer import NoTrainer
 from megatron_sr1.types import OneRank, Prompt, RolloutGroup
@@ -221,5 +220,4 @@ class Runs:
         return read_jsonl(self.folder / name / "metrics.jsonl")
 
     def lines(self, name: str, step: int) -> list[dict[str, Any]]:
-        path = rollouts_file(self.folder / name / "rollouts", step)
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return step_lines(rollouts_file(self.folder / name / "rollouts", step))

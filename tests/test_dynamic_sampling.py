@@ -27,7 +27,7 @@ from megatron_sr1.streams import PRESETS, Preset
 from megatron_sr1.training import live_rollouts
 from megatron_sr1.training.live_groups import live_groups, training_places
 from megatron_sr1.training.live_rollouts import LiveRollouts
-from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file
+from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file, step_files, step_lines
 from megatron_sr1.training.step_metrics import step_metrics
 from megatron_sr1.training.step_rollouts import StepRollouts
 from megatron_sr1.types import Prompt, RewardStream, Rollout, RolloutGroup, RolloutPair
@@ -384,7 +384,9 @@ def test_all_ranks_draw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_damaged_file_is_named(runs: Runs) -> None:
     runs.go("whole", "train.steps=1", "train.save_every=1")
     path = rollouts_file(runs.folder / "whole" / "rollouts", 0)
-    whole = [json.loads(line) for line in path.read_text().splitlines()]
+    whole = step_lines(path)
+    for file in step_files(path):
+        file.unlink()
     dataset = ShardDataset(sorted((runs.folder / "data").glob("*.tar")))
     drawn: list[Any] = SampleStream(dataset, 1, window=8).take(0, 40)
 

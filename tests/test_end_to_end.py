@@ -16,6 +16,7 @@ import pytest
 
 from megatron_sr1.prompts import CAPTION_REASONER, extract_boxed
 from megatron_sr1.rewards import grade
+from megatron_sr1.training.rollout_files import rollouts_file, step_files, step_lines, steps_in
 from tests.judge_server import serve
 from tests.workspace import PHASES, REPOSITORY, RUN_TIMEOUT, Workspace, untimed
 
@@ -76,8 +77,7 @@ def _check_rollouts(rank: int, num_ranks: int, hf_dir: str, rollouts: str, data:
     dataset = ShardDataset(expand_shards([f"{data}/train-*.tar"], "data.train"))
     prompts = {prompt.key: prompt for prompt in (dataset.read(index) for index in range(len(dataset)))}
     sequences, expected = [], []
-    for line in Path(rollouts).read_text().splitlines():
-        sample = json.loads(line)
+    for sample in step_lines(Path(rollouts)):
         images = tuple(processor.encode_image(image) for image in prompts[sample["key"]].images)
         for rollout, seen in ((sample["first"], images), (sample["second"], ())):
             if rollout is not None:
@@ -103,8 +103,9 @@ def test_the_run_folder_holds_everything(finished: Workspace) -> None:
     assert "preset: vision_sr1" in (run / "config.yaml").read_text()
     assert any((run / "tensorboard").iterdir())
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000006", "step_000008"]
-    assert len(list((run / "rollouts").glob("step_*.jsonl"))) == 8
-    assert len((run / "rollouts" / "step_000007.jsonl").read_text().splitlines()) == 16
+    steps = steps_in(run / "rollouts")
+    assert [len(step_files(path)) for path in steps] == [2] * 8, "each engine writes what it has made"
+    assert len(step_lines(steps[7])) == 16
     assert [finished.summary("whole", label)["num_prompts"] for label in ("before", "after")] == [12, 12]
 
 
@@ -173,7 +174,7 @@ def test_rollouts_made_alone_are_those_of_the_run(finished: Workspace) -> None:
 
 
 def _untimed_rollouts(path: Path) -> list[dict[str, Any]]:
-    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    samples = step_lines(path)
     for rollout in (sample[name] for sample in samples for name in ("first", "second")):
         if rollout is not None:
             assert 0 <= rollout.pop("queued_at") < rollout.pop("finished_at")
@@ -267,8 +268,7 @@ def read_digits(question: str, attempt: int) -> str:
 
 
 def _rollouts(workspace: Workspace, run: str, step: int) -> list[dict[str, Any]]:
-    lines = (workspace.folder / run / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return step_lines(rollouts_file(workspace.folder / run / "rollouts", step))
 
 
 def test_a_folder_in_use_is_refused(finished: Workspace) -> None:

@@ -18,7 +18,7 @@ from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.rewards import Ungraded, find_reward, score_group
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.training.batches import rollout_advantages
-from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file, write_rollouts
+from megatron_sr1.training.rollout_files import read_rollouts, read_text, rollouts_file, step_files, write_rollouts
 from megatron_sr1.training.segments import scored_responses
 from megatron_sr1.training.step_metrics import step_metrics
 from megatron_sr1.training.step_rewards import join_rewards, scored_rewards, without_leaks
@@ -163,7 +163,9 @@ def test_rollouts_of_other_passes_are_not_trained_on(tmp_path: Path) -> None:
     for other, name in ((now, "second"), (preset({"name": "blind", "context": "metadata", "field": "x"}), "blind")):
         with pytest.raises(ValueError, match=f"the pass '{name}' was another one, or none"):
             read(other)
-    path.write_text(path.read_text().replace('"passes"', '"other"'))
+    (file,) = step_files(path)
+    path.write_text(read_text(file).replace('"passes"', '"other"'))
+    file.unlink()
     assert read(now).groups == made, "of an earlier release"
 
 

@@ -24,7 +24,17 @@ from megatron_sr1.rewards import RewardError, Ungraded, score_group, workers
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.streams import PRESETS
 from megatron_sr1.training.live_rollouts import LiveRollouts
-from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file, write_rollouts
+from megatron_sr1.training.rollout_files import (
+    Share,
+    read_rollouts,
+    read_text,
+    rollouts_file,
+    step_files,
+    step_lines,
+    steps_in,
+    write_rollouts,
+)
+from megatron_sr1.training.rollout_writer import RolloutWriter
 from megatron_sr1.training.saved_rollouts import SavedRollouts
 from megatron_sr1.training.step_rewards import scored_rewards
 from megatron_sr1.training.step_rollouts import all_trained
@@ -88,8 +98,17 @@ def test_log_probs_keep_every_bit(tmp_path_factory: pytest.TempPathFactory, logp
     assert found[0].pairs[0].first.generator_logprobs[0].hex() == logprob.hex()
 
 
+def plain(path: Path) -> list[str]:
+    """A step in one file without compression, as earlier releases wrote it; its lines."""
+    texts = [read_text(file) for file in step_files(path)]
+    for file in step_files(path):
+        file.unlink()
+    path.write_text("".join(texts))
+    return path.read_text().splitlines()
+
+
 def spoil(path: Path, **changes: Any) -> None:
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in plain(path)]
     lines[2] = lines[2] | changes
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -106,10 +125,70 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         read_rollouts(path, lambda further: prompts[::-1][1:] + prompts[:1], 2, COMPONENTS)
     with pytest.raises(ValueError, match=r"no reward 'fmt_cot'.*objective.preset"):
         read_rollouts(path, lambda further: prompts, 2, ["acc", "fmt_cot"])
-    first = json.loads(path.read_text().splitlines()[2])["first"]
+    first = step_lines(path)[2]["first"]
     spoil(path, first=first | {"generator_logprobs": [-0.5]})
     with pytest.raises(ValueError, match=r"0/p/0/first: 2 response ids and 1 log-probs"):
         read_rollouts(path, lambda further: prompts, 2, COMPONENTS)
+
+
+def split(folder: Path, made: list[RolloutGroup], *shares: set[int]) -> Path:
+    """A step whose groups several engines have made."""
+    path, rewards = rollouts_file(folder, 0), scored(made, PRESET)
+    for part, share in enumerate(shares):
+        write_rollouts(path, all_trained(made, rewards), len(made), share=Share(share, part, len(shares)))
+    return path
+
+
+def test_the_parts_of_all_engines_are_the_step(tmp_path: Path) -> None:
+    made = groups(5)
+    path = split(tmp_path / "split", made, {0, 3}, {4, 1}, {2})
+    assert [file.name for file in step_files(path)] == [f"step_000000.{part}-of-3.jsonl.gz" for part in range(3)]
+    save(tmp_path / "whole", made)
+    assert step_lines(path) == step_lines(rollouts_file(tmp_path / "whole", 0))
+    for folder in ("split", "whole"):
+        found = SavedRollouts(tmp_path / folder, PRESET, 2).take(Listed.of(made), 0, Clock())
+        assert found.groups == made and steps_in(tmp_path / folder) == [rollouts_file(tmp_path / folder, 0)]
+
+
+def test_another_run_of_a_step_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
+    """With more engines or fewer, or an earlier release's one file."""
+    made = groups(3)
+    for shares in (({0}, {1}, {2}), ({0, 2}, {1}), ({0, 1, 2},)):
+        rollouts_file(tmp_path, 0).write_text("of an earlier release")
+        path = split(tmp_path, made, *shares)
+        assert len(step_files(path)) == len(shares) == len(list(tmp_path.iterdir()))
+        assert SavedRollouts(tmp_path, PRESET, 2).take(Listed.of(made), 0, Clock()).groups == made
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_part_that_is_missing_or_cut_is_named(missing: int, tmp_path: Path) -> None:
+    made = groups(3)
+    file = step_files(split(tmp_path, made, {0}, {1}, {2}))[missing]
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=rf"step_000000\.{missing}-of-3\.jsonl\.gz: .*damaged: copy it again"):
+        SavedRollouts(tmp_path, PRESET, 2).take(Listed.of(made), 0, Clock())
+    file.unlink()
+    with pytest.raises(ValueError, match=r"its parts are .*, which are not all of one run"):
+        SavedRollouts(tmp_path, PRESET, 2).take(Listed.of(made), 0, Clock())
+
+
+def test_the_writer_works_beside_and_tells_its_error_to_who_waits(tmp_path: Path) -> None:
+    made, rewards = groups(3), scored(groups(3), PRESET)
+    writer, whole = RolloutWriter(PRESET.asked, PRESET.passes.later), all_trained(made, rewards)
+    os.mkfifo(tmp_path / "step_000000.0-of-1.jsonl.gz.tmp")  # who opens it waits for a reader
+    writer.write(rollouts_file(tmp_path, 0), whole, 3, Share({0, 1, 2}))
+    assert list(tmp_path.glob("*.gz")) == [], "it has not waited"
+    reader = os.open(tmp_path / "step_000000.0-of-1.jsonl.gz.tmp", os.O_RDONLY)
+    writer.settle()
+    os.close(reader)
+    assert len(list(tmp_path.glob("*.gz"))) == 1
+    (tmp_path / "file").write_text("")
+    writer.write(rollouts_file(tmp_path / "file", 1), whole, 3, Share({0}))
+    with pytest.raises(OSError, match="file"):
+        writer.settle()
+    writer.settle()
+    writer.close()
 
 
 # ---------------------------------------------------------------- grading beside the engine
@@ -152,7 +231,7 @@ def test_a_torn_file_is_named_with_its_line(end: str, tmp_path: Path) -> None:
     made = groups()
     save(tmp_path, made, step=0)
     path = rollouts_file(tmp_path, 0)
-    lines = path.read_text().splitlines()
+    lines = plain(path)
     path.write_text("\n".join([*lines[:-1], end]))
     with pytest.raises(ValueError, match=rf"step_000000\.jsonl, line {len(lines)}: .*damaged: copy it again"):
         read_rollouts(path, lambda further: [group.prompt for group in made], 2, ())
@@ -172,7 +251,7 @@ def test_rewards_from_workers_are_those_of_this_process(tmp_path: Path) -> None:
             assert clock.seconds.keys() == {"seconds/rollout", "seconds/reward"}
         saved = SavedRollouts(tmp_path, PRESET, 2).take(Listed.of(made), 1, clock).trained
         assert saved[0] == made and all(torch.equal(saved[1][name], value) for name, value in expected.items())
-    assert [len(items) for items in ranks.sent] == [3, 3, 2, 2], "nothing is left over from the step before"
+    assert [len(graded) for ((_, graded),) in ranks.sent] == [3, 3, 2, 2], "nothing is left over from the step before"
 
 
 def test_engines_sleep_from_a_step_to_the_weights_that_follow_it(tmp_path: Path) -> None:

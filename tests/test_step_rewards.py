@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import closing
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from PIL import Image
 
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.streams import PRESETS
-from megatron_sr1.training.rollout_files import write_rollouts
+from megatron_sr1.training.rollout_files import step_lines, write_rollouts
 from megatron_sr1.training.step_metrics import summarise
 from megatron_sr1.training.step_rewards import join_rewards, scored_rewards, without_leaks
 from megatron_sr1.training.step_rollouts import all_trained
@@ -107,7 +106,7 @@ def test_rollouts_are_kept_whole(groups: list[RolloutGroup], tmp_path: Path) -> 
     rewards = scored(groups, PRESETS["vision_sr1"])
     path = tmp_path / "rollouts" / "step_000000.jsonl"
     write_rollouts(path, all_trained(groups, rewards), 1)
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = step_lines(path)
     assert len(lines) == 4
     assert lines[1]["rewards"]["acc_vis"] == 0.0 and lines[1]["rewards"]["acc"] == 1.0
     assert lines[0]["first"]["prompt_ids"] == [1, 2] and lines[0]["first"]["generator_logprobs"] == [-0.5]

@@ -24,7 +24,7 @@ from megatron_sr1.rollout.plan import Limits, Planner
 from megatron_sr1.rollout.two_pass import TwoPassGenerator
 from megatron_sr1.streams import Preset, preset_of, segments_of
 from megatron_sr1.training.batches import Batcher
-from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file, write_rollouts
+from megatron_sr1.training.rollout_files import read_rollouts, read_text, rollouts_file, step_files, write_rollouts
 from megatron_sr1.training.segments import Response, response_masks
 from megatron_sr1.training.step_rewards import scored_rewards
 from megatron_sr1.training.step_rollouts import all_trained
@@ -213,7 +213,9 @@ def test_saved_rollouts_are_not_read_by_other_templates(preset: Preset, tmp_path
     assert read_rollouts(path, prompts, 1, ["acc"], preset.asked).groups == made
     with pytest.raises(ValueError, match=r"asked by other templates, look .*; the configuration has see_think "):
         read_rollouts(path, prompts, 1, ["acc"])
-    path.write_text(path.read_text().replace('"templates"', '"other"'))
+    (file,) = step_files(path)
+    path.write_text(read_text(file).replace('"templates"', '"other"'))
+    file.unlink()
     assert read_rollouts(path, prompts, 1, ["acc"]).groups == made, "of an earlier release"
 
 

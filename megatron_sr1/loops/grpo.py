@@ -110,6 +110,7 @@ def _steps(
                 writer.write(step, {**measured, **feed.metrics})
             clock = Clock()
             with clock("save"):
+                source.settle()  # a checkpoint says that the step is done, so its rollouts must be there
                 run.end_step(step, feed, stop, policy if results else None)
             if results:
                 with clock("sync"):

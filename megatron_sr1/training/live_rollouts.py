@@ -20,7 +20,8 @@ from megatron_sr1.rewards.reading import with_readings
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.live_groups import live_groups, training_places
-from megatron_sr1.training.rollout_files import rollouts_file, write_rollouts
+from megatron_sr1.training.rollout_files import Share, rollouts_file
+from megatron_sr1.training.rollout_writer import RolloutWriter
 from megatron_sr1.training.step_rewards import join_rewards, scored_rewards
 from megatron_sr1.training.step_rollouts import StepRollouts
 from megatron_sr1.types import Generator, NamedTensors, OnQuestion, Prompt, Ranks, RolloutGroup, Sampling
@@ -48,6 +49,7 @@ class _Drawn:
         self._preset, self._objective = preset, objective
         self._groups: list[RolloutGroup] = []
         self._shares: dict[int, Vectors | Ungraded] = {}
+        self._holders: dict[int, int] = {}  # by number: the first rank that has graded it
 
     @property
     def num_prompts(self) -> int:
@@ -59,10 +61,23 @@ class _Drawn:
         shares = sorted(self._shares.items())
         return {number: share.reason for number, share in shares if isinstance(share, Ungraded)}
 
-    def add(self, groups: Sequence[RolloutGroup], shares: Sequence[tuple[int, Vectors | Ungraded]]) -> None:
-        """Those of a round, whose numbers go on from the last."""
+    def add(
+        self, groups: Sequence[RolloutGroup], shares: Sequence[tuple[int, Sequence[tuple[int, Vectors | Ungraded]]]]
+    ) -> None:
+        """Those of a round, whose numbers go on from the last, and what each rank has graded."""
         self._groups += groups
-        self._shares |= dict(shares)
+        for rank, graded in shares:
+            self._shares |= dict(graded)
+            for number, _ in graded:
+                self._holders.setdefault(number, rank)
+
+    def share_of(self, rank: int) -> Share | None:
+        """What a rank writes: the groups that it has graded; None where others have."""
+        writers = sorted(set(self._holders.values()))
+        if rank not in writers:
+            return None
+        own = {number for number, holder in self._holders.items() if holder == rank}
+        return Share(own, writers.index(rank), len(writers))
 
     def num_alive(self) -> int:
         """Of the graded groups."""
@@ -130,6 +145,7 @@ class LiveRollouts:
             fails_fast=not self._skips,
             asked=preset.asked,
         )
+        self._writer = RolloutWriter(preset.asked, preset.passes.later)
 
     def __enter__(self) -> LiveRollouts:
         return self
@@ -138,6 +154,7 @@ class LiveRollouts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._graders.close()
+        self._writer.close()
 
     def take(self, prompts: StepPrompts, step: int, clock: Clock) -> StepRollouts:
         """All groups and all rewards on every rank, without those groups that could not be graded and are skipped.
@@ -170,9 +187,14 @@ class LiveRollouts:
         if self._ranks.rank == 0:
             for reason in reasons:
                 logger.warning("a group is skipped: %s", reason)
-            made_by = (self._preset.asked, self._preset.passes.later)
-            write_rollouts(rollouts_file(self._folder, step), chosen, len(prompts.first), *made_by)
+        share = drawn.share_of(self._ranks.rank)
+        if share is not None:
+            self._writer.write(rollouts_file(self._folder, step), chosen, len(prompts.first), share)
         return chosen
+
+    def settle(self) -> None:
+        """Waits until what this rank writes of the last step is on disk. Raises OSError where it cannot be written."""
+        self._writer.settle()
 
     def _answer(self, prompts: Sequence[Prompt], drawn: _Drawn, step: int, clock: Clock) -> None:
         """A round: its groups, numbered on from the last, and their rewards. Collective."""
@@ -182,7 +204,7 @@ class LiveRollouts:
             groups = self._generator.generate(prompts, self._sampling, step, *takers)
         groups = [replace(group, group_id=start + group.group_id) for group in groups]
         with clock("reward"):
-            shares = self._ranks.gather(self._graders.collect())
+            shares = self._ranks.gather([(self._ranks.rank, self._graders.collect())])
             if ask is not None:
                 groups = with_readings(groups, self._ranks.gather(self._graders.readings()))
         drawn.add(groups, shares)

@@ -1,15 +1,24 @@
-"""The file of a step's rollouts: one JSON line a sample, and back to the bit.
+"""The files of a step's rollouts: one JSON line a sample, and back to the bit.
 
-Python writes floats so that reading gives the same bits. A step trained from its file is therefore the step itself.
+Python writes floats so that reading gives the same bits. A step trained from its files is therefore the step itself.
 
-With dynamic sampling the first line says how many prompts were drawn beyond the step's own, in how many rounds, and
-every sample has `trained_as`: the place of its prompt in the training batch, null where its group was dropped.
+Each engine has a file of its own, step_000007.0-of-2.jsonl.gz and step_000007.1-of-2.jsonl.gz, with the groups that it
+has made; all together they are the step. One step_000007.jsonl, as earlier releases wrote it, is the same.
+
+With dynamic sampling the first line of the first file says how many prompts were drawn beyond the step's own, in how
+many rounds, and every sample has `trained_as`: the place of its prompt in the training batch, null where its group was
+dropped.
 """
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
-from collections.abc import Callable, Sequence
+import os
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +26,6 @@ from typing import Any
 import torch
 
 from megatron_sr1.prompts import OURS, Asked
-from megatron_sr1.training.step_rewards import rewards_of
 from megatron_sr1.training.step_rollouts import StepRollouts
 from megatron_sr1.types import SECOND, LaterPass, Prompt, Question, Reading, Rollout, RolloutGroup, RolloutPair
 
@@ -25,12 +33,28 @@ _KEYS = {"key", "sample", "rewards", "first", "second", "description", "descript
 _SKIPPED_KEYS = {"group_id", "skipped"}
 _ROUNDS_KEYS = {"rounds", "further_prompts"}  # of dynamic sampling
 _PLACE = "trained_as"
+_PART = re.compile(r"\.(\d+)-of-(\d+)\.jsonl\.gz$")
 _TORN = "The file is damaged: copy it again, or have the engine answer the step's prompts again, without --train-only."
 
 
 def rollouts_file(folder: Path, step: int) -> Path:
-    """Where a step's rollouts are, in a `rollouts` folder."""
+    """What a step's rollouts are called in a `rollouts` folder, however many files they are."""
     return folder / f"step_{step:06d}.jsonl"
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """`rollouts_file` of all steps that are there, in order."""
+    names = {file.name.partition(".")[0] for file in folder.glob("step_*.jsonl*")}
+    return [folder / f"{name}.jsonl" for name in sorted(names)]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one engine writes of a step."""
+
+    groups: Collection[int]  # their group_id
+    part: int = 0
+    parts: int = 1
 
 
 def write_rollouts(
@@ -39,28 +63,49 @@ def write_rollouts(
     num_prompts: int,
     asked: Asked = OURS,
     later: Sequence[LaterPass] = (SECOND,),
+    share: Share | None = None,
 ) -> None:
     """One JSON line per sample: ids, texts, log-probs and rewards of all passes; images by the prompt's key. Groups
-    that could not be graded have a line each.
+    that could not be graded have a line each, in the first part. Each part is whole or not there; the first removes
+    what is left of another run of the step.
 
     `read_rollouts` gets all of it back, to the bit.
 
     Args:
+        path: see `rollouts_file`.
         num_prompts: that the step began with.
         asked: the templates of the passes.
         later: the later passes.
+        share: what is written here; None: everything.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    index = 0
-    with path.open("w", encoding="utf-8") as file:
+    share = share or Share({group.group_id for group in rollouts.groups})
+    target = _part(path, share.part, share.parts)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if share.part == 0:
+        for old in set(_files(path)) - {_part(path, part, share.parts) for part in range(share.parts)}:
+            old.unlink(missing_ok=True)
+    temporary = target.with_name(f"{target.name}.tmp")
+    with gzip.open(temporary, "wt", compresslevel=1, encoding="utf-8") as file:
+        for line in _lines(rollouts, num_prompts, asked, later, share):
+            file.write(json.dumps(line) + "\n")
+    os.replace(temporary, target)
+
+
+def _lines(
+    rollouts: StepRollouts, num_prompts: int, asked: Asked, later: Sequence[LaterPass], share: Share
+) -> Iterator[dict[str, Any]]:
+    if share.part == 0:
         if rollouts.rounds is not None:
-            further = rollouts.num_drawn - num_prompts
-            file.write(json.dumps({"rounds": rollouts.rounds, "further_prompts": further}) + "\n")
+            yield {"rounds": rollouts.rounds, "further_prompts": rollouts.num_drawn - num_prompts}
         for number, reason in rollouts.skipped.items():
-            file.write(json.dumps({"group_id": number, "skipped": reason}) + "\n")
-        for group, place in zip(rollouts.groups, rollouts.places, strict=True):
-            for pair in group.pairs:
-                line = {
+            yield {"group_id": number, "skipped": reason}
+    same = {"templates": str(asked), "passes": _told(later)}
+    rewards = {name: value.tolist() for name, value in rollouts.rewards.items()}
+    numbers = itertools.count()
+    for group, place in zip(rollouts.groups, rollouts.places, strict=True):
+        for index, pair in zip(itertools.islice(numbers, len(group.pairs)), group.pairs, strict=True):
+            if group.group_id in share.groups:
+                yield {
                     "group_id": group.group_id,
                     **({_PLACE: place} if rollouts.rounds is not None else {}),
                     "key": group.prompt.key,
@@ -69,15 +114,60 @@ def write_rollouts(
                     "sample": pair.sample_index,
                     "description": pair.description,
                     "description_cut": pair.description_cut,
-                    "rewards": rewards_of(rollouts.rewards, index),
-                    "templates": str(asked),
-                    "passes": _told(later),
-                    "first": _fields(pair.first),
-                    "second": _fields(pair.second),
-                    **({"further": [asdict(reading) for reading in pair.further]} if pair.further else {}),
+                    "rewards": {name: value[index] for name, value in rewards.items()},
+                    **same,
+                    "first": vars(pair.first),
+                    "second": None if pair.second is None else vars(pair.second),
+                    **({"further": [_reading_fields(reading) for reading in pair.further]} if pair.further else {}),
                 }
-                file.write(json.dumps(line) + "\n")
-                index += 1
+
+
+def _reading_fields(reading: Reading) -> dict[str, Any]:
+    question = None if reading.question is None else vars(reading.question)
+    return {**vars(reading), "rollout": vars(reading.rollout), "question": question}
+
+
+def _part(path: Path, part: int, parts: int) -> Path:
+    return path.with_name(f"{path.stem}.{part}-of-{parts}.jsonl.gz")
+
+
+def _files(path: Path) -> list[Path]:
+    """All that are there of a step, in order."""
+    numbers = {file: _PART.search(file.name) for file in path.parent.glob(f"{path.stem}.*.jsonl.gz")}
+    parts = {file: int(found[1]) for file, found in numbers.items() if found is not None}
+    return [*([path] if path.is_file() else []), *sorted(parts, key=lambda file: parts[file])]
+
+
+def step_files(path: Path) -> list[Path]:
+    """The files of a step: those of its engines, or the one of an earlier release.
+
+    Raises:
+        ValueError: there is none, one is missing, or there are those of two runs.
+    """
+    found = _files(path)
+    if not found:
+        raise ValueError(f"{path} does not exist. Give the folder of a run that saved this step, or lower train.steps.")
+    wanted = [path] if path in found else [_part(path, part, len(found)) for part in range(len(found))]
+    if found != wanted:
+        names = ", ".join(file.name for file in found)
+        raise ValueError(f"{path}: its parts are {names}, which are not all of one run. {_TORN}")
+    return found
+
+
+def read_text(path: Path) -> str:
+    """Of one of `step_files`. Raises ValueError where it is damaged."""
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path}: {error}. {_TORN}") from error
+    return data.decode("utf-8", errors="replace")
+
+
+def step_lines(path: Path) -> list[dict[str, Any]]:
+    """All lines of a step, as they are, those of samples in the order of groups. Raises ValueError as `step_files`."""
+    lines = [json.loads(line) for file in step_files(path) for line in read_text(file).splitlines()]
+    return sorted(lines, key=lambda line: line["group_id"] if "sample" in line else -1)
 
 
 def read_rollouts(
@@ -102,8 +192,6 @@ def read_rollouts(
         ValueError: no such file, a damaged one, another number of samples, another prompt than the data gives at this
             place, other templates, a reward that was not measured, or another number of response ids than log-probs.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist. Give the folder of a run that saved this step, or lower train.steps.")
     file = _read_lines(path)
     lines, further = file.lines, file.further_prompts
     for name, value in (("rounds", file.rounds or 0), ("further_prompts", further)):
@@ -180,20 +268,27 @@ class _File:
 
 def _read_lines(path: Path) -> _File:
     lines, skipped, rounds = [], {}, {}
-    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    files = step_files(path)
+    for file in files:
+        for number, text in enumerate(read_text(file).splitlines(), start=1):
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{file}, line {number}: {error}. {_TORN}") from error
+            keys = line.keys() if isinstance(line, dict) else set()
+            if keys == _SKIPPED_KEYS:
+                skipped[line["group_id"]] = line["skipped"]
+            elif file == files[0] and number == 1 and keys == _ROUNDS_KEYS:
+                rounds = line
+            elif keys >= (_KEYS | {_PLACE} if rounds else _KEYS):
+                lines.append(line)
+            else:
+                raise ValueError(f"{file}, line {number}: it is no sample. {_TORN}")
+    if len(files) > 1:
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: {error}. {_TORN}") from error
-        keys = line.keys() if isinstance(line, dict) else set()
-        if keys == _SKIPPED_KEYS:
-            skipped[line["group_id"]] = line["skipped"]
-        elif number == 1 and keys == _ROUNDS_KEYS:
-            rounds = line
-        elif keys >= (_KEYS | {_PLACE} if rounds else _KEYS):
-            lines.append(line)
-        else:
-            raise ValueError(f"{path}, line {number}: it is no sample. {_TORN}")
+            lines.sort(key=lambda line: line["group_id"])  # stable: samples keep their order
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: group_id of a sample: {error}. {_TORN}") from error
     return _File(lines, skipped, **rounds)
 
 
@@ -216,7 +311,3 @@ def _rollout(path: Path, fields: dict[str, Any]) -> Rollout:
         raise ValueError(f"{path}, {fields['rollout_id']}: {len(ids)} response ids and {len(logprobs)} log-probs.")
     sequences = {name: tuple(fields[name]) for name in ("prompt_ids", "response_ids", "generator_logprobs")}
     return Rollout(**{**fields, **sequences})
-
-
-def _fields(rollout: Rollout | None) -> dict[str, Any] | None:
-    return None if rollout is None else asdict(rollout)

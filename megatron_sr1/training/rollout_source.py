@@ -20,6 +20,10 @@ class RolloutSource(Protocol):
         """All groups and all rewards of a step, on every rank. Collective. The clock notes `seconds/rollout`."""
         ...
 
+    def settle(self) -> None:
+        """Waits until what is kept of the last step's rollouts is on disk. Raises OSError where it cannot be."""
+        ...
+
     def refresh(self, weights: NamedTensors, version: int) -> None:
         """Takes the policy's weights, with which the next step is drawn. Collective."""
         ...

@@ -43,6 +43,9 @@ class SavedRollouts:
             path = rollouts_file(self._folder, step)
             return read_rollouts(path, partial(_all_prompts, prompts), self._num_samples, self._names, *self._made_by)
 
+    def settle(self) -> None:
+        """They are on disk."""
+
     def refresh(self, weights: NamedTensors, version: int) -> None:
         """Nothing is drawn, so the weights stay where they are; no rank asks for one."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -62,11 +62,6 @@ def num_readings(name: str, preset: Preset) -> int:
 def per_rollout(reward: Tensor) -> Tensor:
     """[B]: what a rollout earns, by all samples of the reward's pass."""
     return reward if reward.ndim == 1 else reward.mean(1)
-
-
-def rewards_of(rewards: Mapping[str, Tensor], index: int) -> dict[str, float | list[float]]:
-    """The reward vector of rollout `index`."""
-    return {name: value[index].tolist() for name, value in rewards.items()}
 
 
 def _padded(value: Value, number: int) -> list[float]:
