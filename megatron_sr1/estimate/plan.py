@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from megatron_sr1.config import Command, Config, ConfigError, row_tokens, typical_tokens
 from megatron_sr1.estimate.activations import StageActivations, stage_activations
+from megatron_sr1.estimate.arithmetic import training_flops
 from megatron_sr1.estimate.engine import EngineBytes, engine_bytes
 from megatron_sr1.estimate.host import host_bytes
 from megatron_sr1.estimate.machine import GIB, Machine
@@ -80,6 +81,7 @@ class RunPlan:
     engine: EngineBytes | None
     phases: tuple[Phase, ...]
     host: Mapping[str, float]  # named bytes of a node's host memory
+    flops: Mapping[str, float]  # named floating-point operations of training in a step, all GPUs
 
     @property
     def fullest(self) -> Phase:
@@ -109,7 +111,8 @@ def make_plan(command: Command, config: Config, machine: Machine) -> RunPlan:
     nodes = machine.nodes(config.nproc)
     states = [stage.state for stage in stages]
     host = host_bytes(config, machine, model, states, generates=engine is not None)
-    return RunPlan(command, config, machine, model, nodes, rows, length, num_rows, stages, engine, phases, host)
+    flops = training_flops(command, config, model)
+    return RunPlan(command, config, machine, model, nodes, rows, length, num_rows, stages, engine, phases, host, flops)
 
 
 def check_fits(plan: RunPlan) -> None:

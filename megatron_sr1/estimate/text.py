@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from megatron_sr1.estimate.arithmetic import FLOPS_PER_SECOND
 from megatron_sr1.estimate.machine import GIB
 from megatron_sr1.estimate.plan import Phase, RunPlan, offloaded
 
@@ -30,6 +31,7 @@ def _heading(plan: RunPlan) -> Iterator[str]:
         sequence = ", sequence parallel" if layout.sequence_parallel else ""
         yield f"policy: {written}{sequence}, data {config.data_ranks}, {_precision(plan)}, {_recompute(plan)}"
         yield _batch(plan)
+        yield _arithmetic(plan)
     if plan.engine is not None:
         rollout = config.rollout
         yield (
@@ -68,6 +70,17 @@ def _batch(plan: RunPlan) -> str:
     return (
         f"step: {batch}; about {plan.num_rows} rows of {plan.row_tokens:,} tokens for each replica in one optimizer "
         f"step, at {plan.sequence_tokens:,.0f} tokens a sequence"
+    )
+
+
+def _arithmetic(plan: RunPlan) -> str:
+    total = sum(plan.flops.values())
+    parts = ", ".join(f"{name} {value / total:.0%}" for name, value in plan.flops.items())
+    seconds = total / (plan.config.nproc * FLOPS_PER_SECOND)
+    return (
+        f"arithmetic: training takes {total / 1e15:,.3g} PFLOP a step ({parts}), {seconds:,.2g} s at "
+        f"{FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s a GPU, which is taken from one H200 in bf16; bubbles and communication "
+        "come on top"
     )
 
 

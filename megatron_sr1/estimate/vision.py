@@ -41,7 +41,7 @@ def vision_bytes(
     results = row_tokens * (1 + len(model.deepstack_layers)) * model.hidden_size * element
     over_images = block_bytes(tower, element, attention=3 + 2 * ranks)
     in_windows = block_bytes(tower, element, attention=7)
-    num_windowed = tower["depth"] - len(tower["fullatt_block_indexes"]) if _has_windows(tower) else 0
+    num_windowed = tower["depth"] - len(tower["fullatt_block_indexes"]) if has_windows(tower) else 0
     block = patches * max(over_images, in_windows if num_windowed else 0.0)
     whole = patches * (num_windowed * in_windows + (tower["depth"] - num_windowed) * over_images)
     if not count.trained_tower and not count.trained_mergers:
@@ -59,7 +59,7 @@ def vision_bytes(
 def block_bytes(tower: Mapping[str, Any], element: int, *, attention: int) -> float:
     """Of one patch in one block, whose attention keeps so many numbers a channel."""
     states = attention * element * tower["hidden_size"] + 4 * tower["num_heads"]
-    inner = (4 if _has_windows(tower) else 2) * element * tower["intermediate_size"]
+    inner = (4 if has_windows(tower) else 2) * element * tower["intermediate_size"]
     return 2 * _norm_bytes(tower, element) + states + inner
 
 
@@ -75,11 +75,11 @@ def merger_bytes(model: Architecture, tower: Mapping[str, Any], element: int) ->
     return (1 + len(model.deepstack_layers)) * (_norm_bytes(tower, element) + 2 * element * tower["hidden_size"])
 
 
-def _has_windows(tower: Mapping[str, Any]) -> bool:
-    """Towers with windows, Qwen2.5-VL's, have a gate and RMSNorm too."""
+def has_windows(tower: Mapping[str, Any]) -> bool:
+    """Whether blocks look at windows. Towers with windows, Qwen2.5-VL's, have a gate and RMSNorm too."""
     return "window_size" in tower
 
 
 def _norm_bytes(tower: Mapping[str, Any], element: int) -> float:
-    fixed = 4 if _has_windows(tower) else 0
+    fixed = 4 if has_windows(tower) else 0
     return (fixed + 2 * element) * tower["hidden_size"]

@@ -77,7 +77,7 @@ class PolicyLoss:
                 entropy=entropy,
             )
         )
-        per_token = {"entropy": logprobs.entropy}
+        per_token = {} if logprobs.entropy is None else {"entropy": logprobs.entropy}
         gap = (drawing.detach() - tokens.generator_logprobs).abs()
         if self._measures_gap:
             per_token["logprob_gap"] = gap

@@ -1,0 +1,65 @@
+"""The floating-point operations that training takes in a step, by what they are for, and how long a GPU is at them.
+
+Lengths are those that the plan of memory supposes (`config.typical_tokens`): of a first pass whatever is no response is
+taken to be one square image. Of what time there is beside the arithmetic (pipeline bubbles, communication, images on
+the host) nothing is said here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from megatron_sr1.config import Command, Config, typical_tokens
+from megatron_sr1.config.rollout import TYPICAL
+from megatron_sr1.estimate.flops import Flops, image_flops, sequence_flops
+from megatron_sr1.policy.architecture import Architecture
+from megatron_sr1.streams import preset_of
+
+# model operations, measured on one H200 in bf16 with plain layers (benchmarks/results/2026-11-27-nvidia-h200.md: 12
+# layers of width 2048, rows of 8192 tokens); 380 to 400 are published for H100s with Transformer Engine's
+FLOPS_PER_SECOND = 370e12
+PATCHES = 2  # of a visual token, along each side
+
+
+def training_flops(command: Command, config: Config, model: Architecture) -> Mapping[str, float]:
+    """Of a step, all optimizer steps and all GPUs, by part: {"forward and backward": 3.1e15, ...}. Parts that a step
+    does not have are left out; without training there are none.
+
+    Backward takes twice a forward pass (Narayanan et al. 2021, arXiv 2104.04473), and what is recomputed another one.
+    """
+    if command == "evaluate":
+        return {}
+    forward = _forward(command, config, model)
+    parts = {"forward and backward": 3 * forward.total}
+    if config.recompute.mode == "full":
+        parts["recomputed"] = forward.language
+    if config.recompute.vision:
+        parts["recomputed"] = parts.get("recomputed", 0.0) + forward.vision
+    if command == "grpo":
+        preset, several = preset_of(config), config.rollout.prompts_per_step > config.train.batch_size
+        if config.objective.old == "trainer" and (several or preset.kl_in_reward):
+            parts["old log-probs"] = forward.total
+        if preset.needs_reference:
+            parts["reference"] = forward.total
+    return parts
+
+
+def _forward(command: Command, config: Config, model: Architecture) -> Flops:
+    rollout = config.rollout
+    first, second = typical_tokens(rollout)
+    response = TYPICAL * rollout.max_response_tokens
+    seen, read = sequence_flops(model, first, response), sequence_flops(model, second, response)
+    side = 2 * max(1, round(math.sqrt(max(0.0, first - response)) * PATCHES / 2))
+    image = image_flops(model, (1, side, side))
+    if command == "sft":  # half of the demonstrations see an image
+        return _times(config.train.batch_size / 2, seen + read + image)
+    preset = preset_of(config)
+    samples = rollout.prompts_per_step * rollout.samples_per_prompt
+    trained = sum(later.samples for later in preset.passes.later if preset.trains(later.name))
+    # siblings share their image's pass through the tower
+    return _times(samples, seen) + _times(samples * trained, read) + _times(rollout.prompts_per_step, image)
+
+
+def _times(factor: float, flops: Flops) -> Flops:
+    return Flops(*(factor * value for value in (flops.language, flops.head, flops.vision)))
