@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sr1.platform.ranks import TeamRanks
 from megatron_sr1.prompts import SEE_THINK
 from megatron_sr1.rollout.balance import assign_prompts, expected_tokens
 from megatron_sr1.rollout.passes import SUBMITTED_AT_A_TIME
@@ -22,7 +23,7 @@ from megatron_sr1.rollout.request import EngineFault, Generation
 from megatron_sr1.rollout.seeds import request_seed
 from megatron_sr1.rollout.two_pass import NUM_COMPARED, TwoPassGenerator
 from megatron_sr1.rollout.vision_canary import stale_vision_canary
-from megatron_sr1.types import SECOND, OneRank, Passes, Prompt, RolloutGroup, Sampling, Turn
+from megatron_sr1.types import SECOND, LaterPass, OneRank, Passes, Prompt, RolloutGroup, Sampling, Turn
 from tests.scripted_engine import (
     EOT,
     IMAGE,
@@ -319,6 +320,28 @@ def test_every_rank_gets_all_groups_in_order(num_ranks: int) -> None:
     assert [(group.group_id, group.prompt.key) for group in results[0]] == [(i, f"p{i}") for i in range(7)]
     sizes = [len(sent[-1]) for sent in meeting.sent]
     assert max(sizes) - min(sizes) <= 1 and sum(sizes) == len(prompts)
+
+
+def test_one_rank_of_an_engine_hands_on_what_all_of_its_ranks_have() -> None:
+    """Two engines of three ranks: what goes round is as much as with two engines of one rank."""
+    prompts, meeting = [prompt(f"p{i}", num_images=1 + i % 2) for i in range(6)], Meeting(6)
+    lends = sampling(later=(SECOND, LaterPass("other", "other_description")))
+
+    def one(rank: int) -> Any:
+        engines = TeamRanks(meeting.of(rank), 3)
+        return generator(ScriptedEngine(), engines=engines, hands_on=rank % 3 == 0, weights=dict).generate(
+            prompts, lends, 0
+        )
+
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(one, range(6)))
+    alone = generator(ScriptedEngine()).generate(prompts, lends, 0)
+    assert [[pair for group in groups for pair in group.pairs] for groups in results] == [
+        [pair for group in alone for pair in group.pairs]
+    ] * 6
+    for turn in range(len(meeting.sent[0])):
+        assert all(meeting.sent[rank][turn] == [] for rank in (1, 2, 4, 5))
+    assert sum(len(sent[-1]) for sent in meeting.sent) == len(prompts)
 
 
 def test_engines_restart_together_and_healthy_ones_keep_their_answers() -> None:

@@ -42,7 +42,8 @@ class TwoPassGenerator:
             planner: plans the passes; its limits are the engine's.
             engines: all engines, and which of them this is; the ranks of one engine are the same one.
             streamed: False starts the second pass when the whole first pass is done; the tokens are the same.
-            hands_on: this rank hands its engine's groups to `on_group`; one rank of an engine is enough.
+            hands_on: this rank hands its engine's groups to `on_group`, and on to all other ranks; the ranks of an
+                engine have the same, so one of them is enough, and needed.
             weights: streams the policy's present weights, collectively, into an engine that had to be restarted;
                 None: the engine's model directory holds them.
             start_weights: streams those that the run began with, for the passes of reader "reference". None: the engine
@@ -107,14 +108,15 @@ class TwoPassGenerator:
         )
         self._run(requests)
         if any(later.context == "other_description" for later in sampling.later):
-            requests.lend(dict(self._engines.gather(requests.descriptions())))
+            requests.lend(dict(self._engines.gather(requests.descriptions() if self._hands_on else [])))
             self._run(requests)
         if holds:
             self._replace()
             requests.release_reference()
             self._run(requests)
         # without the prompts: all ranks have their images
-        pairs = dict(self._engines.gather(list(requests.pairs().items())))
+        own_pairs = requests.pairs()
+        pairs = dict(self._engines.gather(list(own_pairs.items()) if self._hands_on else []))
         return [RolloutGroup(group, prompt, pairs[group]) for group, prompt in enumerate(prompts)]
 
     def _compare_pixels(self, plans: Sequence[PassPrompt]) -> None:
