@@ -85,7 +85,7 @@ LAYOUTS: dict[int, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
 # of a trainer's whole steps, on the smallest model
 TRAINER_LAYOUTS: dict[int, tuple[tuple[str, ...], ...]] = {
     2: ((), (f"{TP}=2", SP), (f"{PP}=2",), (f"{CP}=2",)),
-    4: ((f"{TP}=2",),),  # and two replicas
+    4: ((f"{TP}=2",), ()),  # and two replicas; four, which have half of a group each
 }
 
 

@@ -14,6 +14,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from benchmarks.packing import families, length_mix, quality, singles
 from megatron_sr1.ahead import Later
 from megatron_sr1.packing import (
+    Family,
     empty_row,
     gather_rows,
     image_starts,
@@ -21,6 +22,7 @@ from megatron_sr1.packing import (
     pack,
     scatter_rows,
     split_for_ranks,
+    split_groups,
 )
 from megatron_sr1.packing.bins import fill_rows
 from megatron_sr1.packing.context import context_index
@@ -422,3 +424,48 @@ def test_split_deals_the_longest_first():
 def test_split_for_no_ranks():
     with pytest.raises(ValueError, match="num_ranks=0"):
         split_for_ranks([1], 0)
+
+
+_TOKENS = st.lists(st.integers(1, 500), max_size=9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    groups=st.lists(st.builds(Family, _TOKENS, _TOKENS), min_size=1, max_size=12),
+    num_ranks=st.integers(1, 20),
+)
+def test_groups_are_cut_only_where_ranks_are_out_of_balance(groups: list[Family], num_ranks: int):
+    ranks = split_groups(groups, num_ranks)
+    tokens = {
+        (index, number): count
+        for index, group in enumerate(groups)
+        for number, count in enumerate([*group.seeing, *group.blind])
+    }
+    assert len(ranks) == num_ranks and sorted(place for rank in ranks for place in rank) == sorted(tokens)
+    assert all(rank == sorted(rank) for rank in ranks)
+
+    def fullest(found: list[list[tuple[int, int]]]) -> int:
+        return max(sum(tokens[place] for place in rank) for rank in found)
+
+    mean = sum(tokens.values()) / num_ranks
+    whole = split_for_ranks([sum(group.seeing) + sum(group.blind) for group in groups], num_ranks)
+    as_groups = [[place for place in tokens if place[0] in rank] for rank in whole]
+    if fullest(as_groups) <= 1.05 * mean:
+        assert ranks == as_groups, "siblings share their images"
+    places = [place for place in tokens if place[1] < len(groups[place[0]].seeing)]
+    places += [place for place in tokens if place not in places]
+    singles = split_for_ranks([tokens[place] for place in places], num_ranks)
+    assert fullest(ranks) <= max(1.05 * mean, fullest([[places[index] for index in rank] for rank in singles]))
+    if len(tokens) >= num_ranks and fullest(ranks) > 1.05 * mean:
+        assert all(ranks)
+
+
+def test_texts_are_dealt_before_siblings_are_cut():
+    """Of eight siblings on four ranks, each has two neighbours; texts beside them fill what is missing."""
+    alone = [Family([10] * 8)]
+    assert split_groups(alone, 4) == [[(0, n), (0, n + 1)] for n in (0, 2, 4, 6)]
+    assert split_groups(alone, 1) == [[(0, n) for n in range(8)]] and split_groups([], 2) == [[], []]
+    uneven = [Family([10, 10], [5, 5, 5, 5]), Family([10, 10, 10, 10])]
+    assert split_groups(uneven, 2) == [[(0, n) for n in range(6)], [(1, n) for n in range(4)]]
+    longer = [Family([10, 10]), Family([10, 10, 10], [10, 10, 10])]
+    assert split_groups(longer, 2) == [[(1, 0), (1, 1), (1, 2), (1, 4)], [(0, 0), (0, 1), (1, 3), (1, 5)]]

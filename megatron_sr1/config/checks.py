@@ -32,6 +32,13 @@ def check_command(command: Command, config: Config) -> None:
     check_trackers(config.track)
     if command == "grpo":
         check_train_batch(config)
+    require(
+        command != "sft" or config.train.batch_size >= config.data_ranks,
+        "train.batch_size",
+        config.train.batch_size,
+        f"at least the {config.data_ranks} data-parallel replicas of nproc={config.nproc}",
+        "Raise it, or give the ranks to layout.tensor or layout.pipeline.",
+    )
     if command != "sft":
         check_engine(config)
 

@@ -71,11 +71,13 @@ class Config:
             f"a divisor of the {stage_ranks} ranks of a pipeline stage",
             "Experts are shared by the ranks of one stage.",
         )
+        each = self.rollout.samples_per_prompt
         require(
-            self.train.batch_size >= self.data_ranks,
+            self.train.batch_size * each >= self.data_ranks,
             "train.batch_size",
             self.train.batch_size,
-            f"at least the {self.data_ranks} data-parallel replicas of nproc={self.nproc}",
+            f"so many that each of the {self.data_ranks} data-parallel replicas of nproc={self.nproc} has a sample, of "
+            f"rollout.samples_per_prompt={each}",
             "Raise it, or give the ranks to layout.tensor or layout.pipeline.",
         )
 

@@ -117,7 +117,13 @@ def _layout(plan: RunPlan) -> Iterator[str]:
             f"layout.context={layout.context} cuts sequences of at most {config.rollout.max_model_tokens} tokens into "
             f"pieces under {MIN_CONTEXT_TOKENS}. Set it to 1, and give the ranks to layout.tensor or to replicas."
         )
-    if config.train.batch_size % config.data_ranks:
+    if plan.command == "grpo" and config.train.batch_size < config.data_ranks:
+        yield (
+            f"train.batch_size={config.train.batch_size} is less than the {config.data_ranks} data-parallel replicas: "
+            "groups are cut, and an image is encoded by each replica that trains one of its responses. Raise it, or "
+            "give the ranks to layout.tensor or layout.pipeline."
+        )
+    if plan.command == "sft" and config.train.batch_size % config.data_ranks:
         yield (
             f"train.batch_size={config.train.batch_size} does not divide among {config.data_ranks} data-parallel "
             "replicas: some wait. Make it a multiple."

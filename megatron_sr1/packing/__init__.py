@@ -7,12 +7,13 @@ context.py    which of its tokens a context-parallel rank holds
 tokens.py     per-token values: rows <-> sequences
 """
 
-from megatron_sr1.packing.bins import split_for_ranks
+from megatron_sr1.packing.bins import Family, split_for_ranks, split_groups
 from megatron_sr1.packing.positions import image_starts, mrope_positions
 from megatron_sr1.packing.rows import empty_row, moved, pack
 from megatron_sr1.packing.tokens import gather_rows, scatter_rows
 
 __all__ = [
+    "Family",
     "empty_row",
     "gather_rows",
     "image_starts",
@@ -21,4 +22,5 @@ __all__ = [
     "pack",
     "scatter_rows",
     "split_for_ranks",
+    "split_groups",
 ]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
 
 from megatron_sr1.types import TokenSequence
 
+_T = TypeVar("_T")
 FULL = 0.96  # share of the budget of all rows but one, below which families are broken up
+MAX_IMBALANCE = 1.05  # tokens of the fullest rank over the mean, above which groups are cut
 MAX_TRIALS = 32  # ways to fill the rows that are tried, about
 
 
@@ -66,12 +72,62 @@ def split_for_ranks(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     if num_ranks < 1:
         raise ValueError(f"num_ranks={num_ranks} is not allowed: it must be 1 or more.")
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [(0, 0, rank) for rank in range(num_ranks)]  # tokens, items, rank
+    loads = [(0, 0, rank) for rank in range(num_ranks)]  # tokens, items, rank; a heap
     for index in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
-        tokens, items, rank = min(loads)
+        tokens, items, rank = loads[0]
         ranks[rank].append(index)
-        loads[rank] = (tokens + lengths[index], items + 1, rank)
+        heapq.heapreplace(loads, (tokens + lengths[index], items + 1, rank))
     return [sorted(rank) for rank in ranks]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Tokens of the sequences of a group: of those that look at its images, and of the others."""
+
+    seeing: Sequence[int]
+    blind: Sequence[int] = ()
+
+
+def split_groups(groups: Sequence[Family], num_ranks: int) -> list[list[tuple[int, int]]]:
+    """Assigns sequences to ranks, balanced by their tokens. Groups stay whole where that is balanced; else first the
+    sequences without images are dealt one by one, which costs nothing, and then those that share images are cut into as
+    few runs as balance the ranks, for each of which the images are encoded.
+
+    Returns:
+        For each rank (group, number in it) of its sequences, in order; those that see come first in the numbers. No
+        rank is without one where there are as many sequences as ranks.
+    """
+    best: list[list[tuple[int, int]]] = [[] for _ in range(num_ranks)]
+    least, mean = math.inf, sum(sum(group.seeing) + sum(group.blind) for group in groups) / num_ranks
+    for runs in _cuts(groups):
+        tokens = [sum(count for _, count in run) for run in runs]
+        ranks = split_for_ranks(tokens, num_ranks)
+        fullest = max(sum(tokens[index] for index in rank) for rank in ranks)
+        if fullest < least:
+            least, best = fullest, [sorted(place for index in rank for place, _ in runs[index]) for rank in ranks]
+        if least <= MAX_IMBALANCE * mean:
+            break
+    return best
+
+
+def _cuts(groups: Sequence[Family]) -> Iterator[list[list[tuple[tuple[int, int], int]]]]:
+    """Ways to cut all groups, from none on: runs of (place, tokens)."""
+    seeing = [[((index, n), count) for n, count in enumerate(group.seeing)] for index, group in enumerate(groups)]
+    starts = enumerate(map(len, seeing))
+    blind = [[((index, n), count) for n, count in enumerate(groups[index].blind, start)] for index, start in starts]
+    yield [[*ours, *others] for ours, others in zip(seeing, blind, strict=True)]
+    singles = [[each] for others in blind for each in others]
+    parts, most = 1, max(map(len, seeing), default=0)
+    while parts <= max(1, most):
+        yield [run for ours in seeing for run in _runs(ours, parts)] + singles
+        parts = max(parts + 1, min(most, parts * 5 // 4))
+
+
+def _runs(items: list[_T], parts: int) -> list[list[_T]]:
+    """At most so many runs of about equal length."""
+    parts = min(parts, len(items))
+    edges = [len(items) * part // parts for part in range(parts + 1)] if parts else []
+    return [items[start:end] for start, end in pairwise(edges)]
 
 
 def _padded_lengths(sequences: Sequence[TokenSequence], max_tokens: int, multiple: int) -> list[int]:

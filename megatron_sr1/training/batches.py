@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from megatron_sr1.config import Config, row_tokens
 from megatron_sr1.objective import stream_advantages, token_kinds, token_weights
-from megatron_sr1.packing import moved, pack, split_for_ranks
+from megatron_sr1.packing import Family, moved, pack, split_for_ranks, split_groups
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import templates_of
 from megatron_sr1.rewards import find_reward
@@ -154,22 +155,21 @@ class Batcher:
 
         sequences: list[TokenSequence] = []
         responses: list[ResponseTokens] = []
-        for group, start in self._my_groups(groups, preset):
-            images = tuple(self._processor.encode_image(image) for image in group.prompt.images)
-            for index in range(start, start + len(group.pairs)):
-                for response, mask in zip(scored[index], masks[index], strict=True):
-                    rollout, number = response.rollout, response.number
-                    seen = images if response.pass_name == "first" else ()
-                    sequences.append(TokenSequence(rollout.prompt_ids, rollout.response_ids, seen))
-                    place = index * preset.most_samples + number
-                    responses.append(
-                        ResponseTokens(
-                            token_weights=weights[:, index, number, None] * mask,
-                            generator_logprobs=torch.tensor(rollout.generator_logprobs),
-                            image_distance=self._image_distance(rollout),
-                            place=torch.full((len(rollout.response_ids),), place),
-                        )
-                    )
+        for group, index, each in self._mine_of(groups, scored):
+            response, mask = scored[index][each], masks[index][each]
+            rollout, number = response.rollout, response.number
+            images = group.prompt.images if response.pass_name == "first" else ()
+            seen = tuple(self._processor.encode_image(image) for image in images)
+            sequences.append(TokenSequence(rollout.prompt_ids, rollout.response_ids, seen))
+            place = index * preset.most_samples + number
+            responses.append(
+                ResponseTokens(
+                    token_weights=weights[:, index, number, None] * mask,
+                    generator_logprobs=torch.tensor(rollout.generator_logprobs),
+                    image_distance=self._image_distance(rollout),
+                    place=torch.full((len(rollout.response_ids),), place),
+                )
+            )
         micro_batches = self._pack(sequences)
         tokens = [row.moved(self._device) for row in into_rows(responses, micro_batches)]
         rollouts = [response.rollout for pair in scored for response in pair]
@@ -241,18 +241,26 @@ class Batcher:
         """Which of the items of these lengths, in tokens, this replica trains on."""
         return split_for_ranks(lengths, self._replicas.num_ranks)[self._replicas.rank]
 
-    def _my_groups(self, groups: Sequence[RolloutGroup], preset: Preset) -> list[tuple[RolloutGroup, int]]:
-        """This replica's groups, each with the number of its first sample among all of the step. A group is never
-        split: its samples share their images."""
-        starts = [0]
+    def _mine_of(
+        self, groups: Sequence[RolloutGroup], scored: Sequence[Sequence[Response]]
+    ) -> Iterator[tuple[RolloutGroup, int, int]]:
+        """This replica's responses: their group, the number of their sample among all of the step, and their own among
+        those of the sample."""
+        samples, places, families = iter(range(len(scored))), [], []
         for group in groups:
-            starts.append(starts[-1] + len(group.pairs))
-        lengths = [
-            sum(
-                len(response.rollout.prompt_ids) + len(response.rollout.response_ids)
-                for pair in group.pairs
-                for response in scored_responses(pair, group.prompt, preset)
-            )
-            for group in groups
-        ]
-        return [(groups[index], starts[index]) for index in self._mine(lengths)]
+            seeing: list[tuple[int, int]] = []
+            blind: list[tuple[int, int]] = []
+            for n in islice(samples, len(group.pairs)):
+                for each, response in enumerate(scored[n]):
+                    sees = response.pass_name == "first" and bool(group.prompt.images)
+                    (seeing if sees else blind).append((n, each))
+            tokens = ([_num_tokens(scored[n][each].rollout) for n, each in part] for part in (seeing, blind))
+            places.append([*seeing, *blind])
+            families.append(Family(*tokens))
+        mine = split_groups(families, self._replicas.num_ranks)[self._replicas.rank]
+        for index, place in sorted((index, places[index][number]) for index, number in mine):
+            yield groups[index], *place
+
+
+def _num_tokens(rollout: Rollout) -> int:
+    return len(rollout.prompt_ids) + len(rollout.response_ids)

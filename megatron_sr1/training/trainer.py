@@ -121,8 +121,10 @@ class Trainer:
 
     def _rollouts(self, share: slice) -> slice:
         """Of the groups, which are whole."""
-        samples = self._config.rollout.samples_per_prompt
-        return slice(share.start * samples, share.stop * samples)
+        return slice(self._num_samples(share.start), self._num_samples(share.stop))
+
+    def _num_samples(self, num_groups: int) -> int:
+        return num_groups * self._config.rollout.samples_per_prompt
 
     def _shares(self, groups: Sequence[RolloutGroup]) -> Iterator[slice]:
         """Which groups each optimizer step trains on: those of the prompts of `train.batch_size`, but for groups that
@@ -130,9 +132,9 @@ class Trainer:
         size = self._config.train.batch_size
         for first in range(0, self._config.rollout.prompts_per_step, size):
             start, end = (sum(group.group_id < limit for group in groups) for limit in (first, first + size))
-            if end - start < self._policy.replicas.num_ranks:
+            if self._num_samples(end - start) < self._policy.replicas.num_ranks:
                 raise RewardError(
-                    f"only {end - start} of {size} prompts of an optimizer step are graded, which is less than the "
-                    f"{self._policy.replicas.num_ranks} replicas of the policy. See above for why."
+                    f"only {end - start} of {size} prompts of an optimizer step are graded, which have fewer samples "
+                    f"than the policy has replicas, {self._policy.replicas.num_ranks}. See above for why."
                 )
             yield slice(start, end)
