@@ -98,14 +98,18 @@ def split_groups(groups: Sequence[Family], num_ranks: int) -> list[list[tuple[in
         rank is without one where there are as many sequences as ranks.
     """
     best: list[list[tuple[int, int]]] = [[] for _ in range(num_ranks)]
-    least, mean = math.inf, sum(sum(group.seeing) + sum(group.blind) for group in groups) / num_ranks
+    least, mean = (num_ranks, math.inf), sum(sum(group.seeing) + sum(group.blind) for group in groups) / num_ranks
     for runs in _cuts(groups):
         tokens = [sum(count for _, count in run) for run in runs]
         ranks = split_for_ranks(tokens, num_ranks)
         fullest = max(sum(tokens[index] for index in rank) for rank in ranks)
-        if fullest < least:
-            least, best = fullest, [sorted(place for index in rank for place, _ in runs[index]) for rank in ranks]
-        if least <= MAX_IMBALANCE * mean:
+        found = (
+            sum(not rank for rank in ranks),
+            fullest,
+        )  # a rank without work is worst
+        if found < least:
+            least, best = found, [sorted(place for index in rank for place, _ in runs[index]) for rank in ranks]
+        if least <= (0, MAX_IMBALANCE * mean):
             break
     return best
 

@@ -54,5 +54,5 @@ def response_kl(
     mine = here.nonzero().squeeze(1).tolist()
     whole = torch.zeros_like(sums)
     for index, numbers in replicas.gather([(index, sums[index].tolist()) for index in mine]):
-        whole[index] = torch.tensor(numbers, dtype=torch.float64)
+        whole[index] += torch.tensor(numbers, dtype=torch.float64)  # the passes of a sample may be on two replicas
     return whole.t().contiguous()
