@@ -114,6 +114,10 @@ def _check_shares(rank: int, folder: str) -> None:
         checkpoints = Checkpointer(path, 1, policy.platform)
         checkpoints.restore(policy, Progress(1, 8, "data", "model"))
         assert {group["max_lr"] for group in policy.optimizer.param_groups} == {config.optimizer.lr}
+        stays = Checkpointer(path, 1, policy.platform, keep_every=2)
+        for step in range(2, 6):
+            stays.save(policy, Progress(step, 8, "data", "model"))
+        assert stays.steps() == [2, 4, 5], "every second one, and the newest"
 
 
 def _check_frozen(folder: str) -> None:

@@ -168,6 +168,8 @@ def test_layout_gives_the_data_ranks() -> None:
 
 def test_prompts_must_split_into_batches() -> None:
     check_train_batch(load_config(None, ["rollout.prompts_per_step=512", "train.batch_size=128"]))
+    with pytest.raises(ConfigError, match=r"train\.keep_every=15.*multiple of train\.save_every=10"):
+        load_config(None, ["train.keep_every=15"])
     with pytest.raises(ConfigError, match=r"train\.batch_size=100.*prompts_per_step=512"):
         check_train_batch(load_config(None, ["rollout.prompts_per_step=512", "train.batch_size=100"]))
 

@@ -98,6 +98,7 @@ RULES: Mapping[str, Rule] = {
     "train.micro_batch_tokens": "free",
     "train.save_every": "free",
     "train.keep_checkpoints": "free",
+    "train.keep_every": "free",
     "evaluate": "free",  # the judge is not asked while a run trains
     "evaluate.max_prompts": "refused",
     "evaluate.samples": "refused",

@@ -169,8 +169,16 @@ class TrainConfig:
     micro_batch_tokens: int = 8192  # token budget of one packed row
     save_every: int = 10  # steps; the last step is always saved
     keep_checkpoints: int = 2  # the newest; older ones are removed
+    keep_every: int = 0  # but for those of every so many steps, a multiple of save_every; 0: none of them stays
     evaluate_every: int = 0  # grpo: steps between evaluations; 0: only before the first and after the last
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("steps", "batch_size", "micro_batch_tokens", "save_every", "keep_checkpoints"), COUNT)
-        check_numbers("train", self, {**counts, "evaluate_every": COUNT_OR_NONE})
+        check_numbers("train", self, {**counts, "evaluate_every": COUNT_OR_NONE, "keep_every": COUNT_OR_NONE})
+        require(
+            self.keep_every % self.save_every == 0,
+            "train.keep_every",
+            self.keep_every,
+            f"0 or a multiple of train.save_every={self.save_every}: others are never saved",
+            "Set it to one.",
+        )

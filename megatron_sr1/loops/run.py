@@ -76,7 +76,9 @@ class Run:
         return model_fingerprint(self.config)
 
     def checkpointer(self) -> Checkpointer:
-        return Checkpointer(self.folder / "checkpoints", self.config.train.keep_checkpoints, self.platform)
+        train = self.config.train
+        folder, kept = self.folder / "checkpoints", train.keep_checkpoints
+        return Checkpointer(folder, kept, self.platform, keep_every=train.keep_every)
 
     def quarantine(self, name: str) -> Quarantine:
         """For the bad samples of `data.<name>`; the main rank keeps the file."""

@@ -47,8 +47,14 @@ class Progress:
 class Checkpointer:
     """The checkpoints of one run folder. All ranks call its methods together."""
 
-    def __init__(self, folder: Path, keep: int, platform: Platform) -> None:
+    def __init__(self, folder: Path, keep: int, platform: Platform, *, keep_every: int = 0) -> None:
+        """
+        Args:
+            keep: how many of the newest stay.
+            keep_every: those of steps that it divides stay as well; 0: of none.
+        """
         self.folder = folder
+        self.keep_every = keep_every
         self.keep = keep
         self.platform = platform
 
@@ -57,7 +63,7 @@ class Checkpointer:
         return saved_steps(self.folder)
 
     def save(self, policy: Policy, progress: Progress) -> Path:
-        """Writes a checkpoint and removes the oldest beyond the number to keep.
+        """Writes a checkpoint and removes the oldest beyond those to keep.
 
         Raises:
             ValueError: it could not be written; those before it stay.
@@ -86,7 +92,8 @@ class Checkpointer:
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             for step in self.steps()[: -self.keep]:
-                shutil.rmtree(self._path(step))
+                if not self.keep_every or step % self.keep_every:
+                    shutil.rmtree(self._path(step))
         torch.distributed.barrier()
         return final
 
