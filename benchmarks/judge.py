@@ -3,8 +3,7 @@ which they were finished then, and a server on loopback answers each question af
 
     python -m benchmarks.judge runs/quickstart/grpo/rollouts --latency 0 0.1 0.5 1 --steps 5
 
-    --pass     the endpoint reads a pass: it is asked when a response has its description, and not when all of its group
-               are done, as a reward is
+    --pass     the endpoint reads a pass, where without it a reward asks: both when a response has its description
 
     rollout    seconds from a step's first request to its last answer, as it was
     waited     seconds that the rewards take beyond it: what `seconds/reward` is in a run
@@ -19,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -98,6 +98,9 @@ def waited(graders: Graders, groups: Sequence[tuple[float, RolloutGroup]]) -> fl
                 for pair in group.pairs
                 if pair.description is not None
             ]
+        if graders.ask_early is not None:
+            samples = [replace(group, pairs=(pair,)) for pair in group.pairs]
+            events += [(pair.pairs[0].first.finished_at, partial(graders.ask_early, pair)) for pair in samples]
         events.append((finished, partial(graders.submit, group)))
     start = time.perf_counter()
     for moment, act in sorted(events, key=lambda event: event[0]):

@@ -415,7 +415,8 @@ OnQuestion = Callable[[int, int, str, Reading], None]
 class Generator(WeightSink, Protocol):
     """Runs all passes for a batch of prompts; every rank passes the same arguments and gets all groups. A rank that
     generates a group hands it to its `on_group` at once, before the others are done, and what a pass of it asks an
-    endpoint to its `on_question` even before that; these answers are not among the group's."""
+    endpoint to its `on_question` even before that; these answers are not among the group's. `on_first` takes each
+    sample when its first pass is done, as a group of one pair."""
 
     def generate(
         self,
@@ -424,6 +425,7 @@ class Generator(WeightSink, Protocol):
         step: int,
         on_group: Callable[[RolloutGroup], None] | None = None,
         on_question: OnQuestion | None = None,
+        on_first: Callable[[RolloutGroup], None] | None = None,
     ) -> list[RolloutGroup]: ...
 
     def sleep(self) -> None:

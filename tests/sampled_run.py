@@ -71,7 +71,7 @@ class Answering(ScriptedEngine):
 class Here:
     """`Graders` in this process, which cannot grade what is `spoiled`."""
 
-    ask = None  # no endpoint is asked
+    ask = ask_early = None  # no endpoint is asked
 
     def __init__(self, names: Sequence[str], *arguments: Any, **options: Any) -> None:
         self._names, self._shares, self._by = names, {}, options["asked"]

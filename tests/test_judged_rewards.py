@@ -61,6 +61,42 @@ def test_the_answer_of_another_reader_is_the_reward() -> None:
     assert len(server.requests) == 4 and all("What is the sum?" in str(one["messages"]) for one in server.requests)
 
 
+def test_what_is_foreseen_is_asked_when_the_first_pass_is_done_and_once() -> None:
+    """Before the group is there. A question that comes out otherwise than foreseen is asked then."""
+    whole = group(0, "3 7", "3 8", "3 8", None)
+    with judging(sums) as (server, graders):
+        assert graders.ask_early is not None
+        for pair in whole.pairs:
+            graders.ask_early(replace(whole, pairs=(replace(pair, second=None),)))
+        deadline = time.monotonic() + 30
+        while len(server.requests) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(server.requests) == 3, "of each description, though two are the same"
+        graders.submit(whole)
+        assert [vector["acc_judge"] for vector in graders.collect()[0][1]] == [1.0, 0.0, 0.0, 0.0]
+        assert len(server.requests) == 3
+        graders.ask_early(replace(whole, pairs=(replace(whole.pairs[0], description="of another run"),)))
+        graders.submit(whole)
+        assert [vector["acc_judge"] for vector in graders.collect()[0][1]] == [1.0, 0.0, 0.0, 0.0]
+        assert len(server.requests) == 3 + 1 + 3
+        graders.submit(whole)
+        graders.collect()
+        assert len(server.requests) == 7 + 3, "nothing of a step before is left"
+    with judging(sums, ("acc",)) as (_, graders):
+        assert graders.ask_early is None
+
+
+def test_an_outage_of_what_is_foreseen_is_an_error_too_and_soon_told() -> None:
+    whole = group(0, *(f"{index} 1" for index in range(6)))
+    with judging(lambda question, attempt: "500", concurrency=1) as (server, graders):
+        for pair in whole.pairs:
+            graders.ask_early(replace(whole, pairs=(replace(pair, second=None),)))
+        graders.submit(whole)
+        ((_, told),) = graders.collect()
+        assert isinstance(told, Ungraded) and "'acc_judge' failed on response 0 to sample 'p0'" in told.reason
+        assert len(server.attempts) == 1, "one question, as often as it may be asked"
+
+
 def test_questions_run_beside_each_other_as_many_as_may() -> None:
     def slow(question: str, attempt: int) -> str:
         time.sleep(0.05)

@@ -322,6 +322,23 @@ def test_every_rank_gets_all_groups_in_order(num_ranks: int) -> None:
     assert max(sizes) - min(sizes) <= 1 and sum(sizes) == len(prompts)
 
 
+def test_a_sample_is_handed_on_when_its_first_pass_is_done() -> None:
+    events: list[tuple[str, int, int]] = []
+
+    def first(sample: RolloutGroup) -> None:
+        (pair,) = sample.pairs
+        assert pair.second is None and pair.description is not None
+        events.append(("first", sample.group_id, pair.sample_index))
+
+    prompts = [prompt(f"p{i}") for i in range(3)]
+    generator(ScriptedEngine()).generate(
+        prompts, sampling(), 0, lambda group: events.append(("group", group.group_id, -1)), None, first
+    )
+    for number in range(3):
+        mine = [event for event in events if event[1] == number]
+        assert sorted(mine[:2]) == [("first", number, 0), ("first", number, 1)] and mine[2:] == [("group", number, -1)]
+
+
 def test_one_rank_of_an_engine_hands_on_what_all_of_its_ranks_have() -> None:
     """Two engines of three ranks: what goes round is as much as with two engines of one rank."""
     prompts, meeting = [prompt(f"p{i}", num_images=1 + i % 2) for i in range(6)], Meeting(6)

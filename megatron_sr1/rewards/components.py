@@ -39,11 +39,17 @@ def leak(pair: RolloutPair, prompt: Prompt) -> float:
     return float(leaks(pair.description, prompt))
 
 
+def judged_question(pair: RolloutPair, prompt: Prompt, asked: Asked) -> str | None:
+    """What `judged_accuracy` asks; None where there is no description."""
+    return None if pair.description is None else asked.second.as_question(prompt.problem, pair.description)
+
+
 def judged_accuracy(pair: RolloutPair, prompt: Prompt, ask: Callable[[str], str], asked: Asked) -> float:
     """A model behind an endpoint, given what the second pass is given, gives the gold answer: whether the description
     suffices to another reader than the policy. A response without an answer is none, so it did not."""
-    assert pair.description is not None, "asked for where there is one"
-    answer = asked.second.answer_of(ask(asked.second.as_question(prompt.problem, pair.description)))
+    question = judged_question(pair, prompt, asked)
+    assert question is not None, "asked for where there is a description"
+    answer = asked.second.answer_of(ask(question))
     return float(answer is not None and grade(answer, prompt.answer, prompt.choices))
 
 

@@ -34,6 +34,9 @@ class JudgedRewards:
         self._threads = ThreadPoolExecutor(endpoint.concurrency, thread_name_prefix="judge")
         self._fails_fast = fails_fast
         self._failure: Ungraded | None = None
+        self._lock = threading.Lock()  # of what follows
+        self._foreseen: dict[str, list[Future[str]]] = {}  # by question: answers that nobody has asked for yet
+        self._outage: NoVerdict | ConfigError | None = None  # of such a question
 
     def close(self) -> None:
         """Nothing more is asked; who waits to ask again does not."""
@@ -58,14 +61,37 @@ class JudgedRewards:
         """
         return self._threads.submit(self._read, question, where)
 
+    def foresee(self, question: str) -> None:
+        """Queues a question that a reward will ask, and returns at once: its answer is then there, once."""
+        with self._lock:
+            self._foreseen.setdefault(question, []).append(self._threads.submit(self._ask_ahead, question))
+
     def forget(self) -> None:
-        """The step is over: a failure in it says nothing of the next."""
-        self._failure = None
+        """The step is over: a failure in it says nothing of the next, and what nobody has asked for is dropped."""
+        with self._lock:
+            self._foreseen, self._outage, self._failure = {}, None, None
+
+    def _ask_ahead(self, question: str) -> str:
+        if self._outage is not None:
+            raise self._outage  # nothing more is asked of an endpoint that is gone
+        try:
+            return self._judge.ask(question)
+        except (NoVerdict, ConfigError) as error:
+            if self._fails_fast:
+                self._outage = error
+            raise
+
+    def _ask(self, question: str) -> str:
+        """A reward's question; one that was foreseen and still waits is put here, so no thread waits for another."""
+        with self._lock:
+            ahead = self._foreseen.get(question)
+            future = ahead.pop(0) if ahead else None
+        return self._judge.ask(question) if future is None or future.cancel() else future.result()
 
     def _score(self, group: RolloutGroup, names: Sequence[str], asked: Asked) -> Vectors | Ungraded:
         if self._failure is not None:
             return self._failure
-        scored = score_or_tell(group, names, ask=self._judge.ask, asked=asked)
+        scored = score_or_tell(group, names, ask=self._ask, asked=asked)
         if isinstance(scored, Ungraded) and self._fails_fast:
             self._failure = scored
         return scored

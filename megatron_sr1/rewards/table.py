@@ -47,6 +47,8 @@ class Reward:
     plain: str = ""  # the name of the reward that stands in for it where a prompt has no images
     later: PassName = SECOND.name  # the later pass that is measured, where of_pass is second; set by `name@pass`
     rounded: PairReward | None = None  # the same for an evaluation that lets answers be rounded
+    # what it asks a judge, where the first pass alone tells: it is asked then, and the function finds the answer there
+    foreseen: Callable[[RolloutPair, Prompt, Asked], str | None] | None = None
 
     def __post_init__(self) -> None:
         for name, got, allowed in (
@@ -83,7 +85,13 @@ REWARDS: Mapping[str, Reward] = {
     "fmt": Reward(components.first_format, needs=("templates",), shown="fmt", plain="fmt_cot"),
     "fmt_vis": Reward(components.visual_format, "second", ("description", "templates"), "fmt_vis"),
     "leak": Reward(components.leak, needs=("description",), shown="leak"),
-    "acc_judge": Reward(components.judged_accuracy, "second", ("description", "judge", "templates"), "acc_judge"),
+    "acc_judge": Reward(
+        components.judged_accuracy,
+        "second",
+        ("description", "judge", "templates"),
+        "acc_judge",
+        foreseen=components.judged_question,
+    ),
     "fmt_cot": Reward(
         components.first_format, needs=("templates",), shown="fmt_cot"
     ),  # of layouts that describe nothing

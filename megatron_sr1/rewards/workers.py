@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -71,6 +71,8 @@ class Graders:
         self._names = tuple(names)
         self._asked = asked
         self._asking = {name for name in names if "judge" in find_reward(name).needs}
+        foreseen = (find_reward(name).foreseen for name in sorted(self._asking))
+        self._foreseen = [question for question in foreseen if question is not None]
         if self._asking and judge is None:
             raise ValueError(f"the rewards {', '.join(sorted(self._asking))} need a judge: set rewards.judge.url.")
         assert judge is not None or not reads, "a pass is read by an endpoint that is not named"
@@ -98,6 +100,19 @@ class Graders:
     def ask(self) -> OnQuestion | None:
         """Takes the questions of passes that an endpoint reads; None where there are no such passes."""
         return None if self._readings is None else self._readings.ask
+
+    @property
+    def ask_early(self) -> Callable[[RolloutGroup], None] | None:
+        """Takes a sample whose first pass is done, as a group of one pair, and asks the judge what its rewards will
+        ask, while others are still written; None where no reward tells before."""
+        return self._ask_early if self._foreseen else None
+
+    def _ask_early(self, sample: RolloutGroup) -> None:
+        (pair,), asked = sample.pairs, self._asked.of(sample.prompt)
+        for foreseen in self._foreseen:
+            question = foreseen(pair, sample.prompt, asked)
+            if question is not None and self._judged is not None:
+                self._judged.foresee(question)
 
     def submit(self, group: RolloutGroup, names: Sequence[str] = ()) -> None:
         """Queues a complete group and returns at once; it is graded when its readings have come. Its images stay here

@@ -66,6 +66,7 @@ class PassRequests:
         step: int,
         on_group: Callable[[RolloutGroup], None] | None = None,
         on_question: OnQuestion | None = None,
+        on_first: Callable[[RolloutGroup], None] | None = None,
         *,
         streamed: bool = True,
         holds_reference: bool = False,
@@ -75,6 +76,7 @@ class PassRequests:
             groups: indices into `prompts` of those that this engine answers.
             on_group: takes each group as soon as its last pass is done.
             on_question: takes what an endpoint is to be asked as soon as it is known.
+            on_first: takes each sample as soon as its first pass is done, as a group of one pair.
             streamed: False: the later passes start when the whole first pass is done.
             holds_reference: the passes of the starting weights wait for `release_reference`.
         """
@@ -86,6 +88,7 @@ class PassRequests:
         self._streamed = streamed
         self._on_group = on_group
         self._on_question = on_question
+        self._on_first = on_first
         self._holds_reference = holds_reference
         self._start = time.perf_counter()
         samples = range(sampling.num_samples)
@@ -214,6 +217,8 @@ class PassRequests:
         written = self._planner.template(passes.template).find_description(rollout.response_text) if whole else None
         description = None if written is None else self._planner.cut(written)
         self._pairs[place] = RolloutPair(request.sample, rollout, None, description, description != written)
+        if self._on_first is not None:
+            self._on_first(RolloutGroup(request.group, prompt, (self._pairs[place],)))
         self._missing[place] = 1  # until all have been asked
         further: list[_Request] = []
         for one in later:

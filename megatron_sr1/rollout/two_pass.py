@@ -74,6 +74,7 @@ class TwoPassGenerator:
         step: int,
         on_group: Callable[[RolloutGroup], None] | None = None,
         on_question: OnQuestion | None = None,
+        on_first: Callable[[RolloutGroup], None] | None = None,
     ) -> list[RolloutGroup]:
         """K samples of all passes for each prompt, in the order of `prompts`. Collective.
 
@@ -81,6 +82,7 @@ class TwoPassGenerator:
             on_group: takes each group of this rank's engine as soon as it is complete, while others still run; on the
                 ranks that hand them on.
             on_question: takes what an endpoint is to be asked, on the same ranks.
+            on_first: takes each sample when its first pass is done, as a group of one pair, on the same ranks.
 
         Raises:
             ValueError: before anything is submitted, and on every rank: a prompt does not fit the engine.
@@ -101,7 +103,7 @@ class TwoPassGenerator:
             with_images = [prompt for prompt in own if prompt.images][:NUM_COMPARED]
             self._compare_pixels([self._planner.first(prompt, sampling.template) for prompt in with_images])
         self._take_back()
-        takers = (on_group, on_question) if self._hands_on else (None, None)
+        takers = (on_group, on_question, on_first) if self._hands_on else (None, None, None)
         holds = self._start_weights is not None and any(later.reader == "reference" for later in sampling.later)
         requests = PassRequests(
             self._planner, prompts, mine, sampling, step, *takers, streamed=self._streamed, holds_reference=holds

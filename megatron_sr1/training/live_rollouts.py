@@ -200,8 +200,10 @@ class LiveRollouts:
         """A round: its groups, numbered on from the last, and their rewards. Collective."""
         start, ask = drawn.num_prompts, self._graders.ask
         takers = _numbered(self._graders.submit, start), None if ask is None else _asked(ask, start)
+        early = self._graders.ask_early
+        sooner = {} if early is None else {"on_first": _numbered(early, start)}
         with clock("rollout"):
-            groups = self._generator.generate(prompts, self._sampling, step, *takers)
+            groups = self._generator.generate(prompts, self._sampling, step, *takers, **sooner)
         groups = [replace(group, group_id=start + group.group_id) for group in groups]
         with clock("reward"):
             shares = self._ranks.gather([(self._ranks.rank, self._graders.collect())])
