@@ -6,6 +6,7 @@ Either may name a part of an object, `module:name.part`.
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import importlib
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
+_BESIDE: dict[str, Path] = {}  # modules that files of users have imported from beside them, by their names
 _EXAMPLE = "Write module.path:name, or path/to/file.py:name"
 
 
@@ -96,15 +98,48 @@ def source_of(function: Callable[..., Any]) -> str | None:
 
 
 def source_digest(function: Callable[..., Any]) -> str:
-    """Of the file that a function was written in, as it is now; "" where there is none."""
+    """Of the file that a function was written in and of those beside it that it imports, as they are now; "" where
+    there is none."""
+    files = _sources(function)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12] if files else ""
+
+
+def _sources(function: Callable[..., Any]) -> list[Path]:
     source = source_of(function)
     if source is None or not Path(source).is_file():
-        return ""
-    return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:12]
+        return []
+    return [Path(source), *sorted(set(imported_beside(Path(source)).values()) - {Path(source)})]
+
+
+def imported_beside(file: Path) -> dict[str, Path]:
+    """By their names, the modules in the folder of a file that it imports, anywhere in its text, and what these import
+    there. Nothing is imported."""
+    found: dict[str, Path] = {}
+    waiting = [file]
+    while waiting:
+        here = waiting.pop()
+        try:
+            tree = ast.parse(here.read_bytes())
+        except (SyntaxError, ValueError):  # where it is imported, this is told
+            continue
+        names: set[str] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level < 2:
+                names |= {node.module} if node.module else {alias.name for alias in node.names}
+        for name in {name.partition(".")[0] for name in names} - found.keys():
+            places = (here.parent / f"{name}.py", here.parent / name / "__init__.py")
+            beside = next((place for place in places if place.is_file()), None)
+            if beside is not None:
+                found[name] = beside
+                waiting.append(beside)
+    return found
 
 
 def keep_code(folder: Path, functions: Mapping[str, Callable[..., Any]]) -> list[str]:
-    """Copies the file of each function, by its digest, so that every version that a run was trained with stays there.
+    """Copies the file of each function, and what it imports from beside it, by their digests, so that every version
+    that a run was trained with stays there.
 
     Args:
         functions: by import path.
@@ -121,6 +156,9 @@ def keep_code(folder: Path, functions: Mapping[str, Callable[..., Any]]) -> list
             found[name] = f"{Path(source).stem}_{digest}.py"
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / found[name])
+            for file in _sources(function)[1:]:
+                own = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+                shutil.copyfile(file, folder / f"{file.stem}_{own}.py")
     if found:
         index.write_text(json.dumps({**kept, **found}, indent=1) + "\n", encoding="utf-8")
     return [name for name, file in found.items() if kept.get(name, file) != file]
@@ -158,6 +196,12 @@ def _load_file(place: str, path: str, key: str) -> ModuleType:
     name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"  # two files of one name are two modules
     if name in sys.modules:
         return sys.modules[name]
+    for beside, other in imported_beside(file).items():
+        if (first := _BESIDE.setdefault(beside, other)) != other:
+            raise ValueError(
+                f"{key}: {path!r} imports {beside!r}, which is {other} there, and {first} for code that was loaded "
+                "before. Python knows one module of a name: call one of them otherwise."
+            )
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))  # at the end: nothing in it may stand in for what is installed
     spec = importlib.util.spec_from_file_location(name, file)

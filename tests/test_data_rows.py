@@ -151,6 +151,18 @@ def test_splits_by_the_card(tmp_path: Path) -> None:
     assert "several splits" not in str(number(f"{folder}"))
 
 
+def test_images_by_their_whole_paths(tmp_path: Path) -> None:
+    """Below the folder of the file; elsewhere they are refused, as data must not name any file of the machine."""
+    (tmp_path / "rows").mkdir()
+    for folder in (tmp_path / "rows", tmp_path):
+        picture(0, (56, 56)).save(folder / "i.png")
+    rows = [{"problem": "<image>q?", "answer": "1", "image": str(tmp_path / "rows" / "i.png")}]
+    assert len(opened(config(tmp_path, write_rows(tmp_path / "rows" / "a.jsonl", rows)))) == 1
+    rows[0]["image"] = str(tmp_path / "i.png")
+    with pytest.raises(ValueError, match="leads outside of"):
+        opened(config(tmp_path, write_rows(tmp_path / "rows" / "b.jsonl", rows)))
+
+
 def test_a_split_that_was_not_fetched_is_missed_only_where_it_is_asked_for(tmp_path: Path) -> None:
     folder = tmp_path / "hub"
     splits = "\n".join(f"  - split: {name}\n    path: data/{name}-*" for name in ("train", "validation"))
@@ -160,6 +172,9 @@ def test_a_split_that_was_not_fetched_is_missed_only_where_it_is_asked_for(tmp_p
     assert len(opened(config(tmp_path, folder))) == len(opened(config(tmp_path, f"{folder}:train"))) == 5
     with pytest.raises(ValueError, match="names files of this split, and none of them is there"):
         check_data(config(tmp_path, f"{folder}:val"), "train")
+    for wrong in ("hard_train", "train_small", "not-train", "TRAINS"):
+        with pytest.raises(ValueError, match=f"there is no split '{wrong}'"):
+            check_data(config(tmp_path, f"{folder}:{wrong}"), "train")
     parquet(folder / "data" / "validation-00000-of-00001.parquet", ROWS[:3])
     for split in ("val", "validation"):
         assert len(opened(config(tmp_path, f"{folder}:{split}"))) == 3

@@ -15,6 +15,7 @@ from megatron_sr1.data import (
     MissingFiles,
     Quarantine,
     check_data,
+    expand_shards,
     open_dataset,
     prepare_data,
     write_shards,
@@ -149,7 +150,17 @@ def test_files_of_other_kinds_than_they_are_taken_for(name: str, content: bytes,
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("url", ["hf://datasets/a/b", "file:///data/a#1.jsonl", "file:///data/a?1.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    ["pipe:curl -s https://h/x.zip | funzip", "hf://datasets/a/b/train-0000", "https://h.md/t"],
+)
+def test_what_may_be_a_shard_is_one(name: str, tmp_path: Path) -> None:
+    assert expand_shards([name], "data.train") == [name]
+
+
+@pytest.mark.parametrize(
+    "url", ["hf://datasets/a/b", "hf://datasets/a/b-v1.5", "file:///data/a#1.jsonl", "file:///data/a?1.jsonl"]
+)
 def test_urls_that_name_no_file_are_refused_before_anybody_is_asked(url: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is no file|# and \? end the name"):
         check_data(config(tmp_path, url), "train")
@@ -159,8 +170,15 @@ def test_a_cache_must_be_a_folder(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     (tmp_path / "cache").write_text("")
     for folder in (tmp_path, tmp_path / "cache"):
-        with pytest.raises(ConfigError, match=r"data\.cache_dir=.* a folder, and .*cache is a file"):
+        with pytest.raises(ConfigError, match=r"data\.cache_dir=.* a folder, and .*cache is none"):
             check_data(config(folder, rows), "train")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for odd in (str(tmp_path / "circle"), "~nobody-of-this-name/x"):
+        with pytest.raises(ConfigError, match=r"data\.cache_dir=.* is not allowed"):
+            check_data(DataConfig(train=(str(rows),), cache_dir=odd), "train")
+    write_shards(prompts(1), tmp_path / "tars", "t", 1)
+    shards = DataConfig(train=(f"{tmp_path}/tars/*.tar",), cache_dir=str(tmp_path / "cache"))
+    assert len(open_dataset(shards, "train", Quarantine(0))) == 1, "of local shards it is not needed"
     with pytest.raises(ConfigError, match=r"data\.cache_dir='' is not allowed"):
         DataConfig(cache_dir="")
 
@@ -178,6 +196,9 @@ def test_keys_that_two_files_share_are_told_with_the_files_and_the_remedy(tmp_pa
     told = str(caught.value)
     assert "a.jsonl" in told and "b.jsonl" in told and "data.train_columns={key: null}" in told and ".tar" not in told
     assert len(opened(config(tmp_path, *files, train_columns={"key": None}))) == 2
+    files = [write_rows(tmp_path / f"{name}.jsonl", [{"id": "r0", "problem": name, "answer": "1"}]) for name in "ab"]
+    with pytest.raises(ValueError, match=r"data\.train_columns=\{id: null\}"):
+        opened(config(tmp_path, *files, train_columns={"id": "key"}))
 
 
 def test_a_build_whose_notes_lack_a_part_is_named(tmp_path: Path) -> None:

@@ -146,6 +146,22 @@ def test_where_groups_are_skipped_one_refused_question_spoils_its_own_group_alon
     assert graded[1] == [{"acc": 1.0, "acc_judge": 1.0}] * 2
 
 
+def passes_over(pair: RolloutPair, prompt: Prompt, ask: Any) -> float:
+    try:
+        ask("?")
+    except Exception:
+        return 0.0
+    return 1.0
+
+
+def test_a_function_that_passes_over_an_outage_makes_no_0_of_it() -> None:
+    name = "tests.test_judged_rewards:passes_over"
+    with judging(lambda question, attempt: "500", (name,)) as (_, graders):
+        graders.submit(group(0, "3 7"))
+        ((_, told),) = graders.collect()
+    assert isinstance(told, Ungraded) and f"{name} of response 0 to sample 'p0' were not answered" in told.reason
+
+
 def test_closing_waits_for_no_patience() -> None:
     start = time.monotonic()
     with judging(lambda question, attempt: "500", backoff=60.0, retries=5) as (server, graders):

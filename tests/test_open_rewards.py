@@ -206,6 +206,9 @@ def test_a_file_without_a_reward_is_refused_with_its_line(file: Path, text: str,
         ("raise SystemExit", r"at .*mine.py:2 in f: SystemExit"),
         ("return None", "gave None for response 0 to sample 'p7': it must be a number"),
         ("return '1.0'", "gave '1.0' .*: it must be a finite number"),
+        ("return bytearray(b'1.0')", "gave bytearray.*: it must be a finite number"),
+        ("return 10**400", "gave 1000.*: it must be a number"),
+        ("return -1e300", r"gave -1e\+300 for response 0 to sample 'p7'.* none beyond 1e\+09"),
         ("return float('nan')", "gave nan"),
         ("return [1.0]", r"gave \[1.0\]"),
     ],
@@ -222,6 +225,7 @@ def test_a_reward_that_fails_is_named_with_its_line_and_sample(file: Path, body:
         ("[1.0, 2.0, 3.0]", "gave 3 numbers for the 2"),
         ("'ab'", "it must be a list of numbers"),
         ("{'a': 1, 'b': 2}", "it must be a list of numbers"),
+        ("{1.0, 2.0}", "it must be a list of numbers"),
         ("3.0", "gave no list for sample 'p7'.*TypeError"),
         ("[1.0, float('inf')]", "gave inf for response 1"),
         ("1 / 0", r"failed on sample 'p7' at .*mine.py:2 in f: ZeroDivisionError"),
@@ -277,3 +281,35 @@ def test_every_version_of_the_code_is_kept_and_a_change_is_told(file: Path) -> N
 def test_rewards_are_numbers_of_any_size() -> None:
     reward = Reward(lambda pair, prompt: -math.pi, shown="pi")
     assert reward.shown == "pi" and reward.function(None, None) == -math.pi
+
+
+# ---------------------------------------------------------------- what lies beside
+def test_two_modules_of_one_name_beside_two_files_are_refused(tmp_path: Path) -> None:
+    """Python would give both files the first; an import inside a function is found as well."""
+    at_once = "import beside_both\n\ndef f(pair, prompt):\n    return beside_both.V\n"
+    later = "def f(pair, prompt):\n    import beside_both\n    return beside_both.V\n"
+    for folder, text in (("one", at_once), ("two", later)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "beside_both.py").write_text(f"V = {len(folder)}\n")
+        (tmp_path / folder / "mine.py").write_text(text)
+    assert score_group(group("x"), [f"{tmp_path}/one/mine.py:f"])[0][f"{tmp_path}/one/mine.py:f"] == 3.0
+    with pytest.raises(ValueError, match=r"imports 'beside_both', which is .*two/beside_both\.py there, and .*/one/"):
+        find_reward(f"{tmp_path}/two/mine.py:f")
+
+
+def test_what_a_file_imports_from_beside_it_is_part_of_its_code(tmp_path: Path) -> None:
+    (tmp_path / "deeper_part.py").write_text("V = 0.25\n")
+    (tmp_path / "nearer_part.py").write_text("from deeper_part import V\n")
+    (tmp_path / "unused_part.py").write_text("")
+    (tmp_path / "mine.py").write_text("def f(pair, prompt):\n    from nearer_part import V\n    return V\n")
+    function = find_reward(f"{tmp_path}/mine.py:f").function
+    assert keep_code(tmp_path / "code", {"mine": function}) == []
+    assert {file.name.rpartition("_")[0] for file in (tmp_path / "code").glob("*.py")} == {
+        "mine",
+        "nearer_part",
+        "deeper_part",
+    }
+    assert keep_code(tmp_path / "code", {"mine": function}) == []
+    (tmp_path / "deeper_part.py").write_text("V = 0.5\n")
+    assert keep_code(tmp_path / "code", {"mine": function}) == ["mine"]
+    assert len(list((tmp_path / "code").glob("deeper_part_*.py"))) == 2

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.rewards import RewardError, Ungraded, score_group, workers
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.streams import PRESETS
+from megatron_sr1.training import rollout_writer
 from megatron_sr1.training.live_rollouts import LiveRollouts
 from megatron_sr1.training.rollout_files import (
     Share,
@@ -151,13 +153,18 @@ def test_the_parts_of_all_engines_are_the_step(tmp_path: Path) -> None:
 
 
 def test_another_run_of_a_step_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
-    """With more engines or fewer, or an earlier release's one file."""
-    made = groups(3)
+    """With more engines, fewer or as many, one that was killed while it wrote, and an earlier release's one file."""
+    made, sampling = groups(3), Sampling(2, 1.0, 10, 0)
     for shares in (({0}, {1}, {2}), ({0, 2}, {1}), ({0, 1, 2},)):
         rollouts_file(tmp_path, 0).write_text("of an earlier release")
-        path = split(tmp_path, made, *shares)
-        assert len(step_files(path)) == len(shares) == len(list(tmp_path.iterdir()))
+        split(tmp_path, made, *shares)
+        (tmp_path / "step_000000.5-of-7.jsonl.gz.tmp").write_text("")
+        with LiveRollouts(Handing(made), sampling, PRESET, RewardsConfig(), ALONE, tmp_path) as live:
+            live.take(Listed.of(made), 0, Clock())
+        assert [file.name for file in tmp_path.iterdir()] == ["step_000000.0-of-1.jsonl.gz"]
         assert SavedRollouts(tmp_path, PRESET, 2).take(Listed.of(made), 0, Clock()).groups == made
+    (tmp_path / "step_000001.0-of-2.jsonl.gz.tmp").write_text("")
+    assert steps_in(tmp_path) == [rollouts_file(tmp_path, 0)]
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2])
@@ -165,23 +172,26 @@ def test_a_part_that_is_missing_or_cut_is_named(missing: int, tmp_path: Path) ->
     made = groups(3)
     file = step_files(split(tmp_path, made, {0}, {1}, {2}))[missing]
     data = file.read_bytes()
-    file.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=rf"step_000000\.{missing}-of-3\.jsonl\.gz: .*damaged: copy it again"):
-        SavedRollouts(tmp_path, PRESET, 2).take(Listed.of(made), 0, Clock())
+    for cut in (len(data) // 2, 0):
+        file.write_bytes(data[:cut])
+        with pytest.raises(ValueError, match=rf"step_000000\.{missing}-of-3\.jsonl\.gz: .*damaged: copy it again"):
+            SavedRollouts(tmp_path, PRESET, 2).take(Listed.of(made), 0, Clock())
     file.unlink()
     with pytest.raises(ValueError, match=r"its parts are .*, which are not all of one run"):
         SavedRollouts(tmp_path, PRESET, 2).take(Listed.of(made), 0, Clock())
 
 
-def test_the_writer_works_beside_and_tells_its_error_to_who_waits(tmp_path: Path) -> None:
+def test_the_writer_works_beside_and_tells_its_error_to_who_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made, rewards = groups(3), scored(groups(3), PRESET)
     writer, whole = RolloutWriter(PRESET.asked, PRESET.passes.later), all_trained(made, rewards)
-    os.mkfifo(tmp_path / "step_000000.0-of-1.jsonl.gz.tmp")  # who opens it waits for a reader
+    may_write = threading.Event()
+    monkeypatch.setattr(rollout_writer, "write_rollouts", lambda *args: (may_write.wait(30), write_rollouts(*args)))
     writer.write(rollouts_file(tmp_path, 0), whole, 3, Share({0, 1, 2}))
     assert list(tmp_path.glob("*.gz")) == [], "it has not waited"
-    reader = os.open(tmp_path / "step_000000.0-of-1.jsonl.gz.tmp", os.O_RDONLY)
+    may_write.set()
     writer.settle()
-    os.close(reader)
     assert len(list(tmp_path.glob("*.gz"))) == 1
     (tmp_path / "file").write_text("")
     writer.write(rollouts_file(tmp_path / "file", 1), whole, 3, Share({0}))

@@ -15,12 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from megatron_sr1.config.data_suffixes import JSON_SUFFIX, JSONL_SUFFIXES, PARQUET_SUFFIXES, SHARD_SUFFIX
 from megatron_sr1.data.file_systems import check_openable
 from megatron_sr1.data.hub_folders import Splits, refuse_parts, splits_of
 from megatron_sr1.data.patterns import has_braces, matching, missing
-from megatron_sr1.data.sources.files import is_packed, split_of
+from megatron_sr1.data.sources.files import SPLIT_NAMES, is_packed
 from megatron_sr1.data.urls import expand_url, is_url, same_file, shown
 
 RowFormat = Literal["parquet", "jsonl", "json"]
@@ -181,7 +182,7 @@ def _of_one_kind(pattern: str, paths: Sequence[str], key: str) -> Part:
             f"{key}: {shown(pattern)!r} names files of several kinds: {first}. Make an entry of each kind."
         )
     for path in paths:
-        if _suffix_of(path) in _NOT_DATA:
+        if _suffix_of(path) in _NOT_DATA and not path.startswith("pipe:"):  # a command may name anything
             raise ValueError(
                 f"{key}: {shown(path)} is none of what is read: shards (*{SHARD_SUFFIX}), {', '.join(_FORMATS)}. Write "
                 "its rows as one of these."
@@ -236,12 +237,12 @@ def _choose(splits: Splits, folder: Path, name: str, default: str) -> tuple[tupl
     """The files of a split, and what to tell where it was not asked for by name."""
     there = ", ".join(sorted(split or "files that name none" for split in splits))
     if name:
-        name = name if name in splits else split_of(Path(name)) or name  # val is validation
-        if name not in splits:
+        meant = name if name in splits else SPLIT_NAMES.get(name.lower(), name)
+        if meant not in splits:
             raise ValueError(
                 f"{folder}: there is no split {name!r}: it has {there}. Write {folder}:SPLIT, or no split."
             )
-        return splits[name], ""
+        return splits[meant], f"{folder}: the split {name} is called {meant} there" if meant != name else ""
     if len(splits) == 1:
         (only,) = splits
         return splits[only], f"{folder}: its only split, {only}, is read" if only else ""
@@ -276,12 +277,12 @@ def _absolute(files: Sequence[Path]) -> list[Path]:
 
 
 def _format_of(path: str) -> RowFormat | None:
-    """None of a shard, which may be called anything."""
+    """None of a shard, which may be called anything but what `_NOT_DATA` has."""
     return _FORMATS.get(_suffix_of(path))
 
 
 def _suffix_of(path: str) -> str:
-    name = same_file(path).partition("?")[0] if is_url(path) else path
+    name = urlsplit(same_file(path)).path if is_url(path) else path  # without the host, which has a suffix too
     return os.path.splitext(name)[1].lower()
 
 

@@ -8,7 +8,6 @@ the environment, of its own files, or in the URL. No message repeats them.
 from __future__ import annotations
 
 import errno
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -53,7 +52,7 @@ def check_openable(url: str) -> None:
         return
     if protocol in ("file", "local") and ("#" in url or "?" in url):
         raise ValueError(f"{url}: in a URL # and ? end the name of the file. Give its path, without {protocol}://.")
-    if protocol == "hf" and not os.path.splitext(shown(url))[1]:
+    if protocol == "hf" and len(url.partition("://")[2].rstrip("/").split("/")) < (4 if "://datasets/" in url else 3):
         raise ValueError(
             f"{shown(url)} is no file. Name the files of the data set ({shown(url)}/train.parquet), or download it and "
             "give the folder."

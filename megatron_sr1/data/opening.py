@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sr1.config import DataConfig
-from megatron_sr1.config.rules import require
+from megatron_sr1.config.rules import ConfigError, require
 from megatron_sr1.data.build.cached import RowsToBuild, Say, built_rows, check_rows
 from megatron_sr1.data.entries import Rows, Shards, each_once, read_entries
 from megatron_sr1.data.quarantine import Quarantine
@@ -21,7 +21,7 @@ from megatron_sr1.data.sources.option_columns import is_option_name
 from megatron_sr1.data.sources.source import IMAGE_COLUMNS, KEY_COLUMN, SCHEMA_COLUMNS
 from megatron_sr1.data.sources.turns import TURN_COLUMNS
 from megatron_sr1.data.stream import SampleStream, VisualTokens
-from megatron_sr1.data.urls import shown
+from megatron_sr1.data.urls import is_url, shown
 
 DataList = Literal["train", "cold_start", "heldout"]
 
@@ -117,11 +117,19 @@ def _list(config: DataConfig, name: DataList) -> _List:
 
 
 def _cache_dir(config: DataConfig) -> Path:
-    """Raises ConfigError where it is, or would be in, a file."""
-    folder = Path(config.cache_dir).expanduser()
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    require(there.is_dir(), "data.cache_dir", config.cache_dir, f"a folder, and {there} is a file", "Name another one.")
-    return folder
+    return Path(config.cache_dir).expanduser()
+
+
+def _check_cache_dir(config: DataConfig) -> None:
+    """Raises ConfigError where it is, or would be in, a file, or a link that leads nowhere."""
+    try:
+        folder = _cache_dir(config)
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        is_folder = there.is_dir()
+    except (OSError, RuntimeError) as error:  # a circle of links; the home of nobody
+        raise ConfigError(f"data.cache_dir={config.cache_dir!r} is not allowed: {error}. Name another one.") from error
+    remedy = "Name another one."
+    require(is_folder, "data.cache_dir", config.cache_dir, f"a folder, and {there} is none", remedy)
 
 
 def _datasets(config: DataConfig, name: DataList) -> list[list[Shards | RowsToBuild]]:
@@ -130,6 +138,8 @@ def _datasets(config: DataConfig, name: DataList) -> list[list[Shards | RowsToBu
     entries = read_entries(given.patterns, key)
     datasets = entries if given.weights else [[part for entry in entries for part in entry]]
     rows = [part for dataset in datasets for part in dataset if isinstance(part, Rows)]
+    if rows or any(is_url(path) for dataset in datasets for part in dataset for path in part.paths):
+        _check_cache_dir(config)
     require(
         bool(rows) or not given.columns,
         f"{key}_columns",
@@ -223,7 +233,9 @@ def _open(config: DataConfig, name: DataList, quarantine: Quarantine) -> list[Sh
     origins: dict[str, str] = {}
     datasets = _built(config, name, quarantine, lambda line: None, origins)
     names = iter(distinct_names([shard for shards in datasets for shard in shards]))
-    advice = f"Rows need none: data.{name}_columns={{{KEY_COLUMN}: null}} leaves the column out."
+    renamed = (column for column, to in _list(config, name).columns.items() if to == KEY_COLUMN)
+    column = next(renamed, KEY_COLUMN)
+    advice = f"Rows need none: data.{name}_columns={{{column}: null}} leaves the column out."
     return [
         ShardDataset(
             shards,

@@ -27,6 +27,7 @@ def training_flops(command: Command, config: Config, model: Architecture) -> Map
     does not have are left out; without training there are none.
 
     Backward takes twice a forward pass (Narayanan et al. 2021, arXiv 2104.04473), and what is recomputed another one.
+    What model.freeze spares is not taken off.
     """
     if command == "evaluate":
         return {}

@@ -50,10 +50,10 @@ class Template:
         self._check_answer()
         places = self._places("prompt", self.prompt)
         require(
-            "problem" in places or "description" in places,
+            "problem" in places,
             self._key("prompt"),
             self.prompt,
-            "a text with the place {problem}, or {description} where it is given one",
+            "a text with the place {problem}",
             "Put it where the question belongs.",
         )
         require(

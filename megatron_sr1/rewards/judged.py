@@ -91,7 +91,19 @@ class JudgedRewards:
     def _score(self, group: RolloutGroup, names: Sequence[str], asked: Asked) -> Vectors | Ungraded:
         if self._failure is not None:
             return self._failure
-        scored = score_or_tell(group, names, ask=self._ask, asked=asked)
+        failures: list[NoVerdict | ConfigError] = []
+
+        def ask(question: str) -> str:
+            try:
+                return self._ask(question)
+            except (NoVerdict, ConfigError) as error:
+                failures.append(error)
+                raise
+
+        scored = score_or_tell(group, names, ask=ask, asked=asked)
+        if failures and not isinstance(scored, Ungraded):  # a function that passes over it would make an outage a 0
+            where = f"response {group.pairs[0].sample_index} to sample {group.prompt.key!r}"
+            scored = Ungraded(f"the rewards {', '.join(names)} of {where} were not answered: {failures[0]}")
         if isinstance(scored, Ungraded) and self._fails_fast:
             self._failure = scored
         return scored

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from megatron_sr1.rewards.table import REWARDS, Ask, Reward
 from megatron_sr1.types import PassName, Prompt, RolloutGroup, RolloutPair
 
 Value = float | tuple[float, ...]  # one a sample of its pass, where there are several; () where they are not there
+LARGEST = 1e9  # of a number that a reward gives: groups of larger ones have squares beyond float32
 Vectors = list[dict[str, Value]]  # one reward vector per sample, by the names that were asked for
 
 
@@ -139,7 +139,7 @@ def _is_missing(reward: Reward, pair: RolloutPair) -> bool:
 
 def _one_each(values: Any, name: str, group: RolloutGroup) -> list[float]:
     where = f"sample {group.prompt.key!r}"
-    if isinstance(values, str | bytes | dict):
+    if isinstance(values, str | bytes | dict | set | frozenset):  # of a set the order means nothing
         raise RewardError(f"the reward {name!r} gave {values!r} for {where}: it must be a list of numbers.")
     with UserCode(f"the reward {name!r} gave no list for {where}", None, RewardError):
         values = list(values)
@@ -155,8 +155,11 @@ def _number(value: Any, name: str, where: str) -> float:
     """A plain float of whatever Python, numpy or torch call a number."""
     try:
         number = float(value)
-    except (TypeError, ValueError) as error:
-        raise RewardError(f"the reward {name!r} gave {value!r} for {where}: it must be a number.") from error
-    if isinstance(value, str | bytes) or not math.isfinite(number):
-        raise RewardError(f"the reward {name!r} gave {value!r} for {where}: it must be a finite number.")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RewardError(f"the reward {name!r} gave {value!r:.80} for {where}: it must be a number.") from error
+    if isinstance(value, str | bytes | bytearray) or not abs(number) <= LARGEST:
+        raise RewardError(
+            f"the reward {name!r} gave {value!r:.80} for {where}: it must be a finite number, and none beyond "
+            f"{LARGEST:g}."
+        )
     return number

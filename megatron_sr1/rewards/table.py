@@ -55,6 +55,8 @@ class Reward:
             ("of_pass", (self.of_pass,), get_args(Stage)),
             ("needs", self.needs, get_args(Need)),
         ):
+            if not isinstance(self.shown, str):
+                raise ValueError(f"Reward: shown={self.shown!r}: it must be a text.")
             wrong = [value for value in got if value not in allowed]
             if isinstance(got, str) or wrong:
                 raise ValueError(f"Reward {self.shown!r}: {name}={got!r}: allowed are {', '.join(allowed)}.")

@@ -14,7 +14,7 @@ from megatron_sr1.prompts import SHIPPED, Asked, Template, Templates, templates_
 from megatron_sr1.rewards import find_reward, layout_reward
 from megatron_sr1.streams.passes import check_later, later_passes, needs_description
 from megatron_sr1.streams.presets import WRITTEN, Written
-from megatron_sr1.streams.segments import REST, WHOLE, other_segments, segments_of
+from megatron_sr1.streams.segments import OUTSIDE_DESCRIPTION, REST, WHOLE, other_segments, segments_of
 from megatron_sr1.streams.spans import find_spans
 from megatron_sr1.types import SECOND, Clip, LaterPass, Passes, PassName, PresetName, RewardStream, TemplateName
 
@@ -155,9 +155,11 @@ class Preset:
         rests = [other.name for other in self.streams if (other.trajectory, other.tokens) == (stream.trajectory, REST)]
         if len(rests) > 1:
             raise ValueError(f"{where}: {' and '.join(rests)} both credit the rest of one pass. Give it to one.")
-        if stream.tokens == REST and WHOLE in other_segments(stream, self.streams):
+        others = other_segments(stream, self.streams)
+        describes = self.asked.first.describes
+        if stream.tokens == REST and (WHOLE in others or {OUTSIDE_DESCRIPTION, describes} <= set(others)):
             raise ValueError(
-                f"{where}: another stream credits the whole response of the {stream.trajectory} pass, so nothing is "
+                f"{where}: other streams credit the whole response of the {stream.trajectory} pass, so nothing is "
                 "left for tokens=rest. Name its tokens."
             )
 

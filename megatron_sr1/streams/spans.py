@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def own_spans(path: str, text: str, prompt: Prompt) -> tuple[Span, ...]:
     """
     function, what = find_spans(path), f"the segment {path!r} of a response to sample {prompt.key!r}"
     with UserCode(f"{what} failed", source_of(function), RewardError):
-        found = [tuple(span) for span in function(text, prompt)]
+        found = [tuple(map(_integer, span)) for span in function(text, prompt)]
     for span in found:
         whole = len(span) == 2 and all(type(place) is int for place in span)
         if not whole or not 0 <= span[0] <= span[1] <= len(text):
@@ -47,3 +48,13 @@ def own_spans(path: str, text: str, prompt: Prompt) -> tuple[Span, ...]:
                 f"{what}: the function gave {span!r}, which is no (start, end) of a text of {len(text)} characters."
             )
     return tuple((span[0], span[1]) for span in found)
+
+
+def _integer(place: Any) -> Any:
+    """A plain int of whatever Python, numpy or torch call an integer; others as they are, to be named."""
+    if isinstance(place, bool):
+        return place
+    try:
+        return operator.index(place)
+    except TypeError:
+        return place

@@ -20,7 +20,7 @@ from megatron_sr1.rewards.reading import with_readings
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.live_groups import live_groups, training_places
-from megatron_sr1.training.rollout_files import Share, rollouts_file
+from megatron_sr1.training.rollout_files import Share, remove_step, rollouts_file
 from megatron_sr1.training.rollout_writer import RolloutWriter
 from megatron_sr1.training.step_rewards import join_rewards, scored_rewards
 from megatron_sr1.training.step_rollouts import StepRollouts
@@ -121,8 +121,8 @@ class LiveRollouts:
     ) -> None:
         """
         Args:
-            ranks: all ranks of the job; the first of them keeps the files.
-            folder: of the files, one for each step.
+            ranks: all ranks of the job; each writes the groups that it has graded.
+            folder: of the files of all steps.
             refreshed: weights come after every step, and until then the engines give their memory to the trainer.
             objective: which groups are alive, see `live_groups`; None: the default.
             rounds: of further prompts in place of dead groups, at most.
@@ -167,6 +167,8 @@ class LiveRollouts:
             RewardError: on every rank, of the first group that could not be graded; the engines sleep by then.
         """
         drawn, rounds = _Drawn(self._preset, self._objective), 0
+        if self._ranks.rank == 0:
+            remove_step(rollouts_file(self._folder, step))  # before any rank writes: all meet in between
         self._answer(prompts.first, drawn, step, clock)
         while rounds < self._rounds and (self._skips or not drawn.skipped):
             missing = len(prompts.first) - drawn.num_alive()

@@ -44,8 +44,15 @@ def rollouts_file(folder: Path, step: int) -> Path:
 
 def steps_in(folder: Path) -> list[Path]:
     """`rollouts_file` of all steps that are there, in order."""
-    names = {file.name.partition(".")[0] for file in folder.glob("step_*.jsonl*")}
+    files = (file.name for file in folder.glob("step_*.jsonl*"))
+    names = {name.partition(".")[0] for name in files if name.endswith(".jsonl") or _PART.search(name)}
     return [folder / f"{name}.jsonl" for name in sorted(names)]
+
+
+def remove_step(path: Path) -> None:
+    """Removes what is there of a step, unfinished parts too: those of two runs would be taken for one's."""
+    for old in [*_files(path), *path.parent.glob(f"{path.stem}.*.jsonl.gz.tmp")]:
+        old.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,8 @@ def write_rollouts(
     share: Share | None = None,
 ) -> None:
     """One JSON line per sample: ids, texts, log-probs and rewards of all passes; images by the prompt's key. Groups
-    that could not be graded have a line each, in the first part. Each part is whole or not there; the first removes
-    what is left of another run of the step.
+    that could not be graded have a line each, in the first part. Each part is whole or not there; what another run has
+    left of the step must be gone (`remove_step`).
 
     `read_rollouts` gets all of it back, to the bit.
 
@@ -81,9 +88,6 @@ def write_rollouts(
     share = share or Share({group.group_id for group in rollouts.groups})
     target = _part(path, share.part, share.parts)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if share.part == 0:
-        for old in set(_files(path)) - {_part(path, part, share.parts) for part in range(share.parts)}:
-            old.unlink(missing_ok=True)
     temporary = target.with_name(f"{target.name}.tmp")
     with gzip.open(temporary, "wt", compresslevel=1, encoding="utf-8") as file:
         for line in _lines(rollouts, num_prompts, asked, later, share):
@@ -158,7 +162,10 @@ def read_text(path: Path) -> str:
     """Of one of `step_files`. Raises ValueError where it is damaged."""
     try:
         data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+            if path.stat().st_size == 0:  # gzip takes nothing for a whole file
+                raise EOFError("it is empty")
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path}: {error}. {_TORN}") from error
     return data.decode("utf-8", errors="replace")

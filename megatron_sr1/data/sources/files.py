@@ -9,12 +9,12 @@ from pathlib import Path
 
 from megatron_sr1.data.patterns import matching
 
-_OF_SPLITS = {
+_OFSPLIT_NAMES = {
     "train": "train training", "test": "test testing testmini minitest", "validation": "validation valid val dev eval",
     "heldout": "heldout",
 }  # fmt: skip
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
-_SPLITS = {word: split for split, words in _OF_SPLITS.items() for word in words.split()}
+SPLIT_NAMES = {word: split for split, words in _OFSPLIT_NAMES.items() for word in words.split()}
 
 
 def find_files(path: str, suffixes: Sequence[str]) -> tuple[Path, ...]:
@@ -71,8 +71,8 @@ def split_of(path: Path) -> str | None:
     train2014.json -> train. The innermost name counts."""
     for name in (path.stem, *(folder.name for folder in path.parents)):
         for word in re.split(r"[^a-z]+", name.lower()):
-            if word in _SPLITS:
-                return _SPLITS[word]
+            if word in SPLIT_NAMES:
+                return SPLIT_NAMES[word]
     return None
 
 
@@ -91,11 +91,12 @@ def key_prefixes(files: Sequence[Path], before: str = "") -> dict[Path, str]:
 
 
 def inside(root: Path, name: str) -> Path:
-    """root/name. Raises ValueError where the name leads out of `root`: data must not name any file of the machine.
+    """root/name, or the name itself where it is absolute and below `root`. Raises ValueError where the name leads out
+    of it: data must not name any file of the machine.
 
     Links are followed: who put one into the folder meant it, as the cache of Hugging Face downloads does.
     """
-    path = os.path.normpath(root / name)
-    if os.path.isabs(name) or not Path(path).is_relative_to(os.path.normpath(root)):
+    path, top = (Path(os.path.abspath(each)) for each in (root / name, root))
+    if not path.is_relative_to(top):
         raise ValueError(f"{name!r} leads outside of {root}")
-    return Path(path)
+    return path if os.path.isabs(name) else Path(os.path.normpath(root / name))
