@@ -128,7 +128,7 @@ def imported_beside(file: Path) -> dict[str, Path]:
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level < 2:
                 names |= {node.module} if node.module else {alias.name for alias in node.names}
-        for name in {name.partition(".")[0] for name in names} - found.keys():
+        for name in {name.partition(".")[0] for name in names} - found.keys() - sys.stdlib_module_names:
             places = (here.parent / f"{name}.py", here.parent / name / "__init__.py")
             beside = next((place for place in places if place.is_file()), None)
             if beside is not None:

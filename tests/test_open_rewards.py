@@ -301,7 +301,10 @@ def test_what_a_file_imports_from_beside_it_is_part_of_its_code(tmp_path: Path) 
     (tmp_path / "deeper_part.py").write_text("V = 0.25\n")
     (tmp_path / "nearer_part.py").write_text("from deeper_part import V\n")
     (tmp_path / "unused_part.py").write_text("")
-    (tmp_path / "mine.py").write_text("def f(pair, prompt):\n    from nearer_part import V\n    return V\n")
+    (tmp_path / "json.py").write_text("raise AssertionError('Python has its own')\n")
+    (tmp_path / "mine.py").write_text(
+        "def f(pair, prompt):\n    from nearer_part import V\n    import json\n    return V\n"
+    )
     function = find_reward(f"{tmp_path}/mine.py:f").function
     assert keep_code(tmp_path / "code", {"mine": function}) == []
     assert {file.name.rpartition("_")[0] for file in (tmp_path / "code").glob("*.py")} == {
