@@ -137,7 +137,7 @@ def test_columns_are_configured() -> None:
         ("x.feather", b"ARROW1", "x.feather is none of what is read"),
         (
             "x.jsonl",
-            gzip.compress(b'{"problem": "q", "answer": "a"}'),
+            gzip.compress(b'{"problem": "q", "answer": "a"}', mtime=0),
             "it is compressed (gzip), whatever its name says",
         ),
         ("x.json", b'{"problem": "q"}\n{"problem": "r"}\n', "Where each line is a sample, call it *.jsonl"),
