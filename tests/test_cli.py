@@ -48,7 +48,7 @@ def config_file(tmp_path: Path) -> Path:
         (["layout.pipeline=4", "nproc=4"], ["layout.pipeline", "4", "num_hidden_layers=2"]),
         (["model.hf_dir=/nowhere"], ["model.hf_dir", "/nowhere", "config.json"]),
         (["train.batch_size=3"], ["train.batch_size", "prompts_per_step=8"]),
-        (["nproc=8"], ["train.batch_size", "8"]),
+        (["nproc=8", "rollout.samples_per_prompt=1"], ["train.batch_size", "8"]),
         (["objective.preset=vision_sr2"], ["objective.preset", "vision_sr1"]),
         (["rollout.max_model_tokens=64"], ["rollout.max_model_tokens", "max_response_tokens"]),
         (["rollout.temperature=0"], ["rollout.temperature"]),
