@@ -129,7 +129,8 @@ STAND_IN = """#!/bin/sh
 for word; do folder=${word#run_dir=}; done
 trap 'echo asked to stop; exit 75' TERM
 mkdir -p "$folder"
-date +%s.%N > "$folder/began"
+now=$(date +%s.%N)  # before the file is there: a run beside this one ends when it sees it
+echo "$now" > "$folder/began"
 echo "hello from $(basename "$folder")"
 case "$folder" in
 *seed3) exit 7 ;;
