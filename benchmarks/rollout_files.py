@@ -21,17 +21,19 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from megatron_sr1.streams import PRESETS
-from megatron_sr1.training.rollout_files import Share, read_rollouts, rollouts_file, step_files
+from megatron_sr1.training.recorder import Recorder
+from megatron_sr1.training.rollout_files import rollouts_file, step_files
+from megatron_sr1.training.rollout_reader import read_rollouts
 from megatron_sr1.training.rollout_writer import RolloutWriter
-from megatron_sr1.training.step_rewards import scored_rewards
-from megatron_sr1.training.step_rollouts import StepRollouts, all_trained
-from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
+from megatron_sr1.training.step_rewards import all_rewards
+from megatron_sr1.training.step_rollouts import StepRollouts
+from megatron_sr1.types import ALONE, Prompt, Rollout, RolloutGroup, RolloutPair
 
 SAMPLES, OTHERS, FIRST, SECOND = 8, 100, 500, 300  # samples of a prompt; tokens
 VOCABULARY = 150_000
@@ -42,8 +44,12 @@ def made_step(num_pairs: int, visual: int) -> StepRollouts:
     """Groups and rewards of a step."""
     draw = random.Random(0)
     groups = [_group(number, visual, draw) for number in range(num_pairs // SAMPLES)]
-    rewards = {name: torch.rand(len(groups) * SAMPLES) for name in [*scored_rewards(PRESET), "format"]}
-    return all_trained(groups, rewards)
+    names, places = all_rewards(PRESET), list(range(len(groups)))
+    rewards = [{name: torch.rand(SAMPLES) for name in names} for _ in groups]
+    # no segment is looked for: files do not tell of them
+    recorder = Recorder(PRESET, SAMPLES, lambda response: torch.ones(2, len(response.rollout.response_ids)), VOCABULARY)
+    ledger, _ = recorder.record(groups, rewards, ALONE)
+    return StepRollouts(ledger, [group.prompt for group in groups], places, groups, {})
 
 
 def _group(number: int, visual: int, draw: random.Random) -> RolloutGroup:
@@ -94,15 +100,12 @@ def timed(action: Callable[[], object]) -> float:
 
 def measure(rollouts: StepRollouts, engines: int, folder: Path) -> dict[str, float]:
     """Seconds, and MiB of the files, of the first of so many engines."""
-    own = {group.group_id for group in rollouts.groups[::engines]}
-    share, writer, count = (
-        Share(own, 0, engines),
-        RolloutWriter(PRESET.asked, PRESET.passes.later),
-        len(rollouts.groups),
-    )
+    count, writer = len(rollouts.groups), RolloutWriter(PRESET.asked, PRESET.passes.later)
+    ledger = replace(rollouts.ledger, holder=rollouts.ledger.number % engines)
+    held = replace(rollouts, ledger=ledger, groups=rollouts.groups[::engines])
 
     def write(step: int) -> None:
-        writer.write(rollouts_file(folder, step), rollouts, count, share)
+        writer.write(rollouts_file(folder, step), held, count, rank=0)
 
     found = {"handed over": timed(lambda: write(0)), "beside": timed(writer.settle)}
     training = _training(1.5 * found["beside"] + 0.5)

@@ -58,9 +58,25 @@ class Ranks(Protocol):
         ...
 
 
+class Exchange(Ranks, Protocol):
+    """Ranks that send each other numbers without making objects of them."""
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """All ranks' rows [n, W] of numbers, of one width and dtype, in the order of the ranks. Collective."""
+        ...
+
+    def swap(self, pieces: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """What each rank has for this one, for one piece [n] for each rank, all of one dtype. Collective.
+
+        Args:
+            sizes: of what comes, by rank: both sides know it.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class OneRank:
-    """`Ranks` of a process that works alone."""
+    """`Exchange` of a process that works alone."""
 
     rank: int = 0
     num_ranks: int = 1
@@ -69,8 +85,33 @@ class OneRank:
         """The items."""
         return items
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows."""
+        return rows
+
+    def swap(self, pieces: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """The piece."""
+        return list(pieces)
+
 
 ALONE = OneRank()
+
+
+def agreed(ranks: Ranks, work: Callable[[], Element]) -> Element:
+    """What this rank's part of a work gives, or the first complaint of any rank's on every rank. Collective.
+
+    Raises:
+        ValueError: the work did, on some rank.
+    """
+    result, refused = [], []
+    try:
+        result = [work()]
+    except ValueError as error:
+        refused = [str(error)]
+    found = ranks.gather(refused)
+    if found:
+        raise ValueError(found[0])
+    return result[0]
 
 
 # ---------------------------------------------------------------- data -> rollouts
@@ -289,6 +330,16 @@ class EncodedImage:
         return self.normalisation.applied(self.patches())
 
 
+@dataclass(frozen=True, eq=False)
+class TokenTrack:
+    """What is trained of a response: it goes from the rank that has generated it to the replica that trains it."""
+
+    prompt_ids: Tensor  # [p] int32
+    response_ids: Tensor  # [n] int32
+    generator_logprobs: Tensor  # [n] float32
+    credited: Tensor  # [n] int32: bit s is set where stream s credits the token
+
+
 @dataclass(frozen=True)
 class TokenSequence:
     """Token ids to be scored by the policy: prompt followed by response. Image ids (one run per
@@ -413,10 +464,10 @@ OnQuestion = Callable[[int, int, str, Reading], None]
 
 
 class Generator(WeightSink, Protocol):
-    """Runs all passes for a batch of prompts; every rank passes the same arguments and gets all groups. A rank that
-    generates a group hands it to its `on_group` at once, before the others are done, and what a pass of it asks an
-    endpoint to its `on_question` even before that; these answers are not among the group's. `on_first` takes each
-    sample when its first pass is done, as a group of one pair."""
+    """Runs all passes for a batch of prompts; every rank passes the same arguments and gets the groups that it has
+    generated itself, each on one rank. It hands a group to its `on_group` at once, before the others are done, and what
+    a pass of it asks an endpoint to its `on_question` even before that; these answers are not among the group's.
+    `on_first` takes each sample when its first pass is done, as a group of one pair."""
 
     def generate(
         self,

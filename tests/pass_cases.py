@@ -24,7 +24,7 @@ from megatron_sr1.types import (
 )
 from tests.judge_server import serve
 from tests.scripted_engine import ScriptedEngine, generator, prompt
-from tests.step_cases import Listed
+from tests.step_cases import Listed, recorder
 
 OTHERS = [{"problem": "How many are red?", "answer": "7"}, {"problem": "Which?", "answer": "B", "choices": ["x", "y"]}]
 BLIND = LaterPass("blind", "nothing")
@@ -64,7 +64,7 @@ def live(folder: Path, script: Callable[[str, int], str], on_error: str = "stop"
         judge = JudgeConfig(url=server.url, model="reader", timeout=2.0, backoff=0.01, retries=1)
         rewards = RewardsConfig(judge=judge, on_error=on_error)  # type: ignore[arg-type]
         engine = generator(ScriptedEngine())
-        with LiveRollouts(engine, how, objective, rewards, ALONE, folder) as source:
+        with LiveRollouts(engine, how, recorder(objective, 2), rewards, ALONE, folder) as source:
             clock = Clock()
             prompts = [shown("a", b"1"), shown("b", b"2")]
             taken = source.take(Listed(prompts), 0, clock)  # type: ignore[arg-type]

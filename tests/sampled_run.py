@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_sr1.config import Config, load_config
 from megatron_sr1.data import Quarantine, SampleFeed, SampleStream, ShardDataset, StreamState, write_shards
@@ -31,10 +30,12 @@ from megatron_sr1.training.checkpointer import Progress
 from megatron_sr1.training.live_rollouts import LiveRollouts
 from megatron_sr1.training.rollout_files import rollouts_file, step_lines
 from megatron_sr1.training.saved_rollouts import SavedRollouts
+from megatron_sr1.training.step_rollouts import StepRollouts
 from megatron_sr1.training.trainer import NoTrainer
 from megatron_sr1.types import OneRank, Prompt, RolloutGroup
 from tests.data_cases import prompts
 from tests.scripted_engine import EOT, Letters, ScriptedEngine, generator, sampling
+from tests.step_cases import recorder
 
 PRESET = PRESETS["vision_r1"]
 RIGHT, WRONG, DRAWN = 0, 1, 2  # what the number of a prompt says of its answers, modulo 4; 3 is DRAWN, too
@@ -88,6 +89,9 @@ class Here:
         shares, self._shares = list(self._shares.items()), {}
         return shares
 
+    def readings(self) -> list[Any]:
+        return []
+
     def close(self) -> None: ...
 
 
@@ -137,11 +141,14 @@ class Number:
 
     def return_to_device(self) -> None: ...
 
-    def update(self, groups: Sequence[RolloutGroup], rewards: dict[str, torch.Tensor]) -> list[StepResult]:
-        self.trained.append([(group.group_id, group.prompt.key) for group in groups])
-        firsts = [(group.group_id, pair.first) for group in groups for pair in group.pairs]
+    def update(self, rollouts: StepRollouts) -> list[StepResult]:
+        ledger, places = rollouts.trained
+        chosen = list(zip(places, ledger.number.tolist(), strict=True))
+        self.trained.append([(place, rollouts.prompts[number].key) for place, number in chosen])
+        pairs = {group.group_id: group.pairs for group in rollouts.groups}
+        firsts = [(place, pair.first) for place, number in chosen for pair in pairs[number]]
         seen = [(place, first.rollout_id, first.prompt_ids, first.response_ids) for place, first in firsts]
-        values = [(name, value.tolist()) for name, value in sorted(rewards.items())]
+        values = [(name, value.tolist()) for name, value in sorted(ledger.rollout_rewards.items())]
         digest = hashlib.sha256(f"{self.number} {seen} {values}".encode()).digest()
         self.number = int.from_bytes(digest[:7], "little")
         return [StepResult({"loss/answer/policy": float(self.number)}, grad_norm=1.0, learning_rate=1.0)]
@@ -202,12 +209,12 @@ class Runs:
             feed.restore(StreamState.from_json(run.kept[first][1].stream))
         source: Any
         if saved is not None:
-            source = SavedRollouts(self.folder / saved / "rollouts", PRESET, SAMPLES)
+            source = SavedRollouts(self.folder / saved / "rollouts", recorder(PRESET, SAMPLES), run.platform.ranks)
         else:
             source = LiveRollouts(
                 wrapped(generator(engine or Answering(), max_description=5)),
                 sampling(num_samples=SAMPLES, template="cot", later=()),
-                *(PRESET, config.rewards, run.platform.ranks, run.folder / "rollouts"),
+                *(recorder(PRESET, SAMPLES), config.rewards, run.platform.ranks, run.folder / "rollouts"),
                 objective=config.objective,
                 rounds=config.rollout.dynamic_sampling,
             )

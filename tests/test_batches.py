@@ -14,8 +14,10 @@ from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import COT, SEE_THINK
 from megatron_sr1.streams import PRESETS, Preset, preset_from_config
 from megatron_sr1.training.batches import Batcher, StreamBatch, rollout_advantages
-from megatron_sr1.types import ALONE, OneRank, Prompt, Ranks, RolloutGroup, SftSample, TemplateName
+from megatron_sr1.training.step_rollouts import StepRollouts
+from megatron_sr1.types import ALONE, OneRank, Prompt, Ranks, SftSample, TemplateName
 from tests.batch_cases import GOOD, SECOND, their_rewards, two_groups
+from tests.step_cases import rows_of, trained
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +31,15 @@ def _config(*overrides: str) -> Config:
 
 def _streams(processor: Processor, config: Config, ranks: Ranks = ALONE) -> StreamBatch:
     preset = preset_from_config(config.objective)
-    return _packed(Batcher(config, processor, ranks), config, two_groups(processor), their_rewards(), preset)
+    return _packed(Batcher(config, processor, ranks), config, trained(processor, preset), preset, ranks)
 
 
 def _packed(
-    batcher: Batcher, config: Config, groups: list[RolloutGroup], rewards: dict[str, torch.Tensor], preset: Preset
+    batcher: Batcher, config: Config, rollouts: StepRollouts, preset: Preset, ranks: Ranks = ALONE
 ) -> StreamBatch:
-    advantages = rollout_advantages(groups, rewards, preset, config.objective.advantage_eps)
-    return batcher.streams(batcher.rows(groups, preset), advantages, preset)
+    ledger = rollouts.ledger
+    advantages = rollout_advantages(ledger, ledger.rollout_rewards, preset, config.objective.advantage_eps)
+    return batcher.streams(rows_of(batcher, rollouts, preset, ranks), advantages, preset)
 
 
 def _weights(batch: StreamBatch) -> list[torch.Tensor]:
@@ -70,7 +73,7 @@ def test_token_mean_weights_add_to_one_per_stream(processor: Processor, preset: 
     config = _config(f"objective.preset={preset}")
     rewards = {**their_rewards(), "fmt_cot": torch.zeros(4)}
     chosen = preset_from_config(config.objective)
-    batch = _packed(Batcher(config, processor, ALONE), config, two_groups(processor), rewards, chosen)
+    batch = _packed(Batcher(config, processor, ALONE), config, trained(processor, chosen, rewards), chosen)
     totals = sum(weights.sum(1) for weights in _weights(batch))
     assert totals.tolist() == pytest.approx([1.0] * len(chosen.streams), rel=1e-5)
 
@@ -201,7 +204,7 @@ def test_the_head_needs_a_gradient_only_where_the_loss_depends_on_a_token(proces
     rewards = their_rewards() | {"acc": torch.tensor([1.0, 0.0, 1.0, 1.0]), "fmt": torch.ones(4)}
     config = _config("objective.kl_coef=0", "objective.preset=see_think")
     preset = preset_from_config(config.objective)
-    batch = _packed(Batcher(config, processor, ALONE), config, two_groups(processor), rewards, preset)
+    batch = _packed(Batcher(config, processor, ALONE), config, trained(processor, preset, rewards), preset)
     dead = []
     for micro in batch.micro_batches:
         wanted = torch.ones_like(micro.targets, dtype=torch.bool)
@@ -227,10 +230,11 @@ def test_a_bonus_needs_every_credited_token_and_a_kl_in_the_reward_none(processo
         "none": ("objective.kl_coef=0",),
     }.items():
         config = _config("objective.preset=see_think", *switches)
-        preset, groups = preset_from_config(config.objective), two_groups(processor)
-        batcher = Batcher(config, processor, ALONE)
-        advantages = rollout_advantages(groups, rewards, preset, 1e-6, torch.zeros(1, 4, 1))
-        batch = batcher.streams(batcher.rows(groups, preset), advantages, preset)
+        preset, batcher = preset_from_config(config.objective), Batcher(config, processor, ALONE)
+        rollouts = trained(processor, preset, rewards)
+        known = rollouts.ledger.rollout_rewards
+        advantages = rollout_advantages(rollouts.ledger, known, preset, 1e-6, torch.zeros(1, 4, 1))
+        batch = batcher.streams(rows_of(batcher, rollouts, preset), advantages, preset)
         rows = [torch.arange(len(m.targets)) if m.grad_rows is None else m.grad_rows for m in batch.micro_batches]
         kept[name] = sum(len(row) for row in rows)
         assert {micro.entropy_grad for micro in batch.micro_batches} == {name == "bonus"}

@@ -27,12 +27,14 @@ from megatron_sr1.streams import PRESETS, Preset
 from megatron_sr1.training import live_rollouts
 from megatron_sr1.training.live_groups import live_groups, training_places
 from megatron_sr1.training.live_rollouts import LiveRollouts
-from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file, step_files, step_lines
+from megatron_sr1.training.rollout_files import rollouts_file, step_files, step_lines
+from megatron_sr1.training.rollout_reader import SavedPart, read_rollouts
 from megatron_sr1.training.step_metrics import step_metrics
 from megatron_sr1.training.step_rollouts import StepRollouts
 from megatron_sr1.types import Prompt, RewardStream, Rollout, RolloutGroup, RolloutPair
 from tests.sampled_run import DRAWN, PRESET, RIGHT, SAMPLES, WRONG, Answering, Here, Runs, Spoiling, texts
 from tests.scripted_engine import generator, sampling
+from tests.step_cases import recorder, rollouts_of
 from tests.thread_ranks import Meeting
 from tests.workspace import untimed
 
@@ -91,7 +93,9 @@ def test_a_group_lives_where_any_stream_with_a_weight_has_spread_in_it(data: Any
     expected = [[is_alive(one, table, group, filtered) for group in range(num)] for one in streams]
     rewards = {name: torch.tensor(value).flatten().float() for name, value in table.items()}
     preset = Preset("mine", "see_think", tuple(streams))
-    found, kept = live_groups(groups_of(num), rewards, preset, ObjectiveConfig(leak_filter=filtered))
+    found, kept = live_groups(
+        rollouts_of(groups_of(num), rewards, preset).ledger, preset, ObjectiveConfig(leak_filter=filtered)
+    )
     assert found.tolist() == expected
     weighted = [row for row, one in zip(expected, streams, strict=True) if one.loss_weight]
     assert kept.tolist() == [any(row[group] for row in weighted) for group in range(num)]
@@ -101,7 +105,8 @@ def test_components_that_cancel_leave_nothing_to_learn() -> None:
     """As the trainer has it: their advantages are 0."""
     rewards = {"acc": torch.tensor([1.0, 0.0, 0.0, 0.0]), "fmt": torch.tensor([0.0, 1.0, 0.0, 1.0])}
     one = replace(stream("s", ["acc"]), rewards=(("acc", 1.0), ("fmt", 1.0)), normalize="per_component")
-    alive, _ = live_groups(groups_of(2, 2), rewards, Preset("mine", "see_think", (one,)), ObjectiveConfig())
+    preset = Preset("mine", "see_think", (one,))
+    alive, _ = live_groups(rollouts_of(groups_of(2, 2), rewards, preset).ledger, preset, ObjectiveConfig())
     assert alive.tolist() == [[False, True]]
 
 
@@ -360,7 +365,7 @@ def test_all_ranks_draw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         asked = sampling(num_samples=SAMPLES, template="cot", later=())
         made = generator(Answering(), max_description=5, engines=ranks)
         folder = tmp_path / f"rollouts{ranks.num_ranks}"
-        source = LiveRollouts(made, asked, PRESET, RewardsConfig(), ranks, folder, rounds=3)
+        source = LiveRollouts(made, asked, recorder(PRESET, SAMPLES), RewardsConfig(), ranks, folder, rounds=3)
         found = []
         with feed, source:
             for step in range(3):
@@ -374,10 +379,13 @@ def test_all_ranks_draw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with ThreadPoolExecutor(3) as pool:
         together = list(pool.map(lambda rank: steps(meeting.of(rank)), range(3)))
     assert sum(step.rounds or 0 for step in alone) > 3 and min(step.num_drawn for step in alone) > 6
-    for found in together:
-        for ours, theirs in zip(alone, found, strict=True):
-            assert ours.groups == theirs.groups and ours.places == theirs.places and ours.rounds == theirs.rounds
-            assert all(torch.equal(theirs.rewards[name], value) for name, value in ours.rewards.items())
+    for ours, *theirs in zip(alone, *together, strict=True):
+        held = [group for each in theirs for group in each.groups]
+        assert sorted(held, key=lambda group: group.group_id) == ours.groups
+        for each in theirs:
+            assert each.places == ours.places and each.rounds == ours.rounds and each.prompts == ours.prompts
+            rewards = each.ledger.rollout_rewards
+            assert all(torch.equal(rewards[name], value) for name, value in ours.ledger.rollout_rewards.items())
 
 
 # ---------------------------------------------------------------- files, metrics, configuration
@@ -390,12 +398,12 @@ def test_a_damaged_file_is_named(runs: Runs) -> None:
     dataset = ShardDataset(sorted((runs.folder / "data").glob("*.tar")))
     drawn: list[Any] = SampleStream(dataset, 1, window=8).take(0, 40)
 
-    def read(*lines: dict[str, Any]) -> StepRollouts:
+    def read(*lines: dict[str, Any]) -> SavedPart:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return read_rollouts(path, lambda further: drawn[: 4 + further], SAMPLES, ["acc"], PRESET.asked, ())
 
     further = whole[0]["further_prompts"]
-    assert read(*whole).num_drawn == 4 + further > 4
+    assert len(read(*whole).prompts) == 4 + further > 4
     with pytest.raises(ValueError, match=rf"holds \d+ samples, the configuration asks for {4 + further} prompts"):
         read(*whole[: -2 * SAMPLES])
     for name in ("rounds", "further_prompts"):
@@ -417,7 +425,7 @@ def test_the_leak_filter_counts_for_what_is_dead(tmp_path: Path) -> None:
     (plain,), preset = groups_of(1, 2), PRESETS["vision_sr1"]
     made = [replace(plain, prompt=replace(plain.prompt, images=(Image.new("RGB", (28, 28)),)))]
     ones = dict.fromkeys(("acc", "fmt", "acc_vis", "fmt_vis", "format"), torch.ones(2))
-    rollouts = StepRollouts(made, {**ones, "leak": torch.tensor([0.0, 1.0])}, [0], {}, None)
+    rollouts = rollouts_of(made, {**ones, "leak": torch.tensor([0.0, 1.0])}, preset)
     clock = Clock()
     with clock("rollout"):
         pass

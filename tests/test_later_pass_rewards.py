@@ -18,12 +18,14 @@ from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.rewards import Ungraded, find_reward, score_group
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.training.batches import rollout_advantages
-from megatron_sr1.training.rollout_files import read_rollouts, read_text, rollouts_file, step_files, write_rollouts
+from megatron_sr1.training.rollout_files import read_text, rollouts_file, step_files, write_rollouts
+from megatron_sr1.training.rollout_reader import read_rollouts
 from megatron_sr1.training.segments import scored_responses
 from megatron_sr1.training.step_metrics import step_metrics
-from megatron_sr1.training.step_rewards import join_rewards, scored_rewards, without_leaks
-from megatron_sr1.training.step_rollouts import all_trained
+from megatron_sr1.training.step_rewards import sample_rewards, scored_rewards, without_leaks
+from megatron_sr1.training.step_rollouts import StepRollouts
 from megatron_sr1.types import (
+    ALONE,
     Prompt,
     Question,
     Reading,
@@ -33,6 +35,7 @@ from megatron_sr1.types import (
 )
 from tests.pass_cases import SEEN_IMAGE, bare, live, preset
 from tests.scripted_engine import SEEN
+from tests.step_cases import recorder, rollouts_of, scored
 
 
 # ---------------------------------------------------------------- what is earned, and trained
@@ -102,10 +105,10 @@ def test_advantages_of_a_pass_with_samples_compare_all_of_them_and_the_first_pas
         )
         for number, ps in enumerate((pairs, pairs[:1] * 3))
     ]
-    vectors = [(group.group_id, score_group(group, scored_rewards(objective))) for group in groups]
-    rewards = join_rewards(vectors, objective)
+    ledger = scored(groups, objective)
+    rewards = ledger.rollout_rewards
     assert rewards["acc_vis"].tolist() == [[1, 0], [1, 1], [0, 0], [1, 0], [1, 0], [1, 0]]
-    found = rollout_advantages(groups, rewards, objective, 1e-6)
+    found = rollout_advantages(ledger, rewards, objective, 1e-6)
     assert found.shape == (2, 6, 2)
 
     def z(values: list[float]) -> list[float]:
@@ -133,8 +136,8 @@ def test_prompts_that_are_not_asked_a_pass_are_not_among_those_it_is_compared_wi
     names = [stream.name for stream in objective.streams]
 
     def visual(*groups: RolloutGroup) -> torch.Tensor:
-        vectors = [(group.group_id, score_group(group, scored_rewards(objective))) for group in groups]
-        return rollout_advantages(groups, join_rewards(vectors, objective), objective, 1e-6)[names.index("visual")]
+        ledger = scored(groups, objective)
+        return rollout_advantages(ledger, ledger.rollout_rewards, objective, 1e-6)[names.index("visual")]
 
     alone, both = visual(with_image), visual(with_image, *plain)
     assert torch.equal(both[:2], alone) and alone.any() and not both[2:].any() and not visual(*plain).any()
@@ -153,8 +156,7 @@ def test_rollouts_of_other_passes_are_not_trained_on(tmp_path: Path) -> None:
     made = [RolloutGroup(0, Prompt("p", "Sum?", "10"), (answered("10"),))]
     path = rollouts_file(tmp_path, 0)
     then, now = preset({"name": "blind", "context": "nothing"}), preset({"name": "second", "samples": 2})
-    rewards = {name: torch.zeros(1) for name in scored_rewards(then)}
-    write_rollouts(path, all_trained(made, rewards), 1, then.asked, then.passes.later)
+    write_rollouts(path, rollouts_of(made, {}, then), 1, then.asked, then.passes.later)
 
     def read(by: Any) -> Any:
         return read_rollouts(path, lambda further: [made[0].prompt], 1, ["acc"], by.asked, by.passes.later)
@@ -192,7 +194,9 @@ def test_the_leak_filter_takes_what_a_description_gives_away_and_nothing_else() 
 
 def test_a_cut_answer_of_an_endpoint_is_graded_as_it_is(tmp_path: Path) -> None:
     _, _, taken, metrics = live(tmp_path, lambda question, attempt: "cut" if "0/0/first" in question else r"\boxed{1}")
-    assert taken.rewards["acc_vis@big"].tolist() == [0.0, 1.0, 1.0, 1.0] and metrics["big/missing"] == 0.0
+    assert (
+        taken.ledger.rollout_rewards["acc_vis@big"].tolist() == [0.0, 1.0, 1.0, 1.0] and metrics["big/missing"] == 0.0
+    )
 
 
 def test_a_pass_is_measured_over_the_prompts_that_are_asked_it() -> None:
@@ -204,18 +208,16 @@ def test_a_pass_is_measured_over_the_prompts_that_are_asked_it() -> None:
         for number, pairs in enumerate([(answered("10"), answered(blind="9"))] + [(answered(), answered())] * 3)
     ]
     vectors = [
-        (
-            group.group_id,
-            score_group(group if group.prompt.images else replace(group, pairs=bare(group)), scored_rewards(objective)),
-        )
+        score_group(group if group.prompt.images else replace(group, pairs=bare(group)), scored_rewards(objective))
         for group in groups
     ]
     clock = Clock()
     with clock("rollout"):
         pass
-    metrics = step_metrics(
-        all_trained(groups, join_rewards(vectors, objective)), objective, ObjectiveConfig(), [], clock
-    )
+    rewards = [sample_rewards(vector, objective) for vector in vectors]
+    ledger, _ = recorder(objective, 2).record(groups, rewards, ALONE)
+    taken = StepRollouts(ledger, [group.prompt for group in groups], range(4), groups, {})
+    metrics = step_metrics(taken, objective, ObjectiveConfig(), [], clock)
     assert metrics["reward/acc_vis.blind"] == 0.5 and metrics["blind/missing"] == 0.0
     assert not {"reward/acc_vis", "second_pass_accuracy", "second/missing"} & metrics.keys()
 

@@ -14,7 +14,8 @@ from megatron_sr1.config import ConfigError, JudgeConfig, ObjectiveConfig, Rewar
 from megatron_sr1.rewards import score_group
 from megatron_sr1.rollout.request import Generation
 from megatron_sr1.streams import check_objective
-from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file
+from megatron_sr1.training.rollout_files import rollouts_file
+from megatron_sr1.training.rollout_reader import read_rollouts
 from megatron_sr1.training.step_rewards import scored_rewards
 from megatron_sr1.types import (
     ALONE,
@@ -204,7 +205,9 @@ def test_who_lends_a_description_does_not_depend_on_the_engines() -> None:
         groups = generator(ScriptedEngine(lambda request_id: SEEN.format(f"{request_id} x")), engines=ranks).generate(
             prompts, sampling(later=later), 0
         )
-        return [[pair.readings("other")[0].context for pair in group.pairs] for group in groups]
+        held = ranks.gather(groups)
+        held.sort(key=lambda group: group.group_id)
+        return [[pair.readings("other")[0].context for pair in group.pairs] for group in held]
 
     (alone,) = (lent(ALONE),)
     assert alone[3] == ["a 0/0/first x", "a 0/1/first x"]
@@ -314,7 +317,7 @@ def test_an_engine_that_fails_under_the_starting_weights_gets_them_again() -> No
 
 def test_an_endpoint_reads_while_the_engine_decodes_and_its_answers_are_kept(tmp_path: Path) -> None:
     objective, prompts, taken, metrics = live(tmp_path, right)
-    groups, rewards = taken.groups, taken.rewards
+    groups, rewards = taken.groups, taken.ledger.rollout_rewards
     assert rewards["acc_vis@big"].tolist() == [1.0, 0.0, 0.0, 0.0]
     reading = groups[0].pairs[0].readings("big")[0]
     assert (reading.rollout.response_text, reading.context) == (r"\boxed{1}", "a 0/0/first")
@@ -324,7 +327,9 @@ def test_an_endpoint_reads_while_the_engine_decodes_and_its_answers_are_kept(tmp
     again = read_rollouts(
         rollouts_file(tmp_path, 0), lambda further: prompts, 2, scored_rewards(objective), later=objective.passes.later
     )
-    assert again.groups == groups and all(torch.equal(again.rewards[name], rewards[name]) for name in rewards)
+    assert again.groups == groups
+    for name in scored_rewards(objective):
+        assert torch.equal(torch.cat([each[name] for each in again.rewards]), rewards[name])
     assert rewards["acc_vis"].shape == (4, 2)
 
 
@@ -339,4 +344,4 @@ def test_an_endpoint_that_is_gone_ends_the_step_and_is_never_a_zero(tmp_path: Pa
         "skip_group",
     )
     assert [group.group_id for group in taken.groups] == [0] and metrics["groups/skipped"] == 1
-    assert taken.rewards["acc_vis@big"].tolist() == [1.0, 0.0]
+    assert taken.ledger.rollout_rewards["acc_vis@big"].tolist() == [1.0, 0.0]

@@ -58,8 +58,13 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
     weights = load_file(f"{model_dir}/model.safetensors")
     changed = {name: changed_weight(name, tensor) for name, tensor in weights.items()}
 
-    facts: dict[str, Any] = {"greedy": ours.generate(batch, greedy, 0), "media_ids": processor.media_ids}
-    facts["shared"] = ours.generate(batch, sampling(), 1)
+    def together(how: Sampling, step: int, made: Any = None) -> list[RolloutGroup]:
+        """The groups of both engines."""
+        held = engines.gather((made or ours).generate(batch, how, step))
+        return sorted(held, key=lambda group: group.group_id)
+
+    facts: dict[str, Any] = {"greedy": together(greedy, 0), "media_ids": processor.media_ids}
+    facts["shared"] = together(sampling(), 1)
     facts["alone"] = generator().generate(batch, sampling(), 1)
     facts["barrier"] = generator(streamed=False).generate(batch, sampling(), 1)
     facts["reasons"] = set(engine.reasons)
@@ -72,18 +77,18 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
     facts["banned_ids"] = tuple(sorted(facts["unbanned"])[:50])
     facts["banned"] = draw_freely(engine, processor, facts["banned_ids"])
     ours.update_weights(iter(changed.items()), version=3)
-    facts["changed"] = ours.generate(batch, greedy, 0)
+    facts["changed"] = together(greedy, 0)
     engine.steps_to_fault = 5 if rank == 1 else None
     recovering = generator(engines=engines, weights=changed.items)
-    facts["recovered"] = recovering.generate(batch, greedy, 0)
+    facts["recovered"] = together(greedy, 0, recovering)
     ours.update_weights(iter(weights.items()), version=4)
-    facts["restored"] = ours.generate(batch, greedy, 0)
+    facts["restored"] = together(greedy, 0)
     # as at start-up the engine keeps nothing of a batch, which on some CPUs is rounded otherwise than what is made anew
     ours.update_weights(iter(weights.items()), version=4)
     stale_vision_canary(engine, processor, batch[0].images[0], weights.items)
-    facts["after_canary"] = ours.generate(batch, greedy, 0)
+    facts["after_canary"] = together(greedy, 0)
     facts["pictures"] = compared_pictures(engine, processor, rank)
-    facts["after_pictures"] = ours.generate(batch, greedy, 0)
+    facts["after_pictures"] = together(greedy, 0)
     facts["unknown"] = refused_update(ours, [("extra", torch.ones(1)), *weights.items()])
     facts["incomplete"] = refused_update(ours, list(weights.items())[1:])
     total = torch.ones(1)

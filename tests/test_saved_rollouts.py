@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,9 @@ from megatron_sr1.rewards import RewardError, Ungraded, score_group, workers
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.streams import PRESETS
 from megatron_sr1.training import rollout_writer
+from megatron_sr1.training.ledger import StepLedger
 from megatron_sr1.training.live_rollouts import LiveRollouts
 from megatron_sr1.training.rollout_files import (
-    Share,
-    read_rollouts,
     read_text,
     rollouts_file,
     step_files,
@@ -36,12 +36,14 @@ from megatron_sr1.training.rollout_files import (
     steps_in,
     write_rollouts,
 )
+from megatron_sr1.training.rollout_reader import read_rollouts
 from megatron_sr1.training.rollout_writer import RolloutWriter
 from megatron_sr1.training.saved_rollouts import SavedRollouts
 from megatron_sr1.training.step_rewards import scored_rewards
-from megatron_sr1.training.step_rollouts import all_trained
-from megatron_sr1.types import ALONE, Prompt, Rollout, RolloutGroup, RolloutPair, Sampling
-from tests.step_cases import Listed, scored
+from megatron_sr1.training.step_rollouts import StepRollouts
+from megatron_sr1.types import ALONE, Exchange, OneRank, Prompt, Rollout, RolloutGroup, RolloutPair, Sampling
+from tests.step_cases import Listed, recorder, rollouts_of, scored
+from tests.thread_ranks import on_threads
 
 PRESET = PRESETS["vision_sr1"]
 COMPONENTS = scored_rewards(PRESET)
@@ -69,23 +71,42 @@ def groups(num: int = 3, logprob: float = -0.1) -> list[RolloutGroup]:
     return [RolloutGroup(i, prompt, share) for i, (prompt, share) in enumerate(zip(prompts, pairs, strict=True))]
 
 
-def save(folder: Path, made: list[RolloutGroup], step: int = 0) -> dict[str, torch.Tensor]:
-    rewards = scored(made, PRESET)
-    write_rollouts(rollouts_file(folder, step), all_trained(made, rewards), len(made))
-    return rewards
+def save(folder: Path, made: list[RolloutGroup], step: int = 0) -> StepRollouts:
+    step_rollouts = rollouts_of(made, None, PRESET)
+    write_rollouts(rollouts_file(folder, step), step_rollouts, len(made))
+    return step_rollouts
+
+
+def saved(folder: Path, prompts: Any, step: int = 0, clock: Clock | None = None) -> StepRollouts:
+    """As it is read again."""
+    return SavedRollouts(folder, recorder(PRESET, 2), ALONE).take(prompts, step, clock or Clock())
+
+
+def same(ours: StepLedger, theirs: StepLedger) -> bool:
+    """To the bit, whoever holds what."""
+    held = [replace(each, holder=each.holder * 0).as_rows() for each in (ours, theirs)]
+    return (
+        torch.equal(*(torch.nan_to_num(rows, nan=-7.0) for rows in held))
+        and ours.rewards.keys() == theirs.rewards.keys()
+    )
 
 
 # ---------------------------------------------------------------- files
 def test_a_step_comes_back_whole(tmp_path: Path) -> None:
     made = groups()
-    rewards = save(tmp_path, made, step=7)
+    before = save(tmp_path, made, step=7)
     clock = Clock()
-    rollouts = SavedRollouts(tmp_path, PRESET, 2).take(Listed.of(made), 7, clock)
-    (found, again), places = rollouts.trained, rollouts.places
-    assert found == rollouts.groups == made and places == [0, 1, 2] and rollouts.rounds is None
+    rollouts = saved(tmp_path, Listed.of(made), 7, clock)
+    (ledger, places), found = rollouts.trained, rollouts.groups
+    assert found == made and places == rollouts.places == [0, 1, 2] and rollouts.rounds is None
     assert found[0].pairs[0].description_cut and found[0].pairs[0].first.finished_at == 1.5
-    assert again.keys() == rewards.keys()
-    assert all(torch.equal(again[name], value) and again[name].dtype == value.dtype for name, value in rewards.items())
+    assert same(ledger, before.ledger) and ledger.seconds[0, 0].tolist() == [1.25, 1.25]
+    for number, tracks in before.tracks.items():
+        for place, track in tracks.items():
+            assert all(
+                torch.equal(*pair)
+                for pair in zip(vars(track).values(), vars(rollouts.tracks[number][place]).values(), strict=True)
+            )
     assert clock.seconds.keys() == {"seconds/rollout"}
 
 
@@ -94,8 +115,7 @@ def test_a_step_comes_back_whole(tmp_path: Path) -> None:
 def test_log_probs_keep_every_bit(tmp_path_factory: pytest.TempPathFactory, logprob: float) -> None:
     made = groups(1, logprob)
     folder = tmp_path_factory.mktemp("bits")
-    zeros = dict.fromkeys([*COMPONENTS, "format"], torch.zeros(2))
-    write_rollouts(rollouts_file(folder, 0), all_trained(made, zeros), 1)
+    write_rollouts(rollouts_file(folder, 0), rollouts_of(made, {}, PRESET), 1)
     found = read_rollouts(rollouts_file(folder, 0), lambda further: [made[0].prompt], 2, COMPONENTS).groups
     assert found[0].pairs[0].first.generator_logprobs[0].hex() == logprob.hex()
 
@@ -120,7 +140,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     save(tmp_path, made)
     path, prompts = rollouts_file(tmp_path, 0), [group.prompt for group in made]
     with pytest.raises(ValueError, match=r"step_000001.jsonl does not exist.*train.steps"):
-        SavedRollouts(tmp_path, PRESET, 2).take(Listed(prompts), 1, Clock())
+        saved(tmp_path, Listed(prompts), 1)
     with pytest.raises(ValueError, match=r"holds 6 samples.*3 prompts x 4.*samples_per_prompt"):
         read_rollouts(path, lambda further: prompts, 4, COMPONENTS)
     with pytest.raises(ValueError, match=r"group 0: rollouts of sample 'p0', but the data gives 'p1'"):
@@ -135,9 +155,14 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
 
 def split(folder: Path, made: list[RolloutGroup], *shares: set[int]) -> Path:
     """A step whose groups several engines have made."""
-    path, rewards = rollouts_file(folder, 0), scored(made, PRESET)
-    for part, share in enumerate(shares):
-        write_rollouts(path, all_trained(made, rewards), len(made), share=Share(share, part, len(shares)))
+    path, whole = rollouts_file(folder, 0), rollouts_of(made, None, PRESET)
+    holder = torch.tensor(
+        [[2 * rank for rank, share in enumerate(shares) if group.group_id in share] for group in made]
+    )
+    ledger = replace(whole.ledger, holder=holder.flatten())
+    for rank, share in enumerate(shares):
+        own = [group for group in made if group.group_id in share]
+        write_rollouts(path, replace(whole, ledger=ledger, groups=own), len(made), rank=2 * rank)
     return path
 
 
@@ -148,8 +173,37 @@ def test_the_parts_of_all_engines_are_the_step(tmp_path: Path) -> None:
     save(tmp_path / "whole", made)
     assert step_lines(path) == step_lines(rollouts_file(tmp_path / "whole", 0))
     for folder in ("split", "whole"):
-        found = SavedRollouts(tmp_path / folder, PRESET, 2).take(Listed.of(made), 0, Clock())
-        assert found.groups == made and steps_in(tmp_path / folder) == [rollouts_file(tmp_path / folder, 0)]
+        assert saved(tmp_path / folder, Listed.of(made)).groups == made
+        assert steps_in(tmp_path / folder) == [rollouts_file(tmp_path / folder, 0)]
+
+
+def test_each_rank_reads_every_so_many_of_the_files(tmp_path: Path) -> None:
+    """Whatever the number of ranks that read what five engines wrote; a mistake in any file is every rank's."""
+    made = groups(5)
+    path = split(tmp_path, made, {0}, {3}, {4}, {1}, {2})
+    whole = saved(tmp_path, Listed.of(made))
+
+    def take(ranks: Exchange) -> StepRollouts:
+        return SavedRollouts(tmp_path, recorder(PRESET, 2), ranks).take(Listed.of(made), 0, Clock())
+
+    for num_ranks in (1, 2, 3, 7):
+        found = on_threads(num_ranks, take)
+        held = [[group.group_id for group in each.groups] for each in found]
+        assert sorted(number for numbers in held for number in numbers) == [0, 1, 2, 3, 4] and max(map(len, held)) == -(
+            -5 // num_ranks
+        )
+        for rank, each in enumerate(found):
+            assert same(each.ledger, whole.ledger) and each.tracks.keys() == set(held[rank])
+            assert each.ledger.number[each.ledger.holder == rank].tolist() == sorted(held[rank])
+    file = step_files(path)[3]
+    file.write_bytes(file.read_bytes()[:20])
+
+    def refusal(ranks: Exchange) -> str:
+        with pytest.raises(ValueError) as error:
+            take(ranks)
+        return str(error.value)
+
+    assert all("step_000000.3-of-5.jsonl.gz" in text for text in on_threads(2, refusal))
 
 
 def test_another_run_of_a_step_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
@@ -159,10 +213,10 @@ def test_another_run_of_a_step_leaves_nothing_of_the_one_before(tmp_path: Path) 
         rollouts_file(tmp_path, 0).write_text("of an earlier release")
         split(tmp_path, made, *shares)
         (tmp_path / "step_000000.5-of-7.jsonl.gz.tmp").write_text("")
-        with LiveRollouts(Handing(made), sampling, PRESET, RewardsConfig(), ALONE, tmp_path) as live:
+        with LiveRollouts(Handing(made), sampling, recorder(PRESET, 2), RewardsConfig(), ALONE, tmp_path) as live:
             live.take(Listed.of(made), 0, Clock())
         assert [file.name for file in tmp_path.iterdir()] == ["step_000000.0-of-1.jsonl.gz"]
-        assert SavedRollouts(tmp_path, PRESET, 2).take(Listed.of(made), 0, Clock()).groups == made
+        assert saved(tmp_path, Listed.of(made)).groups == made
     (tmp_path / "step_000001.0-of-2.jsonl.gz.tmp").write_text("")
     assert steps_in(tmp_path) == [rollouts_file(tmp_path, 0)]
 
@@ -175,26 +229,25 @@ def test_a_part_that_is_missing_or_cut_is_named(missing: int, tmp_path: Path) ->
     for cut in (len(data) // 2, 0):
         file.write_bytes(data[:cut])
         with pytest.raises(ValueError, match=rf"step_000000\.{missing}-of-3\.jsonl\.gz: .*damaged: copy it again"):
-            SavedRollouts(tmp_path, PRESET, 2).take(Listed.of(made), 0, Clock())
+            saved(tmp_path, Listed.of(made))
     file.unlink()
     with pytest.raises(ValueError, match=r"its parts are .*, which are not all of one run"):
-        SavedRollouts(tmp_path, PRESET, 2).take(Listed.of(made), 0, Clock())
+        saved(tmp_path, Listed.of(made))
 
 
 def test_the_writer_works_beside_and_tells_its_error_to_who_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, rewards = groups(3), scored(groups(3), PRESET)
-    writer, whole = RolloutWriter(PRESET.asked, PRESET.passes.later), all_trained(made, rewards)
+    writer, whole = RolloutWriter(PRESET.asked, PRESET.passes.later), rollouts_of(groups(3), None, PRESET)
     may_write = threading.Event()
     monkeypatch.setattr(rollout_writer, "write_rollouts", lambda *args: (may_write.wait(30), write_rollouts(*args)))
-    writer.write(rollouts_file(tmp_path, 0), whole, 3, Share({0, 1, 2}))
+    writer.write(rollouts_file(tmp_path, 0), whole, 3, 0)
     assert list(tmp_path.glob("*.gz")) == [], "it has not waited"
     may_write.set()
     writer.settle()
     assert len(list(tmp_path.glob("*.gz"))) == 1
     (tmp_path / "file").write_text("")
-    writer.write(rollouts_file(tmp_path / "file", 1), whole, 3, Share({0}))
+    writer.write(rollouts_file(tmp_path / "file", 1), whole, 3, 0)
     with pytest.raises(OSError, match="file"):
         writer.settle()
     writer.settle()
@@ -223,17 +276,7 @@ class Handing:
         self.log.append("sleep")
 
 
-class TwoOfOneEngine:
-    """Two ranks that grade the same groups, seen from the first."""
-
-    rank, num_ranks = 0, 2
-
-    def __init__(self) -> None:
-        self.sent: list[list[Any]] = []
-
-    def gather(self, items: list[Any]) -> list[Any]:
-        self.sent.append(items)
-        return items + items
+OF_ONE_ENGINE = OneRank(0, 2)  # two ranks of which the first holds what their engine makes, seen from there
 
 
 @pytest.mark.parametrize("end", ['{"key": "tor', "[" * 100_000, "3"])
@@ -249,19 +292,18 @@ def test_a_torn_file_is_named_with_its_line(end: str, tmp_path: Path) -> None:
 
 def test_rewards_from_workers_are_those_of_this_process(tmp_path: Path) -> None:
     """In the order of groups and samples, whatever the order of completion; across two steps; LaTeX included."""
-    sampling, ranks = Sampling(2, 1.0, 10, 0), TwoOfOneEngine()
+    sampling = Sampling(2, 1.0, 10, 0)
     for made in (groups(3), groups(2)):
-        with LiveRollouts(Handing(made), sampling, PRESET, RewardsConfig(), ranks, tmp_path) as live:
+        with LiveRollouts(
+            Handing(made), sampling, recorder(PRESET, 2), RewardsConfig(), OF_ONE_ENGINE, tmp_path
+        ) as live:
             clock = Clock()
             for step in range(2):
-                found, rewards = live.take(Listed.of(made), step, clock).trained
-            expected = scored(made, PRESET)
-            assert found == made and rewards.keys() == expected.keys()
-            assert all(torch.equal(rewards[name], value) for name, value in expected.items())
+                found = live.take(Listed.of(made), step, clock)
+            assert found.groups == made and same(found.trained[0], scored(made, PRESET)), "nothing is left over"
             assert clock.seconds.keys() == {"seconds/rollout", "seconds/reward"}
-        saved = SavedRollouts(tmp_path, PRESET, 2).take(Listed.of(made), 1, clock).trained
-        assert saved[0] == made and all(torch.equal(saved[1][name], value) for name, value in expected.items())
-    assert [len(graded) for ((_, graded),) in ranks.sent] == [3, 3, 2, 2], "nothing is left over from the step before"
+        again = saved(tmp_path, Listed.of(made), 1)
+        assert again.groups == made and same(again.ledger, found.ledger)
 
 
 def test_engines_sleep_from_a_step_to_the_weights_that_follow_it(tmp_path: Path) -> None:
@@ -269,7 +311,9 @@ def test_engines_sleep_from_a_step_to_the_weights_that_follow_it(tmp_path: Path)
     sampling, made = Sampling(2, 1.0, 10, 0), groups(1)
     for refreshed, log in ((True, ["sleep", "version 4"]), (False, [])):
         engine = Handing(made)
-        with LiveRollouts(engine, sampling, PRESET, RewardsConfig(), ALONE, tmp_path, refreshed=refreshed) as live:
+        with LiveRollouts(
+            engine, sampling, recorder(PRESET, 2), RewardsConfig(), ALONE, tmp_path, refreshed=refreshed
+        ) as live:
             live.take(Listed.of(made), 3, Clock())
             if refreshed:
                 live.refresh([], 4)
@@ -296,19 +340,18 @@ def test_a_group_that_cannot_be_graded_ends_the_step_on_every_rank_or_is_skipped
     sampling, made = Sampling(2, 1.0, 10, 0), groups(3)
     words = r"'leak' failed on response 0 to sample 'p0' at .*components.py:\d+ in leak: ValueError: metadata"
     engine = Failing(made)
-    with LiveRollouts(engine, sampling, PRESET, RewardsConfig(), TwoOfOneEngine(), tmp_path) as live:
+    with LiveRollouts(engine, sampling, recorder(PRESET, 2), RewardsConfig(), OF_ONE_ENGINE, tmp_path) as live:
         with pytest.raises(RewardError, match=words):
             live.take(Listed.of(made), 0, Clock())
         assert engine.log == ["sleep"], "the trainer may save"
     skips = RewardsConfig(on_error="skip_group")
-    with LiveRollouts(Failing(made), sampling, PRESET, skips, TwoOfOneEngine(), tmp_path) as live:
-        kept, rewards = live.take(Listed.of(made), 1, Clock()).trained
-    expected = scored(made[1:], PRESET)
-    assert kept == made[1:] and all(torch.equal(rewards[name], value) for name, value in expected.items())
-    again = SavedRollouts(tmp_path, PRESET, 2).take(Listed.of(made), 1, Clock()).trained
-    assert again[0] == kept and all(torch.equal(again[1][name], value) for name, value in rewards.items())
+    with LiveRollouts(Failing(made), sampling, recorder(PRESET, 2), skips, OF_ONE_ENGINE, tmp_path) as live:
+        kept = live.take(Listed.of(made), 1, Clock())
+    assert kept.groups == made[1:] and same(kept.trained[0], scored(made[1:], PRESET))
+    again = saved(tmp_path, Listed.of(made), 1)
+    assert again.groups == made[1:] and same(again.ledger, kept.ledger)
     with (
-        LiveRollouts(Failing(made[:1]), sampling, PRESET, skips, ALONE, tmp_path) as live,
+        LiveRollouts(Failing(made[:1]), sampling, recorder(PRESET, 2), skips, ALONE, tmp_path) as live,
         pytest.raises(RewardError, match="no group of step 2 could be graded"),
     ):
         live.take(Listed.of(made[:1]), 2, Clock())
@@ -334,20 +377,30 @@ def test_a_killed_grader_is_replaced_and_the_rewards_are_the_same(caplog: pytest
     graders.close()
 
 
-def test_a_grader_that_takes_too_long_is_replaced_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    graders = Graders(["acc"], num_workers=1)
-    graders.submit(groups(1)[0])
-    graders.collect()
-    (worker,) = graders._workers
-    monkeypatch.setattr(worker, "_seconds", 0.0)
-    graders.submit(groups(1)[0])
-    ((_, ungraded),) = graders.collect()
-    assert isinstance(ungraded, Ungraded) and "acc of sample 'p0' ended 2 grading processes" in ungraded.reason
-    assert worker._process_id == 0, "the last one is gone, too"
-    monkeypatch.setattr(worker, "_seconds", 60.0)
-    graders.submit(groups(1)[0])
-    assert len(graders.collect()) == 1
-    graders.close()
+SLOW = """
+import time
+from pathlib import Path
+def slow(pair, prompt):
+    while not Path({go!r}).exists():
+        time.sleep(0.01)
+    return 1.0
+"""
+
+
+def test_a_grader_that_takes_too_long_is_replaced_and_named(tmp_path: Path) -> None:
+    file, go = tmp_path / "mine.py", tmp_path / "go"
+    file.write_text(SLOW.format(go=str(go)))
+    with closing(Graders(["acc", f"{file}:slow"], 0.2, num_workers=1)) as graders:
+        graders.submit(groups(1)[0])
+        ((_, ungraded),) = graders.collect()
+        assert isinstance(ungraded, Ungraded) and "of sample 'p0' ended 2 grading processes" in ungraded.reason
+        (worker,) = graders._workers
+        assert worker._process_id == 0, "the last one is gone, too"
+        go.write_text("")
+        worker._seconds = 60.0
+        graders.submit(groups(1)[0])
+        ((_, vectors),) = graders.collect()
+        assert not isinstance(vectors, Ungraded) and [vector["acc"] for vector in vectors] == [1.0, 1.0]
 
 
 def test_several_graders_work_at_once() -> None:

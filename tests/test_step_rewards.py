@@ -13,10 +13,9 @@ from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.streams import PRESETS
 from megatron_sr1.training.rollout_files import step_lines, write_rollouts
 from megatron_sr1.training.step_metrics import summarise
-from megatron_sr1.training.step_rewards import join_rewards, scored_rewards, without_leaks
-from megatron_sr1.training.step_rollouts import all_trained
-from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
-from tests.step_cases import graded, scored
+from megatron_sr1.training.step_rewards import sample_rewards, scored_rewards, without_leaks
+from megatron_sr1.types import ALONE, Prompt, Rollout, RolloutGroup, RolloutPair
+from tests.step_cases import recorder, rollouts_of, scored
 
 IMAGE = Image.new("RGB", (28, 28))
 RIGHT_SECOND = r"<think> 3 + 7 = 10 </think> \boxed{10}"
@@ -45,11 +44,12 @@ def groups() -> list[RolloutGroup]:
 
 
 def test_summary_follows_the_definitions(groups: list[RolloutGroup]) -> None:
-    rewards = scored(groups, PRESETS["vision_sr1"])
+    ledger = scored(groups, PRESETS["vision_sr1"])
+    rewards = ledger.rollout_rewards
     assert rewards["acc"].tolist() == [1, 1, 0, 1]
     assert rewards["acc_vis"].tolist() == [1, 0, 1, 0]
     assert rewards["fmt"].tolist() == [1, 1, 1, 0]
-    summary = summarise(groups, rewards)
+    summary = summarise(ledger)
     assert summary["accuracy"] == 0.75
     assert summary["second_pass_accuracy"] == 0.5
     assert summary["language_shortcut_rate"] == 0.5, "samples 1 and 3: right, and the description alone is not enough"
@@ -60,38 +60,30 @@ def test_summary_follows_the_definitions(groups: list[RolloutGroup]) -> None:
 
 def test_without_known_facts_faithfulness_is_not_measured(groups: list[RolloutGroup]) -> None:
     unknown = [RolloutGroup(0, Prompt("p", "q", "10", (IMAGE,)), groups[0].pairs)]
-    rewards = scored(unknown, PRESETS["see_think"])
-    assert summarise(unknown, rewards)["faithful"] is None
-
-
-def test_what_ranks_graded_joins_in_any_order_and_counts_once(groups: list[RolloutGroup]) -> None:
-    """The ranks of one engine grade the same groups."""
-    many = [RolloutGroup(index, groups[0].prompt, groups[0].pairs[index:] * 2) for index in range(3)]
-    preset = PRESETS["vision_sr1"]
-    alone = scored(many, preset)
-    parts = [graded(many[:2], preset), graded(many[2:], preset)]
-    both = join_rewards([*parts[1], *parts[0], *parts[1]], preset)
-    assert len(alone["acc"]) == 8 + 6 + 4
-    assert all(torch.equal(both[name], alone[name]) for name in alone)
+    assert summarise(scored(unknown, PRESETS["see_think"]))["faithful"] is None
 
 
 def test_prompts_without_images_have_the_plain_layout_and_no_part_in_what_is_said_of_descriptions(
     groups: list[RolloutGroup],
 ) -> None:
     preset = PRESETS["vision_sr1"]
-    plain = (_pair(0, None, "10", None), _pair(1, "The digits are 3 7 .", "10", None))
+    plain = (_pair(0, None, "10", None), _pair(1, "The digits are 3 7 .", "10", None)) * 2
     both = [*groups, RolloutGroup(1, Prompt("t", "What is 3 + 7?", "10"), plain)]
     with closing(Graders(scored_rewards(preset))) as graders:
         for group in both:
             graders.submit(group)
-        rewards = join_rewards(graders.collect(), preset)
-    assert rewards["fmt"].tolist() == [1, 1, 1, 0, 1, 0], "the plain layout, and a description where none is asked for"
-    assert rewards["acc"].tolist() == [1, 1, 0, 1, 1, 1] and rewards["acc_vis"].tolist()[4:] == [0, 0]
-    images_alone, summary = summarise(groups, scored(groups, preset)), summarise(both, rewards)
+        vectors = dict(graders.collect())
+    made = recorder(preset, 4)
+    ledger, _ = made.record(both, [sample_rewards(vectors[number], preset) for number in range(2)], ALONE)
+    rewards = ledger.rollout_rewards
+    fmt = [1, 1, 1, 0, 1, 0, 1, 0]
+    assert rewards["fmt"].tolist() == fmt, "the plain layout, and a description where none is asked for"
+    assert rewards["acc"].tolist() == [1, 1, 0, 1, 1, 1, 1, 1] and rewards["acc_vis"].tolist()[4:] == [0] * 4
+    images_alone, summary = summarise(scored(groups, preset)), summarise(ledger)
     for name in ("second_pass_accuracy", "language_shortcut_rate", "leak"):
         assert summary[name] == images_alone[name]
-    assert summary["accuracy"] == pytest.approx(5 / 6)
-    text = summarise(both[1:], {name: value[4:] for name, value in rewards.items()})
+    assert summary["accuracy"] == pytest.approx(7 / 8)
+    text = summarise(ledger.of([1]))
     assert text["language_shortcut_rate"] is None and text["accuracy"] == 1.0
 
 
@@ -103,9 +95,8 @@ def test_the_leak_filter_takes_only_visual_rewards(groups: list[RolloutGroup]) -
 
 
 def test_rollouts_are_kept_whole(groups: list[RolloutGroup], tmp_path: Path) -> None:
-    rewards = scored(groups, PRESETS["vision_sr1"])
     path = tmp_path / "rollouts" / "step_000000.jsonl"
-    write_rollouts(path, all_trained(groups, rewards), 1)
+    write_rollouts(path, rollouts_of(groups, None, PRESETS["vision_sr1"]), 1)
     lines = step_lines(path)
     assert len(lines) == 4
     assert lines[1]["rewards"]["acc_vis"] == 0.0 and lines[1]["rewards"]["acc"] == 1.0

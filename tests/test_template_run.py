@@ -24,10 +24,10 @@ from megatron_sr1.rollout.plan import Limits, Planner
 from megatron_sr1.rollout.two_pass import TwoPassGenerator
 from megatron_sr1.streams import Preset, preset_of, segments_of
 from megatron_sr1.training.batches import Batcher
-from megatron_sr1.training.rollout_files import read_rollouts, read_text, rollouts_file, step_files, write_rollouts
+from megatron_sr1.training.rollout_files import read_text, rollouts_file, step_files, write_rollouts
+from megatron_sr1.training.rollout_reader import read_rollouts
 from megatron_sr1.training.segments import Response, response_masks
 from megatron_sr1.training.step_rewards import scored_rewards
-from megatron_sr1.training.step_rollouts import all_trained
 from megatron_sr1.types import (
     ALONE,
     SECOND,
@@ -42,7 +42,7 @@ from megatron_sr1.types import (
 )
 from tests.data_cases import picture
 from tests.scripted_engine import IMAGE, Letters, ScriptedEngine, prompt
-from tests.step_cases import scored
+from tests.step_cases import rollouts_of
 
 YAML = """
 objective: {preset: perception_credit, template: look, second_template: read, plain_template: plain, streams: [
@@ -208,7 +208,7 @@ def test_a_demonstration_is_trained_with_the_turn_of_its_template(config: Config
 def test_saved_rollouts_are_not_read_by_other_templates(preset: Preset, tmp_path: Path) -> None:
     made = [replace(group(), group_id=0)]
     path = rollouts_file(tmp_path, 0)
-    write_rollouts(path, all_trained(made, scored(made, preset)), 1, preset.asked)
+    write_rollouts(path, rollouts_of(made, None, preset), 1, preset.asked)
     prompts = lambda further: [each.prompt for each in made]  # noqa: E731
     assert read_rollouts(path, prompts, 1, ["acc"], preset.asked).groups == made
     with pytest.raises(ValueError, match=r"asked by other templates, look .*; the configuration has see_think "):

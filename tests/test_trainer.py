@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -10,21 +11,21 @@ import torch
 
 from megatron_sr1.config import ConfigError, load_config
 from megatron_sr1.config.checks import check_train_batch
-from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
 from megatron_sr1.streams import preset_from_config
 from megatron_sr1.training.logprob_gap import check_logprob_gap, max_logprob_gap
 from megatron_sr1.training.trainer import Trainer
 from megatron_sr1.types import ALONE, LogProbs, LossFn, MicroBatch, Scoring
-from tests.batch_cases import their_rewards, two_groups
+from tests.batch_cases import two_groups
+from tests.step_cases import trained
 
 
 class Recorder:
     """Log-probs as told: the generator's and `start` nats, and with each optimizer step `moves` nats more."""
 
     replicas = ALONE
-    platform = Platform(torch.device("cpu"), rank=0, world_size=1)
+    platform = SimpleNamespace(on_cpu=True, device=torch.device("cpu"), ranks=ALONE)
 
     def __init__(self, moves: float, start: float) -> None:
         self.moves = moves
@@ -64,7 +65,7 @@ def _metrics(
     processor = Processor.from_pretrained(tiny_model_dir)
     preset, recorder = preset_from_config(config.objective), Recorder(moves, start)
     trainer = Trainer(config, cast(Policy, recorder), preset, processor)
-    results = trainer.update(two_groups(processor), their_rewards())
+    results = trainer.update(trained(processor, preset))
     return [{**result.metrics, "scored": recorder.scored} for result in results]
 
 

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron_sr1.types import Exchange
+
+Result = TypeVar("Result")
 
 
 class Meeting:
@@ -35,3 +44,18 @@ class ThreadRanks:
 
     def gather(self, items: list[Any]) -> list[Any]:
         return self.meeting.exchange(self.rank, items)
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        return torch.cat(self.gather([rows]))
+
+    def swap(self, pieces: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        received = [each[self.rank] for each in self.gather([list(pieces)])]
+        assert [len(piece) for piece in received] == list(sizes), "both sides know the sizes"
+        return received
+
+
+def on_threads(num_ranks: int, work: Callable[[Exchange], Result]) -> list[Result]:
+    """What each of the ranks gives."""
+    meeting = Meeting(num_ranks)
+    with ThreadPoolExecutor(num_ranks) as pool:
+        return list(pool.map(lambda rank: work(meeting.of(rank)), range(num_ranks)))

@@ -14,6 +14,7 @@ from megatron_sr1.processor import Processor
 from megatron_sr1.streams import preset_from_config
 from megatron_sr1.types import BANNED_LOGIT_BIAS, TokenSequence
 from tests.batch_cases import their_rewards, two_groups
+from tests.step_cases import trained
 
 BETA, BETA_VISUAL, ETA, ETA_VISUAL, CONSTANT, TEMPERATURE = 0.5, 0.2, 0.05, -0.03, 40, 0.9
 _ANSWER = f"kl_in: reward, kl_estimator: k1, kl_coef: {BETA}, entropy_coef: {ETA}, advantage: leave_one_out"
@@ -37,13 +38,14 @@ class Steps:
 
 
 def two_updates(policy: Any, config: Config, processor: Processor) -> Steps:
-    """On the same rollouts; at the second the policy is no more its reference."""
+    """On the same rollouts; at the second the policy is no more its reference. Every rank holds them all."""
     from megatron_sr1.training.trainer import Trainer
 
-    trainer = Trainer(config, policy, preset_from_config(config.objective), processor)
-    (first,) = trainer.update(two_groups(processor), their_rewards())
+    preset = preset_from_config(config.objective)
+    trainer = Trainer(config, policy, preset, processor)
+    (first,) = trainer.update(trained(processor, preset))
     between = {name: tensor.clone() for name, tensor in policy.hf_weights()}
-    (second,) = trainer.update(two_groups(processor), their_rewards())
+    (second,) = trainer.update(trained(processor, preset))
     return Steps(first, second, between)
 
 

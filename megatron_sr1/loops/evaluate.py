@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 from rich.console import Console
@@ -239,9 +240,13 @@ def _answer(
     num_answered = len(answered)
     for chunk in heldout.chunks(settings.chunk_prompts, answered):
         answers = _answer_chunk(run, generator(), chunk, step)
+        ranks, own = run.platform.ranks, _records(answers, len(chunk), made_of, second_pass)
+        records = [record for _, record in sorted(ranks.send_to_main(own), key=itemgetter(0))]
         if run.platform.is_main:
-            append_records(files.records, _records(answers, made_of, second_pass))
-        kept += [group for group, _, _ in answers[: settings.verify_export - len(kept)]]
+            append_records(files.records, records)
+        wanted = settings.verify_export - len(kept)
+        pairs = ranks.gather([(group.group_id, group.pairs) for group, _, _ in answers if group.group_id < wanted])
+        kept += [RolloutGroup(number, chunk[number], each) for number, each in sorted(pairs, key=itemgetter(0))]
         num_answered += len(chunk)
         if len(heldout) > settings.chunk_prompts:
             run.say(f"answered {num_answered} of {len(heldout)} prompts")
@@ -253,7 +258,7 @@ def _answer(
 def _answer_chunk(
     run: Run, generator: Generator, chunk: Sequence[Prompt], step: int
 ) -> list[tuple[RolloutGroup, Template, list[dict[str, float]]]]:
-    """Each prompt's answers, its template and its rewards, in order. Collective."""
+    """The answers that this rank holds, in order, with their template and their rewards. Collective."""
     config, preset = run.config, preset_of(run.config)
     sampling = Sampling(
         config.evaluate.samples,
@@ -264,25 +269,24 @@ def _answer_chunk(
     )
     ranks = run.platform.ranks
     groups = _generated(config, generator, chunk, sampling, step, ranks)
-    answers: list[tuple[RolloutGroup, Template]] = [(group, preset.asked.of(group.prompt).first) for group in groups]
-    mine = range(ranks.rank, len(answers), ranks.num_ranks)
-    graded = dict(ranks.gather(_grade([(index, *answers[index]) for index in mine], preset, config)))
-    failed = [share.reason for share in graded.values() if isinstance(share, Ungraded)]
+    answers = [(group, preset.asked.of(group.prompt).first) for group in groups]
+    graded = dict(_grade(answers, preset, config))
+    failed = ranks.gather([share.reason for share in graded.values() if isinstance(share, Ungraded)])
     if failed:
         raise RewardError(failed[0])
-    return [(group, template, _shown(graded[index])) for index, (group, template) in enumerate(answers)]
+    return [(group, template, _shown(graded[group.group_id])) for group, template in answers]
 
 
 def _generated(
     config: Config, generator: Generator, chunk: Sequence[Prompt], sampling: Sampling, step: int, ranks: Ranks
 ) -> list[RolloutGroup]:
-    """Each prompt's answers, those of an endpoint among them. Collective."""
+    """The groups that this rank holds, with the answers of an endpoint among them. Collective."""
     if not any(later.reader == "endpoint" for later in sampling.later):
         return generator.generate(chunk, sampling, step)
     with closing(JudgedRewards(config.rewards.judge.endpoint, fails_fast=True)) as judged:
         readings = EndpointReadings(judged)
         groups = generator.generate(chunk, sampling, step, None, readings.ask)
-        answers = ranks.gather(readings.collect())
+        answers = readings.collect()
         failures = ranks.gather(judged.failures)
     if failures:
         raise RewardError(failures[0].reason)
@@ -290,28 +294,28 @@ def _generated(
 
 
 def _grade(
-    share: Sequence[tuple[int, RolloutGroup, Template]], preset: Preset, config: Config
+    answers: Sequence[tuple[RolloutGroup, Template]], preset: Preset, config: Config
 ) -> list[tuple[int, Vectors | Ungraded]]:
-    """By our rewards, whatever is trained on, and by those of the user's own that are. Only these need processes that
-    can be ended."""
+    """By number of a group: by our rewards, whatever is trained on, and by those of the user's own that are. Only these
+    need processes that can be ended."""
     rounded = config.evaluate.rounded_decimals
     users = [name for name in preset.rewards if is_import_path(name)]
     plain = [name for name in users if find_reward(name).later == SECOND.name]  # a prompt without images has no others
     further = [f"acc_vis@{later.name}" for later in preset.passes.later if later.name != SECOND.name]
     named = []
-    for index, group, template in share:
+    for group, template in answers:
         own = own_rewards(template.describes is not None)
-        named.append((index, group, (*own, *further) if group.prompt.images else own))
+        named.append((group, (*own, *further) if group.prompt.images else own))
     if not users:
         return [
-            (index, score_or_tell(group, own, rounded=rounded, asked=preset.asked.of(group.prompt)))
-            for index, group, own in named
+            (group.group_id, score_or_tell(group, own, rounded=rounded, asked=preset.asked.of(group.prompt)))
+            for group, own in named
         ]
     limits, judge = (config.rewards.seconds, config.rewards.workers), config.rewards.judge
     endpoint = judge.endpoint if judge.url else None
     with closing(Graders(users, *limits, rounded=rounded, judge=endpoint, asked=preset.asked)) as graders:
-        for index, group, own in named:
-            graders.submit(replace(group, group_id=index), (*own, *(users if group.prompt.images else plain)))
+        for group, own in named:
+            graders.submit(group, (*own, *(users if group.prompt.images else plain)))
         return graders.collect()
 
 
@@ -325,13 +329,19 @@ def _shown(vectors: Vectors | Ungraded) -> list[dict[str, float]]:
 
 
 def _records(
-    answers: Sequence[tuple[RolloutGroup, Template, list[dict[str, float]]]], made_of: str, second_pass: bool
-) -> list[Record]:
-    last = len(answers) - 1
-    return [
-        record_of(group, template, vectors, made_of, ends_chunk=index == last, second_pass=second_pass)
-        for index, (group, template, vectors) in enumerate(answers)
-    ]
+    answers: Sequence[tuple[RolloutGroup, Template, list[dict[str, float]]]],
+    num_prompts: int,
+    made_of: str,
+    second_pass: bool,
+) -> list[tuple[int, Record]]:
+    """By number among the prompts of the chunk."""
+    records = []
+    for group, template, vectors in answers:
+        last = group.group_id == num_prompts - 1
+        records.append(
+            (group.group_id, record_of(group, template, vectors, made_of, ends_chunk=last, second_pass=second_pass))
+        )
+    return records
 
 
 def _judge(run: Run, files: EvaluationFiles, settings: EvaluateConfig) -> None:

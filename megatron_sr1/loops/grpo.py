@@ -19,6 +19,7 @@ from megatron_sr1.policy import Policy
 from megatron_sr1.rewards import RewardError
 from megatron_sr1.streams import Preset, own_code, preset_of
 from megatron_sr1.training.live_rollouts import LiveRollouts
+from megatron_sr1.training.recorder import Recorder
 from megatron_sr1.training.rollout_source import RolloutSource
 from megatron_sr1.training.saved_rollouts import SavedRollouts
 from megatron_sr1.training.step_metrics import step_metrics
@@ -50,9 +51,11 @@ def run_grpo(
         first = run.resume(policy)
         trainer = NoTrainer() if rollouts_only else Trainer(config, policy, preset, run.processor)
         evaluations: Evaluations | NoEvaluations = NoEvaluations()
+        how = (run.processor, config.objective.cut_responses)
+        recorder = Recorder.of(preset, config.rollout.samples_per_prompt, *how)
         source: RolloutSource
         if from_rollouts is not None:
-            source = SavedRollouts(from_rollouts, preset, config.rollout.samples_per_prompt)
+            source = SavedRollouts(from_rollouts, recorder, platform.ranks)
         else:
             run.say("starting the generation engines")
             policy.leave_device()
@@ -60,7 +63,7 @@ def run_grpo(
             sampling, files = training_sampling(config, preset), run.folder / "rollouts"
             refreshed = not rollouts_only
             source = LiveRollouts(
-                *(generator, sampling, preset, config.rewards, platform.ranks, files),
+                *(generator, sampling, recorder, config.rewards, platform.ranks, files),
                 refreshed=refreshed,
                 objective=config.objective,
                 rounds=config.rollout.dynamic_sampling,
@@ -103,7 +106,7 @@ def _steps(
             with run.kept_before(RewardError, step, feed, policy, first):
                 rollouts = source.take(prompts, step, clock)  # both passes of every sample, graded
                 with clock("train"):
-                    results = trainer.update(*rollouts.trained)  # advantages, packed rows, optimizer steps
+                    results = trainer.update(rollouts)  # advantages, packed rows, optimizer steps
             prompts.finish()
             if writer is not None:
                 measured = step_metrics(rollouts, preset, run.config.objective, results, clock)

@@ -1,11 +1,13 @@
-"""`types.Ranks` on process groups."""
+"""`types.Ranks` and `types.Exchange` on process groups."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_sr1.types import Element, Ranks
@@ -33,6 +35,39 @@ class GroupRanks:
         lists: list[list[Element]] = [[] for _ in range(self.num_ranks)]
         torch.distributed.all_gather_object(lists, items, group=self.group)
         return [item for part in lists for item in part]
+
+    def send_to_main(self, items: list[Element]) -> list[Element]:
+        """All ranks' items on rank 0, in the order of the ranks; [] on the others. Collective."""
+        lists: list[list[Element]] = [[] for _ in range(self.num_ranks)]
+        torch.distributed.gather_object(items, lists if self.rank == 0 else None, group=self.group, group_dst=0)
+        return [item for part in lists for item in part]
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """All ranks' rows [n, W] of numbers, of one width and dtype, in the order of the ranks. Collective."""
+        counts = torch.empty(self.num_ranks, dtype=torch.int64, device=self.device)
+        torch.distributed.all_gather_into_tensor(counts, torch.tensor([len(rows)], device=self.device), self.group)
+        most = int(counts.max())
+        if most == 0:
+            return rows
+        padded = torch.zeros(most, rows.shape[1], dtype=rows.dtype, device=self.device)
+        padded[: len(rows)] = rows
+        found = padded.new_empty(self.num_ranks * most, rows.shape[1])
+        torch.distributed.all_gather_into_tensor(found, padded, self.group)
+        places = torch.arange(most, device=self.device).expand(self.num_ranks, -1)
+        return found[(places < counts[:, None]).flatten()].to(rows.device)
+
+    def swap(self, pieces: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """What each rank has for this one, for one piece [n] for each rank, all of one dtype. Collective.
+
+        Args:
+            sizes: of what comes, by rank: both sides know it.
+        """
+        sent = torch.cat(list(pieces))
+        received = torch.empty(sum(sizes), dtype=sent.dtype, device=self.device)
+        torch.distributed.all_to_all_single(
+            received, sent.to(self.device), list(sizes), [len(piece) for piece in pieces], group=self.group
+        )
+        return list(received.to(sent.device).split(list(sizes)))
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on some rank. Collective: one number, however many ranks."""

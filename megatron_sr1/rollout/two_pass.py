@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class TwoPassGenerator:
-    """Implements `types.Generator`: prompts are assigned to the engines, all ranks get all groups."""
+    """Implements `types.Generator`: prompts are assigned to the engines, each rank gets the groups of its own."""
 
     def __init__(
         self,
@@ -42,8 +42,8 @@ class TwoPassGenerator:
             planner: plans the passes; its limits are the engine's.
             engines: all engines, and which of them this is; the ranks of one engine are the same one.
             streamed: False starts the second pass when the whole first pass is done; the tokens are the same.
-            hands_on: this rank hands its engine's groups to `on_group`, and on to all other ranks; the ranks of an
-                engine have the same, so one of them is enough, and needed.
+            hands_on: this rank has its engine's groups; the ranks of an engine made the same, and one of them holds
+                them for all.
             weights: streams the policy's present weights, collectively, into an engine that had to be restarted;
                 None: the engine's model directory holds them.
             start_weights: streams those that the run began with, for the passes of reader "reference". None: the engine
@@ -76,11 +76,12 @@ class TwoPassGenerator:
         on_question: OnQuestion | None = None,
         on_first: Callable[[RolloutGroup], None] | None = None,
     ) -> list[RolloutGroup]:
-        """K samples of all passes for each prompt, in the order of `prompts`. Collective.
+        """K samples of all passes for each prompt of this rank's engine, in the order of `prompts`; [] on a rank that
+        does not hold them. Collective.
 
         Args:
             on_group: takes each group of this rank's engine as soon as it is complete, while others still run; on the
-                ranks that hand them on.
+                ranks that hold them.
             on_question: takes what an endpoint is to be asked, on the same ranks.
             on_first: takes each sample when its first pass is done, as a group of one pair, on the same ranks.
 
@@ -116,10 +117,8 @@ class TwoPassGenerator:
             self._replace()
             requests.release_reference()
             self._run(requests)
-        # without the prompts: all ranks have their images
-        own_pairs = requests.pairs()
-        pairs = dict(self._engines.gather(list(own_pairs.items()) if self._hands_on else []))
-        return [RolloutGroup(group, prompt, pairs[group]) for group, prompt in enumerate(prompts)]
+        pairs = requests.pairs().items() if self._hands_on else ()
+        return [RolloutGroup(group, prompts[group], pairs_of) for group, pairs_of in pairs]
 
     def _compare_pixels(self, plans: Sequence[PassPrompt]) -> None:
         """Raises ValueError on every rank where pixels differ, see `pixel_differences`. Collective."""

@@ -18,13 +18,15 @@ from megatron_sr1.streams.segments import OUTSIDE_DESCRIPTION, REST, WHOLE, othe
 from megatron_sr1.streams.spans import find_spans
 from megatron_sr1.types import SECOND, Clip, LaterPass, Passes, PassName, PresetName, RewardStream, TemplateName
 
+MAX_STREAMS = 31  # which of them credit a token is told in the bits of an int32
+
 
 @dataclass(frozen=True)
 class Preset:
     """A named objective.
 
     Raises:
-        ValueError: a template that is not there, or cannot have its role; no stream, two streams of one name, a stream
+        ValueError: a template that is not there, or cannot have its role; no stream, too many, two streams of one name, a stream
             without rewards, of a pass that there is not or that others than the policy write, or of a segment that its
             pass does not have; a reward that is not there, is of a pass that there is not, needs a description where
             none is asked for, or is shown by the name of another; a pass that needs a description where none is asked
@@ -44,6 +46,8 @@ class Preset:
         _ = self.asked
         if not self.streams:
             raise ValueError(f"objective {self.name!r}: it has no streams; give at least one.")
+        if len(self.streams) > MAX_STREAMS:
+            raise ValueError(f"objective {self.name!r}: it has {len(self.streams)} streams, more than {MAX_STREAMS}.")
         names = [stream.name for stream in self.streams]
         if len(set(names)) < len(names):
             raise ValueError(f"objective {self.name!r}: stream names {names} repeat; metrics need a name each.")

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 from torch import Tensor
 
 from megatron_sr1.config import Config, row_tokens
-from megatron_sr1.objective import stream_advantages, token_kinds, token_weights
-from megatron_sr1.packing import Family, moved, pack, split_for_ranks, split_groups
+from megatron_sr1.objective import stream_advantages, token_weights
+from megatron_sr1.packing import moved, pack, split_for_ranks
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import templates_of
 from megatron_sr1.rewards import find_reward
 from megatron_sr1.streams import Preset
-from megatron_sr1.training.segments import Response, response_masks, scored_responses
+from megatron_sr1.training.ledger import KINDS, StepLedger, slots_of
+from megatron_sr1.training.payload import FIRST, Place
+from megatron_sr1.training.recorder import image_distance, stream_masks
 from megatron_sr1.training.step_rewards import per_rollout
 from megatron_sr1.training.tokens import ResponseTokens, into_rows
-from megatron_sr1.types import (
-    MicroBatch,
-    Ranks,
-    RewardStream,
-    Rollout,
-    RolloutGroup,
-    SftSample,
-    TokenSequence,
-)
+from megatron_sr1.types import MicroBatch, Prompt, Ranks, RewardStream, SftSample, TokenSequence, TokenTrack
 
 CPU = torch.device("cpu")
 
@@ -59,7 +52,7 @@ class StreamBatch(StreamRows):
 
 
 def rollout_advantages(
-    groups: Sequence[RolloutGroup],
+    ledger: StepLedger,
     rewards: Mapping[str, Tensor],
     preset: Preset,
     eps: float,
@@ -69,7 +62,7 @@ def rollout_advantages(
     (Vision-SR1, arXiv 2508.19652, eq. 6).
 
     Args:
-        rewards: per component [B], rollouts in the order of the groups and, within, of the samples.
+        rewards: those of the ledger, or what a filter has left of them.
         eps: see `group_advantages`.
         kl: [S, B, M], see `stream_advantages`; needed where a stream's KL is in its reward.
 
@@ -80,8 +73,7 @@ def rollout_advantages(
     Raises:
         ValueError: see `stream_advantages`.
     """
-    group_ids = torch.tensor([group.group_id for group in groups for _ in group.pairs])  # [B]
-    shown = torch.tensor([bool(group.prompt.images) for group in groups for _ in group.pairs])  # [B]
+    group_ids, shown = ledger.rollout_group, ledger.rollout_shown  # [B]
     advantages = torch.zeros(len(preset.streams), len(group_ids), preset.most_samples)
     for index, stream in enumerate(preset.streams):
         # a prompt without images is not asked a later pass: it is not among those that are compared
@@ -141,50 +133,51 @@ class Batcher:
         micro_batches = [self._with_gradients(*triple, preset) for triple in triples]
         return StreamBatch(micro_batches, rows.tokens, rows.num_tokens, rows.num_of_kind, of_tokens)
 
-    def rows(self, groups: Sequence[RolloutGroup], preset: Preset) -> StreamRows:
-        """The scored responses of this replica's share of the groups, packed, with the weight of each token in
-        every stream.
+    def rows(
+        self,
+        ledger: StepLedger,
+        share: Sequence[Place],
+        tracks: Sequence[TokenTrack],
+        prompts: Sequence[Prompt],
+        preset: Preset,
+    ) -> StreamRows:
+        """The responses that this replica trains, packed, with the weight of each token in every stream.
 
         Args:
-            groups: all groups of the optimizer step, the same on every rank.
+            ledger: of all groups of the optimizer step.
+            share: this replica's, see `share_responses`.
+            tracks: of the responses of the share.
+            prompts: by number of a group; those with a first pass in the share have their images.
         """
-        how = (preset.streams, self._config.objective.cut_responses)
-        scored = [scored_responses(pair, group.prompt, preset) for group in groups for pair in group.pairs]
-        masks = [[response_masks(self._processor, each, *how) for each in responses] for responses in scored]
-        weights = self._weights(scored, masks, preset)  # [S, B, M]
-
+        slots, numbers = slots_of(preset), ledger.number.tolist()
+        weights = self._weights(ledger, preset)  # [S, B, M]
         sequences: list[TokenSequence] = []
         responses: list[ResponseTokens] = []
-        for group, index, each in self._mine_of(groups, scored):
-            response, mask = scored[index][each], masks[index][each]
-            rollout, number = response.rollout, response.number
-            images = group.prompt.images if response.pass_name == "first" else ()
+        for (group, sample, slot), track in zip(share, tracks, strict=True):
+            images = prompts[numbers[group]].images if slot == FIRST else ()
             seen = tuple(self._processor.encode_image(image) for image in images)
-            sequences.append(TokenSequence(rollout.prompt_ids, rollout.response_ids, seen))
+            sequences.append(TokenSequence(track.prompt_ids.tolist(), track.response_ids.tolist(), seen))
+            index, number = group * ledger.num_samples + sample, slots[slot].number
             place = index * preset.most_samples + number
             responses.append(
                 ResponseTokens(
-                    token_weights=weights[:, index, number, None] * mask,
-                    generator_logprobs=torch.tensor(rollout.generator_logprobs),
-                    image_distance=self._image_distance(rollout),
-                    place=torch.full((len(rollout.response_ids),), place),
+                    token_weights=weights[:, index, number, None] * stream_masks(track, len(preset.streams)),
+                    generator_logprobs=track.generator_logprobs,
+                    image_distance=image_distance(track, self._processor.image_token_id),
+                    place=torch.full((len(track.response_ids),), place),
                 )
             )
         micro_batches = self._pack(sequences)
         tokens = [row.moved(self._device) for row in into_rows(responses, micro_batches)]
-        rollouts = [response.rollout for pair in scored for response in pair]
-        num_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-        return StreamRows(micro_batches, tokens, num_tokens, self._num_of_kind(rollouts))
+        counts = dict(zip(KINDS, ledger.of_kind.sum((0, 1)).tolist(), strict=True))
+        num_of_kind = {name: count for name, count in counts.items() if count > 0}
+        num_tokens = int(ledger.response_tokens[..., [slot.scored for slot in slots]].sum())
+        return StreamRows(micro_batches, tokens, num_tokens, num_of_kind)
 
-    def _weights(
-        self, scored: Sequence[Sequence[Response]], masks: Sequence[Sequence[Tensor]], preset: Preset
-    ) -> Tensor:
+    def _weights(self, ledger: StepLedger, preset: Preset) -> Tensor:
         """[S, B, M]: the weight of each token that a stream credits in a response, see `token_weights`. All responses
         of a stream's pass count, those that are missing among them."""
-        counts = torch.zeros(len(preset.streams), len(scored), preset.most_samples, dtype=torch.int64)
-        for index, responses in enumerate(scored):
-            for response, mask in zip(responses, masks[index], strict=True):
-                counts[:, index, response.number] += mask.sum(1).long()  # 0 for streams of other passes
+        counts = ledger.in_stream.flatten(0, 1).transpose(0, 1).long()  # [S, B, M]
         weights = torch.zeros(counts.shape)
         for row, count, stream in zip(weights, counts, preset.streams, strict=True):
             number = preset.num_samples(stream.trajectory)
@@ -204,20 +197,6 @@ class Batcher:
         if self._config.objective.loss or matters.all():  # a loss of the user's own may look at any token
             return batch
         return replace(batch, grad_rows=torch.nonzero(matters).squeeze(1))
-
-    def _image_distance(self, rollout: Rollout) -> Tensor:
-        """[n]: how far each response token is behind the last visual token of its prompt; -1 without images."""
-        offset = torch.arange(len(rollout.response_ids), dtype=torch.float32)
-        behind = next(
-            (n for n, i in enumerate(reversed(rollout.prompt_ids)) if i == self._processor.image_token_id), None
-        )
-        return torch.full_like(offset, -1.0) if behind is None else offset + behind + 1
-
-    def _num_of_kind(self, rollouts: Sequence[Rollout]) -> dict[str, int]:
-        distance = torch.cat([self._image_distance(rollout) for rollout in rollouts])
-        offset = torch.cat([torch.arange(len(rollout.response_ids)) for rollout in rollouts])
-        counts = {name: int(mask.sum()) for name, mask in token_kinds(distance, offset).items()}
-        return {name: count for name, count in counts.items() if count > 0}
 
     def _pack(self, sequences: Sequence[TokenSequence]) -> list[MicroBatch]:
         batches = pack(
@@ -240,27 +219,3 @@ class Batcher:
     def _mine(self, lengths: Sequence[int]) -> list[int]:
         """Which of the items of these lengths, in tokens, this replica trains on."""
         return split_for_ranks(lengths, self._replicas.num_ranks)[self._replicas.rank]
-
-    def _mine_of(
-        self, groups: Sequence[RolloutGroup], scored: Sequence[Sequence[Response]]
-    ) -> Iterator[tuple[RolloutGroup, int, int]]:
-        """This replica's responses: their group, the number of their sample among all of the step, and their own among
-        those of the sample."""
-        samples, places, families = iter(range(len(scored))), [], []
-        for group in groups:
-            seeing: list[tuple[int, int]] = []
-            blind: list[tuple[int, int]] = []
-            for n in islice(samples, len(group.pairs)):
-                for each, response in enumerate(scored[n]):
-                    sees = response.pass_name == "first" and bool(group.prompt.images)
-                    (seeing if sees else blind).append((n, each))
-            tokens = ([_num_tokens(scored[n][each].rollout) for n, each in part] for part in (seeing, blind))
-            places.append([*seeing, *blind])
-            families.append(Family(*tokens))
-        mine = split_groups(families, self._replicas.num_ranks)[self._replicas.rank]
-        for index, place in sorted((index, places[index][number]) for index, number in mine):
-            yield groups[index], *place
-
-
-def _num_tokens(rollout: Rollout) -> int:
-    return len(rollout.prompt_ids) + len(rollout.response_ids)

@@ -17,35 +17,26 @@ from torch import Tensor
 from megatron_sr1.config import ObjectiveConfig
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.batches import rollout_advantages
-from megatron_sr1.training.step_rewards import Rewards, without_leaks
-from megatron_sr1.types import RolloutGroup
+from megatron_sr1.training.ledger import StepLedger
+from megatron_sr1.training.step_rewards import without_leaks
 
 
-def step_advantages(
-    groups: Sequence[RolloutGroup],
-    rewards: Rewards,
-    preset: Preset,
-    objective: ObjectiveConfig,
-    kl: Tensor | None = None,
-) -> Tensor:
+def step_advantages(ledger: StepLedger, preset: Preset, objective: ObjectiveConfig, kl: Tensor | None = None) -> Tensor:
     """[S, B, M]: those that a policy is trained with, see `rollout_advantages`."""
+    rewards = ledger.rollout_rewards
     rewards = without_leaks(rewards, preset) if objective.leak_filter else rewards
-    return rollout_advantages(groups, rewards, preset, objective.advantage_eps, kl)
+    return rollout_advantages(ledger, rewards, preset, objective.advantage_eps, kl)
 
 
-def live_groups(
-    groups: Sequence[RolloutGroup], rewards: Rewards, preset: Preset, objective: ObjectiveConfig
-) -> tuple[Tensor, Tensor]:
+def live_groups(ledger: StepLedger, preset: Preset, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """Whether each group is alive to each stream, [S, G], and to any that has a weight in the loss, [G].
 
     By what they earn: a KL in the reward, which tells most apart, is left out. A stream of `loss_weight` 0 is measured
     and teaches nothing, so it keeps no group alive.
     """
-    num_rollouts = sum(len(group.pairs) for group in groups)
-    no_kl = torch.zeros(len(preset.streams), num_rollouts, preset.most_samples)
-    moves = step_advantages(groups, rewards, preset, objective, no_kl) != 0  # [S, B, M]
-    member = torch.tensor([place for place, group in enumerate(groups) for _ in group.pairs])  # [B]
-    alive = torch.zeros(len(preset.streams), len(groups)).index_add(1, member, moves.any(2).float()) > 0
+    no_kl = torch.zeros(len(preset.streams), ledger.num_groups * ledger.num_samples, preset.most_samples)
+    moves = step_advantages(ledger, preset, objective, no_kl) != 0  # [S, B, M]
+    alive = moves.unflatten(1, (ledger.num_groups, ledger.num_samples)).flatten(2).any(2)
     weighted = torch.tensor([stream.loss_weight != 0 for stream in preset.streams])
     return alive, alive[weighted].any(0)
 

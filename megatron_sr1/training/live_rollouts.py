@@ -18,13 +18,13 @@ from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.rewards import RewardError, Ungraded, Vectors
 from megatron_sr1.rewards.reading import with_readings
 from megatron_sr1.rewards.workers import Graders
-from megatron_sr1.streams import Preset
 from megatron_sr1.training.live_groups import live_groups, training_places
-from megatron_sr1.training.rollout_files import Share, remove_step, rollouts_file
+from megatron_sr1.training.recorder import GroupTracks, Recorder
+from megatron_sr1.training.rollout_files import remove_step, rollouts_file
 from megatron_sr1.training.rollout_writer import RolloutWriter
-from megatron_sr1.training.step_rewards import join_rewards, scored_rewards
+from megatron_sr1.training.step_rewards import sample_rewards, scored_rewards
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.types import Generator, NamedTensors, OnQuestion, Prompt, Ranks, RolloutGroup, Sampling
+from megatron_sr1.types import Exchange, Generator, NamedTensors, OnQuestion, Prompt, RolloutGroup, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -45,60 +45,50 @@ def _asked(ask: OnQuestion, start: int) -> OnQuestion:
 class _Drawn:
     """What a step has drawn so far."""
 
-    def __init__(self, preset: Preset, objective: ObjectiveConfig) -> None:
-        self._preset, self._objective = preset, objective
-        self._groups: list[RolloutGroup] = []
-        self._shares: dict[int, Vectors | Ungraded] = {}
-        self._holders: dict[int, int] = {}  # by number: the first rank that has graded it
+    def __init__(self, recorder: Recorder, objective: ObjectiveConfig, ranks: Exchange) -> None:
+        self._recorder, self._objective, self._ranks = recorder, objective, ranks
+        self._ledger = recorder.none()
+        self._prompts: list[Prompt] = []
+        self._groups: list[RolloutGroup] = []  # graded, of this rank
+        self._tracks: dict[int, GroupTracks] = {}
+        self.skipped: dict[int, str] = {}  # by number: why a group could not be graded
 
     @property
     def num_prompts(self) -> int:
-        return len(self._groups)
-
-    @property
-    def skipped(self) -> dict[int, str]:
-        """By number: why a group could not be graded."""
-        shares = sorted(self._shares.items())
-        return {number: share.reason for number, share in shares if isinstance(share, Ungraded)}
+        return len(self._prompts)
 
     def add(
-        self, groups: Sequence[RolloutGroup], shares: Sequence[tuple[int, Sequence[tuple[int, Vectors | Ungraded]]]]
+        self,
+        prompts: Sequence[Prompt],
+        groups: Sequence[RolloutGroup],
+        graded: Sequence[tuple[int, Vectors | Ungraded]],
     ) -> None:
-        """Those of a round, whose numbers go on from the last, and what each rank has graded."""
-        self._groups += groups
-        for rank, graded in shares:
-            self._shares |= dict(graded)
-            for number, _ in graded:
-                self._holders.setdefault(number, rank)
-
-    def share_of(self, rank: int) -> Share | None:
-        """What a rank writes: the groups that it has graded; None where others have."""
-        writers = sorted(set(self._holders.values()))
-        if rank not in writers:
-            return None
-        own = {number for number, holder in self._holders.items() if holder == rank}
-        return Share(own, writers.index(rank), len(writers))
+        """Those of a round, whose numbers go on from the last: its prompts, the groups of this rank, and their rewards
+        by number. Collective."""
+        failed = [(number, found.reason) for number, found in graded if isinstance(found, Ungraded)]
+        self.skipped |= sorted(self._ranks.gather(failed))
+        vectors = {number: found for number, found in graded if not isinstance(found, Ungraded)}
+        own = [group for group in groups if group.group_id in vectors]
+        rewards = [sample_rewards(vectors[group.group_id], self._recorder.preset) for group in own]
+        ledger, tracks = self._recorder.record(own, rewards, self._ranks)
+        self._ledger = self._ledger.joined(ledger)
+        self._prompts += prompts
+        self._groups += own
+        self._tracks |= tracks
 
     def num_alive(self) -> int:
         """Of the graded groups."""
-        return sum(self._alive()) if len(self.skipped) < len(self._groups) else 0
+        return sum(self._alive()) if self._ledger.num_groups else 0
 
     def chosen(self, count: int, rounds: int | None) -> StepRollouts:
         """Everything, and which groups are the training batch of `count` prompts. Some group is graded."""
-        groups = self._graded()
-        numbers = [group.group_id for group in groups]
-        places = training_places(numbers, self._alive() if rounds is not None else [True] * len(groups), count)
-        return StepRollouts(groups, join_rewards(self._vectors(), self._preset), places, self.skipped, rounds)
+        numbers = self._ledger.number.tolist()
+        places = training_places(numbers, self._alive() if rounds is not None else [True] * len(numbers), count)
+        held = (self._groups, self._tracks)
+        return StepRollouts(self._ledger, self._prompts, places, *held, self.skipped, rounds)
 
     def _alive(self) -> list[bool]:
-        rewards = join_rewards(self._vectors(), self._preset)
-        return live_groups(self._graded(), rewards, self._preset, self._objective)[1].tolist()
-
-    def _graded(self) -> list[RolloutGroup]:
-        return [group for group in self._groups if not isinstance(self._shares[group.group_id], Ungraded)]
-
-    def _vectors(self) -> list[tuple[int, Vectors]]:
-        return [(number, share) for number, share in self._shares.items() if not isinstance(share, Ungraded)]
+        return live_groups(self._ledger, self._recorder.preset, self._objective)[1].tolist()
 
 
 class LiveRollouts:
@@ -110,9 +100,9 @@ class LiveRollouts:
         self,
         generator: Generator,
         sampling: Sampling,
-        preset: Preset,
+        recorder: Recorder,
         rewards: RewardsConfig,
-        ranks: Ranks,
+        ranks: Exchange,
         folder: Path,
         *,
         refreshed: bool = True,
@@ -121,7 +111,7 @@ class LiveRollouts:
     ) -> None:
         """
         Args:
-            ranks: all ranks of the job; each writes the groups that it has graded.
+            ranks: all ranks of the job; each writes the groups that it holds.
             folder: of the files of all steps.
             refreshed: weights come after every step, and until then the engines give their memory to the trainer.
             objective: which groups are alive, see `live_groups`; None: the default.
@@ -129,13 +119,14 @@ class LiveRollouts:
         """
         self._generator = generator
         self._sampling = sampling
-        self._preset = preset
+        self._recorder = recorder
         self._ranks = ranks
         self._folder = folder
         self._refreshed = refreshed
         self._objective = objective or ObjectiveConfig()
         self._rounds = rounds
         self._skips = rewards.on_error == "skip_group"
+        preset = recorder.preset
         self._graders = Graders(
             scored_rewards(preset),
             rewards.seconds,
@@ -157,16 +148,16 @@ class LiveRollouts:
         self._writer.close()
 
     def take(self, prompts: StepPrompts, step: int, clock: Clock) -> StepRollouts:
-        """All groups and all rewards on every rank, without those groups that could not be graded and are skipped.
-        Collective.
+        """The ledger of all groups on every rank, without those that could not be graded and are skipped. Collective.
 
         Each group is graded once, beside the engine that made it, so no two ranks can disagree about an answer, nor
-        about what is drawn further. `seconds/reward` is what grading takes beyond the end of generation.
+        about what is drawn further. `seconds/reward` is what grading takes beyond the end of generation, and the
+        exchange of ledgers.
 
         Raises:
             RewardError: on every rank, of the first group that could not be graded; the engines sleep by then.
         """
-        drawn, rounds = _Drawn(self._preset, self._objective), 0
+        drawn, rounds = _Drawn(self._recorder, self._objective, self._ranks), 0
         if self._ranks.rank == 0:
             remove_step(rollouts_file(self._folder, step))  # before any rank writes: all meet in between
         self._answer(prompts.first, drawn, step, clock)
@@ -189,9 +180,8 @@ class LiveRollouts:
         if self._ranks.rank == 0:
             for reason in reasons:
                 logger.warning("a group is skipped: %s", reason)
-        share = drawn.share_of(self._ranks.rank)
-        if share is not None:
-            self._writer.write(rollouts_file(self._folder, step), chosen, len(prompts.first), share)
+        if chosen.groups:
+            self._writer.write(rollouts_file(self._folder, step), chosen, len(prompts.first), self._ranks.rank)
         return chosen
 
     def settle(self) -> None:
@@ -208,10 +198,8 @@ class LiveRollouts:
             groups = self._generator.generate(prompts, self._sampling, step, *takers, **sooner)
         groups = [replace(group, group_id=start + group.group_id) for group in groups]
         with clock("reward"):
-            shares = self._ranks.gather([(self._ranks.rank, self._graders.collect())])
-            if ask is not None:
-                groups = with_readings(groups, self._ranks.gather(self._graders.readings()))
-        drawn.add(groups, shares)
+            graded = self._graders.collect()
+            drawn.add(prompts, with_readings(groups, self._graders.readings()), graded)
 
     def refresh(self, weights: NamedTensors, version: int) -> None:
         """Streams the weights into the engines, and wakes them where they sleep. Collective."""

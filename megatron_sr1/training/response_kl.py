@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_sr1.objective import kl_estimate
 from megatron_sr1.training.batches import StreamRows
-from megatron_sr1.types import LogProbs, Ranks, RewardStream
+from megatron_sr1.types import Exchange, LogProbs, RewardStream
 
 
 def response_kl(
@@ -27,7 +27,7 @@ def response_kl(
     reference: Sequence[LogProbs],
     streams: Sequence[RewardStream],
     num_responses: int,
-    replicas: Ranks,
+    replicas: Exchange,
 ) -> Tensor:
     """KL of each response in each stream that has it in its reward, 0 in the others and where one credits nothing.
     Collective over the replicas, which send S numbers for each of their responses.
@@ -51,8 +51,8 @@ def response_kl(
         place = tokens.place.cpu()
         here[place] = True
         sums.index_add_(0, place, kl.masked_fill(~credited, 0.0))
-    mine = here.nonzero().squeeze(1).tolist()
-    whole = torch.zeros_like(sums)
-    for index, numbers in replicas.gather([(index, sums[index].tolist()) for index in mine]):
-        whole[index] += torch.tensor(numbers, dtype=torch.float64)  # the passes of a sample may be on two replicas
+    mine = here.nonzero()  # [b, 1]
+    everyone = replicas.gather_rows(torch.cat([mine.double(), sums[mine.squeeze(1)]], 1))
+    # the passes of a sample may be on two replicas
+    whole = torch.zeros_like(sums).index_add_(0, everyone[:, 0].long(), everyone[:, 1:])
     return whole.t().contiguous()

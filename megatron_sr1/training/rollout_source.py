@@ -17,7 +17,8 @@ class RolloutSource(Protocol):
     needs_room: bool  # its engines have the memory that only training needs, from `refresh` to the end of `take`
 
     def take(self, prompts: StepPrompts, step: int, clock: Clock) -> StepRollouts:
-        """All groups and all rewards of a step, on every rank. Collective. The clock notes `seconds/rollout`."""
+        """The ledger of a step on every rank, and its groups on those that hold them. Collective. The clock notes
+        `seconds/rollout`."""
         ...
 
     def settle(self) -> None:

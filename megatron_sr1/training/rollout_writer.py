@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_sr1.prompts import Asked
-from megatron_sr1.training.rollout_files import Share, write_rollouts
+from megatron_sr1.training.rollout_files import write_rollouts
 from megatron_sr1.training.step_rollouts import StepRollouts
 from megatron_sr1.types import LaterPass
 
@@ -20,10 +20,10 @@ class RolloutWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-writer")
         self._pending: Future[None] | None = None
 
-    def write(self, path: Path, rollouts: StepRollouts, num_prompts: int, share: Share) -> None:
-        """Begins to, when the last step is written. Raises as `settle`."""
+    def write(self, path: Path, rollouts: StepRollouts, num_prompts: int, rank: int) -> None:
+        """Begins to write what `rank` holds, when the last step is written. Raises as `settle`."""
         self.settle()
-        self._pending = self._thread.submit(write_rollouts, path, rollouts, num_prompts, *self._made_by, share)
+        self._pending = self._thread.submit(write_rollouts, path, rollouts, num_prompts, *self._made_by, rank)
 
     def settle(self) -> None:
         """Waits until everything is on disk. Raises OSError where it cannot be written."""

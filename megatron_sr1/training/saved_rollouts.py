@@ -1,4 +1,4 @@
-"""Saved rollouts instead of an engine: a step's training, again, from the file the step left behind."""
+"""Saved rollouts instead of an engine: a step's training, again, from the files the step left behind."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from types import TracebackType
 
 from megatron_sr1.data import StepPrompts
 from megatron_sr1.metrics.clock import Clock
-from megatron_sr1.streams import Preset
-from megatron_sr1.training.rollout_files import read_rollouts, rollouts_file
-from megatron_sr1.training.step_rewards import scored_rewards
+from megatron_sr1.training.recorder import Recorder
+from megatron_sr1.training.rollout_files import rollouts_file
+from megatron_sr1.training.rollout_reader import read_rollouts
+from megatron_sr1.training.step_rewards import all_rewards
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.types import NamedTensors, Prompt
+from megatron_sr1.types import Exchange, NamedTensors, Prompt
 
 
 class SavedRollouts:
@@ -20,12 +21,11 @@ class SavedRollouts:
 
     needs_room = False
 
-    def __init__(self, folder: Path, preset: Preset, num_samples: int) -> None:
-        """`num_samples`: K of the run that saved them."""
+    def __init__(self, folder: Path, recorder: Recorder, ranks: Exchange) -> None:
+        """`ranks`: all of the job; each reads every so many of a step's files."""
         self._folder = folder
-        self._names = scored_rewards(preset)
-        self._made_by = (preset.asked, preset.passes.later)
-        self._num_samples = num_samples
+        self._recorder = recorder
+        self._ranks = ranks
 
     def __enter__(self) -> SavedRollouts:
         return self
@@ -36,12 +36,16 @@ class SavedRollouts:
         pass
 
     def take(self, prompts: StepPrompts, step: int, clock: Clock) -> StepRollouts:
-        """All groups and rewards of the step, and what of them was trained on; see `read_rollouts` for errors.
+        """The groups and rewards of the step, and what of them was trained on; see `read_rollouts` for errors.
 
-        The file decides how many prompts are drawn, whatever `rollout.dynamic_sampling` says. Collective."""
+        The files decide how many prompts are drawn, whatever `rollout.dynamic_sampling` says. Collective."""
+        preset, num_samples = self._recorder.preset, self._recorder.num_samples
         with clock("rollout"):
-            path = rollouts_file(self._folder, step)
-            return read_rollouts(path, partial(_all_prompts, prompts), self._num_samples, self._names, *self._made_by)
+            path, made_by = rollouts_file(self._folder, step), (preset.asked, preset.passes.later)
+            draw = partial(_all_prompts, prompts)
+            read = read_rollouts(path, draw, num_samples, all_rewards(preset), *made_by, self._ranks)
+            ledger, tracks = self._recorder.record(read.groups, read.rewards, self._ranks)
+        return StepRollouts(ledger, read.prompts, read.places, read.groups, tracks, read.skipped, read.rounds)
 
     def settle(self) -> None:
         """They are on disk."""

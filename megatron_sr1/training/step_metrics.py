@@ -11,12 +11,13 @@ from megatron_sr1.config import ObjectiveConfig
 from megatron_sr1.metrics import MetricLog
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.policy import StepResult
-from megatron_sr1.rewards import faithful, find_reward
+from megatron_sr1.rewards import find_reward
 from megatron_sr1.streams import Preset
+from megatron_sr1.training.ledger import StepLedger, slots_of
 from megatron_sr1.training.live_groups import live_groups
-from megatron_sr1.training.step_rewards import Rewards, per_rollout
+from megatron_sr1.training.step_rewards import per_rollout
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.types import SECOND, PassName, Rollout, RolloutGroup
+from megatron_sr1.types import SECOND
 
 _OF_SECOND = ("second_pass_accuracy", "language_shortcut_rate")
 
@@ -33,21 +34,21 @@ def step_metrics(
     Of what: `reward/*` and what the optimizer steps measure, of the groups that are trained on; everything else, of all
     that was drawn, so that it speaks of the data as they come, whatever dynamic sampling keeps of them.
     """
-    log = MetricLog()
+    log, ledger = MetricLog(), rollouts.ledger
     log.add("groups/skipped", len(rollouts.skipped), "sum")
-    alive, kept = live_groups(rollouts.groups, rollouts.rewards, preset, objective)
+    alive, kept = live_groups(ledger, preset, objective)
     shares = {f"groups/dead/{stream.name}": row for stream, row in zip(preset.streams, ~alive, strict=True)}
     for name, dead in {**shares, "groups/dead": ~kept}.items():
         log.add(name, dead.float().mean().item())
     if rollouts.rounds is not None:
         _log_sampling(log, rollouts, kept)
     asked = {later.name for later in preset.passes.later}
-    for name, value in summarise(rollouts.groups, rollouts.rewards).items():
+    for name, value in summarise(ledger).items():
         if value is not None and (name not in _OF_SECOND or SECOND.name in asked):
             log.add(name, value)
-    _log_rewards(log, *rollouts.trained, preset)
-    num_tokens = _log_responses(log, rollouts.groups, preset)
-    log.add("tokens_per_second", num_tokens / clock.seconds["seconds/rollout"])
+    _log_rewards(log, rollouts.trained[0], preset)
+    _log_responses(log, ledger, preset)
+    log.add("tokens_per_second", int(ledger.response_tokens.sum()) / clock.seconds["seconds/rollout"])
     for result in results:
         for name, value in result.metrics.items():
             log.add(name, value)
@@ -58,21 +59,19 @@ def step_metrics(
     return log.reduce()
 
 
-def summarise(groups: Sequence[RolloutGroup], rewards: Rewards) -> dict[str, float | None]:
+def summarise(ledger: StepLedger) -> dict[str, float | None]:
     """Shares over all rollouts; those about descriptions over the rollouts of prompts with images, None without any.
 
     language_shortcut_rate is the share whose answer is right although the description alone does not give it
     (Vision-SR1, section 5). `faithful` is None where no prompt says what its image shows.
     """
+    rewards, shown = ledger.rollout_rewards, ledger.rollout_shown
     right, seen = rewards["acc"], per_rollout(rewards["acc_vis"])
-    shown = torch.tensor([bool(group.prompt.images) for group in groups for _ in group.pairs])
-    truths = [faithful(pair.description, group.prompt) for group in groups for pair in group.pairs]
-    known = [float(truth) for truth in truths if truth is not None]
     return {
         "accuracy": right.mean().item(),
         "second_pass_accuracy": _mean(seen[shown]),
         "language_shortcut_rate": _mean((right * (1.0 - seen))[shown]),
-        "faithful": sum(known) / len(known) if known else None,
+        "faithful": _mean(ledger.faithful[~ledger.faithful.isnan()]),
         "format": rewards["format"].mean().item(),
         "leak": _mean(rewards["leak"][shown]),
     }
@@ -91,8 +90,8 @@ def _log_sampling(log: MetricLog, rollouts: StepRollouts, alive: Tensor) -> None
     log.add("sampling/dead_trained", int((~alive & trained).sum()))
 
 
-def _log_rewards(log: MetricLog, groups: Sequence[RolloutGroup], rewards: Rewards, preset: Preset) -> None:
-    shown = torch.tensor([bool(group.prompt.images) for group in groups for _ in group.pairs])
+def _log_rewards(log: MetricLog, ledger: StepLedger, preset: Preset) -> None:
+    rewards, shown = ledger.rollout_rewards, ledger.rollout_shown
     asked = {later.name for later in preset.passes.later}
     for name, reward in rewards.items():
         if name == "format" or (name == "acc_vis" and SECOND.name not in asked):  # in the summary already; not asked
@@ -105,22 +104,23 @@ def _log_rewards(log: MetricLog, groups: Sequence[RolloutGroup], rewards: Reward
     log.add("reward/total", sum(earned))
 
 
-def _log_responses(log: MetricLog, groups: Sequence[RolloutGroup], preset: Preset) -> int:
-    """Returns the number of response tokens."""
-    pairs = [pair for group in groups for pair in group.pairs]
-    responses: dict[PassName, list[Rollout]] = {}
-    for pair in pairs:
-        for name, rollouts in pair.rollouts().items():
-            responses.setdefault(name, []).extend(rollout for rollout in rollouts if rollout.response_ids)
-    for name, rollouts in responses.items():
-        for rollout in rollouts:
-            log.add(f"{name}/response_tokens", len(rollout.response_ids))
-            log.add(f"{name}/longest_response_tokens", len(rollout.response_ids), "max")
-            log.add(f"{name}/truncated", rollout.finish_reason == "length")
-            log.add(f"seconds/{name}_pass", rollout.finished_at - rollout.queued_at)
-    for pair in (pair for group in groups if group.prompt.images for pair in group.pairs):
+def _log_responses(log: MetricLog, ledger: StepLedger, preset: Preset) -> None:
+    slots = slots_of(preset)
+    for name in dict.fromkeys(slot.pass_name for slot in slots):
+        own = [slot.pass_name == name for slot in slots]
+        tokens = ledger.response_tokens[..., own]
+        there = tokens > 0  # what an endpoint writes has no tokens
+        if there.any():
+            counts = tokens[there].double()
+            log.add(f"{name}/response_tokens", counts.mean().item())
+            log.add(f"{name}/longest_response_tokens", counts.max().item(), "max")
+            log.add(f"{name}/truncated", ledger.cut[..., own][there].double().mean().item())
+            log.add(f"seconds/{name}_pass", ledger.seconds[..., own][there].double().mean().item())
+    if ledger.shown.any():
         for later in preset.passes.later:
-            log.add(f"{later.name}/missing", not pair.readings(later.name))
-        if pair.description is not None:
-            log.add("second/description_cut", pair.description_cut)
-    return sum(len(rollout.response_ids) for rollouts in responses.values() for rollout in rollouts)
+            own = [slot.pass_name == later.name for slot in slots]
+            missing = ~ledger.answered[ledger.shown][..., own].any(-1)
+            log.add(f"{later.name}/missing", missing.double().mean().item())
+    shortened = ledger.description_cut[ledger.shown][ledger.described[ledger.shown]]
+    if len(shortened):
+        log.add("second/description_cut", shortened.double().mean().item())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -21,13 +19,15 @@ def scored_rewards(preset: Preset) -> list[str]:
     return sorted({*preset.rewards, *ALWAYS, *further, _layout(preset)})
 
 
-def join_rewards(graded: Sequence[tuple[int, Vectors]], preset: Preset) -> Rewards:
-    """One tensor per reward of what the ranks graded: (group, vectors of its samples), in any order.
+def all_rewards(preset: Preset) -> list[str]:
+    """Names of what a step knows of its rollouts: the measured rewards, and `format`, the reward of the layout that the
+    prompt asks for."""
+    return [*scored_rewards(preset), "format"]
 
-    The ranks of one engine grade the same groups; each group counts once. Groups without images have the layout of
-    the plain prompt, which they were asked with.
-    """
-    vectors = [vector for _, share in sorted(dict(graded).items()) for vector in share]
+
+def sample_rewards(vectors: Vectors, preset: Preset) -> Rewards:
+    """[K], or [K, m], of each of `all_rewards`, of the samples of one group. A group without images has the layout of
+    the plain prompt, which it was asked with."""
     rewards = {}
     for name in scored_rewards(preset):
         (plain,) = for_prompt([name], has_images=False)
@@ -54,7 +54,7 @@ def without_leaks(rewards: Rewards, preset: Preset) -> Rewards:
 
 def num_readings(name: str, preset: Preset) -> int:
     """How many numbers a reward gives of each rollout: one for each sample of its later pass."""
-    reward = find_reward(name)
+    reward = find_reward(_layout(preset) if name == "format" else name)
     later = preset.later_pass(reward.later)
     return 1 if reward.of_pass == "first" or later is None else later.samples
 

@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
-
-from megatron_sr1.training.step_rewards import Rewards
-from megatron_sr1.types import RolloutGroup
+from megatron_sr1.training.ledger import StepLedger
+from megatron_sr1.training.recorder import GroupTracks
+from megatron_sr1.types import Prompt, RolloutGroup
 
 
 @dataclass(frozen=True)
 class StepRollouts:
-    """The same on every rank."""
+    """The same on every rank, but for `groups` and `tracks`, which each group has on one: its holder."""
 
-    groups: Sequence[RolloutGroup]  # graded, in the order of the draw; group_id is the place in the draw
-    rewards: Rewards  # [B] each, of all of them
-    places: Sequence[int | None]  # of each group: its prompt's place in the training batch; None: it is dropped
-    skipped: Mapping[int, str] = field(default_factory=dict)  # by place in the draw: why a group could not be graded
+    ledger: StepLedger  # of the graded groups, in the order of the draw
+    prompts: Sequence[Prompt]  # all that were drawn; the number of a group is its prompt's place among them
+    places: Sequence[int | None]  # of each graded group: its prompt's place in the training batch; None: it is dropped
+    groups: Sequence[RolloutGroup]  # graded ones that this rank holds; group_id is the number
+    tracks: Mapping[int, GroupTracks]  # of these, by number
+    skipped: Mapping[int, str] = field(default_factory=dict)  # by number: why a group could not be graded
     rounds: int | None = None  # of further prompts that were drawn; None: without dynamic sampling
 
     @property
     def num_drawn(self) -> int:
         """Prompts."""
-        return len(self.groups) + len(self.skipped)
+        return len(self.prompts)
 
     @property
-    def trained(self) -> tuple[list[RolloutGroup], Rewards]:
-        """The groups that are trained on, group_id their place in the batch, and their rewards."""
-        chosen, rows, start = [], [], 0
-        for group, place in zip(self.groups, self.places, strict=True):
-            end = start + len(group.pairs)
-            if place is not None:
-                chosen.append(replace(group, group_id=place))
-                rows += range(start, end)
-            start = end
-        index = torch.tensor(rows, dtype=torch.long)
-        return chosen, {name: reward[index] for name, reward in self.rewards.items()}
-
-
-def all_trained(
-    groups: Sequence[RolloutGroup], rewards: Rewards, skipped: Mapping[int, str] | None = None
-) -> StepRollouts:
-    """Of a step that trains on whatever it has drawn."""
-    return StepRollouts(groups, rewards, [group.group_id for group in groups], skipped or {})
+    def trained(self) -> tuple[StepLedger, list[int]]:
+        """The groups that are trained on, and the place of each in the batch."""
+        chosen = [index for index, place in enumerate(self.places) if place is not None]
+        return self.ledger.of(chosen), [place for place in self.places if place is not None]

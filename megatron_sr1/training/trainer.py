@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -14,18 +15,20 @@ from megatron_sr1.processor import Processor
 from megatron_sr1.rewards import RewardError
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.batches import Batcher, StreamRows
+from megatron_sr1.training.ledger import StepLedger, slots_of
 from megatron_sr1.training.live_groups import step_advantages
 from megatron_sr1.training.logprob_gap import check_logprob_gap, max_logprob_gap
 from megatron_sr1.training.losses import PolicyLoss
+from megatron_sr1.training.payload import Payload, share_responses
 from megatron_sr1.training.response_kl import response_kl
-from megatron_sr1.training.step_rewards import Rewards
-from megatron_sr1.types import LogProbs, RolloutGroup, Scoring
+from megatron_sr1.training.step_rollouts import StepRollouts
+from megatron_sr1.types import LogProbs, Scoring
 
 
 class NoTrainer:
     """Takes the place of a `Trainer` where the policy stays as it is."""
 
-    def update(self, groups: Sequence[RolloutGroup], rewards: Rewards) -> list[StepResult]:
+    def update(self, rollouts: StepRollouts) -> list[StepResult]:
         """No step."""
         return []
 
@@ -44,8 +47,10 @@ class Trainer:
         self._scoring = Scoring(config.rollout.temperature, processor.media_ids)
         self._max_logprob_gap = max_logprob_gap(config, policy.platform.on_cpu)
         self._batcher = Batcher(config, processor, policy.replicas, policy.platform.device)
+        ranks, self._replica = policy.platform.ranks, policy.replicas.rank
+        self._payload = Payload(ranks, ranks.gather([self._replica]))
 
-    def update(self, groups: Sequence[RolloutGroup], rewards: Rewards) -> list[StepResult]:
+    def update(self, rollouts: StepRollouts) -> list[StepResult]:
         """One optimizer step per `train.batch_size` prompts. With several, old log-probs are taken before the first, or
         are the generator's; where a KL is in the reward, old and reference log-probs are taken, before the advantages.
 
@@ -54,8 +59,9 @@ class Trainer:
             RewardError: so many groups were skipped that a replica has none; before the first step.
         """
         self._policy.return_to_device()
-        shares = list(self._shares(groups))
-        rows = [self._batcher.rows(groups[share], self._preset) for share in shares]
+        ledger, places = rollouts.trained
+        shares = list(self._shares(places))
+        rows = [self._rows(ledger.of(share), rollouts) for share in shares]
         old: list[list[LogProbs]] = []
         reference: list[list[LogProbs]] = []
         whose = self._config.objective.old
@@ -67,7 +73,7 @@ class Trainer:
             reference = [self._policy.reference_logprobs(row.micro_batches, self._scoring) for row in rows]
             kls = [self._kl(*each) for each in zip(shares, rows, old, reference, strict=True)]
             kl = torch.cat(kls, 1)  # [S, B, M]
-        advantages = step_advantages(groups, rewards, self._preset, self._config.objective, kl)
+        advantages = step_advantages(ledger, self._preset, self._config.objective, kl)
         results = []
         for number, share in enumerate(shares):
             batch = self._batcher.streams(rows[number], advantages[:, self._rollouts(share)], self._preset)
@@ -80,6 +86,12 @@ class Trainer:
             if same:
                 check_logprob_gap(result.metrics, self._max_logprob_gap)
         return results
+
+    def _rows(self, ledger: StepLedger, rollouts: StepRollouts) -> StreamRows:
+        """This replica's share of the groups of an optimizer step. Collective."""
+        shares = share_responses(ledger, slots_of(self._preset), self._policy.replicas.num_ranks)
+        tracks = self._payload.fetch(ledger, shares, rollouts.tracks)
+        return self._batcher.rows(ledger, shares[self._replica], tracks, rollouts.prompts, self._preset)
 
     def _drawn(self, rows: StreamRows) -> list[LogProbs]:
         """Per micro-batch, of the weights that drew the responses: the policy's, before it is trained, or those that
@@ -126,12 +138,16 @@ class Trainer:
     def _num_samples(self, num_groups: int) -> int:
         return num_groups * self._config.rollout.samples_per_prompt
 
-    def _shares(self, groups: Sequence[RolloutGroup]) -> Iterator[slice]:
+    def _shares(self, places: Sequence[int]) -> Iterator[slice]:
         """Which groups each optimizer step trains on: those of the prompts of `train.batch_size`, but for groups that
-        were skipped."""
+        were skipped.
+
+        Args:
+            places: in the training batch, increasing.
+        """
         size = self._config.train.batch_size
         for first in range(0, self._config.rollout.prompts_per_step, size):
-            start, end = (sum(group.group_id < limit for group in groups) for limit in (first, first + size))
+            start, end = (bisect_left(places, limit) for limit in (first, first + size))
             if self._num_samples(end - start) < self._policy.replicas.num_ranks:
                 raise RewardError(
                     f"only {end - start} of {size} prompts of an optimizer step are graded, which have fewer samples "
