@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_sr1.ranks import ALONE
 from megatron_sr1.streams import PRESETS
 from megatron_sr1.training.recorder import Recorder
 from megatron_sr1.training.rollout_files import rollouts_file, step_files
@@ -33,7 +34,7 @@ from megatron_sr1.training.rollout_reader import read_rollouts
 from megatron_sr1.training.rollout_writer import RolloutWriter
 from megatron_sr1.training.step_rewards import all_rewards
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.types import ALONE, Prompt, Rollout, RolloutGroup, RolloutPair
+from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
 
 SAMPLES, OTHERS, FIRST, SECOND = 8, 100, 500, 300  # samples of a prompt; tokens
 VOCABULARY = 150_000

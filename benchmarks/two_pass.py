@@ -36,7 +36,7 @@ from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import CAPTION_REASONER, SEE_THINK
 from megatron_sr1.rollout import Engine, EngineLimits, Limits, Planner, TwoPassGenerator
 from megatron_sr1.rollout.request import Draw, Generation
-from megatron_sr1.types import SECOND, Prompt, Rollout, RolloutGroup, Sampling
+from megatron_sr1.types import SECOND, Prompt, PromptShare, Rollout, RolloutGroup, Sampling
 
 TEXTS = (  # what the tokenizer learns: prompts of both passes, so that they are no longer than with a real one
     SEE_THINK.user_text("What is 3 plus 4?"),
@@ -126,7 +126,7 @@ def run(
     sampling = Sampling(options.samples, 1.0, options.longest, seed=1, later=later)
     engine.begin(asked, in_turn=variant == "streamed, in turn")
     start, start_cpu = time.perf_counter(), time.process_time()
-    groups = generator.generate(prompts, sampling, 0)
+    groups = generator.generate(PromptShare.whole(prompts), sampling, 0)
     seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
     firsts = [pair.first for group in groups for pair in group.pairs]
     seconds_passes = [pair.second for group in groups for pair in group.pairs if pair.second is not None]

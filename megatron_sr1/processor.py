@@ -22,7 +22,7 @@ import numpy as np
 from megatron_sr1.ahead import Later
 from megatron_sr1.chat_template import TEMPLATE_ERRORS, check_it_ends
 from megatron_sr1.config import PixelLimits
-from megatron_sr1.types import MAX_ASPECT, EncodedImage, Normalisation, Turn
+from megatron_sr1.types import MAX_ASPECT, EncodedImage, ImageRef, Normalisation, Turn
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -93,7 +93,9 @@ class Processor:
         self._tokenizer = tokenizer
         self._image_processor = image_processor
         self._num_threads = num_threads
-        self._encoded: OrderedDict[int, tuple[Image, EncodedImage]] = OrderedDict()  # by the identity of the image
+        self._encoded: OrderedDict[int, tuple[Image | ImageRef, EncodedImage]] = (
+            OrderedDict()
+        )  # by the identity of the image
         self._num_kept = 0  # patches of these
         self._system_prompt = system_prompt
         self._frames: dict[tuple[int, bool, bool], list[_Piece]] = {}
@@ -245,7 +247,7 @@ class Processor:
         )
         return 1, rows // patch, columns // patch
 
-    def encode_image(self, image: Image) -> EncodedImage:
+    def encode_image(self, image: Image | ImageRef) -> EncodedImage:
         """The image as the vision tower reads it; it is resized and cut when its patches are started or first asked
         for. The same object for the same image, while it is among the last ones that were asked for.
 
@@ -299,7 +301,7 @@ class Processor:
         return [max(start, first) < min(end, last) for start, end in self.token_spans(ids)]
 
     # ------------------------------------------------------------ inside
-    def _patches(self, image: Image, grid: tuple[int, int, int]) -> Tensor:
+    def _patches(self, image: Image | ImageRef, grid: tuple[int, int, int]) -> Tensor:
         """[P, C] uint8: resized and cut as the model's own processor does.
 
         Raises:
@@ -307,6 +309,7 @@ class Processor:
         """
         import torch
 
+        image = image.decoded() if isinstance(image, ImageRef) else image
         features = self._image_processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="pt")
         found, patches = tuple(features["image_grid_thw"][0].tolist()), features["pixel_values"].to(torch.uint8)
         if found != grid or len(patches) != math.prod(grid):

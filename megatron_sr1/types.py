@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,7 +24,6 @@ Stage = Literal["first", "second"]  # second: any later pass
 Context = Literal["description", "other_description", "metadata", "nothing"]
 Reader = Literal["policy", "reference", "endpoint"]
 TemplateName = str  # `prompts` has the templates
-Element = TypeVar("Element")
 BANNED_LOGIT_BIAS = -100.0  # the strongest that samplers accept
 MAX_ANSWER_CHARACTERS = 512  # that are graded
 MAX_ASPECT = 200  # of an image's sides: transformers' `smart_resize` takes no more
@@ -41,77 +40,6 @@ Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 OldLogprobs = Literal["trainer", "generator", "none"]
 MismatchKind = Literal["none", "truncate", "mask"]
 MismatchLevel = Literal["token", "sequence"]
-
-
-# ---------------------------------------------------------------- ranks
-class Ranks(Protocol):
-    """Ranks that do something together, and this one's place among them."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def num_ranks(self) -> int: ...
-
-    def gather(self, items: list[Element]) -> list[Element]:
-        """All ranks' items on every rank, in the order of the ranks. Collective."""
-        ...
-
-
-class Exchange(Ranks, Protocol):
-    """Ranks that send each other numbers without making objects of them."""
-
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """All ranks' rows [n, W] of numbers, of one width and dtype, in the order of the ranks. Collective."""
-        ...
-
-    def swap(self, pieces: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """What each rank has for this one, for one piece [n] for each rank, all of one dtype. Collective.
-
-        Args:
-            sizes: of what comes, by rank: both sides know it.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class OneRank:
-    """`Exchange` of a process that works alone."""
-
-    rank: int = 0
-    num_ranks: int = 1
-
-    def gather(self, items: list[Element]) -> list[Element]:
-        """The items."""
-        return items
-
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """The rows."""
-        return rows
-
-    def swap(self, pieces: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """The piece."""
-        return list(pieces)
-
-
-ALONE = OneRank()
-
-
-def agreed(ranks: Ranks, work: Callable[[], Element]) -> Element:
-    """What this rank's part of a work gives, or the first complaint of any rank's on every rank. Collective.
-
-    Raises:
-        ValueError: the work did, on some rank.
-    """
-    result, refused = [], []
-    try:
-        result = [work()]
-    except ValueError as error:
-        refused = [str(error)]
-    found = ranks.gather(refused)
-    if found:
-        raise ValueError(found[0])
-    return result[0]
 
 
 # ---------------------------------------------------------------- data -> rollouts
@@ -133,6 +61,46 @@ class Prompt:
         The problem names them with their letters, and the answer is one of these letters.
         """
         return tuple(self.metadata.get("choices", ()))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRef:
+    """An image that is known by its size, and decoded where its pixels are needed."""
+
+    size: tuple[int, int]  # width, height
+    decoded: Later[Image]  # RGB
+
+
+@dataclass(frozen=True)
+class PromptShare:
+    """The prompts of a round of rollouts, as the ranks of one engine have them."""
+
+    keys: Sequence[str]  # of all
+    own: Mapping[int, Prompt]  # by place among all: those that this rank's engine answers, in order
+
+    @classmethod
+    def whole(cls, prompts: Sequence[Prompt]) -> PromptShare:
+        """All of them are one engine's."""
+        return cls([prompt.key for prompt in prompts], dict(enumerate(prompts)))
+
+
+class DrawnPrompts(Protocol):
+    """All prompts that a step has drawn, by their number: their place in the draw."""
+
+    @property
+    def keys(self) -> Sequence[str]: ...
+
+    def read(self, number: int) -> Prompt:
+        """The prompt, decoded here unless it is this rank's. Any thread may call it.
+
+        Raises:
+            ValueError: it cannot be read any more.
+        """
+        ...
+
+    def images(self, number: int, sizes: Sequence[tuple[int, int]]) -> tuple[Image | ImageRef, ...]:
+        """Of the prompt, whose images have these sizes: decoded where they are this rank's."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -334,6 +302,7 @@ class EncodedImage:
 class TokenTrack:
     """What is trained of a response: it goes from the rank that has generated it to the replica that trains it."""
 
+    image_sizes: Tensor  # [i, 2] int32: width, height of the images that the prompt shows; none in later passes
     prompt_ids: Tensor  # [p] int32
     response_ids: Tensor  # [n] int32
     generator_logprobs: Tensor  # [n] float32
@@ -464,14 +433,14 @@ OnQuestion = Callable[[int, int, str, Reading], None]
 
 
 class Generator(WeightSink, Protocol):
-    """Runs all passes for a batch of prompts; every rank passes the same arguments and gets the groups that it has
-    generated itself, each on one rank. It hands a group to its `on_group` at once, before the others are done, and what
-    a pass of it asks an endpoint to its `on_question` even before that; these answers are not among the group's.
-    `on_first` takes each sample when its first pass is done, as a group of one pair."""
+    """Runs all passes for a batch of prompts; every rank gives those of its engine and gets their groups, each on one
+    rank. It hands a group to its `on_group` at once, before the others are done, and what a pass of it asks an endpoint
+    to its `on_question` even before that; these answers are not among the group's. `on_first` takes each sample when
+    its first pass is done, as a group of one pair."""
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: PromptShare,
         sampling: Sampling,
         step: int,
         on_group: Callable[[RolloutGroup], None] | None = None,

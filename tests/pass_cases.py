@@ -11,17 +11,11 @@ from PIL import Image
 
 from megatron_sr1.config import JudgeConfig, ObjectiveConfig, RewardsConfig
 from megatron_sr1.metrics.clock import Clock
+from megatron_sr1.ranks import ALONE
 from megatron_sr1.streams import preset_from_config
 from megatron_sr1.training.live_rollouts import LiveRollouts
 from megatron_sr1.training.step_metrics import step_metrics
-from megatron_sr1.types import (
-    ALONE,
-    LaterPass,
-    Prompt,
-    RolloutGroup,
-    RolloutPair,
-    Sampling,
-)
+from megatron_sr1.types import LaterPass, Prompt, RolloutGroup, RolloutPair, Sampling
 from tests.judge_server import serve
 from tests.scripted_engine import ScriptedEngine, generator, prompt
 from tests.step_cases import Listed, recorder

@@ -21,6 +21,7 @@ from megatron_sr1.loops.evaluate import NoEvaluations
 from megatron_sr1.loops.run import Run
 from megatron_sr1.metrics import read_jsonl
 from megatron_sr1.policy import StepResult
+from megatron_sr1.ranks import OneRank
 from megatron_sr1.rewards import Ungraded, Vectors, score_or_tell
 from megatron_sr1.rewards.table import for_prompt
 from megatron_sr1.rollout.request import Generation
@@ -32,7 +33,7 @@ from megatron_sr1.training.rollout_files import rollouts_file, step_lines
 from megatron_sr1.training.saved_rollouts import SavedRollouts
 from megatron_sr1.training.step_rollouts import StepRollouts
 from megatron_sr1.training.trainer import NoTrainer
-from megatron_sr1.types import OneRank, Prompt, RolloutGroup
+from megatron_sr1.types import Prompt, RolloutGroup
 from tests.data_cases import prompts
 from tests.scripted_engine import EOT, Letters, ScriptedEngine, generator, sampling
 from tests.step_cases import recorder
@@ -144,7 +145,7 @@ class Number:
     def update(self, rollouts: StepRollouts) -> list[StepResult]:
         ledger, places = rollouts.trained
         chosen = list(zip(places, ledger.number.tolist(), strict=True))
-        self.trained.append([(place, rollouts.prompts[number].key) for place, number in chosen])
+        self.trained.append([(place, rollouts.prompts.keys[number]) for place, number in chosen])
         pairs = {group.group_id: group.pairs for group in rollouts.groups}
         firsts = [(place, pair.first) for place, number in chosen for pair in pairs[number]]
         seen = [(place, first.rollout_id, first.prompt_ids, first.response_ids) for place, first in firsts]

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from megatron_sr1.ahead import Later
+from megatron_sr1.data import IndexedSample
+from megatron_sr1.ranks import Ranks
+from megatron_sr1.rollout.balance import deal_prompts
 from megatron_sr1.rollout.plan import Limits, Planner
 from megatron_sr1.rollout.request import Draw, Generation, OwnView
 from megatron_sr1.rollout.two_pass import TwoPassGenerator
-from megatron_sr1.types import EncodedImage, Normalisation, Prompt, Sampling, Turn
+from megatron_sr1.types import EncodedImage, Normalisation, Prompt, PromptShare, Sampling, Turn
 
 EOT, IMAGE = 1, 2
 PATCHES = torch.arange(24.0).reshape(12, 2)  # of every image
@@ -130,3 +133,20 @@ def planner(limit: int = 1000, max_description: int = 50) -> Planner:
 
 def generator(engine: ScriptedEngine, max_description: int = 50, **changes: Any) -> TwoPassGenerator:
     return TwoPassGenerator(engine, planner(engine.max_model_tokens, max_description), **changes)
+
+
+whole = PromptShare.whole
+
+
+def known(prompt: Prompt) -> IndexedSample:
+    """What an index would say of it."""
+    kinds = ("json", *(f"{number}.png" for number in range(len(prompt.images))))
+    sizes = tuple(image.size for image in prompt.images)
+    return IndexedSample(prompt.key, kinds, (0,) * len(kinds), (len(prompt.problem), *(0 for _ in sizes)), sizes)
+
+
+def dealt(prompts: Sequence[Prompt], how: Sampling, engines: Ranks) -> PromptShare:
+    """Those of an engine, as the loop deals them out."""
+    letters: Any = Letters()
+    mine = deal_prompts(letters, how, [known(prompt) for prompt in prompts], engines.num_ranks)[engines.rank]
+    return PromptShare([prompt.key for prompt in prompts], {place: prompts[place] for place in mine})

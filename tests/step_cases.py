@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_sr1.processor import Processor
+from megatron_sr1.ranks import ALONE, Exchange, Ranks
 from megatron_sr1.rewards import Vectors, score_group
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.batches import Batcher, StreamRows
@@ -17,18 +18,19 @@ from megatron_sr1.training.payload import share_responses
 from megatron_sr1.training.recorder import Recorder
 from megatron_sr1.training.step_rewards import all_rewards, num_readings, sample_rewards, scored_rewards
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.types import ALONE, Exchange, Prompt, Ranks, RolloutGroup
+from megatron_sr1.types import Prompt, PromptShare, RolloutGroup
 from tests.batch_cases import their_rewards, two_groups
 
 IMAGE_TOKEN = 2
 
 
 class Listed:
-    """`StepPrompts` out of a list."""
+    """`StepPrompts` out of a list, all of them this rank's."""
 
     def __init__(self, first: Sequence[Prompt], further: Sequence[Prompt] = ()) -> None:
-        self.first = list(first)
+        self.first = PromptShare.whole(first)
         self.asked: list[int] = []
+        self._drawn = list(first)
         self._further = list(further)
 
     @classmethod
@@ -36,10 +38,22 @@ class Listed:
         """Their prompts."""
         return cls([group.prompt for group in groups])
 
-    def more(self, count: int) -> list[Prompt]:
+    @property
+    def keys(self) -> list[str]:
+        return [prompt.key for prompt in self._drawn]
+
+    def more(self, count: int) -> PromptShare:
         self.asked.append(count)
         given, self._further = self._further[:count], self._further[count:]
-        return given
+        self._drawn += given
+        return PromptShare.whole(given)
+
+    def read(self, number: int) -> Prompt:
+        return self._drawn[number]
+
+    def images(self, number: int, sizes: Any) -> Any:
+        assert [image.size for image in self.read(number).images] == list(sizes)
+        return self.read(number).images
 
 
 def recorder(preset: Preset, num_samples: int) -> Recorder:
@@ -87,7 +101,7 @@ def rollouts_of(
     numbers = ledger.number.tolist()
     prompts = {group.group_id: group.prompt for group in groups}
     drawn = [prompts.get(number, Prompt("", "", "")) for number in range(max(numbers) + 1)]
-    return StepRollouts(ledger, drawn, numbers, groups, tracks)
+    return StepRollouts(ledger, Listed(drawn), numbers, groups, tracks)
 
 
 def scored(groups: Sequence[RolloutGroup], preset: Preset) -> StepLedger:

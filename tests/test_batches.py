@@ -12,10 +12,11 @@ from megatron_sr1.config import Config, ConfigError, load_config
 from megatron_sr1.packing import gather_rows
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import COT, SEE_THINK
+from megatron_sr1.ranks import ALONE, OneRank, Ranks
 from megatron_sr1.streams import PRESETS, Preset, preset_from_config
 from megatron_sr1.training.batches import Batcher, StreamBatch, rollout_advantages
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.types import ALONE, OneRank, Prompt, Ranks, SftSample, TemplateName
+from megatron_sr1.types import Prompt, SftSample, TemplateName
 from tests.batch_cases import GOOD, SECOND, their_rewards, two_groups
 from tests.step_cases import rows_of, trained
 

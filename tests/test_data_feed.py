@@ -32,7 +32,8 @@ from megatron_sr1.data import (
     write_shards,
 )
 from megatron_sr1.data.index import index_path
-from megatron_sr1.types import Prompt, Ranks, SftSample
+from megatron_sr1.ranks import Ranks
+from megatron_sr1.types import Prompt, SftSample
 from tests.data_cases import QUESTION, encoded, equal, noise, png, prompts, write_tar
 from tests.test_data_index import indexed
 from tests.thread_ranks import Meeting
@@ -53,6 +54,13 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[int, ShardDataset
     folder = tmp_path_factory.mktemp("feed")
     made = {n: write_shards(prompts(n, start=100 * n), folder, f"n{n}", 3) for n in (1, 4, 11, 20)}
     return {n: ShardDataset(indexed(shards) if n != 11 else shards) for n, shards in made.items()}
+
+
+def divided(stream: SampleStream, quarantine: Quarantine, ranks: Ranks, **options: Any) -> SampleFeed:
+    """Of which each rank reads its part."""
+    feed = SampleFeed(stream, quarantine, ranks=ranks, **options)
+    feed.divide(ranks)
+    return feed
 
 
 class Feeds:
@@ -112,9 +120,7 @@ def test_interrupted_runs_of_any_layout_give_the_order_of_one_rank(
 
         def make(ranks: Ranks, workers: int = workers) -> SampleFeed:
             stream = SampleStream(chosen, seed, weights=shares, window=window)
-            return SampleFeed(
-                stream, Quarantine(0), workers=workers, prefetch_bytes=prefetch, ranks=ranks, divided=True
-            )
+            return divided(stream, Quarantine(0), ranks, workers=workers, prefetch_bytes=prefetch)
 
         ranks = Feeds(num_ranks, make)
         for feed in ranks.feeds if state is not None else ():
@@ -212,7 +218,7 @@ def test_resuming_far_on_reads_nothing_before(datasets: dict[int, ShardDataset])
 KILLED = """
 import json, os, sys
 from megatron_sr1.data import *
-from megatron_sr1.types import OneRank
+from megatron_sr1.data.feed import equal_runs
 folder, ranks, workers, steps = sys.argv[1], *map(int, sys.argv[2:5])
 shards = sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".tar"))
 stream = SampleStream(ShardDataset(shards), 7, window=16)
@@ -225,8 +231,8 @@ with SampleFeed(stream, Quarantine(0), workers=workers) as feed:
         feed.restore(StreamState.from_json(saved["state"]))
     while len(keys) < steps:
         batch = feed.next(6)
-        shares = [part_of(list(batch.samples), OneRank(rank, ranks)) for rank in range(ranks)]
-        keys += [sample.key for share in shares for sample in share]
+        shares = equal_runs(batch.samples, ranks)
+        keys += [batch.samples[place].key for share in shares for place in share]
         feed.finish(batch)
         with open(path + ".tmp", "w") as file:
             json.dump({"keys": keys, "state": feed.state().to_json()}, file)
@@ -315,7 +321,7 @@ def test_bad_samples_are_passed_over_by_all_ranks(tmp_path: Path, num_ranks: int
 
     def make(ranks: Ranks) -> SampleFeed:
         quarantine = Quarantine(3, file if ranks.rank == 0 else None)
-        return SampleFeed(SampleStream(dataset, 3, window=9), quarantine, ranks=ranks, divided=True)
+        return divided(SampleStream(dataset, 3, window=9), quarantine, ranks)
 
     ranks = Feeds(num_ranks, make)
     found = [key for _ in range(8) for key in ranks.step(7)]

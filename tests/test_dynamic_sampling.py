@@ -34,7 +34,7 @@ from megatron_sr1.training.step_rollouts import StepRollouts
 from megatron_sr1.types import Prompt, RewardStream, Rollout, RolloutGroup, RolloutPair
 from tests.sampled_run import DRAWN, PRESET, RIGHT, SAMPLES, WRONG, Answering, Here, Runs, Spoiling, texts
 from tests.scripted_engine import generator, sampling
-from tests.step_cases import recorder, rollouts_of
+from tests.step_cases import Listed, recorder, rollouts_of
 from tests.thread_ranks import Meeting
 from tests.workspace import untimed
 
@@ -362,6 +362,7 @@ def test_all_ranks_draw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def steps(ranks: Any) -> list[StepRollouts]:
         feed = SampleFeed(SampleStream(dataset, 1), Quarantine(0), ranks=ranks)
+        feed.divide(ranks)
         asked = sampling(num_samples=SAMPLES, template="cot", later=())
         made = generator(Answering(), max_description=5, engines=ranks)
         folder = tmp_path / f"rollouts{ranks.num_ranks}"
@@ -383,7 +384,7 @@ def test_all_ranks_draw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         held = [group for each in theirs for group in each.groups]
         assert sorted(held, key=lambda group: group.group_id) == ours.groups
         for each in theirs:
-            assert each.places == ours.places and each.rounds == ours.rounds and each.prompts == ours.prompts
+            assert each.places == ours.places and each.rounds == ours.rounds and each.prompts.keys == ours.prompts.keys
             rewards = each.ledger.rollout_rewards
             assert all(torch.equal(rewards[name], value) for name, value in ours.ledger.rollout_rewards.items())
 
@@ -400,10 +401,10 @@ def test_a_damaged_file_is_named(runs: Runs) -> None:
 
     def read(*lines: dict[str, Any]) -> SavedPart:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return read_rollouts(path, lambda further: drawn[: 4 + further], SAMPLES, ["acc"], PRESET.asked, ())
+        return read_rollouts(path, lambda further: Listed(drawn[: 4 + further]), SAMPLES, ["acc"], PRESET.asked, ())
 
     further = whole[0]["further_prompts"]
-    assert len(read(*whole).prompts) == 4 + further > 4
+    assert len(read(*whole).prompts.keys) == 4 + further > 4
     with pytest.raises(ValueError, match=rf"holds \d+ samples, the configuration asks for {4 + further} prompts"):
         read(*whole[: -2 * SAMPLES])
     for name in ("rounds", "further_prompts"):

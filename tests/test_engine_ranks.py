@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_sr1.types import PromptShare
 from tests.ranks import run_ranks
 from tests.rollout_cases import (
     MAX_MODEL_TOKENS,
@@ -48,19 +49,22 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
         return TwoPassGenerator(engine, planner, engines=engines, streamed=streamed, weights=changed.items)
 
     batch, greedy = prompts(8), sampling(temperature=0.0, num_samples=1)
-    facts: dict[str, Any] = {"greedy": generator().generate(batch, greedy, 0), "media_ids": processor.media_ids}
-    facts["sampled"] = generator().generate(batch, sampling(), 1)
-    facts["barrier"] = generator(streamed=False).generate(batch, sampling(), 1)
+    facts: dict[str, Any] = {
+        "greedy": generator().generate(PromptShare.whole(batch), greedy, 0),
+        "media_ids": processor.media_ids,
+    }
+    facts["sampled"] = generator().generate(PromptShare.whole(batch), sampling(), 1)
+    facts["barrier"] = generator(streamed=False).generate(PromptShare.whole(batch), sampling(), 1)
     generator().update_weights(changed.items(), version=3)
-    facts["changed"] = generator().generate(batch, greedy, 0)
+    facts["changed"] = generator().generate(PromptShare.whole(batch), greedy, 0)
     engine.steps_to_fault = 5
-    facts["recovered"] = generator().generate(batch, greedy, 0)
+    facts["recovered"] = generator().generate(PromptShare.whole(batch), greedy, 0)
     torch.save(facts, f"{folder}/facts{rank}.pt")
 
     engine.steps_to_fault = 5 if rank == 1 else None
     started = time.monotonic()
     try:
-        generator().generate(batch, greedy, 0)
+        generator().generate(PromptShare.whole(batch), greedy, 0)
     except EngineFault as fault:
         alone = {"text": str(fault), "seconds": time.monotonic() - started}
         torch.save(alone, f"{folder}/alone{rank}.pt")

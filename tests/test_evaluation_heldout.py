@@ -9,11 +9,14 @@ import pytest
 from megatron_sr1.cli import command, main
 from megatron_sr1.config import Config, DataConfig
 from megatron_sr1.data import Quarantine, SampleStream, ShardDataset, write_shards
+from megatron_sr1.data.feed import equal_runs
 from megatron_sr1.evaluation.heldout import Heldout
-from megatron_sr1.types import Prompt, SftSample
+from megatron_sr1.ranks import Ranks
+from megatron_sr1.types import PromptShare, SftSample
 
 from .data_cases import QUESTION, equal, png, prompts, write_tar
 from .hf_config_cases import SMALL, write_config
+from .thread_ranks import on_threads
 
 
 @pytest.fixture
@@ -31,8 +34,13 @@ def _heldout(shard: str, max_prompts: int = 0, budget: int = 2) -> tuple[Heldout
     return Heldout(ShardDataset([shard], quarantine=quarantine), quarantine, max_prompts), quarantine
 
 
-def _keys(chunks: list[list[Prompt]]) -> list[str]:
-    return ["".join(prompt.key for prompt in chunk) for chunk in chunks]
+def _keys(chunks: list[PromptShare]) -> list[str]:
+    assert all([prompt.key for prompt in chunk.own.values()] == list(chunk.keys) for chunk in chunks)
+    return ["".join(chunk.keys) for chunk in chunks]
+
+
+def _first(heldout: Heldout, count: int) -> str:
+    return "".join(prompt.key for prompt in heldout.first(count))
 
 
 def test_chunks_hold_the_good_samples_in_order(shard: str) -> None:
@@ -40,7 +48,7 @@ def test_chunks_hold_the_good_samples_in_order(shard: str) -> None:
     assert len(heldout) == 7, "what is bad shows when it is read"
     assert _keys(list(heldout.chunks(2))) == ["ac", "de", "f"]
     assert [bad.key for bad in quarantine.bad] == ["b", "g"]
-    assert _keys([heldout.first(3)]) == ["acd"] and heldout.first(0) == [] and _keys([heldout.first(9)]) == ["acdef"]
+    assert [_first(heldout, count) for count in (3, 0, 9)] == ["acd", "", "acdef"]
     limited, quarantine = _heldout(shard, max_prompts=3)
     assert len(limited) == 3 and _keys(list(limited.chunks(2))) == ["ac", "d"] and len(quarantine.bad) == 1
     with pytest.raises(ValueError, match="sample 'b'"):
@@ -68,7 +76,7 @@ def test_records_of_other_samples_are_refused(shard: str, answered: str) -> None
         list(heldout.chunks(2, answered))
 
 
-def test_only_a_chunk_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_is_read_at_a_time_and_the_next_one_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = prompts(20)
     write_shards(wanted, tmp_path, "test", 100)
     dataset = ShardDataset(sorted(tmp_path.glob("*.tar")))
@@ -78,8 +86,33 @@ def test_only_a_chunk_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     chunks = Heldout(dataset, Quarantine(0)).chunks(4, [prompt.key for prompt in wanted[:8]])
     for start in (8, 12, 16):
         chunk = next(chunks)
-        assert all(equal(ours, theirs) for ours, theirs in zip(chunk, wanted[start : start + 4], strict=True))
-        assert read == list(range(8, start + 4))
+        found = zip(chunk.own.values(), wanted[start : start + 4], strict=True)
+        assert all(equal(ours, theirs) for ours, theirs in found)
+        assert set(range(8, start + 4)) <= set(read) <= set(range(8, start + 8)), "and the next one ahead"
+        assert len(read) == len(set(read))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("answered", ["", "ac"])
+def test_each_rank_reads_its_share_and_all_pass_over_what_one_finds_bad(
+    shard: str, num_ranks: int, answered: str
+) -> None:
+    whole = _keys(list(_heldout(shard)[0].chunks(3, answered)))
+
+    def one(ranks: Ranks) -> tuple[list[PromptShare], list[str]]:
+        quarantine = Quarantine(2)
+        dataset = ShardDataset([shard], quarantine=quarantine)
+        heldout = Heldout(dataset, quarantine, ranks=ranks)
+        heldout.divide(ranks, equal_runs)
+        return list(heldout.chunks(3, answered)), sorted(bad.key for bad in quarantine.bad)
+
+    found = on_threads(num_ranks, one)
+    for chunks, bad in found:
+        assert ["".join(chunk.keys) for chunk in chunks] == whole and bad == ["b", "g"]
+    for number, keys in enumerate(whole):
+        own = [chunks[number].own for chunks, _ in found]
+        assert sorted(place for each in own for place in each) == list(range(len(keys)))
+        assert all(prompt.key == keys[place] for each in own for place, prompt in each.items())
 
 
 def test_more_images_than_the_engine_takes_are_told_before_it_starts(tmp_path: Path) -> None:

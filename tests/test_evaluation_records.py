@@ -26,7 +26,8 @@ from megatron_sr1.evaluation import (
     replace_records,
     summarise_records,
 )
-from megatron_sr1.types import OneRank, RolloutPair
+from megatron_sr1.ranks import OneRank
+from megatron_sr1.types import RolloutPair
 
 from .evaluation_cases import MADE_OF, boxed, pair, record, rollout
 

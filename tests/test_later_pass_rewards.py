@@ -15,6 +15,7 @@ from megatron_sr1.config import Config, JudgeConfig, ObjectiveConfig, RewardsCon
 from megatron_sr1.evaluation import digest_of
 from megatron_sr1.loops.evaluate import _identity
 from megatron_sr1.metrics.clock import Clock
+from megatron_sr1.ranks import ALONE
 from megatron_sr1.rewards import Ungraded, find_reward, score_group
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.training.batches import rollout_advantages
@@ -24,18 +25,10 @@ from megatron_sr1.training.segments import scored_responses
 from megatron_sr1.training.step_metrics import step_metrics
 from megatron_sr1.training.step_rewards import sample_rewards, scored_rewards, without_leaks
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.types import (
-    ALONE,
-    Prompt,
-    Question,
-    Reading,
-    Rollout,
-    RolloutGroup,
-    RolloutPair,
-)
+from megatron_sr1.types import Prompt, Question, Reading, Rollout, RolloutGroup, RolloutPair
 from tests.pass_cases import SEEN_IMAGE, bare, live, preset
 from tests.scripted_engine import SEEN
-from tests.step_cases import recorder, rollouts_of, scored
+from tests.step_cases import Listed, recorder, rollouts_of, scored
 
 
 # ---------------------------------------------------------------- what is earned, and trained
@@ -159,7 +152,7 @@ def test_rollouts_of_other_passes_are_not_trained_on(tmp_path: Path) -> None:
     write_rollouts(path, rollouts_of(made, {}, then), 1, then.asked, then.passes.later)
 
     def read(by: Any) -> Any:
-        return read_rollouts(path, lambda further: [made[0].prompt], 1, ["acc"], by.asked, by.passes.later)
+        return read_rollouts(path, lambda further: Listed.of(made), 1, ["acc"], by.asked, by.passes.later)
 
     assert read(then).groups == made and read(preset()).groups == made, "a pass more does no harm"
     for other, name in ((now, "second"), (preset({"name": "blind", "context": "metadata", "field": "x"}), "blind")):
@@ -216,7 +209,7 @@ def test_a_pass_is_measured_over_the_prompts_that_are_asked_it() -> None:
         pass
     rewards = [sample_rewards(vector, objective) for vector in vectors]
     ledger, _ = recorder(objective, 2).record(groups, rewards, ALONE)
-    taken = StepRollouts(ledger, [group.prompt for group in groups], range(4), groups, {})
+    taken = StepRollouts(ledger, Listed.of(groups), range(4), groups, {})
     metrics = step_metrics(taken, objective, ObjectiveConfig(), [], clock)
     assert metrics["reward/acc_vis.blind"] == 0.5 and metrics["blind/missing"] == 0.0
     assert not {"reward/acc_vis", "second_pass_accuracy", "second/missing"} & metrics.keys()

@@ -11,21 +11,17 @@ import torch
 
 from megatron_sr1.cli.arguments import parse, sources
 from megatron_sr1.config import ConfigError, JudgeConfig, ObjectiveConfig, RewardsConfig, load_config
+from megatron_sr1.ranks import ALONE
 from megatron_sr1.rewards import score_group
 from megatron_sr1.rollout.request import Generation
 from megatron_sr1.streams import check_objective
 from megatron_sr1.training.rollout_files import rollouts_file
 from megatron_sr1.training.rollout_reader import read_rollouts
 from megatron_sr1.training.step_rewards import scored_rewards
-from megatron_sr1.types import (
-    ALONE,
-    LaterPass,
-    Passes,
-    Question,
-    RolloutGroup,
-)
+from megatron_sr1.types import LaterPass, Passes, Question, RolloutGroup
 from tests.pass_cases import BLIND, OTHERS, live, preset, right, shown
-from tests.scripted_engine import IMAGE, SEEN, ScriptedEngine, generator, planner, prompt, sampling
+from tests.scripted_engine import IMAGE, SEEN, ScriptedEngine, dealt, generator, planner, prompt, sampling, whole
+from tests.step_cases import Listed
 from tests.thread_ranks import Meeting
 
 
@@ -142,7 +138,7 @@ def test_every_context_is_what_its_name_says() -> None:
         LaterPass("more", question="others", samples=3),
     )
     engine, prompts = ScriptedEngine(), [shown("a", b"1", facts=["3", "7"], others=OTHERS)]
-    (group,) = generator(engine).generate(prompts, sampling(later=later), 4)
+    (group,) = generator(engine).generate(whole(prompts), sampling(later=later), 4)
     asked = {name.split("/", 2)[2]: text for name, text in engine.prompts.items() if name.startswith("0/1/")}
     assert set(asked) == {"first", "second", "second.1", "gold", "blind", "more", "more.1", "more.2"}
     assert asked["second"] == asked["second.1"] and "Description of the image: a 0/1/first\n" in asked["second"]
@@ -169,7 +165,7 @@ def test_every_context_is_what_its_name_says() -> None:
 def test_a_pass_that_needs_no_description_is_asked_where_there_is_none() -> None:
     engine = ScriptedEngine(answer=lambda request_id: "\\boxed{1}")
     later = (LaterPass("second"), BLIND)
-    groups = generator(engine).generate([prompt("a"), prompt("t", num_images=0)], sampling(later=later), 0)
+    groups = generator(engine).generate(whole([prompt("a"), prompt("t", num_images=0)]), sampling(later=later), 0)
     assert [[bool(pair.readings(name)) for name in ("second", "blind")] for pair in groups[0].pairs] == [
         [False, True]
     ] * 2
@@ -184,7 +180,7 @@ def test_another_image_s_description_comes_from_the_next_prompt_that_shows_anoth
     engine = ScriptedEngine(
         answer=lambda request_id: "\\boxed{1}" if request_id == "2/0/first" else SEEN.format(request_id)
     )
-    groups = generator(engine, streamed=streamed).generate(prompts, sampling(later=later), 0)
+    groups = generator(engine, streamed=streamed).generate(whole(prompts), sampling(later=later), 0)
     lent = [[pair.readings("other")[0].context for pair in group.pairs] for group in groups]
     assert lent == [
         ["a 3/0/first", "a 2/1/first"],
@@ -193,7 +189,7 @@ def test_another_image_s_description_comes_from_the_next_prompt_that_shows_anoth
         ["a 0/0/first", "a 0/1/first"],
     ]
     assert "How many?" in engine.prompts["0/0/other"]
-    alone = generator(ScriptedEngine()).generate(prompts[:2], sampling(later=later), 0)
+    alone = generator(ScriptedEngine()).generate(whole(prompts[:2]), sampling(later=later), 0)
     assert all(not pair.readings("other") and pair.second is not None for group in alone for pair in group.pairs)
 
 
@@ -203,7 +199,7 @@ def test_who_lends_a_description_does_not_depend_on_the_engines() -> None:
 
     def lent(ranks: Any) -> list[list[str | None]]:
         groups = generator(ScriptedEngine(lambda request_id: SEEN.format(f"{request_id} x")), engines=ranks).generate(
-            prompts, sampling(later=later), 0
+            dealt(prompts, sampling(later=later), ranks), sampling(later=later), 0
         )
         held = ranks.gather(groups)
         held.sort(key=lambda group: group.group_id)
@@ -220,7 +216,7 @@ def test_who_lends_a_description_does_not_depend_on_the_engines() -> None:
 
 
 def test_a_description_is_found_where_no_later_pass_reads_it() -> None:
-    (group,) = generator(ScriptedEngine()).generate([prompt("a")], sampling(later=(BLIND,)), 0)
+    (group,) = generator(ScriptedEngine()).generate(whole([prompt("a")]), sampling(later=(BLIND,)), 0)
     assert [pair.description for pair in group.pairs] == ["a 0/0/first", "a 0/1/first"]
     assert score_group(group, ["leak"])[0]["leak"] in (0.0, 1.0) and group.pairs[0].second is None
 
@@ -228,7 +224,7 @@ def test_a_description_is_found_where_no_later_pass_reads_it() -> None:
 def test_a_text_of_the_metadata_is_read_whole_or_refused() -> None:
     later = (LaterPass("gold", "metadata", field="facts"),)
     with pytest.raises(ValueError, match=r"sample 'a': the metadata's 'facts'.*rollout.max_description_tokens=50"):
-        generator(ScriptedEngine()).generate([shown("a", b"1", facts="x" * 51)], sampling(later=later), 0)
+        generator(ScriptedEngine()).generate(whole([shown("a", b"1", facts="x" * 51)]), sampling(later=later), 0)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +243,7 @@ def test_a_sample_without_what_a_pass_reads_is_refused_before_anything_is_asked(
 ) -> None:
     engine = ScriptedEngine()
     with pytest.raises(ValueError, match=f"sample 'a': the pass .*{words}"):
-        generator(engine).generate([shown("a", b"1", **metadata)], sampling(later=(later,)), 0)
+        generator(engine).generate(whole([shown("a", b"1", **metadata)]), sampling(later=(later,)), 0)
     assert not engine.prompts
 
 
@@ -268,7 +264,7 @@ def test_the_starting_weights_read_when_the_policy_has_written_and_leave_again()
         handed.append(group.group_id)
 
     for step in range(2):
-        groups = policy.generate([prompt("a")], sampling(later=later), step, take)
+        groups = policy.generate(whole([prompt("a")]), sampling(later=later), step, take)
     (pair, _) = groups[0].pairs
     assert [pair.first.weight_version, pair.readings("start")[0].rollout.weight_version] == [9, 0]
     at = engine.log.index("weights {'start': 0}")
@@ -277,10 +273,10 @@ def test_the_starting_weights_read_when_the_policy_has_written_and_leave_again()
     assert at < engine.log.index("end 0/1/start") < back < engine.log.index("add 0/0/first", back)
     assert handed == [0, 0] and engine.log.count("weights {'policy': 9}") == 1
     policy.update_weights({"new": 1}.items(), 10)
-    policy.generate([prompt("a")], sampling(later=later), 2)
+    policy.generate(whole([prompt("a")]), sampling(later=later), 2)
     assert engine.log.count("weights {'policy': 9}") == 1, "new weights came in between"
     alone = ScriptedEngine()
-    (group,) = generator(alone).generate([prompt("a")], sampling(later=later), 0)
+    (group,) = generator(alone).generate(whole([prompt("a")]), sampling(later=later), 0)
     assert group.pairs[0].readings("start") and not any("weights" in line for line in alone.log)
 
 
@@ -308,7 +304,7 @@ def test_an_engine_that_fails_under_the_starting_weights_gets_them_again() -> No
     later = (LaterPass("start", reader="reference"),)
     engine = Failing()
     ours = generator(engine, weights=lambda: {"policy": 9}.items(), start_weights=lambda: {"start": 0}.items())
-    (group,) = ours.generate([prompt("a")], sampling(later=later), 0)
+    (group,) = ours.generate(whole([prompt("a")]), sampling(later=later), 0)
     assert all(pair.readings("start")[0].rollout.weight_version == 0 for pair in group.pairs)
     assert [line for line in engine.log if "weights" in line or line == "restart"] == [
         "weights {'start': 0}", "restart", "weights {'start': 0}"
@@ -325,7 +321,11 @@ def test_an_endpoint_reads_while_the_engine_decodes_and_its_answers_are_kept(tmp
     assert metrics["reward/acc_vis.big"] == 0.25 and metrics["big/missing"] == metrics["second/missing"] == 0.0
     assert "big/response_tokens" not in metrics and metrics["second/response_tokens"] == 3
     again = read_rollouts(
-        rollouts_file(tmp_path, 0), lambda further: prompts, 2, scored_rewards(objective), later=objective.passes.later
+        rollouts_file(tmp_path, 0),
+        lambda further: Listed(prompts),
+        2,
+        scored_rewards(objective),
+        later=objective.passes.later,
     )
     assert again.groups == groups
     for name in scored_rewards(objective):

@@ -16,12 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_sr1.packing.bins import MAX_IMBALANCE
+from megatron_sr1.ranks import Exchange, OneRank
 from megatron_sr1.streams import PRESETS, Preset
 from megatron_sr1.training.ledger import StepLedger, slots_of
 from megatron_sr1.training.payload import Payload, Place, share_responses
 from megatron_sr1.training.recorder import GroupTracks
 from megatron_sr1.training.step_rewards import all_rewards, num_readings
-from megatron_sr1.types import Exchange, LaterPass, OneRank, Prompt, Reading, Rollout, RolloutGroup, RolloutPair
+from megatron_sr1.types import LaterPass, Prompt, Reading, Rollout, RolloutGroup, RolloutPair
 from tests.pass_cases import preset as preset_with
 from tests.ranks import run_ranks
 from tests.step_cases import IMAGE_TOKEN, recorder

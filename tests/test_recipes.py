@@ -68,7 +68,7 @@ REFUSED: list[tuple[str, list[str], list[str]]] = [
     ),
     (
         "qwen2_5_vl_7b/grpo.yaml",
-        ["rollout.dynamic_sampling=100", "--host-gib", "1800"],
+        ["rollout.dynamic_sampling=900", "--host-gib", "1800"],
         ["more than its 1800 GiB", "rollout.dynamic_sampling"],
     ),
     ("qwen2_5_vl_3b/grpo.yaml", ["rollout.dynamic_sampling=-1"], ["rollout.dynamic_sampling=-1", "at least 0"]),

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from megatron_sr1.data.pictures import SOURCE_FORMATS, decode_picture
-from megatron_sr1.types import SECOND, Prompt, RolloutGroup, Sampling
+from megatron_sr1.types import SECOND, Prompt, PromptShare, RolloutGroup, Sampling
 from tests.picture_cases import picture_files
 from tests.ranks import run_ranks
 from tests.rollout_cases import (
@@ -60,15 +60,17 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
 
     def together(how: Sampling, step: int, made: Any = None) -> list[RolloutGroup]:
         """The groups of both engines."""
-        held = engines.gather((made or ours).generate(batch, how, step))
+        own = {place: batch[place] for place in range(rank, len(batch), num_ranks)}
+        share = PromptShare([prompt.key for prompt in batch], own)
+        held = engines.gather((made or ours).generate(share, how, step))
         return sorted(held, key=lambda group: group.group_id)
 
     facts: dict[str, Any] = {"greedy": together(greedy, 0), "media_ids": processor.media_ids}
     facts["shared"] = together(sampling(), 1)
-    facts["alone"] = generator().generate(batch, sampling(), 1)
-    facts["barrier"] = generator(streamed=False).generate(batch, sampling(), 1)
+    facts["alone"] = generator().generate(PromptShare.whole(batch), sampling(), 1)
+    facts["barrier"] = generator(streamed=False).generate(PromptShare.whole(batch), sampling(), 1)
     facts["reasons"] = set(engine.reasons)
-    facts["other_step"] = generator().generate(batch, sampling(), 2)
+    facts["other_step"] = generator().generate(PromptShare.whole(batch), sampling(), 2)
     facts["too_long"] = [
         refused(ours, [*batch, Prompt("long", "1 " * 1000, "0", batch[0].images)], sampling()),
         refused(generator(MAX_MODEL_TOKENS, engines=engines), batch, sampling(max_response_tokens=MAX_MODEL_TOKENS)),
@@ -139,7 +141,7 @@ def turned_jpeg() -> bytes:
 
 def refused(generator: Any, batch: list[Prompt], how: Sampling) -> str:
     try:
-        generator.generate(batch, how, 0)
+        generator.generate(PromptShare.whole(batch), how, 0)
     except ValueError as error:
         return str(error)
     return ""

@@ -22,6 +22,7 @@ from PIL import Image
 
 from megatron_sr1.config import RewardsConfig
 from megatron_sr1.metrics.clock import Clock
+from megatron_sr1.ranks import ALONE, Exchange, OneRank
 from megatron_sr1.rewards import RewardError, Ungraded, score_group, workers
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.streams import PRESETS
@@ -41,7 +42,7 @@ from megatron_sr1.training.rollout_writer import RolloutWriter
 from megatron_sr1.training.saved_rollouts import SavedRollouts
 from megatron_sr1.training.step_rewards import scored_rewards
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.types import ALONE, Exchange, OneRank, Prompt, Rollout, RolloutGroup, RolloutPair, Sampling
+from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, Sampling
 from tests.step_cases import Listed, recorder, rollouts_of, scored
 from tests.thread_ranks import on_threads
 
@@ -116,7 +117,7 @@ def test_log_probs_keep_every_bit(tmp_path_factory: pytest.TempPathFactory, logp
     made = groups(1, logprob)
     folder = tmp_path_factory.mktemp("bits")
     write_rollouts(rollouts_file(folder, 0), rollouts_of(made, {}, PRESET), 1)
-    found = read_rollouts(rollouts_file(folder, 0), lambda further: [made[0].prompt], 2, COMPONENTS).groups
+    found = read_rollouts(rollouts_file(folder, 0), lambda further: Listed.of(made), 2, COMPONENTS).groups
     assert found[0].pairs[0].first.generator_logprobs[0].hex() == logprob.hex()
 
 
@@ -142,15 +143,15 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"step_000001.jsonl does not exist.*train.steps"):
         saved(tmp_path, Listed(prompts), 1)
     with pytest.raises(ValueError, match=r"holds 6 samples.*3 prompts x 4.*samples_per_prompt"):
-        read_rollouts(path, lambda further: prompts, 4, COMPONENTS)
+        read_rollouts(path, lambda further: Listed(prompts), 4, COMPONENTS)
     with pytest.raises(ValueError, match=r"group 0: rollouts of sample 'p0', but the data gives 'p1'"):
-        read_rollouts(path, lambda further: prompts[::-1][1:] + prompts[:1], 2, COMPONENTS)
+        read_rollouts(path, lambda further: Listed(prompts[::-1][1:] + prompts[:1]), 2, COMPONENTS)
     with pytest.raises(ValueError, match=r"no reward 'fmt_cot'.*objective.preset"):
-        read_rollouts(path, lambda further: prompts, 2, ["acc", "fmt_cot"])
+        read_rollouts(path, lambda further: Listed(prompts), 2, ["acc", "fmt_cot"])
     first = step_lines(path)[2]["first"]
     spoil(path, first=first | {"generator_logprobs": [-0.5]})
     with pytest.raises(ValueError, match=r"0/p/0/first: 2 response ids and 1 log-probs"):
-        read_rollouts(path, lambda further: prompts, 2, COMPONENTS)
+        read_rollouts(path, lambda further: Listed(prompts), 2, COMPONENTS)
 
 
 def split(folder: Path, made: list[RolloutGroup], *shares: set[int]) -> Path:
@@ -287,7 +288,7 @@ def test_a_torn_file_is_named_with_its_line(end: str, tmp_path: Path) -> None:
     lines = plain(path)
     path.write_text("\n".join([*lines[:-1], end]))
     with pytest.raises(ValueError, match=rf"step_000000\.jsonl, line {len(lines)}: .*damaged: copy it again"):
-        read_rollouts(path, lambda further: [group.prompt for group in made], 2, ())
+        read_rollouts(path, lambda further: Listed.of(made), 2, ())
 
 
 def test_rewards_from_workers_are_those_of_this_process(tmp_path: Path) -> None:
@@ -419,7 +420,8 @@ PARENT = """
 import os
 import time
 from megatron_sr1.rewards.workers import Graders
-from megatron_sr1.types import ALONE, Prompt, Rollout, RolloutGroup, RolloutPair
+from megatron_sr1.ranks import ALONE
+from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
 if __name__ == "__main__":
     graders = Graders(["acc"])
     first = Rollout("0/p/0/first", (1,), (2,), "<think> t </think> \\\\boxed{10}", (-0.1,), "stop", 0)

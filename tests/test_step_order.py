@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from megatron_sr1.config import ConfigError, load_config
+from megatron_sr1.data import Batch
 from megatron_sr1.loops import grpo
 from megatron_sr1.loops.run import check_verification
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.platform import Platform
+from megatron_sr1.ranks import ALONE
 from megatron_sr1.training.step_rollouts import StepRollouts
 
 
@@ -53,8 +55,8 @@ def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[str], l
         return StepRollouts(*[None] * 5)  # type: ignore[arg-type]
 
     nothing = Recorder(log, write=None)
-    feed, source = Recorder(log, next=SimpleNamespace(samples=[])), Recorder(log, take=take)
-    feed.metrics = {}  # type: ignore[attr-defined]
+    feed, source = Recorder(log, next=Batch((), (), (), {})), Recorder(log, take=take)
+    feed.metrics, feed.ranks = {}, ALONE  # type: ignore[attr-defined]
 
     class Within:
         def __init__(self, *arguments: Any) -> None: ...

@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_sr1.ranks import ALONE
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.streams import PRESETS
 from megatron_sr1.training.rollout_files import step_lines, write_rollouts
 from megatron_sr1.training.step_metrics import summarise
 from megatron_sr1.training.step_rewards import sample_rewards, scored_rewards, without_leaks
-from megatron_sr1.types import ALONE, Prompt, Rollout, RolloutGroup, RolloutPair
+from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
 from tests.step_cases import recorder, rollouts_of, scored
 
 IMAGE = Image.new("RGB", (28, 28))

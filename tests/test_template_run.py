@@ -18,6 +18,7 @@ from megatron_sr1.evaluation.verdicts import judge_records
 from megatron_sr1.loops.evaluate import _identity
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import COT, OURS, SEE_THINK, templates_of
+from megatron_sr1.ranks import ALONE
 from megatron_sr1.rewards import Reward, own_rewards, score_group
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.rollout.plan import Limits, Planner
@@ -29,10 +30,10 @@ from megatron_sr1.training.rollout_reader import read_rollouts
 from megatron_sr1.training.segments import Response, response_masks
 from megatron_sr1.training.step_rewards import scored_rewards
 from megatron_sr1.types import (
-    ALONE,
     SECOND,
     Passes,
     Prompt,
+    PromptShare,
     RewardStream,
     Rollout,
     RolloutGroup,
@@ -42,7 +43,7 @@ from megatron_sr1.types import (
 )
 from tests.data_cases import picture
 from tests.scripted_engine import IMAGE, Letters, ScriptedEngine, prompt
-from tests.step_cases import rollouts_of
+from tests.step_cases import Listed, rollouts_of
 
 YAML = """
 objective: {preset: perception_credit, template: look, second_template: read, plain_template: plain, streams: [
@@ -91,7 +92,7 @@ def test_both_passes_are_asked_by_the_templates(config: Config, preset: Preset) 
     engine = ScriptedEngine(lambda request_id: FIRST)
     planner = Planner(Letters(), Limits(90, 1000, 50), templates_of(config))  # type: ignore[arg-type]
     sampling = Sampling(1, 1.0, 90, 1, *preset.passes)
-    found = TwoPassGenerator(engine, planner).generate([prompt("a"), prompt("b", 0)], sampling, 0)
+    found = TwoPassGenerator(engine, planner).generate(PromptShare.whole([prompt("a"), prompt("b", 0)]), sampling, 0)
     shown = chr(IMAGE) * 3
     assert engine.prompts == {
         "0/0/first": f"[Look well.]Q: How many?{shown} Look.",
@@ -105,7 +106,7 @@ def test_both_passes_are_asked_by_the_templates(config: Config, preset: Preset) 
 def test_ours_do_not_see_the_layout_of_others() -> None:
     engine = ScriptedEngine(lambda request_id: FIRST)
     planner = Planner(Letters(), Limits(90, 1000, 50))  # type: ignore[arg-type]
-    (found,) = TwoPassGenerator(engine, planner).generate([prompt("a")], Sampling(1, 1.0, 90, 1), 0)
+    (found,) = TwoPassGenerator(engine, planner).generate(PromptShare.whole([prompt("a")]), Sampling(1, 1.0, 90, 1), 0)
     assert found.pairs[0].description is None and found.pairs[0].second is None
 
 
@@ -209,7 +210,7 @@ def test_saved_rollouts_are_not_read_by_other_templates(preset: Preset, tmp_path
     made = [replace(group(), group_id=0)]
     path = rollouts_file(tmp_path, 0)
     write_rollouts(path, rollouts_of(made, None, preset), 1, preset.asked)
-    prompts = lambda further: [each.prompt for each in made]  # noqa: E731
+    prompts = lambda further: Listed.of(made)  # noqa: E731
     assert read_rollouts(path, prompts, 1, ["acc"], preset.asked).groups == made
     with pytest.raises(ValueError, match=r"asked by other templates, look .*; the configuration has see_think "):
         read_rollouts(path, prompts, 1, ["acc"])

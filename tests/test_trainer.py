@@ -13,10 +13,11 @@ from megatron_sr1.config import ConfigError, load_config
 from megatron_sr1.config.checks import check_train_batch
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
+from megatron_sr1.ranks import ALONE
 from megatron_sr1.streams import preset_from_config
 from megatron_sr1.training.logprob_gap import check_logprob_gap, max_logprob_gap
 from megatron_sr1.training.trainer import Trainer
-from megatron_sr1.types import ALONE, LogProbs, LossFn, MicroBatch, Scoring
+from megatron_sr1.types import LogProbs, LossFn, MicroBatch, Scoring
 from tests.batch_cases import two_groups
 from tests.step_cases import trained
 

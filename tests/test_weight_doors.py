@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_sr1.config import ConfigError, check_command, check_weights, load_config
 from megatron_sr1.processor import Processor
-from megatron_sr1.types import ALONE
+from megatron_sr1.ranks import ALONE
 from tests.model_zoo import create_family, name_by_place
 from tests.ranks import run_ranks
 from tests.thread_ranks import Meeting

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_sr1.types import Exchange
+from megatron_sr1.ranks import Exchange
 
 Result = TypeVar("Result")
 
@@ -24,7 +24,7 @@ class Meeting:
         self._barrier = threading.Barrier(num_ranks, timeout=60)
 
     def of(self, rank: int) -> ThreadRanks:
-        """`types.Ranks` of the thread that stands for `rank`."""
+        """`ranks.Ranks` of the thread that stands for `rank`."""
         return ThreadRanks(rank, len(self.sent), self)
 
     def exchange(self, rank: int, items: list[Any]) -> list[Any]:

@@ -6,35 +6,49 @@ workers or ranks. Pillow decodes without holding the interpreter's lock, so thre
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 
+from megatron_sr1.data.index import IndexedSample
 from megatron_sr1.data.quarantine import BadSample, Quarantine
 from megatron_sr1.data.state import StreamState
 from megatron_sr1.data.stream import SampleStream
-from megatron_sr1.types import ALONE, Element, Prompt, Ranks, SftSample
+from megatron_sr1.ranks import ALONE, Ranks
+from megatron_sr1.types import Prompt, SftSample
 
 Check = Callable[[Prompt | SftSample], None]  # raises ValueError for a sample that cannot be used
 DEFAULT_PREFETCH = 256 << 20  # bytes
 _DECODED_PER_ENCODED = 12  # RGB bytes for a byte of PNG or JPEG: a guess, until a sample is decoded
 
 
-def part_of(items: list[Element], ranks: Ranks) -> list[Element]:
-    """This rank's run of the equal split of `items`; those of all ranks, one after the other, are all."""
-    start, end = (len(items) * rank // ranks.num_ranks for rank in (ranks.rank, ranks.rank + 1))
-    return items[start:end]
+# the places of a batch's samples that each of so many readers reads, each list increasing, by what the index says
+Deal = Callable[[Sequence[IndexedSample], int], list[list[int]]]
+
+
+def equal_runs(samples: Sequence[IndexedSample], num_readers: int) -> list[list[int]]:
+    """A `Deal`: those of all readers, one after the other, are all."""
+    edges = [len(samples) * reader // num_readers for reader in range(num_readers + 1)]
+    return [list(range(start, end)) for start, end in itertools.pairwise(edges)]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive good samples of a stream; `samples` are all, or this rank's part where the feed is divided."""
+    """Consecutive good samples of a stream, of which this rank has read its share."""
 
-    positions: tuple[int, ...]  # of all ranks
-    samples: tuple[Prompt | SftSample, ...]
+    positions: tuple[int, ...]  # of all
+    indices: tuple[int, ...]  # of all, in the stream's numbering of samples
+    keys: tuple[str, ...]  # of all
+    own: Mapping[int, Prompt | SftSample]  # by place among all
+
+    @property
+    def samples(self) -> tuple[Prompt | SftSample, ...]:
+        """Those that were read here, in order."""
+        return tuple(self.own.values())
 
 
 class SampleFeed:
@@ -48,7 +62,6 @@ class SampleFeed:
         workers: int = 2,
         prefetch_bytes: int = DEFAULT_PREFETCH,
         ranks: Ranks = ALONE,
-        divided: bool = False,
         check: Check | None = None,
     ) -> None:
         """
@@ -56,13 +69,13 @@ class SampleFeed:
             workers: threads that read and decode.
             prefetch_bytes: of encoded and decoded samples that wait to be handed out, about; never more than a batch.
             ranks: whoever takes the same batches; a sample that any rank finds bad, all pass over.
-            divided: each rank reads its part of every batch alone.
             check: what a sample must hold beyond being readable; one it raises ValueError for is bad.
         """
         self._stream = stream
         self._quarantine = quarantine
-        self._ranks = ranks
-        self._readers: Ranks = ranks if divided else ALONE
+        self.ranks = ranks
+        self._readers: Ranks = ALONE
+        self._deal: Deal = equal_runs
         self._check = check
         self._reader = _ReadAhead(stream, workers, prefetch_bytes)
         self._position = 0
@@ -77,6 +90,15 @@ class SampleFeed:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._reader.close()
+
+    def divide(self, readers: Ranks, deal: Deal = equal_runs) -> None:
+        """From now on this rank reads its share of every batch alone; without it, all.
+
+        Args:
+            readers: those among whom a batch is dealt out, and which of them this rank is of.
+            deal: who of them reads what.
+        """
+        self._readers, self._deal = readers, deal
 
     @property
     def position(self) -> int:
@@ -97,7 +119,8 @@ class SampleFeed:
         return {**counts, "data/left_out": float(num_left_out)} if num_left_out else counts
 
     def next(self, count: int, *, distinct: bool = False) -> Batch:
-        """The next `count` good samples. They are in flight until `finish`. Collective.
+        """The next `count` good samples, or all that are left of a stream that ends. They are in flight until `finish`.
+        Collective.
 
         Args:
             distinct: end before the first sample that is in flight already, which then comes next.
@@ -110,16 +133,30 @@ class SampleFeed:
         while True:
             ahead = self._upcoming(count + self._usual)
             positions = self._distinct(ahead[:count]) if distinct else ahead[:count]
-            mine = part_of(positions, self._readers)
-            samples, bad = self._read(mine, mine + part_of(ahead[len(positions) :], self._readers))
-            found = self._ranks.gather(bad)
+            mine, further = self._dealt(positions), self._dealt(ahead[len(positions) :])
+            samples, bad = self._read(
+                [positions[place] for place in mine],
+                [*(positions[place] for place in mine), *(ahead[len(positions) + place] for place in further)],
+            )
+            found = self.ranks.gather(bad)
             if not found:
                 break
             for item in found:
                 self._quarantine.add(item)
         self._advance(positions)
-        self._in_flight |= {position: self._key(position) for position in positions}
-        return Batch(tuple(positions), tuple(samples))
+        keys = tuple(self._key(position) for position in positions)
+        self._in_flight |= dict(zip(positions, keys, strict=True))
+        indices = tuple(self._stream.index(position) for position in positions)
+        return Batch(tuple(positions), indices, keys, dict(zip(mine, samples, strict=True)))
+
+    def read(self, index: int) -> Prompt | SftSample:
+        """A sample that some rank has read, here and now: one of `Batch.indices`. Any thread may call it.
+
+        Raises:
+            ValueError: see `ShardDataset.read`.
+            OSError: its shard cannot be opened any more.
+        """
+        return self._stream.read(index)
 
     def finish(self, batch: Batch) -> None:
         """The samples of `batch` have done their work: a state that is saved from now on does not repeat them."""
@@ -137,6 +174,10 @@ class SampleFeed:
             shards=self._stream.shard_fingerprints,
             bad=self._quarantine.bad,
         )
+
+    def begin_at(self, position: int) -> None:
+        """Goes on there; what is before counts as handed out. Nothing is in flight."""
+        self._position = position
 
     def restore(self, state: StreamState) -> None:
         """Goes on where `state` was taken: first what was in flight, then the next sample. Nothing is replayed.
@@ -164,6 +205,11 @@ class SampleFeed:
             taken.add(index)
         return positions
 
+    def _dealt(self, positions: list[int]) -> list[int]:
+        """The places of those that this rank reads."""
+        known = [self._stream.indexed(self._stream.index(position)) for position in positions]
+        return self._deal(known, self._readers.num_ranks)[self._readers.rank]
+
     def _advance(self, positions: list[int]) -> None:
         again = set(self._again)
         fresh = [position for position in positions if position not in again]
@@ -182,7 +228,7 @@ class SampleFeed:
                 found.append(position)
                 continue
             bad.add(self._stream.index(position))
-            if len(bad) >= self._stream.num_samples:
+            if self._stream.end is None and len(bad) >= self._stream.num_samples:
                 place = self._stream.place(self._stream.index(position))
                 reason = next(item.reason for item in self._quarantine.bad if (item.shard, item.key) == place)
                 raise ValueError(f"no sample of the training data can be used. {reason}")
@@ -190,10 +236,8 @@ class SampleFeed:
 
     def _candidates(self) -> Iterator[int]:
         yield from self._again
-        position = self._position
-        while True:
-            yield position
-            position += 1
+        end = self._stream.end
+        yield from itertools.count(self._position) if end is None else range(self._position, end)
 
     def _is_bad(self, position: int) -> bool:
         if not self._quarantine.bad:

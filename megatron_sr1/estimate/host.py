@@ -2,8 +2,9 @@
 
 offload     optimizer state and reference, pinned, once a first rollout has sent them there (config.offload)
 checkpoint  fp32 weights and both moments of what the first of its replicas gathers to write: m * 12 bytes a rank
-images      of a step's prompts, decoded, on every rank: as if half of the longest sequence were visual tokens, and
-            every round of dynamic sampling replaced all
+images      decoded, of the prompts that a rank's engine answers, as if every round of dynamic sampling replaced all,
+            and of those that its replica trains, shared by the ranks of a stage: as if half of the longest sequence
+            were visual tokens
 patches     of the last images, which wait between an engine's use and the trainer's
 read ahead  data.prefetch_mib a rank
 processes   interpreter, libraries, CUDA's own, worker threads: taken as given, not derived
@@ -46,7 +47,9 @@ def host_bytes(
         vision = model.hf.vision_config
         token_pixels = (vision.patch_size * vision.spatial_merge_size) ** 2
         first, _ = typical_tokens(config.rollout)
-        prompts = config.rollout.prompts_per_step * (1 + config.rollout.dynamic_sampling)
+        answered = (1 + config.rollout.dynamic_sampling) * config.rollout.engine_tensor / config.nproc
+        trained = 1 / (config.data_ranks * config.layout.tensor * config.layout.context)
+        prompts = config.rollout.prompts_per_step * (answered + trained)
         found["images"] = ranks * prompts * first * 3 * token_pixels
         found["patches"] = ranks * KEPT_PATCHES * 3 * vision.temporal_patch_size * vision.patch_size**2
     found["read ahead"] = ranks * (config.data.prefetch_mib << 20)

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 
-from megatron_sr1.data import Check, Quarantine, ShardDataset, only_prompts
-from megatron_sr1.types import Prompt
+from megatron_sr1.data import Check, Deal, Quarantine, SampleFeed, SamplesInOrder, ShardDataset, only_prompts
+from megatron_sr1.ranks import ALONE, Ranks, agreed
+from megatron_sr1.types import Prompt, PromptShare
 
 
 class Heldout:
-    """The good samples of a dataset in the order of its shards, each read when it is needed."""
+    """The good samples of a dataset in the order of its shards, each read when it is needed, by who needs it."""
 
     def __init__(
-        self, dataset: ShardDataset, quarantine: Quarantine, max_prompts: int = 0, check: Check | None = None
+        self,
+        dataset: ShardDataset,
+        quarantine: Quarantine,
+        max_prompts: int = 0,
+        check: Check | None = None,
+        *,
+        workers: int = 2,
+        ranks: Ranks = ALONE,
     ) -> None:
         """
         Args:
             max_prompts: 0: all.
             check: raises ValueError for a sample that can be read and still not be used; it counts as a bad one.
+            workers, ranks: see `SampleFeed`.
         """
         self._dataset = dataset
         self._quarantine = quarantine
         self._max_prompts = max_prompts
         self._check = check
+        self._workers = workers
+        self._ranks = ranks
+        self._division: tuple[Ranks, Deal] | None = None
+
+    def divide(self, readers: Ranks, deal: Deal) -> None:
+        """From now on this rank reads its share of every chunk, see `SampleFeed.divide`; without it, all."""
+        self._division = readers, deal
 
     def __len__(self) -> int:
         """Prompts, at most: what is wrong with a sample may show only when it is read."""
@@ -42,8 +57,8 @@ class Heldout:
         """
         self._dataset.check_images(max_images, "data.heldout", range(len(self)))
 
-    def chunks(self, size: int, answered: Sequence[str] = ()) -> Iterator[list[Prompt]]:
-        """The prompts in lists of `size`, the last one shorter.
+    def chunks(self, size: int, answered: Sequence[str] = ()) -> Iterator[PromptShare]:
+        """The prompts in chunks of `size`, the last one smaller. Collective.
 
         Args:
             answered: keys of the first good samples, in order, which are passed over unread.
@@ -52,44 +67,56 @@ class Heldout:
             ValueError: more bad samples than the quarantine takes, a sample is a demonstration, or `answered` names
                 other samples than the first.
         """
-        chunk: list[Prompt] = []
-        for prompt in self._prompts(answered):
-            chunk.append(prompt)
-            if len(chunk) == size:
-                yield chunk
-                chunk = []
-        if chunk:
-            yield chunk
+        limit, found = self._max_prompts or len(self._dataset), len(answered)
+        stream = SamplesInOrder(self._dataset)
+        with SampleFeed(stream, self._quarantine, workers=self._workers, ranks=self._ranks, check=self._check) as feed:
+            if self._division is not None:
+                feed.divide(*self._division)
+            feed.begin_at(self._behind(answered))
+            while found < limit:
+                batch = feed.next(min(size, limit - found))
+                feed.finish(batch)
+                if not batch.keys:
+                    return
+                prompts = agreed(self._ranks, lambda samples=batch.samples: only_prompts(samples, "data.heldout"))
+                found += len(batch.keys)
+                yield PromptShare(batch.keys, dict(zip(batch.own, prompts, strict=True)))
 
     def first(self, count: int) -> list[Prompt]:
-        """The first prompts, at most `count`. Raises as `chunks`."""
-        return next(self.chunks(count), []) if count else []
-
-    def _prompts(self, answered: Sequence[str]) -> Iterator[Prompt]:
-        known, found = deque(answered), len(answered)
+        """The first good prompts, at most `count`, read here. Raises as `chunks`."""
+        found: list[Prompt] = []
         for index in range(len(self._dataset)):
-            place = self._dataset.place(index)
-            if known and known[0] == place[1]:
-                known.popleft()
-                continue
-            if not known and self._max_prompts and found == self._max_prompts:
+            if len(found) == count or len(found) == (self._max_prompts or count):
                 break
-            if place in self._quarantine:
-                continue
-            try:
-                sample = self._dataset.read(index)
-                if self._check is not None:
-                    self._check(sample)
-            except ValueError as error:
-                self._quarantine.add(self._dataset.bad(index, error))
-                continue
-            if known:
-                raise ValueError(_other_samples(known[0]))
-            (prompt,) = only_prompts([sample], "data.heldout")
-            found += 1
-            yield prompt
-        if known:
-            raise ValueError(_other_samples(known[0]))
+            found += [prompt for prompt in [self._read(index)] if prompt is not None]
+        return found
+
+    def _behind(self, answered: Sequence[str]) -> int:
+        """The number of the first sample behind those that are answered; what was passed over must be bad again."""
+        index = 0
+        for key in answered:
+            while index < len(self._dataset) and self._dataset.place(index)[1] != key:
+                if self._read(index) is not None:
+                    raise ValueError(_other_samples(key))
+                index += 1
+            if index == len(self._dataset):
+                raise ValueError(_other_samples(key))
+            index += 1
+        return index
+
+    def _read(self, index: int) -> Prompt | None:
+        """None where the sample is bad."""
+        if self._dataset.place(index) in self._quarantine:
+            return None
+        try:
+            sample = self._dataset.read(index)
+            if self._check is not None:
+                self._check(sample)
+        except ValueError as error:
+            self._quarantine.add(self._dataset.bad(index, error))
+            return None
+        (prompt,) = only_prompts([sample], "data.heldout")
+        return prompt
 
 
 def _other_samples(key: str) -> str:

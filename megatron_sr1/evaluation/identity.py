@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_sr1.types import ALONE, Ranks
+from megatron_sr1.ranks import ALONE, Ranks
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")  # weights, configuration, tokenizer, processor
 _THREADS = 4

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -36,10 +37,11 @@ from megatron_sr1.evaluation.files import EvaluationFiles, write_summary
 from megatron_sr1.evaluation.heldout import Heldout
 from megatron_sr1.import_path import is_import_path, source_digest
 from megatron_sr1.judge import Judge
-from megatron_sr1.loops.generation import build_generator, prompt_check
+from megatron_sr1.loops.generation import build_generator, engine_ranks, prompt_check
 from megatron_sr1.loops.run import Run, open_run
 from megatron_sr1.platform import Platform
 from megatron_sr1.prompts import OURS, Template
+from megatron_sr1.ranks import Ranks
 from megatron_sr1.report import print_table, summary_rows
 from megatron_sr1.rewards import (
     REWARDS,
@@ -55,8 +57,9 @@ from megatron_sr1.rewards import (
 from megatron_sr1.rewards.judged import JudgedRewards
 from megatron_sr1.rewards.reading import EndpointReadings, with_readings
 from megatron_sr1.rewards.workers import Graders
+from megatron_sr1.rollout import deal_prompts
 from megatron_sr1.streams import Preset, own_code, preset_of
-from megatron_sr1.types import SECOND, Generator, Prompt, Ranks, RolloutGroup, Sampling
+from megatron_sr1.types import SECOND, Generator, PromptShare, RolloutGroup, Sampling
 
 _RECORDED = ("max_prompts", "samples", "temperature", "chunk_prompts", "rounded_decimals")
 _PIXELS = ("min_pixels", "max_pixels")
@@ -138,7 +141,7 @@ def evaluate(run: Run, generator: Generator, heldout: Heldout, *, label: str, st
     Collective.
 
     Returns:
-        The answers to the first `evaluate.verify_export` prompts.
+        On the main rank the answers to the first `evaluate.verify_export` prompts; [] on the others.
     """
     files = EvaluationFiles(run.folder, label)
     identity = _identity(run.config, heldout, f"the policy after step {step}")
@@ -163,7 +166,9 @@ def heldout_prompts(run: Run) -> Heldout:
     preset = preset_of(config)
     run.planner.check(preset.passes)
     check = prompt_check(run.planner, preset.passes.of)
-    heldout = Heldout(dataset, quarantine, config.evaluate.max_prompts, check)
+    ahead = {"workers": config.data.workers, "ranks": run.platform.ranks}
+    heldout = Heldout(dataset, quarantine, config.evaluate.max_prompts, check, **ahead)
+    heldout.divide(engine_ranks(run), partial(deal_prompts, run.processor, _sampling(config, preset)))
     heldout.check_images(config.rollout.max_images)
     return heldout
 
@@ -240,14 +245,14 @@ def _answer(
     num_answered = len(answered)
     for chunk in heldout.chunks(settings.chunk_prompts, answered):
         answers = _answer_chunk(run, generator(), chunk, step)
-        ranks, own = run.platform.ranks, _records(answers, len(chunk), made_of, second_pass)
+        ranks, own = run.platform.ranks, _records(answers, len(chunk.keys), made_of, second_pass)
         records = [record for _, record in sorted(ranks.send_to_main(own), key=itemgetter(0))]
         if run.platform.is_main:
             append_records(files.records, records)
-        wanted = settings.verify_export - len(kept)
-        pairs = ranks.gather([(group.group_id, group.pairs) for group, _, _ in answers if group.group_id < wanted])
-        kept += [RolloutGroup(number, chunk[number], each) for number, each in sorted(pairs, key=itemgetter(0))]
-        num_answered += len(chunk)
+        wanted = settings.verify_export - num_answered
+        first = ranks.send_to_main([group for group, _, _ in answers if group.group_id < wanted])
+        kept += sorted(first, key=lambda group: group.group_id)
+        num_answered += len(chunk.keys)
         if len(heldout) > settings.chunk_prompts:
             run.say(f"answered {num_answered} of {len(heldout)} prompts")
     if not num_answered:
@@ -256,18 +261,11 @@ def _answer(
 
 
 def _answer_chunk(
-    run: Run, generator: Generator, chunk: Sequence[Prompt], step: int
+    run: Run, generator: Generator, chunk: PromptShare, step: int
 ) -> list[tuple[RolloutGroup, Template, list[dict[str, float]]]]:
     """The answers that this rank holds, in order, with their template and their rewards. Collective."""
-    config, preset = run.config, preset_of(run.config)
-    sampling = Sampling(
-        config.evaluate.samples,
-        config.evaluate.temperature,
-        config.rollout.max_response_tokens,
-        config.seed,
-        *preset.passes,
-    )
-    ranks = run.platform.ranks
+    config, preset, ranks = run.config, preset_of(run.config), run.platform.ranks
+    sampling = _sampling(config, preset)
     groups = _generated(config, generator, chunk, sampling, step, ranks)
     answers = [(group, preset.asked.of(group.prompt).first) for group in groups]
     graded = dict(_grade(answers, preset, config))
@@ -277,8 +275,13 @@ def _answer_chunk(
     return [(group, template, _shown(graded[group.group_id])) for group, template in answers]
 
 
+def _sampling(config: Config, preset: Preset) -> Sampling:
+    settings, longest = config.evaluate, config.rollout.max_response_tokens
+    return Sampling(settings.samples, settings.temperature, longest, config.seed, *preset.passes)
+
+
 def _generated(
-    config: Config, generator: Generator, chunk: Sequence[Prompt], sampling: Sampling, step: int, ranks: Ranks
+    config: Config, generator: Generator, chunk: PromptShare, sampling: Sampling, step: int, ranks: Ranks
 ) -> list[RolloutGroup]:
     """The groups that this rank holds, with the answers of an endpoint among them. Collective."""
     if not any(later.reader == "endpoint" for later in sampling.later):

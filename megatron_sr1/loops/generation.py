@@ -62,7 +62,7 @@ def build_generator(run: Run, weights: Callable[[], NamedTensors] | None = None)
     if weights is not None:
         engine.update_weights(weights(), 0)
         stale_vision_canary(engine, run.processor, _canary_image(), weights)
-    engines = TeamRanks(run.platform.ranks, rollout.engine_tensor)
+    engines = engine_ranks(run)
     hands_on = run.platform.ranks.rank % rollout.engine_tensor == 0
     own, reference = run.config.model.hf_dir, run.config.objective.reference_dir
     start = None
@@ -73,6 +73,11 @@ def build_generator(run: Run, weights: Callable[[], NamedTensors] | None = None)
     return TwoPassGenerator(
         engine, run.planner, engines=engines, hands_on=hands_on, weights=weights, start_weights=start
     )
+
+
+def engine_ranks(run: Run) -> TeamRanks:
+    """The engines, and the one that this rank is of."""
+    return TeamRanks(run.platform.ranks, run.config.rollout.engine_tensor)
 
 
 def _weights_of(hf_dir: str) -> NamedTensors:

@@ -5,18 +5,20 @@ prompts -> pairs -> rewards -> advantages -> packed rows -> optimizer steps -> w
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from megatron_sr1.config import Config
 from megatron_sr1.data import SampleFeed, StepPrompts
 from megatron_sr1.loops.evaluate import Evaluations, NoEvaluations, check_heldout, heldout_prompts
-from megatron_sr1.loops.generation import build_generator, prompt_check, training_sampling
+from megatron_sr1.loops.generation import build_generator, engine_ranks, prompt_check, training_sampling
 from megatron_sr1.loops.preemption import watch_for_stop
 from megatron_sr1.loops.run import Run, check_verification, metrics_of, open_run
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.rewards import RewardError
+from megatron_sr1.rollout import deal_prompts
 from megatron_sr1.streams import Preset, own_code, preset_of
 from megatron_sr1.training.live_rollouts import LiveRollouts
 from megatron_sr1.training.recorder import Recorder
@@ -43,7 +45,9 @@ def run_grpo(
     check_verification(config, platform)
     preset = preset_of(config)
     with open_run(config, platform) as run:
+        sampling = training_sampling(config, preset)
         feed = run.feed("train", prompt_check(run.planner, preset.passes.of, leaves_out=True))
+        feed.divide(engine_ranks(run), partial(deal_prompts, run.processor, sampling))
         heldout = heldout_prompts(run)
         check_heldout(run, heldout)
         updates = config.rollout.prompts_per_step // config.train.batch_size * config.train.steps
@@ -60,10 +64,9 @@ def run_grpo(
             run.say("starting the generation engines")
             policy.leave_device()
             generator = build_generator(run, policy.hf_weights)
-            sampling, files = training_sampling(config, preset), run.folder / "rollouts"
             refreshed = not rollouts_only
             source = LiveRollouts(
-                *(generator, sampling, recorder, config.rewards, platform.ranks, files),
+                *(generator, sampling, recorder, config.rewards, platform.ranks, run.folder / "rollouts"),
                 refreshed=refreshed,
                 objective=config.objective,
                 rounds=config.rollout.dynamic_sampling,

@@ -211,13 +211,13 @@ class Run:
         self.platform.ranks.meet()
 
     def verify_export(self, answers: Sequence[RolloutGroup]) -> None:
-        """Compares transformers' greedy answers on the export with `answers`; writes `export.json`. No answers, no
-        comparison: it loads the whole model on the main rank.
+        """Compares transformers' greedy answers on the export with the main rank's `answers`; writes `export.json`. No
+        answers, no comparison: it loads the whole model on the main rank. Collective.
 
         Raises:
             ValueError: an answer differs; the message names its key and both texts.
         """
-        if not answers:
+        if not self.platform.ranks.any(bool(answers)):
             return
 
         def compare() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from megatron_sr1.config import Config
 from megatron_sr1.data import only_demonstrations
@@ -11,6 +12,8 @@ from megatron_sr1.loops.run import Run, metrics_of, open_run
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.prompts import templates_of
+from megatron_sr1.ranks import agreed
+from megatron_sr1.rollout import deal_samples
 from megatron_sr1.training.batches import Batcher
 from megatron_sr1.training.losses import SftLoss
 from megatron_sr1.types import Prompt, Scoring, SftSample
@@ -32,6 +35,7 @@ def _train(run: Run) -> None:
 
     feed = run.feed("cold_start", check)
     policy = Policy(config, run.platform, num_optimizer_steps=config.train.steps, keep_reference=False)
+    feed.divide(policy.replicas, partial(deal_samples, run.processor))
     batcher = Batcher(config, run.processor, policy.replicas, run.platform.device)
     first = run.resume(policy)
     run.accept()
@@ -39,7 +43,8 @@ def _train(run: Run) -> None:
         for step in range(first, config.train.steps):
             start = time.perf_counter()
             taken = feed.next(config.train.batch_size)
-            batch = batcher.sft(only_demonstrations(taken.samples, "data.cold_start"))
+            samples = agreed(run.platform.ranks, partial(only_demonstrations, taken.samples, "data.cold_start"))
+            batch = batcher.sft(samples)
             result = policy.train_step(batch.micro_batches, SftLoss(batch), Scoring())
             feed.finish(taken)
             if writer is not None:

@@ -1,4 +1,4 @@
-"""`types.Ranks` and `types.Exchange` on process groups."""
+"""`ranks.Ranks` and `ranks.Exchange` on process groups."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_sr1.types import Element, Ranks
+from megatron_sr1.ranks import Element, Ranks
 
 _CPU = torch.device("cpu")
 

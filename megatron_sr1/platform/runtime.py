@@ -30,7 +30,7 @@ from megatron_sr1.platform.fork_server import STOP_SIGNALS, begin_rank, held_bac
 from megatron_sr1.platform.joining import TIMEOUT, join, open_store
 from megatron_sr1.platform.ranks import GroupRanks
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
-from megatron_sr1.types import Element
+from megatron_sr1.ranks import Element
 
 STOPPED_STATUS = os.EX_TEMPFAIL  # 75, sysexits.h: "the user is invited to retry"; of a run that was asked to stop
 _MISTAKES = "mistake{}.txt"  # by rank: the message that it ended with

@@ -11,12 +11,14 @@ the same number has one. A pass that the starting weights read waits until the e
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from megatron_sr1.rollout.later import OpenReading, ask_later
 from megatron_sr1.rollout.plan import PassPrompt, Planner, check_same_ids
@@ -26,13 +28,16 @@ from megatron_sr1.types import (
     SECOND,
     LaterPass,
     OnQuestion,
-    Prompt,
+    PromptShare,
     Reading,
     Rollout,
     RolloutGroup,
     RolloutPair,
     Sampling,
 )
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SUBMITTED_AT_A_TIME = 16  # requests, between two steps of the engine
 PREPARED_AHEAD = 32  # plans whose images are begun; more would not be kept until they are submitted
@@ -54,14 +59,23 @@ class _Request:
         return self.group, self.sample
 
 
+@dataclass(frozen=True)
+class Described:
+    """What a first pass has said of its image."""
+
+    group: int
+    sample: int
+    text: str
+    shown: str  # digest of the images
+
+
 class PassRequests:
     """What has been asked for and what has come back; it outlives the engine that answers."""
 
     def __init__(
         self,
         planner: Planner,
-        prompts: Sequence[Prompt],
-        groups: Sequence[int],
+        prompts: PromptShare,
         sampling: Sampling,
         step: int,
         on_group: Callable[[RolloutGroup], None] | None = None,
@@ -73,7 +87,6 @@ class PassRequests:
     ) -> None:
         """
         Args:
-            groups: indices into `prompts` of those that this engine answers.
             on_group: takes each group as soon as its last pass is done.
             on_question: takes what an endpoint is to be asked as soon as it is known.
             on_first: takes each sample as soon as its first pass is done, as a group of one pair.
@@ -82,7 +95,8 @@ class PassRequests:
         """
         self._planner = planner
         self._processor = planner.processor
-        self._prompts = prompts
+        self._prompts = prompts.own
+        self._num_prompts = len(prompts.keys)
         self._sampling = sampling
         self._step = step
         self._streamed = streamed
@@ -92,12 +106,14 @@ class PassRequests:
         self._holds_reference = holds_reference
         self._start = time.perf_counter()
         samples = range(sampling.num_samples)
-        plans = {group: planner.first(prompts[group], sampling.passes_of(prompts[group]).template) for group in groups}
+        plans = {
+            group: planner.first(prompt, sampling.passes_of(prompt).template) for group, prompt in prompts.own.items()
+        }
         requests = [_Request(group, sample, plan) for group, plan in plans.items() for sample in samples]
         self._open = {request.request_id: request for request in requests}  # asked for, not answered
         self._lent: list[tuple[LaterPass, tuple[int, int]]] = []  # passes that read of another image, and whose
         self._held: list[_Request] = []  # for the starting weights
-        self._first_draw = _first_draws(prompts, sampling.num_samples)
+        self._first_draw = _first_draws(prompts.keys, sampling.num_samples)
         self._left = dict.fromkeys(plans, sampling.num_samples)  # samples of each group that are not complete
         self._missing: dict[tuple[int, int], int] = {}  # answers of later passes that a sample waits for
         self._queued: dict[str, float] = {}
@@ -130,14 +146,20 @@ class PassRequests:
             if not self._streamed and not waiting and not engine.has_unfinished():
                 waiting = self._possible()
 
-    def descriptions(self) -> list[tuple[tuple[int, int], str]]:
-        """By group and sample: what the responses of this engine describe."""
+    def descriptions(self) -> list[Described]:
+        """What the responses of this engine describe."""
+        shown = {group: _digest(prompt.images) for group, prompt in self._prompts.items()}
         pairs = self._pairs.items()
-        return [(place, pair.description) for place, pair in pairs if pair.description is not None]
+        return [
+            Described(*place, pair.description, shown[place[0]])
+            for place, pair in pairs
+            if pair.description is not None
+        ]
 
-    def lend(self, descriptions: Mapping[tuple[int, int], str]) -> None:
+    def lend(self, everything: Sequence[Described]) -> None:
         """Those of all engines are known: `run` answers what has waited for them."""
         lent, self._lent = self._lent, []
+        descriptions = {(one.group, one.sample): one for one in everything}
         for later, place in lent:
             self._open |= {request.request_id: request for request in self._borrow(later, place, descriptions)}
 
@@ -193,7 +215,7 @@ class PassRequests:
             seed=request_seed(self._sampling.seed, self._step, plan.key, self._draw(request.place), plan.pass_name),
             end_of_turn_id=self._processor.end_of_turn_id,
             banned_ids=self._processor.media_ids,
-            priority=request.group + (0 if request.asked is None else len(self._prompts)),
+            priority=request.group + (0 if request.asked is None else self._num_prompts),
         )
         self._queued.setdefault(request.request_id, time.perf_counter() - self._start)
         with _engine_call():
@@ -252,25 +274,18 @@ class PassRequests:
         return requests
 
     def _borrow(
-        self, later: LaterPass, place: tuple[int, int], descriptions: Mapping[tuple[int, int], str]
+        self, later: LaterPass, place: tuple[int, int], descriptions: Mapping[tuple[int, int], Described]
     ) -> list[_Request]:
         """The requests of a pass that reads what was said of another image; none where nobody else has said a thing."""
         group, sample = place
-        others = (*range(group + 1, len(self._prompts)), *range(group))
-        said = (other for other in others if (other, sample) in descriptions)
-        lender = next((other for other in said if not self._same_images(group, other)), None)
-        text = None if lender is None else descriptions[lender, sample]
-        requests = [] if text is None else self._ask(later, place, text)
+        others = (*range(group + 1, self._num_prompts), *range(group))
+        said = (descriptions[other, sample] for other in others if (other, sample) in descriptions)
+        own = _digest(self._prompts[group].images)
+        lender = next((one for one in said if one.shown != own), None)
+        requests = [] if lender is None else self._ask(later, place, lender.text)
         for _ in range(later.samples):
             self._answered(place)
         return requests
-
-    def _same_images(self, group: int, other: int) -> bool:
-        """Whether both prompts show the same, as two questions about one image do; pixels are compared where sizes do
-        not tell."""
-        ours, theirs = (self._prompts[each].images for each in (group, other))
-        pairs = list(zip(ours, theirs, strict=False))
-        return len(ours) == len(theirs) and all(a.size == b.size and a.tobytes() == b.tobytes() for a, b in pairs)
 
     def _read(self, place: tuple[int, int], asked: OpenReading, rollout: Rollout) -> None:
         pair, name = self._pairs[place], asked.later.name
@@ -313,14 +328,23 @@ class PassRequests:
         )
 
 
-def _first_draws(prompts: Sequence[Prompt], num_samples: int) -> list[int]:
+def _digest(images: Sequence[Image]) -> str:
+    """Of what a prompt shows: two questions about one image show the same."""
+    digest = hashlib.blake2b()
+    for image in images:
+        digest.update(repr(image.size).encode())
+        digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def _first_draws(keys: Sequence[str], num_samples: int) -> list[int]:
     """The number of each prompt's first draw in the step: one that comes again, as in a data set smaller than a step,
     goes on counting, or its responses would be the same once more."""
     seen: Counter[str] = Counter()
     first = []
-    for prompt in prompts:
-        first.append(seen[prompt.key] * num_samples)
-        seen[prompt.key] += 1
+    for key in keys:
+        first.append(seen[key] * num_samples)
+        seen[key] += 1
     return first
 
 

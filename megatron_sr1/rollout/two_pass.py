@@ -10,12 +10,12 @@ import logging
 import traceback
 from collections.abc import Callable, Sequence
 
-from megatron_sr1.rollout.balance import assign_prompts
+from megatron_sr1.ranks import ALONE, Ranks
 from megatron_sr1.rollout.passes import PassRequests
 from megatron_sr1.rollout.pixels import pixel_differences
 from megatron_sr1.rollout.plan import PassPrompt, Planner
 from megatron_sr1.rollout.request import EngineFault, TokenEngine
-from megatron_sr1.types import ALONE, NamedTensors, OnQuestion, Prompt, Ranks, RolloutGroup, Sampling
+from megatron_sr1.types import NamedTensors, OnQuestion, PromptShare, RolloutGroup, Sampling
 
 NUM_COMPARED = 4  # prompts of each engine whose pixels are compared with the trainer's before the first answer
 MAX_RESTARTS = 2  # of one call: a fault that comes back is not an accident
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class TwoPassGenerator:
-    """Implements `types.Generator`: prompts are assigned to the engines, each rank gets the groups of its own."""
+    """Implements `types.Generator`."""
 
     def __init__(
         self,
@@ -69,15 +69,15 @@ class TwoPassGenerator:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: PromptShare,
         sampling: Sampling,
         step: int,
         on_group: Callable[[RolloutGroup], None] | None = None,
         on_question: OnQuestion | None = None,
         on_first: Callable[[RolloutGroup], None] | None = None,
     ) -> list[RolloutGroup]:
-        """K samples of all passes for each prompt of this rank's engine, in the order of `prompts`; [] on a rank that
-        does not hold them. Collective.
+        """K samples of all passes for each prompt of this rank's engine; [] on a rank that does not hold them.
+        Collective.
 
         Args:
             on_group: takes each group of this rank's engine as soon as it is complete, while others still run; on the
@@ -93,8 +93,7 @@ class TwoPassGenerator:
                 cannot be refilled. On one rank: it failed alone among the ranks of its engine.
         """
         assert sampling.max_response_tokens <= self._planner.limits.max_response, "more than the plans leave room for"
-        mine = assign_prompts(self._planner.processor, prompts, sampling, self._engines.num_ranks)[self._engines.rank]
-        own = [prompts[index] for index in mine]
+        own = prompts.own.values()
         refused = self._engines.gather(
             [text for prompt in own for text in self._planner.refusals(prompt, sampling.passes_of(prompt))]
         )
@@ -107,18 +106,18 @@ class TwoPassGenerator:
         takers = (on_group, on_question, on_first) if self._hands_on else (None, None, None)
         holds = self._start_weights is not None and any(later.reader == "reference" for later in sampling.later)
         requests = PassRequests(
-            self._planner, prompts, mine, sampling, step, *takers, streamed=self._streamed, holds_reference=holds
+            self._planner, prompts, sampling, step, *takers, streamed=self._streamed, holds_reference=holds
         )
         self._run(requests)
         if any(later.context == "other_description" for later in sampling.later):
-            requests.lend(dict(self._engines.gather(requests.descriptions() if self._hands_on else [])))
+            requests.lend(self._engines.gather(requests.descriptions() if self._hands_on else []))
             self._run(requests)
         if holds:
             self._replace()
             requests.release_reference()
             self._run(requests)
         pairs = requests.pairs().items() if self._hands_on else ()
-        return [RolloutGroup(group, prompts[group], pairs_of) for group, pairs_of in pairs]
+        return [RolloutGroup(group, prompts.own[group], pairs_of) for group, pairs_of in pairs]
 
     def _compare_pixels(self, plans: Sequence[PassPrompt]) -> None:
         """Raises ValueError on every rank where pixels differ, see `pixel_differences`. Collective."""

@@ -26,11 +26,11 @@ class Preset:
     """A named objective.
 
     Raises:
-        ValueError: a template that is not there, or cannot have its role; no stream, too many, two streams of one name, a stream
-            without rewards, of a pass that there is not or that others than the policy write, or of a segment that its
-            pass does not have; a reward that is not there, is of a pass that there is not, needs a description where
-            none is asked for, or is shown by the name of another; a pass that needs a description where none is asked
-            for.
+        ValueError: a template that is not there, or cannot have its role; no stream, or more than MAX_STREAMS, two
+            streams of one name, a stream without rewards, of a pass that there is not or that others than the policy
+            write, or of a segment that its pass does not have; a reward that is not there, is of a pass that there is
+            not, needs a description where none is asked for, or is shown by the name of another; a pass that needs a
+            description where none is asked for.
     """
 
     name: str

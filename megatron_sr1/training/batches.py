@@ -10,9 +10,10 @@ from torch import Tensor
 
 from megatron_sr1.config import Config, row_tokens
 from megatron_sr1.objective import stream_advantages, token_weights
-from megatron_sr1.packing import moved, pack, split_for_ranks
+from megatron_sr1.packing import moved, pack
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import templates_of
+from megatron_sr1.ranks import Exchange
 from megatron_sr1.rewards import find_reward
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.ledger import KINDS, StepLedger, slots_of
@@ -20,7 +21,15 @@ from megatron_sr1.training.payload import FIRST, Place
 from megatron_sr1.training.recorder import image_distance, stream_masks
 from megatron_sr1.training.step_rewards import per_rollout
 from megatron_sr1.training.tokens import ResponseTokens, into_rows
-from megatron_sr1.types import MicroBatch, Prompt, Ranks, RewardStream, SftSample, TokenSequence, TokenTrack
+from megatron_sr1.types import (
+    DrawnPrompts,
+    EncodedImage,
+    MicroBatch,
+    RewardStream,
+    SftSample,
+    TokenSequence,
+    TokenTrack,
+)
 
 CPU = torch.device("cpu")
 
@@ -97,7 +106,7 @@ def _per_response(name: str, reward: Tensor, stream: RewardStream, number: int) 
 class Batcher:
     """Packs what a policy is trained on."""
 
-    def __init__(self, config: Config, processor: Processor, replicas: Ranks, device: torch.device = CPU) -> None:
+    def __init__(self, config: Config, processor: Processor, replicas: Exchange, device: torch.device = CPU) -> None:
         """`device`: where the policy computes, and so where everything it is trained on goes.
 
         Raises:
@@ -111,11 +120,16 @@ class Batcher:
         self._replicas = replicas
 
     def sft(self, samples: Sequence[SftSample]) -> SftBatch:
-        """Demonstrations of any template; the response tokens are trained on, each with the same weight."""
+        """Demonstrations of any template; the response tokens are trained on, each with the same weight. Collective
+        over the replicas.
+
+        Args:
+            samples: this replica's.
+        """
         sequences = [self._demonstration(sample) for sample in samples]
-        weight = 1.0 / sum(len(sequence.response_ids) for sequence in sequences)
-        lengths = [len(sequence.prompt_ids) + len(sequence.response_ids) for sequence in sequences]
-        micro_batches = self._pack([sequences[index] for index in self._mine(lengths)])
+        num_tokens = torch.tensor([[sum(len(sequence.response_ids) for sequence in sequences)]])
+        weight = 1.0 / int(self._replicas.gather_rows(num_tokens).sum())
+        micro_batches = self._pack(sequences)
         weights = [torch.full((len(batch.targets),), weight, device=self._device) for batch in micro_batches]
         return SftBatch(micro_batches, weights)
 
@@ -138,7 +152,7 @@ class Batcher:
         ledger: StepLedger,
         share: Sequence[Place],
         tracks: Sequence[TokenTrack],
-        prompts: Sequence[Prompt],
+        prompts: DrawnPrompts,
         preset: Preset,
     ) -> StreamRows:
         """The responses that this replica trains, packed, with the weight of each token in every stream.
@@ -147,15 +161,20 @@ class Batcher:
             ledger: of all groups of the optimizer step.
             share: this replica's, see `share_responses`.
             tracks: of the responses of the share.
-            prompts: by number of a group; those with a first pass in the share have their images.
+            prompts: of all groups, by number. Only whoever encodes an image has it decoded.
         """
         slots, numbers = slots_of(preset), ledger.number.tolist()
         weights = self._weights(ledger, preset)  # [S, B, M]
         sequences: list[TokenSequence] = []
         responses: list[ResponseTokens] = []
+        encoded: dict[int, tuple[EncodedImage, ...]] = {}  # by group: siblings share them
         for (group, sample, slot), track in zip(share, tracks, strict=True):
-            images = prompts[numbers[group]].images if slot == FIRST else ()
-            seen = tuple(self._processor.encode_image(image) for image in images)
+            if slot == FIRST and group not in encoded:
+                images = prompts.images(
+                    numbers[group], [(width, height) for width, height in track.image_sizes.tolist()]
+                )
+                encoded[group] = tuple(self._processor.encode_image(image) for image in images)
+            seen = encoded[group] if slot == FIRST else ()
             sequences.append(TokenSequence(track.prompt_ids.tolist(), track.response_ids.tolist(), seen))
             index, number = group * ledger.num_samples + sample, slots[slot].number
             place = index * preset.most_samples + number
@@ -215,7 +234,3 @@ class Batcher:
         turn = template.render(sample.prompt.problem, len(images), sample.description)
         ids = self._processor.expand(self._processor.turn_ids(turn, len(images)), [image.grid_thw for image in images])
         return TokenSequence(ids, self._processor.response_ids(sample.response), images)
-
-    def _mine(self, lengths: Sequence[int]) -> list[int]:
-        """Which of the items of these lengths, in tokens, this replica trains on."""
-        return split_for_ranks(lengths, self._replicas.num_ranks)[self._replicas.rank]

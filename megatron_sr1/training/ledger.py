@@ -47,7 +47,7 @@ class StepLedger:
 
     number: Tensor  # [G] int64: place among the prompts that the step has drawn, increasing
     holder: Tensor  # [G] int64: the rank that has the group itself
-    shown: Tensor  # [G] bool: its prompt has images
+    num_images: Tensor  # [G] int32: of its prompt
     described: Tensor  # [G, K] bool
     description_cut: Tensor  # [G, K] bool
     faithful: Tensor  # [G, K] float32: whether the description says what the image shows; NaN: nobody knows
@@ -72,7 +72,7 @@ class StepLedger:
         return cls(
             number=none(dtype=torch.int64),
             holder=none(dtype=torch.int64),
-            shown=none(dtype=torch.bool),
+            num_images=none(dtype=torch.int32),
             described=none(*sample, dtype=torch.bool),
             description_cut=none(*sample, dtype=torch.bool),
             faithful=none(*sample, dtype=torch.float32),
@@ -89,6 +89,11 @@ class StepLedger:
     @property
     def num_groups(self) -> int:
         return len(self.number)
+
+    @property
+    def shown(self) -> Tensor:
+        """[G] bool: the prompt has images."""
+        return self.num_images > 0
 
     @property
     def num_samples(self) -> int:

@@ -15,6 +15,7 @@ from types import TracebackType
 from megatron_sr1.config import ObjectiveConfig, RewardsConfig
 from megatron_sr1.data import StepPrompts
 from megatron_sr1.metrics.clock import Clock
+from megatron_sr1.ranks import Exchange
 from megatron_sr1.rewards import RewardError, Ungraded, Vectors
 from megatron_sr1.rewards.reading import with_readings
 from megatron_sr1.rewards.workers import Graders
@@ -24,7 +25,7 @@ from megatron_sr1.training.rollout_files import remove_step, rollouts_file
 from megatron_sr1.training.rollout_writer import RolloutWriter
 from megatron_sr1.training.step_rewards import sample_rewards, scored_rewards
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.types import Exchange, Generator, NamedTensors, OnQuestion, Prompt, RolloutGroup, Sampling
+from megatron_sr1.types import Generator, NamedTensors, OnQuestion, PromptShare, RolloutGroup, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -48,23 +49,16 @@ class _Drawn:
     def __init__(self, recorder: Recorder, objective: ObjectiveConfig, ranks: Exchange) -> None:
         self._recorder, self._objective, self._ranks = recorder, objective, ranks
         self._ledger = recorder.none()
-        self._prompts: list[Prompt] = []
+        self.num_prompts = 0
         self._groups: list[RolloutGroup] = []  # graded, of this rank
         self._tracks: dict[int, GroupTracks] = {}
         self.skipped: dict[int, str] = {}  # by number: why a group could not be graded
 
-    @property
-    def num_prompts(self) -> int:
-        return len(self._prompts)
-
     def add(
-        self,
-        prompts: Sequence[Prompt],
-        groups: Sequence[RolloutGroup],
-        graded: Sequence[tuple[int, Vectors | Ungraded]],
+        self, num_prompts: int, groups: Sequence[RolloutGroup], graded: Sequence[tuple[int, Vectors | Ungraded]]
     ) -> None:
-        """Those of a round, whose numbers go on from the last: its prompts, the groups of this rank, and their rewards
-        by number. Collective."""
+        """Those of a round, whose numbers go on from the last: the groups of this rank, and their rewards by number.
+        Collective."""
         failed = [(number, found.reason) for number, found in graded if isinstance(found, Ungraded)]
         self.skipped |= sorted(self._ranks.gather(failed))
         vectors = {number: found for number, found in graded if not isinstance(found, Ungraded)}
@@ -72,7 +66,7 @@ class _Drawn:
         rewards = [sample_rewards(vectors[group.group_id], self._recorder.preset) for group in own]
         ledger, tracks = self._recorder.record(own, rewards, self._ranks)
         self._ledger = self._ledger.joined(ledger)
-        self._prompts += prompts
+        self.num_prompts += num_prompts
         self._groups += own
         self._tracks |= tracks
 
@@ -80,12 +74,13 @@ class _Drawn:
         """Of the graded groups."""
         return sum(self._alive()) if self._ledger.num_groups else 0
 
-    def chosen(self, count: int, rounds: int | None) -> StepRollouts:
-        """Everything, and which groups are the training batch of `count` prompts. Some group is graded."""
+    def chosen(self, prompts: StepPrompts, rounds: int | None) -> StepRollouts:
+        """Everything, and which groups are the training batch. Some group is graded."""
+        count = len(prompts.first.keys)
         numbers = self._ledger.number.tolist()
         places = training_places(numbers, self._alive() if rounds is not None else [True] * len(numbers), count)
         held = (self._groups, self._tracks)
-        return StepRollouts(self._ledger, self._prompts, places, *held, self.skipped, rounds)
+        return StepRollouts(self._ledger, prompts, places, *held, self.skipped, rounds)
 
     def _alive(self) -> list[bool]:
         return live_groups(self._ledger, self._recorder.preset, self._objective)[1].tolist()
@@ -162,10 +157,10 @@ class LiveRollouts:
             remove_step(rollouts_file(self._folder, step))  # before any rank writes: all meet in between
         self._answer(prompts.first, drawn, step, clock)
         while rounds < self._rounds and (self._skips or not drawn.skipped):
-            missing = len(prompts.first) - drawn.num_alive()
+            missing = len(prompts.first.keys) - drawn.num_alive()
             with clock("rollout"):
-                more = prompts.more(missing) if missing > 0 else []
-            if not more:
+                more = prompts.more(missing) if missing > 0 else None
+            if more is None or not more.keys:
                 break
             rounds += 1
             self._answer(more, drawn, step, clock)
@@ -176,19 +171,19 @@ class LiveRollouts:
             raise RewardError(_joined(reasons))
         if len(reasons) == drawn.num_prompts:
             raise RewardError(f"no group of step {step} could be graded. {_joined(reasons)}")
-        chosen = drawn.chosen(len(prompts.first), rounds if self._rounds else None)
+        chosen = drawn.chosen(prompts, rounds if self._rounds else None)
         if self._ranks.rank == 0:
             for reason in reasons:
                 logger.warning("a group is skipped: %s", reason)
         if chosen.groups:
-            self._writer.write(rollouts_file(self._folder, step), chosen, len(prompts.first), self._ranks.rank)
+            self._writer.write(rollouts_file(self._folder, step), chosen, len(prompts.first.keys), self._ranks.rank)
         return chosen
 
     def settle(self) -> None:
         """Waits until what this rank writes of the last step is on disk. Raises OSError where it cannot be written."""
         self._writer.settle()
 
-    def _answer(self, prompts: Sequence[Prompt], drawn: _Drawn, step: int, clock: Clock) -> None:
+    def _answer(self, prompts: PromptShare, drawn: _Drawn, step: int, clock: Clock) -> None:
         """A round: its groups, numbered on from the last, and their rewards. Collective."""
         start, ask = drawn.num_prompts, self._graders.ask
         takers = _numbered(self._graders.submit, start), None if ask is None else _asked(ask, start)
@@ -199,7 +194,7 @@ class LiveRollouts:
         groups = [replace(group, group_id=start + group.group_id) for group in groups]
         with clock("reward"):
             graded = self._graders.collect()
-            drawn.add(prompts, with_readings(groups, self._graders.readings()), graded)
+            drawn.add(len(prompts.keys), with_readings(groups, self._graders.readings()), graded)
 
     def refresh(self, weights: NamedTensors, version: int) -> None:
         """Streams the weights into the engines, and wakes them where they sleep. Collective."""

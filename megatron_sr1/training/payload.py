@@ -3,7 +3,7 @@
 Both ends know from the ledger what is sent, in which order and how long it is, so nothing is said about it. A response
 goes as 32-bit words:
 
-    [ prompt ids, unless the receiver has them of a sibling | response ids | log-probs | credited ]
+    [ image sizes and prompt ids, unless the receiver has them of a sibling | response ids | log-probs | credited ]
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from megatron_sr1.packing import Family, split_groups
+from megatron_sr1.ranks import Exchange
 from megatron_sr1.training.ledger import Slot, StepLedger
 from megatron_sr1.training.recorder import GroupTracks
-from megatron_sr1.types import Exchange, TokenTrack
+from megatron_sr1.types import TokenTrack
 
 FIRST = 0  # the slot whose prompt all samples of a group share
 
@@ -100,7 +101,7 @@ class Payload:
                 continue
             track = held[numbers[place.group]][place.sample, place.slot]
             if place.slot != FIRST or place.group not in sent:
-                words.append(track.prompt_ids)
+                words += [track.image_sizes.flatten(), track.prompt_ids]
             if place.slot == FIRST:
                 sent.add(place.group)
             words += [track.response_ids, track.generator_logprobs.view(torch.int32), track.credited]
@@ -111,6 +112,7 @@ class _Lengths:
     """Of what is sent, in words."""
 
     def __init__(self, ledger: StepLedger) -> None:
+        self.num_images = ledger.num_images.tolist()
         self.prompt = ledger.prompt_tokens.tolist()
         self.response = ledger.response_tokens.tolist()
 
@@ -122,16 +124,23 @@ class _Lengths:
             again = slot == FIRST and group in sent
             if slot == FIRST:
                 sent.add(group)
-            yield place, (0 if again else self.prompt[group][sample][slot]) + 3 * self.response[group][sample][slot]
+            asked = self.sizes(place) + self.prompt[group][sample][slot]
+            yield place, (0 if again else asked) + 3 * self.response[group][sample][slot]
+
+    def sizes(self, place: Place) -> int:
+        """Of the images that a response was given."""
+        return 2 * self.num_images[place.group] if place.slot == FIRST else 0
 
 
 def _unpacked(places: Sequence[Place], words: Tensor, lengths: _Lengths) -> Iterator[tuple[Place, TokenTrack]]:
-    prompts: dict[int, Tensor] = {}
+    prompts: dict[int, tuple[Tensor, Tensor]] = {}
     pairs = list(lengths.of(places))
     for (place, size), piece in zip(pairs, words.split([size for _, size in pairs]), strict=True):
         group, sample, slot = place
         num_response = lengths.response[group][sample][slot]
-        prompt, response, logprobs, credited = piece.split([size - 3 * num_response, *[num_response] * 3])
+        asked, response, logprobs, credited = piece.split([size - 3 * num_response, *[num_response] * 3])
+        sizes, ids = asked[: lengths.sizes(place)], asked[lengths.sizes(place) :]
+        prompt = (sizes.view(-1, 2), ids)
         if slot == FIRST:
             prompt = prompts.setdefault(group, prompt)
-        yield place, TokenTrack(prompt, response, logprobs.view(torch.float32), credited)
+        yield place, TokenTrack(*prompt, response, logprobs.view(torch.float32), credited)

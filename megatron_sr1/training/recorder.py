@@ -10,12 +10,13 @@ from torch import Tensor
 
 from megatron_sr1.objective import token_kinds
 from megatron_sr1.processor import Processor
+from megatron_sr1.ranks import Exchange
 from megatron_sr1.rewards import faithful
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.ledger import KINDS, StepLedger, slots_of
 from megatron_sr1.training.segments import Response, response_masks, scored_responses
 from megatron_sr1.training.step_rewards import Rewards
-from megatron_sr1.types import CutResponses, Exchange, Rollout, RolloutGroup, RolloutPair, TokenTrack
+from megatron_sr1.types import CutResponses, Rollout, RolloutGroup, RolloutPair, TokenTrack
 
 GroupTracks = Mapping[tuple[int, int], TokenTrack]  # by sample and slot: the scored responses of a group
 Masks = Callable[[Response], Tensor]  # [S, n]: see `response_masks`
@@ -57,17 +58,20 @@ class Recorder:
         return self.none().of_rows(ranks.gather_rows(own.as_rows())), tracks
 
     def _tracks(self, group: RolloutGroup) -> GroupTracks:
+        sizes = [image.size for image in group.prompt.images]
         return {
-            (sample, self._places[response.pass_name, response.number]): self._track(response)
+            (sample, self._places[response.pass_name, response.number]): self._track(response, sizes)
             for sample, pair in enumerate(group.pairs)
             for response in scored_responses(pair, group.prompt, self.preset)
         }
 
-    def _track(self, response: Response) -> TokenTrack:
+    def _track(self, response: Response, sizes: Sequence[tuple[int, int]]) -> TokenTrack:
         rollout = response.rollout
+        shown = torch.tensor(sizes if response.pass_name == "first" else [], dtype=torch.int32)
         bits = 1 << torch.arange(len(self.preset.streams))  # [S]
         credited = (self._masks(response).long() * bits[:, None]).sum(0)
         return TokenTrack(
+            image_sizes=shown.view(-1, 2),
             prompt_ids=torch.tensor(rollout.prompt_ids, dtype=torch.int32),
             response_ids=torch.tensor(rollout.response_ids, dtype=torch.int32),
             generator_logprobs=torch.tensor(rollout.generator_logprobs, dtype=torch.float32),
@@ -96,7 +100,7 @@ class Recorder:
         return StepLedger(
             number=torch.tensor([group.group_id for group in groups]),
             holder=torch.full((len(groups),), holder),
-            shown=torch.tensor([bool(group.prompt.images) for group in groups]),
+            num_images=torch.tensor([len(group.prompt.images) for group in groups], dtype=torch.int32),
             described=of_pairs(lambda pair: pair.description is not None),
             description_cut=of_pairs(lambda pair: pair.description_cut),
             faithful=torch.tensor([[_number(truth) for truth in group] for group in truths]),

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from megatron_sr1.objective import kl_estimate
+from megatron_sr1.ranks import Exchange
 from megatron_sr1.training.batches import StreamRows
-from megatron_sr1.types import Exchange, LogProbs, RewardStream
+from megatron_sr1.types import LogProbs, RewardStream
 
 
 def response_kl(

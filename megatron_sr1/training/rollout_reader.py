@@ -12,21 +12,10 @@ from typing import Any
 import torch
 
 from megatron_sr1.prompts import OURS, Asked
+from megatron_sr1.ranks import ALONE, Ranks, agreed
 from megatron_sr1.training.rollout_files import PLACE, TORN, read_text, step_files, told_passes
 from megatron_sr1.training.step_rewards import Rewards
-from megatron_sr1.types import (
-    ALONE,
-    SECOND,
-    LaterPass,
-    Prompt,
-    Question,
-    Ranks,
-    Reading,
-    Rollout,
-    RolloutGroup,
-    RolloutPair,
-    agreed,
-)
+from megatron_sr1.types import SECOND, DrawnPrompts, LaterPass, Question, Reading, Rollout, RolloutGroup, RolloutPair
 
 _KEYS = {"group_id", "key", "sample", "rewards", "first", "second", "description", "description_cut"}
 _SKIPPED_KEYS = {"group_id", "skipped"}
@@ -37,7 +26,7 @@ _ROUNDS_KEYS = {"rounds", "further_prompts"}  # of dynamic sampling
 class SavedPart:
     """What a rank has read of a step, and what every rank knows of it."""
 
-    prompts: Sequence[Prompt]  # all that were drawn
+    prompts: DrawnPrompts  # all that were drawn
     groups: list[RolloutGroup]  # of this rank's files
     rewards: list[Rewards]  # of these groups, [K] each
     places: list[int | None]  # of all groups that are graded: in the training batch; None: it was dropped
@@ -47,7 +36,7 @@ class SavedPart:
 
 def read_rollouts(
     path: Path,
-    draw: Callable[[int], Sequence[Prompt]],
+    draw: Callable[[int], DrawnPrompts],
     num_samples: int,
     names: Sequence[str],
     asked: Asked = OURS,
@@ -77,7 +66,7 @@ def read_rollouts(
         if type(value) is not int or not 0 <= value <= len(found) + len(skipped):
             raise ValueError(f"{path}: {name}={value!r} is more, or other, than it holds. {TORN}")
     prompts = draw(further)
-    graded = [number for number in range(len(prompts)) if number not in skipped]
+    graded = [number for number in range(len(prompts.keys)) if number not in skipped]
     if len(found) != len(graded) * num_samples or not graded:
         raise ValueError(
             f"{path} holds {len(found)} samples, the configuration asks for {len(graded)} prompts x {num_samples} "
@@ -86,30 +75,31 @@ def read_rollouts(
     if [number for number, _ in found] != [number for number in graded for _ in range(num_samples)]:
         raise ValueError(f"{path}: its samples are not {num_samples} of each group of {graded}. {TORN}")
     places = [place if rounds is not None else number for number, place in found[::num_samples]]
-    _check_places(path, places, len(prompts) - further)
+    _check_places(path, places, len(prompts.keys) - further)
     shares = [file.lines[first : first + num_samples] for first in range(0, len(file.lines), num_samples)]
 
     def groups() -> list[RolloutGroup]:
         for line in file.lines:
             _check_settings(path, line, names, asked, later)
-        return [_group(path, prompts[share[0]["group_id"]], share) for share in shares]
+        return [_group(path, prompts, share) for share in shares]
 
     own = agreed(ranks, groups)
     rewards = [{name: torch.tensor([line["rewards"][name] for line in share]) for name in names} for share in shares]
     return SavedPart(prompts, own, rewards, places, skipped, rounds)
 
 
-def _group(path: Path, prompt: Prompt, lines: Sequence[dict[str, Any]]) -> RolloutGroup:
+def _group(path: Path, prompts: DrawnPrompts, lines: Sequence[dict[str, Any]]) -> RolloutGroup:
     number = lines[0]["group_id"]
+    key = prompts.keys[number]
     for line in lines:
         if line["group_id"] != number:
             raise ValueError(f"{path}: samples of group {number} are in two of its files. {TORN}")
-        if line["key"] != prompt.key:
+        if line["key"] != key:
             raise ValueError(
-                f"{path}, group {number}: rollouts of sample {line['key']!r}, but the data gives {prompt.key!r}. "
+                f"{path}, group {number}: rollouts of sample {line['key']!r}, but the data gives {key!r}. "
                 "Use the data.train and the seed of the run that saved it."
             )
-    return RolloutGroup(number, prompt, tuple(_pair(path, line) for line in lines))
+    return RolloutGroup(number, prompts.read(number), tuple(_pair(path, line) for line in lines))
 
 
 def _check_settings(

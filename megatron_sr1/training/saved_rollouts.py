@@ -8,12 +8,13 @@ from types import TracebackType
 
 from megatron_sr1.data import StepPrompts
 from megatron_sr1.metrics.clock import Clock
+from megatron_sr1.ranks import Exchange
 from megatron_sr1.training.recorder import Recorder
 from megatron_sr1.training.rollout_files import rollouts_file
 from megatron_sr1.training.rollout_reader import read_rollouts
 from megatron_sr1.training.step_rewards import all_rewards
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.types import Exchange, NamedTensors, Prompt
+from megatron_sr1.types import NamedTensors
 
 
 class SavedRollouts:
@@ -42,8 +43,9 @@ class SavedRollouts:
         preset, num_samples = self._recorder.preset, self._recorder.num_samples
         with clock("rollout"):
             path, made_by = rollouts_file(self._folder, step), (preset.asked, preset.passes.later)
-            draw = partial(_all_prompts, prompts)
-            read = read_rollouts(path, draw, num_samples, all_rewards(preset), *made_by, self._ranks)
+            read = read_rollouts(
+                path, partial(_drawn, prompts), num_samples, all_rewards(preset), *made_by, self._ranks
+            )
             ledger, tracks = self._recorder.record(read.groups, read.rewards, self._ranks)
         return StepRollouts(ledger, read.prompts, read.places, read.groups, tracks, read.skipped, read.rounds)
 
@@ -54,5 +56,7 @@ class SavedRollouts:
         """Nothing is drawn, so the weights stay where they are; no rank asks for one."""
 
 
-def _all_prompts(prompts: StepPrompts, further: int) -> list[Prompt]:
-    return [*prompts.first, *(prompts.more(further) if further else [])]
+def _drawn(prompts: StepPrompts, further: int) -> StepPrompts:
+    if further:
+        prompts.more(further)
+    return prompts

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from megatron_sr1.training.ledger import StepLedger
 from megatron_sr1.training.recorder import GroupTracks
-from megatron_sr1.types import Prompt, RolloutGroup
+from megatron_sr1.types import DrawnPrompts, RolloutGroup
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class StepRollouts:
     """The same on every rank, but for `groups` and `tracks`, which each group has on one: its holder."""
 
     ledger: StepLedger  # of the graded groups, in the order of the draw
-    prompts: Sequence[Prompt]  # all that were drawn; the number of a group is its prompt's place among them
+    prompts: DrawnPrompts  # all that were drawn; the number of a group is that of its prompt
     places: Sequence[int | None]  # of each graded group: its prompt's place in the training batch; None: it is dropped
     groups: Sequence[RolloutGroup]  # graded ones that this rank holds; group_id is the number
     tracks: Mapping[int, GroupTracks]  # of these, by number
@@ -25,7 +25,7 @@ class StepRollouts:
     @property
     def num_drawn(self) -> int:
         """Prompts."""
-        return len(self.prompts)
+        return len(self.prompts.keys)
 
     @property
     def trained(self) -> tuple[StepLedger, list[int]]:

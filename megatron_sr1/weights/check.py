@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from megatron_sr1.config import HfConfig
-from megatron_sr1.types import Ranks
+from megatron_sr1.ranks import Ranks
 from megatron_sr1.weights.hf_dir import HfTensors, check_finite
 from megatron_sr1.weights.name_table import language_rules
 
