@@ -68,8 +68,8 @@ REFUSED: list[tuple[str, list[str], list[str]]] = [
     ),
     (
         "qwen2_5_vl_7b/grpo.yaml",
-        ["rollout.dynamic_sampling=900", "--host-gib", "1800"],
-        ["more than its 1800 GiB", "rollout.dynamic_sampling"],
+        ["rollout.dynamic_sampling=100", "--host-gib", "700"],
+        ["more than its 700 GiB", "rollout.dynamic_sampling"],
     ),
     ("qwen2_5_vl_3b/grpo.yaml", ["rollout.dynamic_sampling=-1"], ["rollout.dynamic_sampling=-1", "at least 0"]),
     ("qwen2_5_vl_3b/grpo.yaml", ["rollout.samples_per_prompt=1"], ["samples_per_prompt=1", "advantage_scope is group"]),
