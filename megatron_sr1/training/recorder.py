@@ -130,12 +130,12 @@ class Recorder:
 
     def _of_kind(self, tracks: GroupTracks) -> Tensor:
         """[K, C] int32"""
-        counts = torch.zeros(self.num_samples, len(KINDS), dtype=torch.int32)
-        for (sample, _), track in tracks.items():
-            offset = torch.arange(len(track.response_ids), dtype=torch.float32)
-            kinds = token_kinds(image_distance(track, self._image_token_id), offset)
-            counts[sample] += torch.stack([mask.sum() for mask in kinds.values()])
-        return counts
+        lengths = torch.tensor([len(track.response_ids) for track in tracks.values()])
+        distance = torch.cat([image_distance(track, self._image_token_id) for track in tracks.values()])
+        offset = torch.cat([torch.arange(length, dtype=torch.float32) for length in lengths.tolist()])
+        kinds = torch.stack(list(token_kinds(distance, offset).values()), 1).to(torch.int32)  # [tokens, C]
+        samples = torch.tensor([sample for sample, _ in tracks]).repeat_interleave(lengths)
+        return torch.zeros(self.num_samples, len(KINDS), dtype=torch.int32).index_add_(0, samples, kinds)
 
 
 def stream_masks(track: TokenTrack, num_streams: int) -> Tensor:
