@@ -39,6 +39,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_launch_options(commands.add_parser("launch", help=text, description=text))
     text = "checkpoints between Hugging Face and Megatron-Core, and their comparison"
     add_convert_options(commands.add_parser("convert", help=text, description=text))
+    _add_plan(commands.add_parser("plan", help="the fastest layouts of a GRPO run on so many GPUs, by prediction"))
     report = commands.add_parser("report", help="table and HTML page of finished runs, or of a sweep")
     text = "run folders, folders that hold some, or a sweep's YAML file"
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN|SWEEP.yaml", help=text)
@@ -48,7 +49,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.parse_args(arguments)  # ends here where words are left that no option takes
         return args
     args.overrides += rest  # argparse takes overrides that follow an option for unknown words
-    if args.command != "launch" and args.nproc is not None:
+    if args.command not in ("launch", "plan") and args.nproc is not None:
         args.overrides.append(f"nproc={args.nproc}")
     return args
 
@@ -98,14 +99,26 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help="check everything, print the commands, stop")
 
 
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="for example rollout.kv_cache_gib=30")
+    command.add_argument("--gpus", required=True, metavar="N,N,...", help="for example 64,128,256,512")
+    command.add_argument("--top", type=int, default=3, metavar="N", help="layouts of each number (default: 3)")
+    _add_machine(command)
+
+
 def _add_dry_run(command: argparse.ArgumentParser) -> None:
     text = "check everything, print the configuration and the memory it takes on GPUs, stop; needs no GPU, no weights"
     command.add_argument("--dry-run", action="store_true", help=text)
-    text = "memory of a GPU that --dry-run is to plan for (default: 80)"
+    _add_machine(command)
+
+
+def _add_machine(command: argparse.ArgumentParser) -> None:
+    text = "memory of a GPU to plan for (default: 80)"
     command.add_argument("--gpu-gib", type=float, default=80.0, metavar="N", help=text)
-    text = "GPUs of a node that --dry-run is to plan for (default: 8)"
+    text = "GPUs of a node to plan for (default: 8)"
     command.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help=text)
-    text = "host memory of a node that --dry-run is to plan for (default: 1800)"
+    text = "host memory of a node to plan for (default: 1800)"
     command.add_argument("--host-gib", type=float, default=1800.0, metavar="N", help=text)
 
 

@@ -1,4 +1,4 @@
-"""megatron-sr1 sft, grpo, evaluate CONFIG.yaml [key=value ...]; sweep; launch; report; convert."""
+"""megatron-sr1 sft, grpo, evaluate CONFIG.yaml [key=value ...]; sweep; launch; plan; report; convert."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from megatron_sr1.cli.arguments import parse, started_config
 from megatron_sr1.cli.convert import run_convert
+from megatron_sr1.cli.plans import run_plan
 from megatron_sr1.cli.reports import run_report, run_sweep
 from megatron_sr1.cli.runs import start
 from megatron_sr1.config.mistakes import EXPECTED_ERRORS, MISTAKE_STATUS, one_line
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_report(args.runs, args.out)
         elif args.command == "convert":
             sys.exit(run_convert(args))
+        elif args.command == "plan":
+            run_plan(args)
         elif args.command == "sweep":
             run_sweep(args)
         elif args.command == "launch":

@@ -4,8 +4,21 @@ Megatron-Core is imported here: start the platform first.
 """
 
 from megatron_sr1.estimate.advice import advice
+from megatron_sr1.estimate.layouts import Candidate, candidates
 from megatron_sr1.estimate.machine import Machine
 from megatron_sr1.estimate.plan import Phase, RunPlan, check_fits, make_plan
-from megatron_sr1.estimate.text import plan_text
+from megatron_sr1.estimate.text import SUPPOSED, plan_text, time_text
 
-__all__ = ["Machine", "Phase", "RunPlan", "advice", "check_fits", "make_plan", "plan_text"]
+__all__ = [
+    "SUPPOSED",
+    "Candidate",
+    "Machine",
+    "Phase",
+    "RunPlan",
+    "advice",
+    "candidates",
+    "check_fits",
+    "make_plan",
+    "plan_text",
+    "time_text",
+]

@@ -9,6 +9,7 @@ from megatron_sr1.config import Config, RecomputeConfig, how_to_get, missing_fil
 from megatron_sr1.estimate.activations import stage_activations
 from megatron_sr1.estimate.machine import GIB
 from megatron_sr1.estimate.plan import RunPlan
+from megatron_sr1.estimate.step_time import rollout_seconds
 
 MIN_HEADROOM = 0.05  # of a GPU that should stay free: the estimate is not better than that
 ROOM_FOR_LESS_RECOMPUTE = 0.15
@@ -16,6 +17,7 @@ MAX_BUBBLE = 0.2
 MAX_IMBALANCE = 0.25
 MIN_CONTEXT_TOKENS = 4096  # of a sequence on a context rank; shorter pieces exchange more than they compute
 FEW_VISUAL_TOKENS = 16  # of an image, under which no writing can be read
+WORTH_MORE_SLOTS = 0.25  # of a rollout
 FP8_MULTIPLE = 16  # sides of a matrix that fp8 products take
 
 
@@ -195,6 +197,24 @@ def _precision(plan: RunPlan) -> Iterator[str]:
             )
 
 
+def _decoding(plan: RunPlan) -> Iterator[str]:
+    rollout, engine = plan.config.rollout, plan.engine
+    assert engine is not None
+    expected = rollout_seconds(plan)
+    if not rollout.cuda_graphs:
+        yield (
+            "rollout.cuda_graphs=false launches every kernel of a decoding step by itself: the rollout of a step takes "
+            f"about {expected:,.0f} s, and {rollout_seconds(plan, graphs=True):,.0f} s where it is true."
+        )
+    twice = rollout_seconds(plan, slots=2 * engine.requests)
+    if twice < (1 - WORTH_MORE_SLOTS) * expected:
+        yield (
+            f"an engine decodes {engine.requests} requests at a time: the rollout of a step takes about "
+            f"{expected:,.0f} s, and {twice:,.0f} s with twice as many. Raise rollout.kv_cache_gib, and set "
+            "rollout.max_running_requests to null."
+        )
+
+
 def _engine(plan: RunPlan) -> Iterator[str]:
     config, rollout, engine = plan.config, plan.config.rollout, plan.engine
     assert engine is not None
@@ -207,6 +227,8 @@ def _engine(plan: RunPlan) -> Iterator[str]:
             f"rollout.max_running_requests={engine.requests} at {mean:,.0f} tokens take {wanted:,.0f}: requests are "
             "put back and computed again. Raise the first, or set the other to null: as many as fit."
         )
+    if plan.stages:
+        yield from _decoding(plan)
     if ranks > heads:
         yield (
             f"rollout.engine_tensor={ranks} keeps each of {heads} key/value heads {ranks // heads} times. Set it to "

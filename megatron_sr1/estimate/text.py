@@ -7,6 +7,12 @@ from collections.abc import Iterator, Sequence
 from megatron_sr1.estimate.arithmetic import FLOPS_PER_SECOND
 from megatron_sr1.estimate.machine import GIB
 from megatron_sr1.estimate.plan import Phase, RunPlan, offloaded
+from megatron_sr1.estimate.step_time import StepTime, step_time
+
+SUPPOSED = (
+    "measured are the rate of training, on one H200, and the cost of ledgers, on a CPU; lengths, decoding, networks "
+    "and disks are supposed, as estimate/step_time.py says"
+)
 
 
 def plan_text(plan: RunPlan, warnings: Sequence[str]) -> str:
@@ -41,6 +47,15 @@ def _heading(plan: RunPlan) -> Iterator[str]:
         if plan.stages and (away := offloaded(plan.config)):
             freed = max(sum(getattr(stage.state, name) for name in away) for stage in plan.stages)
             yield f"offload: {', '.join(away)}, {freed / GIB:.1f} GiB of a rank, leave while engines generate"
+    expected = step_time(plan)
+    if expected is not None:
+        yield f"expected step: {time_text(expected)}; {SUPPOSED}"
+
+
+def time_text(expected: StepTime) -> str:
+    """Its seconds, and those of its terms."""
+    parts = ", ".join(f"{name} {seconds:,.3g}" for name, seconds in expected.terms.items() if seconds)
+    return f"{expected.total:,.0f} s: {parts}"
 
 
 def _precision(plan: RunPlan) -> str:
