@@ -137,6 +137,19 @@ def test_two_ranks_with_one_group_are_a_bug() -> None:
         on_threads(2, lambda ranks: recorded(groups, PRESET, ranks, lambda index: True))
 
 
+def test_what_one_rank_cannot_record_every_rank_hears_of() -> None:
+    groups = groups_of(6, PRESET.passes.later)
+    odd = replace(groups[2], prompt=replace(groups[2].prompt, metadata={"facts": "3"}))
+    groups[2] = replace(odd, pairs=tuple(replace(pair, description="d") for pair in odd.pairs))
+
+    def one(ranks: Exchange) -> str:
+        with pytest.raises(ValueError, match="facts") as error:
+            recorded(groups, PRESET, ranks, lambda index: index % 3 == ranks.rank)
+        return str(error.value)
+
+    assert len(set(on_threads(3, one))) == 1
+
+
 def test_a_group_is_about_a_kilobyte() -> None:
     (group,) = groups_of(1, PRESET.passes.later)
     pairs = tuple(RolloutPair(**{**vars(group.pairs[0]), "sample_index": k}) for k in range(8))
@@ -203,7 +216,7 @@ def on_four_ranks(rank: int, num_ranks: int, folder: str) -> None:
         gather(output, *rest, **more)
 
     def counted_objects(*arguments: Any, **more: Any) -> None:
-        calls.append(("objects", 0))
+        calls.append(("complaints", len(arguments[1])))
         objects(*arguments, **more)
 
     torch.distributed.all_to_all_single = counted_swap
@@ -215,9 +228,10 @@ def on_four_ranks(rank: int, num_ranks: int, folder: str) -> None:
         num_replicas = fetched(groups, ranks, replica_of, engines)
         responses = [r for group in groups for pair in group.pairs for rs in pair.rollouts().values() for r in rs]
         whole = sum(4 * (len(r.prompt_ids) + 3 * len(r.response_ids)) for r in responses)
-        assert [kind for kind, _ in calls] == ["gather", "gather", "swap"], "numbers alone, and no words about them"
+        assert [kind for kind, _ in calls] == ["complaints", "gather", "gather", "swap"]
+        assert calls[0][1] == 0, "numbers alone, and no words about them"
         assert calls[-1][1] <= 2 * whole / num_replicas
-        assert calls[1][1] <= (4 if engines == 1 else 2) * 32 * 1500, "the ledger"
+        assert calls[2][1] <= (4 if engines == 1 else 2) * 32 * 1500, "the ledger"
     assert ranks.send_to_main([rank, "x"]) == ([0, "x", 1, "x", 2, "x", 3, "x"] if rank == 0 else [])
     assert ranks.gather_rows(torch.zeros(0, 3)).shape == (0, 3)
     (Path(folder) / f"done{rank}").touch()

@@ -41,7 +41,7 @@ from megatron_sr1.loops.generation import build_generator, engine_ranks, prompt_
 from megatron_sr1.loops.run import Run, open_run
 from megatron_sr1.platform import Platform
 from megatron_sr1.prompts import OURS, Template
-from megatron_sr1.ranks import Ranks
+from megatron_sr1.ranks import Ranks, agreed
 from megatron_sr1.report import print_table, summary_rows
 from megatron_sr1.rewards import (
     REWARDS,
@@ -245,7 +245,8 @@ def _answer(
     num_answered = len(answered)
     for chunk in heldout.chunks(settings.chunk_prompts, answered):
         answers = _answer_chunk(run, generator(), chunk, step)
-        ranks, own = run.platform.ranks, _records(answers, len(chunk.keys), made_of, second_pass)
+        ranks = run.platform.ranks
+        own = agreed(ranks, partial(_records, answers, len(chunk.keys), made_of, second_pass))
         records = [record for _, record in sorted(ranks.send_to_main(own), key=itemgetter(0))]
         if run.platform.is_main:
             append_records(files.records, records)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_sr1.objective import token_kinds
 from megatron_sr1.processor import Processor
-from megatron_sr1.ranks import Exchange
+from megatron_sr1.ranks import Exchange, agreed
 from megatron_sr1.rewards import faithful
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.ledger import KINDS, StepLedger, slots_of
@@ -52,9 +52,16 @@ class Recorder:
         Args:
             groups: that this rank holds; group_id is their number.
             rewards: of each, see `sample_rewards`.
+
+        Raises:
+            ValueError: on every rank: the facts of a sample are no list; a user's function of spans fails.
         """
-        tracks = {group.group_id: self._tracks(group) for group in groups}
-        own = self._ledger(groups, rewards, tracks, ranks.rank) if groups else self.none()
+
+        def recorded() -> tuple[StepLedger, dict[int, GroupTracks]]:
+            tracks = {group.group_id: self._tracks(group) for group in groups}
+            return self._ledger(groups, rewards, tracks, ranks.rank) if groups else self.none(), tracks
+
+        own, tracks = agreed(ranks, recorded)
         return self.none().of_rows(ranks.gather_rows(own.as_rows())), tracks
 
     def _tracks(self, group: RolloutGroup) -> GroupTracks:
