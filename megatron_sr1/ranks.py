@@ -42,6 +42,18 @@ class Exchange(Ranks, Protocol):
         ...
 
 
+class Counter(Protocol):
+    """Numbers from 0 on, each of which one engine draws."""
+
+    def begin(self, name: str) -> None:
+        """Goes on with another counter, from 0; every rank begins the same."""
+        ...
+
+    def next(self) -> int:
+        """The next number that no engine has drawn; the ranks of an engine get the same."""
+        ...
+
+
 @dataclass(frozen=True)
 class OneRank:
     """`Exchange` of a process that works alone."""

@@ -76,7 +76,9 @@ class PromptShare:
     """The prompts of a round of rollouts, as the ranks of one engine have them."""
 
     keys: Sequence[str]  # of all
-    own: Mapping[int, Prompt]  # by place among all: those that this rank's engine answers, in order
+    own: Mapping[int, Prompt]  # by place among all: those that were read for this rank's engine, in order
+    shares: Sequence[Sequence[int]] = ()  # places of each engine's, which others may answer; (): each answers its own
+    read: Callable[[int], Prompt] | None = None  # one of another engine's, decoded here
 
     @classmethod
     def whole(cls, prompts: Sequence[Prompt]) -> PromptShare:

@@ -24,6 +24,7 @@ DEFINED = [  # module:name
     "torch.distributed.checkpoint.metadata:_MEM_FORMAT_ENCODING",
     "torch.distributed.checkpoint.utils:_create_file_view",
     "torch.distributed.distributed_c10d:AllgatherOptions.timeout",
+    "torch.distributed.distributed_c10d:_get_default_store",
     "torch.distributed:ProcessGroup.allgather",
     "torch.nn.modules.module:_EXTRA_STATE_KEY_SUFFIX",
     "torch.nn:Module._apply",

@@ -38,6 +38,7 @@ OTHER: dict[str, Any] = {
     "layout.sequence_parallel": (True, {"layout.tensor": 2, "nproc": 2}),
     "rollout.engine_tensor": (2, {"nproc": 2}),
     "rollout.max_running_requests": 7,
+    "rollout.pull": True,
     "train.keep_every": 20,
     "rollout.top_p": None,  # 1 and 0 are the only values
     "rollout.top_k": None,

@@ -37,7 +37,7 @@ NUM_RANKS = 2
 
 # ------------------------------------------------------------ what the two processes do
 def collect(rank: int, num_ranks: int, folder: str) -> None:
-    from megatron_sr1.platform import GroupRanks
+    from megatron_sr1.platform import GroupRanks, TeamCounter
     from megatron_sr1.rollout import EngineLimits, Limits, Planner, TwoPassGenerator, stale_vision_canary
 
     model_dir = f"{folder}/model"
@@ -60,13 +60,16 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
 
     def together(how: Sampling, step: int, made: Any = None) -> list[RolloutGroup]:
         """The groups of both engines."""
-        own = {place: batch[place] for place in range(rank, len(batch), num_ranks)}
-        share = PromptShare([prompt.key for prompt in batch], own)
+        shares = [list(range(engine, len(batch), num_ranks)) for engine in range(num_ranks)]
+        own = {place: batch[place] for place in shares[rank]}
+        share = PromptShare([prompt.key for prompt in batch], own, shares, batch.__getitem__)
         held = engines.gather((made or ours).generate(share, how, step))
         return sorted(held, key=lambda group: group.group_id)
 
     facts: dict[str, Any] = {"greedy": together(greedy, 0), "media_ids": processor.media_ids}
     facts["shared"] = together(sampling(), 1)
+    pulling = generator(engines=engines, counter=TeamCounter(engines, 1), slots=3)  # a group and a half, then by turns
+    facts["pulled"] = together(sampling(), 1, pulling)
     facts["alone"] = generator().generate(PromptShare.whole(batch), sampling(), 1)
     facts["barrier"] = generator(streamed=False).generate(PromptShare.whole(batch), sampling(), 1)
     facts["reasons"] = set(engine.reasons)
@@ -266,6 +269,12 @@ def test_the_number_of_ranks_does_not_change_a_token(facts: list[dict[str, Any]]
     assert tracks(facts[0]["shared"]) == tracks(facts[0]["alone"])
     assert tracks(facts[0]["shared"]) == tracks(facts[1]["shared"])
     assert [group.prompt.key for group in facts[1]["shared"]] == [f"p{index}" for index in range(8)]
+
+
+def test_engines_that_take_prompts_by_turns_change_no_token(facts: list[dict[str, Any]]) -> None:
+    for rank_facts in facts:
+        assert tracks(rank_facts["pulled"]) == tracks(facts[0]["alone"])
+        assert [group.prompt.key for group in rank_facts["pulled"]] == [f"p{index}" for index in range(8)]
 
 
 def test_samples_and_steps_differ(facts: list[dict[str, Any]]) -> None:

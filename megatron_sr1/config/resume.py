@@ -80,6 +80,7 @@ RULES: Mapping[str, Rule] = {
     "rollout.max_running_requests": "free",
     "rollout.kv_cache_gib": "free",
     "rollout.engine_tensor": "free",
+    "rollout.pull": "free",
     "rollout.sleep": "free",
     "rollout.cuda_graphs": "free",
     "rollout.engine": "free",

@@ -47,6 +47,7 @@ class RolloutConfig:
     max_images: int = 1  # images of one prompt, at most
     kv_cache_gib: float = 1.0  # of a rank
     engine_tensor: int = 1  # ranks of one engine; nproc / engine_tensor engines share the prompts
+    pull: bool | None = None  # engines take prompts as they get free; null: on GPUs, unless precision.deterministic
     sleep: bool = True  # engines give their memory back while the policy trains; a CPU's engines cannot
     cuda_graphs: bool = True  # of decoding steps, where there is CUDA; False launches each kernel by itself
     engine: dict[str, Any] = field(default_factory=dict)  # further arguments of vLLM's engine, by its own names

@@ -63,6 +63,13 @@ class Config:
             f"a divisor of nproc={self.nproc}",
             "The ranks divide into engines.",
         )
+        require(
+            not (self.rollout.pull and self.precision.deterministic),
+            "rollout.pull",
+            self.rollout.pull,
+            "false or null with precision.deterministic=true: who answers a prompt would hang on time",
+            "Set one of them to false.",
+        )
         stage_ranks = self.nproc // self.layout.pipeline
         require(
             stage_ranks % self.layout.expert == 0,

@@ -44,6 +44,7 @@ class Batch:
     indices: tuple[int, ...]  # of all, in the stream's numbering of samples
     keys: tuple[str, ...]  # of all
     own: Mapping[int, Prompt | SftSample]  # by place among all
+    shares: Sequence[Sequence[int]] = ()  # the places of each reader's
 
     @property
     def samples(self) -> tuple[Prompt | SftSample, ...]:
@@ -133,7 +134,8 @@ class SampleFeed:
         while True:
             ahead = self._upcoming(count + self._usual)
             positions = self._distinct(ahead[:count]) if distinct else ahead[:count]
-            mine, further = self._dealt(positions), self._dealt(ahead[len(positions) :])
+            shares, place = self._dealt(positions), self._readers.rank
+            mine, further = shares[place], self._dealt(ahead[len(positions) :])[place]
             samples, bad = self._read(
                 [positions[place] for place in mine],
                 [*(positions[place] for place in mine), *(ahead[len(positions) + place] for place in further)],
@@ -147,7 +149,7 @@ class SampleFeed:
         keys = tuple(self._key(position) for position in positions)
         self._in_flight |= dict(zip(positions, keys, strict=True))
         indices = tuple(self._stream.index(position) for position in positions)
-        return Batch(tuple(positions), indices, keys, dict(zip(mine, samples, strict=True)))
+        return Batch(tuple(positions), indices, keys, dict(zip(mine, samples, strict=True)), shares)
 
     def read(self, index: int) -> Prompt | SftSample:
         """A sample that some rank has read, here and now: one of `Batch.indices`. Any thread may call it.
@@ -205,10 +207,10 @@ class SampleFeed:
             taken.add(index)
         return positions
 
-    def _dealt(self, positions: list[int]) -> list[int]:
-        """The places of those that this rank reads."""
+    def _dealt(self, positions: list[int]) -> list[list[int]]:
+        """The places of those that each reader reads."""
         known = [self._stream.indexed(self._stream.index(position)) for position in positions]
-        return self._deal(known, self._readers.num_ranks)[self._readers.rank]
+        return self._deal(known, self._readers.num_ranks)
 
     def _advance(self, positions: list[int]) -> None:
         again = set(self._again)

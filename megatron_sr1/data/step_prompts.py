@@ -51,7 +51,7 @@ class StepPrompts:
 
     def images(self, number: int, sizes: Sequence[tuple[int, int]]) -> tuple[Image | ImageRef, ...]:
         """See `types.DrawnPrompts`."""
-        if number in self._own:
+        if number in self._own or self._prompts[number].started:
             return self.read(number).images
         return tuple(ImageRef(size, Later(partial(self._image, number, index))) for index, size in enumerate(sizes))
 
@@ -68,7 +68,7 @@ class StepPrompts:
             make = partial(own.__getitem__, place) if place in own else partial(self._read, index)
             self._prompts.append(Later(make))
         self._own |= {start + place for place in own}
-        return PromptShare(batch.keys, own)
+        return PromptShare(batch.keys, own, batch.shares, lambda place: self.read(start + place))
 
     def _read(self, index: int) -> Prompt:
         (prompt,) = only_prompts([self._feed.read(index)], "data.train")

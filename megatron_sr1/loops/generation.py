@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_sr1.config import Config, kv_token_bytes, pixel_limits, read_hf_config, running_requests
 from megatron_sr1.data import Check, LeftOut
 from megatron_sr1.loops.run import Run
-from megatron_sr1.platform import TeamRanks
+from megatron_sr1.platform import TeamCounter, TeamRanks
 from megatron_sr1.policy.read import open_tensors, read_architecture
 from megatron_sr1.rollout import Engine, EngineLimits, Planner, TwoPassGenerator, stale_vision_canary
 from megatron_sr1.streams import Preset
@@ -70,9 +70,16 @@ def build_generator(run: Run, weights: Callable[[], NamedTensors] | None = None)
         # from a folder, since what the policy keeps of them has left the device while engines generate
         start = functools.partial(_weights_of, reference or own)
         weights = weights or functools.partial(_weights_of, own)
-    return TwoPassGenerator(
-        engine, run.planner, engines=engines, hands_on=hands_on, weights=weights, start_weights=start
-    )
+    who = {"engines": engines, "hands_on": hands_on, "counter": _counter(run), "slots": limits.max_running_requests}
+    return TwoPassGenerator(engine, run.planner, **who, weights=weights, start_weights=start)
+
+
+def _counter(run: Run) -> TeamCounter | None:
+    """None where each engine answers the prompts that it was dealt."""
+    config, pulls = run.config, run.config.rollout.pull
+    if pulls is None:
+        pulls = not run.platform.on_cpu and not config.precision.deterministic
+    return TeamCounter(run.platform.ranks, config.rollout.engine_tensor) if pulls else None
 
 
 def engine_ranks(run: Run) -> TeamRanks:

@@ -1,5 +1,6 @@
 """The only place that knows a CPU from an accelerator."""
 
+from megatron_sr1.platform.counter import TeamCounter
 from megatron_sr1.platform.determinism import make_deterministic
 from megatron_sr1.platform.fork_server import STOP_SIGNALS
 from megatron_sr1.platform.ranks import GroupRanks, TeamRanks
@@ -10,6 +11,7 @@ __all__ = [
     "STOP_SIGNALS",
     "GroupRanks",
     "Platform",
+    "TeamCounter",
     "TeamRanks",
     "make_deterministic",
     "run_on_ranks",

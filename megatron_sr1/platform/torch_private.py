@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup, Store  # pyright: ignore[reportPriva
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.utils import _create_file_view
-from torch.distributed.distributed_c10d import AllgatherOptions  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.distributed_c10d import AllgatherOptions, _get_default_store  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from torch.serialization import _get_layout
 from torch.utils._device import _device_constructors
@@ -50,6 +50,14 @@ def fake_store() -> Store:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     return FakeStore()
+
+
+def job_store() -> Store:
+    """The store through which the ranks of the default group have met.
+
+    torch hands it to nobody: a second one would need a port, or a file, that the ranks have to agree about first.
+    """
+    return _get_default_store()
 
 
 def file_view(stream: IO[bytes], offset: int, length: int) -> IO[bytes]:

@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING
 
 from megatron_sr1.rollout.later import OpenReading, ask_later
 from megatron_sr1.rollout.plan import PassPrompt, Planner, check_same_ids
+from megatron_sr1.rollout.pool import PromptPool
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation, TokenEngine
 from megatron_sr1.rollout.seeds import request_seed
 from megatron_sr1.types import (
     SECOND,
     LaterPass,
     OnQuestion,
+    Prompt,
     PromptShare,
     Reading,
     Rollout,
@@ -84,18 +86,22 @@ class PassRequests:
         *,
         streamed: bool = True,
         holds_reference: bool = False,
+        pool: PromptPool | None = None,
+        slots: int = 0,
     ) -> None:
         """
         Args:
+            prompts: those that the engine begins with.
             on_group: takes each group as soon as its last pass is done.
             on_question: takes what an endpoint is to be asked as soon as it is known.
             on_first: takes each sample as soon as its first pass is done, as a group of one pair.
             streamed: False: the later passes start when the whole first pass is done.
             holds_reference: the passes of the starting weights wait for `release_reference`.
+            pool: further prompts, one of which is taken whenever fewer than `slots` requests are open.
         """
         self._planner = planner
         self._processor = planner.processor
-        self._prompts = prompts.own
+        self._prompts: dict[int, Prompt] = {}
         self._num_prompts = len(prompts.keys)
         self._sampling = sampling
         self._step = step
@@ -105,19 +111,17 @@ class PassRequests:
         self._on_first = on_first
         self._holds_reference = holds_reference
         self._start = time.perf_counter()
-        samples = range(sampling.num_samples)
-        plans = {
-            group: planner.first(prompt, sampling.passes_of(prompt).template) for group, prompt in prompts.own.items()
-        }
-        requests = [_Request(group, sample, plan) for group, plan in plans.items() for sample in samples]
-        self._open = {request.request_id: request for request in requests}  # asked for, not answered
+        self._open: dict[str, _Request] = {}  # asked for, not answered
         self._lent: list[tuple[LaterPass, tuple[int, int]]] = []  # passes that read of another image, and whose
         self._held: list[_Request] = []  # for the starting weights
         self._first_draw = _first_draws(prompts.keys, sampling.num_samples)
-        self._left = dict.fromkeys(plans, sampling.num_samples)  # samples of each group that are not complete
+        self._left: dict[int, int] = {}  # samples of each group that are not complete
         self._missing: dict[tuple[int, int], int] = {}  # answers of later passes that a sample waits for
         self._queued: dict[str, float] = {}
         self._pairs: dict[tuple[int, int], RolloutPair] = {}  # later passes may still be missing
+        self._pool, self._slots = pool, slots
+        for group, prompt in prompts.own.items():
+            self._begin(group, prompt)
 
     @property
     def num_open(self) -> int:
@@ -133,7 +137,7 @@ class PassRequests:
                 limit became longer again as a part of the prompt, and too long for the engine.
         """
         waiting = self._possible()
-        while waiting or engine.has_unfinished():
+        while self._takes_another(waiting) or waiting or engine.has_unfinished():
             self._submit_some(engine, waiting)
             with _engine_call():
                 generations = engine.step()
@@ -168,10 +172,29 @@ class PassRequests:
         self._open |= {request.request_id: request for request in self._held}
         self._held = []
 
-    def pairs(self) -> dict[int, tuple[RolloutPair, ...]]:
-        """All samples of each group of this engine, in order."""
+    def groups(self) -> list[RolloutGroup]:
+        """Those of this engine, in order."""
         assert not self.num_open, "run() has not ended"
-        return {group: self._group_pairs(group) for group in self._left}
+        return [RolloutGroup(group, self._prompts[group], self._group_pairs(group)) for group in sorted(self._left)]
+
+    def _begin(self, group: int, prompt: Prompt) -> list[_Request]:
+        """The first passes of a prompt are open from now on."""
+        plan = self._planner.first(prompt, self._sampling.passes_of(prompt).template)
+        requests = [_Request(group, sample, plan) for sample in range(self._sampling.num_samples)]
+        self._prompts[group] = prompt
+        self._left[group] = self._sampling.num_samples
+        self._open |= {request.request_id: request for request in requests}
+        return requests
+
+    def _takes_another(self, waiting: deque[list[_Request]]) -> bool:
+        """Begins a prompt of the pool where slots are free."""
+        if self._pool is None or waiting or len(self._open) >= self._slots:
+            return False
+        taken = self._pool.take()
+        if taken is None:
+            return False
+        waiting.append(self._begin(*taken))
+        return True
 
     def _draw(self, place: tuple[int, int]) -> int:
         return self._first_draw[place[0]] + place[1]

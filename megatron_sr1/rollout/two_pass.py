@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
-from megatron_sr1.ranks import ALONE, Ranks
+from megatron_sr1.ranks import ALONE, Counter, Ranks
 from megatron_sr1.rollout.passes import PassRequests
 from megatron_sr1.rollout.pixels import pixel_differences
 from megatron_sr1.rollout.plan import PassPrompt, Planner
+from megatron_sr1.rollout.pool import PromptPool, begun
 from megatron_sr1.rollout.request import EngineFault, TokenEngine
 from megatron_sr1.types import NamedTensors, OnQuestion, PromptShare, RolloutGroup, Sampling
 
@@ -36,6 +38,8 @@ class TwoPassGenerator:
         hands_on: bool = True,
         weights: Callable[[], NamedTensors] | None = None,
         start_weights: Callable[[], NamedTensors] | None = None,
+        counter: Counter | None = None,
+        slots: int = 0,
     ) -> None:
         """
         Args:
@@ -48,7 +52,13 @@ class TwoPassGenerator:
                 None: the engine's model directory holds them.
             start_weights: streams those that the run began with, for the passes of reader "reference". None: the engine
                 has them.
+            counter: engines take prompts from it as they get free slots, beyond those that fill them at first; None:
+                each answers its own.
+            slots: requests that an engine answers at a time; needed for that.
         """
+        assert counter is None or slots > 0, "how many prompts fill an engine hangs on its slots"
+        self._counter, self._slots = counter, slots
+        self._decoding = ThreadPoolExecutor(1, thread_name_prefix="pool")
         self._engine = engine
         self._planner = planner
         self._engines = engines
@@ -58,6 +68,7 @@ class TwoPassGenerator:
         self._start_weights = start_weights
         self._replaced: int | None = None  # the version whose place the starting weights have taken
         self._compared = False
+        self._num_shared = 0  # rounds whose prompts the engines share
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
         self._replaced = None
@@ -105,9 +116,9 @@ class TwoPassGenerator:
         self._take_back()
         takers = (on_group, on_question, on_first) if self._hands_on else (None, None, None)
         holds = self._start_weights is not None and any(later.reader == "reference" for later in sampling.later)
-        requests = PassRequests(
-            self._planner, prompts, sampling, step, *takers, streamed=self._streamed, holds_reference=holds
-        )
+        how = {"streamed": self._streamed, "holds_reference": holds}
+        begins, pool = self._shared(prompts, sampling)
+        requests = PassRequests(self._planner, begins, sampling, step, *takers, **how, pool=pool, slots=self._slots)
         self._run(requests)
         if any(later.context == "other_description" for later in sampling.later):
             requests.lend(self._engines.gather(requests.descriptions() if self._hands_on else []))
@@ -116,8 +127,17 @@ class TwoPassGenerator:
             self._replace()
             requests.release_reference()
             self._run(requests)
-        pairs = requests.pairs().items() if self._hands_on else ()
-        return [RolloutGroup(group, prompts.own[group], pairs_of) for group, pairs_of in pairs]
+        return requests.groups() if self._hands_on else []
+
+    def _shared(self, prompts: PromptShare, sampling: Sampling) -> tuple[PromptShare, PromptPool | None]:
+        """What this engine begins with, and what is left for whoever is free."""
+        if self._counter is None or len(prompts.shares) < 2:
+            return prompts, None
+        self._num_shared += 1
+        self._counter.begin(f"{self._num_shared}")
+        count = -(-self._slots // sampling.num_samples)
+        pool = PromptPool(prompts, count, self._counter, self._decoding)
+        return begun(prompts, self._engines.rank, count), pool
 
     def _compare_pixels(self, plans: Sequence[PassPrompt]) -> None:
         """Raises ValueError on every rank where pixels differ, see `pixel_differences`. Collective."""
