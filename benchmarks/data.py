@@ -7,8 +7,8 @@ Every figure is taken by a process of its own. Images are photographs in kind: s
     throughput  one epoch of shuffled, decoded samples (json and RGB pixels), the two in turn; the best run of each
                 counts, because a busy machine only ever makes one slower; and the same by the CPU seconds it took
                     ours         SampleFeed: exact order, checksums, `workers` threads
-                    webdataset   WebDataset(shardshuffle).shuffle(1000).decode("pilrgb"); with several workers in a
-                                 WebLoader of as many processes
+                    webdataset   WebDataset(shardshuffle).shuffle(1000).decode("pilrgb"); with several workers
+                                 torch's DataLoader over it, of as many processes that send batches of 32
     resume      from opening the feed's state to the first sample, at position 0 and at 10^6
     memory      resident set while streaming: after the first tenth of the samples, and at the end
     start-up    opening 10^5 samples (text only, 1000 a shard), with indices and by reading all headers
@@ -17,6 +17,7 @@ Every figure is taken by a process of its own. Images are photographs in kind: s
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -93,13 +94,15 @@ def ours(shards: list[Path], workers: int) -> Figures:
 def plain(shards: list[Path], workers: int) -> Figures:
     """One epoch of webdataset."""
     import webdataset
+    from torch.utils.data import DataLoader
 
     start = (time.perf_counter(), _cpu_seconds())
     urls = [str(shard) for shard in shards]
     pipeline = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).decode("pilrgb")
     samples: Iterator = iter(pipeline)
     if workers > 1:
-        samples = iter(webdataset.WebLoader(pipeline, num_workers=workers, batch_size=None))
+        batches = pipeline.batched(BATCH, collation_fn=list)
+        samples = itertools.chain.from_iterable(DataLoader(batches, num_workers=workers, batch_size=None))
     num = sum(1 for sample in samples if sample["0.jpg"].load() and sample["json"])
     del samples, pipeline  # ends the loader's processes
     return _used(start, num, sum(shard.stat().st_size for shard in shards))

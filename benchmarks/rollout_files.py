@@ -20,7 +20,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -41,6 +41,22 @@ VOCABULARY = 150_000
 PRESET = PRESETS["vision_sr1"]
 
 
+class Drawn:
+    """`DrawnPrompts` of a list."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._prompts = prompts
+        self.keys = [prompt.key for prompt in prompts]
+
+    def read(self, number: int) -> Prompt:
+        """The prompt."""
+        return self._prompts[number]
+
+    def images(self, number: int, sizes: Sequence[tuple[int, int]]) -> tuple[()]:
+        """There are none."""
+        return ()
+
+
 def made_step(num_pairs: int, visual: int) -> StepRollouts:
     """Groups and rewards of a step."""
     draw = random.Random(0)
@@ -50,7 +66,7 @@ def made_step(num_pairs: int, visual: int) -> StepRollouts:
     # no segment is looked for: files do not tell of them
     recorder = Recorder(PRESET, SAMPLES, lambda response: torch.ones(2, len(response.rollout.response_ids)), VOCABULARY)
     ledger, _ = recorder.record(groups, rewards, ALONE)
-    return StepRollouts(ledger, [group.prompt for group in groups], places, groups, {})
+    return StepRollouts(ledger, Drawn([group.prompt for group in groups]), places, groups, {})
 
 
 def _group(number: int, visual: int, draw: random.Random) -> RolloutGroup:
@@ -120,7 +136,7 @@ def measure(rollouts: StepRollouts, engines: int, folder: Path) -> dict[str, flo
     found["MiB"] = sum(file.stat().st_size for file in parts) / 2**20
     if engines == 1:
         assert step_files(path) == parts
-        prompts = [group.prompt for group in rollouts.groups]
+        prompts = Drawn([group.prompt for group in rollouts.groups])
         found["read"] = timed(lambda: read_rollouts(path, lambda further: prompts, SAMPLES, ["acc"], PRESET.asked))
     return found
 
