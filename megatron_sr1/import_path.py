@@ -100,7 +100,10 @@ def source_of(function: Callable[..., Any]) -> str | None:
 def source_digest(function: Callable[..., Any]) -> str:
     """Of the file that a function was written in and of those beside it that it imports, as they are now; "" where
     there is none."""
-    files = _sources(function)
+    return _digest(_sources(function))
+
+
+def _digest(files: Sequence[Path]) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12] if files else ""
 
 
@@ -151,14 +154,12 @@ def keep_code(folder: Path, functions: Mapping[str, Callable[..., Any]]) -> list
     kept = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
     found = {}
     for name, function in functions.items():
-        source, digest = source_of(function), source_digest(function)
-        if source is not None and digest:
-            found[name] = f"{Path(source).stem}_{digest}.py"
+        files = _sources(function)
+        for number, file in enumerate(files):
+            copy = f"{file.stem}_{_digest(files if number == 0 else [file])}.py"
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, folder / found[name])
-            for file in _sources(function)[1:]:
-                own = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-                shutil.copyfile(file, folder / f"{file.stem}_{own}.py")
+            shutil.copyfile(file, folder / copy)
+            found.setdefault(name, copy)
     if found:
         index.write_text(json.dumps({**kept, **found}, indent=1) + "\n", encoding="utf-8")
     return [name for name, file in found.items() if kept.get(name, file) != file]
