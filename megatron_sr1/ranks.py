@@ -81,14 +81,18 @@ def agreed(ranks: Ranks, work: Callable[[], Element]) -> Element:
     """What this rank's part of a work gives, or the first complaint of any rank's on every rank. Collective.
 
     Raises:
-        ValueError: the work did, on some rank.
+        ValueError: the work did, on some rank; of the same class.
     """
-    result, refused = [], []
+    result: list[Element] = []
+    refused: list[tuple[type[ValueError], str]] = []
     try:
         result = [work()]
     except ValueError as error:
-        refused = [str(error)]
-    found = ranks.gather(refused)
-    if found:
-        raise ValueError(found[0])
+        refused = [(type(error), str(error))]
+    for kind, text in ranks.gather(refused):
+        try:
+            complaint = kind(text)
+        except TypeError:  # a class that is made of more than a text
+            complaint = ValueError(text)
+        raise complaint
     return result[0]

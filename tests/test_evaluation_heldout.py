@@ -90,6 +90,9 @@ def test_a_chunk_is_read_at_a_time_and_the_next_one_ahead(tmp_path: Path, monkey
         assert all(equal(ours, theirs) for ours, theirs in found)
         assert set(range(8, start + 4)) <= set(read) <= set(range(8, start + 8)), "and the next one ahead"
         assert len(read) == len(set(read))
+    read.clear()
+    assert [len(chunk.keys) for chunk in Heldout(dataset, Quarantine(0), 10).chunks(4)] == [4, 4, 2]
+    assert sorted(read) == list(range(10)), "nothing beyond the limit"
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])

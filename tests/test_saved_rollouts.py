@@ -29,6 +29,7 @@ from megatron_sr1.streams import PRESETS
 from megatron_sr1.training import rollout_writer
 from megatron_sr1.training.ledger import StepLedger
 from megatron_sr1.training.live_rollouts import LiveRollouts
+from megatron_sr1.training.recorder import Recorder
 from megatron_sr1.training.rollout_files import (
     read_text,
     rollouts_file,
@@ -356,6 +357,27 @@ def test_a_group_that_cannot_be_graded_ends_the_step_on_every_rank_or_is_skipped
         pytest.raises(RewardError, match="no group of step 2 could be graded"),
     ):
         live.take(Listed.of(made[:1]), 2, Clock())
+
+
+def test_spans_that_fail_end_the_step_as_a_reward_does_on_every_rank(tmp_path: Path) -> None:
+    """The run is saved then, and needs the engines' memory."""
+    made, engines = groups(2), [Handing(groups(2)[:1]), Handing(groups(2)[1:])]
+
+    def masks(response: Any) -> torch.Tensor:
+        if response.prompt.key == "p1":
+            raise RewardError("the spans of 'mine.py:f' failed")
+        return torch.zeros(len(PRESET.streams), len(response.rollout.response_ids))
+
+    def one(ranks: Exchange) -> str:
+        failing, engine = Recorder(PRESET, 2, masks, 2), engines[ranks.rank]
+        with (
+            LiveRollouts(engine, Sampling(2, 1.0, 10, 0), failing, RewardsConfig(), ranks, tmp_path) as live,
+            pytest.raises(RewardError, match=r"mine\.py:f") as error,
+        ):
+            live.take(Listed.of(made), 0, Clock())
+        return str(error.value)
+
+    assert len(set(on_threads(2, one))) == 1 and [engine.log for engine in engines] == [["sleep"]] * 2
 
 
 def kill_grader(graders: Graders) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sr1.config import load_config
+from megatron_sr1.config import ConfigError, load_config
 from megatron_sr1.data import (
     IndexedSample,
     Quarantine,
@@ -22,7 +22,7 @@ from megatron_sr1.data import (
 )
 from megatron_sr1.data.feed import Deal, equal_runs
 from megatron_sr1.processor import Processor
-from megatron_sr1.ranks import Exchange, OneRank, Ranks
+from megatron_sr1.ranks import ALONE, Exchange, OneRank, Ranks, agreed
 from megatron_sr1.streams import PRESETS
 from megatron_sr1.training.batches import Batcher
 from megatron_sr1.training.ledger import slots_of
@@ -147,6 +147,33 @@ def test_a_demonstration_that_is_no_prompt_ends_the_step_on_every_rank(tmp_path:
         return str(error.value)
 
     assert len(set(on_threads(4, one))) == 1
+
+
+def test_a_demonstration_that_one_replica_cannot_encode_is_every_replica_s_error(tiny_model_dir: str) -> None:
+    processor, config = Processor.from_pretrained(tiny_model_dir), load_config(None, ["train.micro_batch_tokens=1024"])
+    flat = SftSample(Prompt("flat", "q", "1", (noise(0, (600, 2)),)), "cot", "word")
+    samples = [SftSample(Prompt("p0", "q", "1"), "cot", "word"), flat]
+
+    def one(ranks: Exchange) -> str:
+        with pytest.raises(ValueError, match="600") as error:
+            Batcher(config, processor, ranks).sft([samples[ranks.rank]])
+        return str(error.value)
+
+    assert len(set(on_threads(2, one))) == 1
+
+
+def test_complaints_keep_their_class_where_a_text_makes_one() -> None:
+    def refuse(error: ValueError) -> None:
+        raise error
+
+    for error, kind in (
+        (ConfigError("odd"), ConfigError),
+        (ValueError("odd"), ValueError),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "odd"), ValueError),
+    ):
+        with pytest.raises(kind, match="odd") as found:
+            agreed(ALONE, lambda error=error: refuse(error))
+        assert type(found.value) is kind
 
 
 def test_replicas_weigh_demonstrations_alike(tiny_model_dir: str) -> None:

@@ -119,12 +119,13 @@ class SampleFeed:
         num_left_out = len(self._quarantine.bad) - num_bad
         return {**counts, "data/left_out": float(num_left_out)} if num_left_out else counts
 
-    def next(self, count: int, *, distinct: bool = False) -> Batch:
+    def next(self, count: int, *, distinct: bool = False, further: int | None = None) -> Batch:
         """The next `count` good samples, or all that are left of a stream that ends. They are in flight until `finish`.
         Collective.
 
         Args:
             distinct: end before the first sample that is in flight already, which then comes next.
+            further: how many are read ahead, at most; None: as many as were ever asked for at once.
 
         Raises:
             ValueError: more bad samples than the quarantine takes.
@@ -132,13 +133,13 @@ class SampleFeed:
         """
         self._usual = max(self._usual, count)
         while True:
-            ahead = self._upcoming(count + self._usual)
+            ahead = self._upcoming(count + (self._usual if further is None else further))
             positions = self._distinct(ahead[:count]) if distinct else ahead[:count]
             shares, place = self._dealt(positions), self._readers.rank
-            mine, further = shares[place], self._dealt(ahead[len(positions) :])[place]
+            mine, upcoming = shares[place], self._dealt(ahead[len(positions) :])[place]
             samples, bad = self._read(
                 [positions[place] for place in mine],
-                [*(positions[place] for place in mine), *(ahead[len(positions) + place] for place in further)],
+                [*(positions[place] for place in mine), *(ahead[len(positions) + place] for place in upcoming)],
             )
             found = self.ranks.gather(bad)
             if not found:

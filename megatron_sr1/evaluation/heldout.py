@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megatron_sr1.data import Check, Deal, Quarantine, SampleFeed, SamplesInOrder, ShardDataset, only_prompts
+from megatron_sr1.data.feed import DEFAULT_PREFETCH
 from megatron_sr1.ranks import ALONE, Ranks, agreed
 from megatron_sr1.types import Prompt, PromptShare
 
@@ -20,19 +21,20 @@ class Heldout:
         check: Check | None = None,
         *,
         workers: int = 2,
+        prefetch_bytes: int = DEFAULT_PREFETCH,
         ranks: Ranks = ALONE,
     ) -> None:
         """
         Args:
             max_prompts: 0: all.
             check: raises ValueError for a sample that can be read and still not be used; it counts as a bad one.
-            workers, ranks: see `SampleFeed`.
+            workers, prefetch_bytes, ranks: see `SampleFeed`.
         """
         self._dataset = dataset
         self._quarantine = quarantine
         self._max_prompts = max_prompts
         self._check = check
-        self._workers = workers
+        self._ahead = {"workers": workers, "prefetch_bytes": prefetch_bytes}
         self._ranks = ranks
         self._division: tuple[Ranks, Deal] | None = None
 
@@ -69,12 +71,13 @@ class Heldout:
         """
         limit, found = self._max_prompts or len(self._dataset), len(answered)
         stream = SamplesInOrder(self._dataset)
-        with SampleFeed(stream, self._quarantine, workers=self._workers, ranks=self._ranks, check=self._check) as feed:
+        with SampleFeed(stream, self._quarantine, **self._ahead, ranks=self._ranks, check=self._check) as feed:
             if self._division is not None:
                 feed.divide(*self._division)
             feed.begin_at(self._behind(answered))
             while found < limit:
-                batch = feed.next(min(size, limit - found))
+                count = min(size, limit - found)
+                batch = feed.next(count, further=min(size, limit - found - count))
                 feed.finish(batch)
                 if not batch.keys:
                     return

@@ -166,8 +166,8 @@ def heldout_prompts(run: Run) -> Heldout:
     preset = preset_of(config)
     run.planner.check(preset.passes)
     check = prompt_check(run.planner, preset.passes.of)
-    ahead = {"workers": config.data.workers, "ranks": run.platform.ranks}
-    heldout = Heldout(dataset, quarantine, config.evaluate.max_prompts, check, **ahead)
+    ahead = {"workers": config.data.workers, "prefetch_bytes": config.data.prefetch_mib << 20}
+    heldout = Heldout(dataset, quarantine, config.evaluate.max_prompts, check, **ahead, ranks=run.platform.ranks)
     heldout.divide(engine_ranks(run), partial(deal_prompts, run.processor, _sampling(config, preset)))
     heldout.check_images(config.rollout.max_images)
     return heldout

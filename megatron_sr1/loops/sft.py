@@ -32,6 +32,8 @@ def _train(run: Run) -> None:
     def check(sample: Prompt | SftSample) -> None:
         if isinstance(sample, SftSample):
             templates.of_demonstration(sample)
+            for image in sample.prompt.images:
+                run.processor.grid(image.size)
 
     feed = run.feed("cold_start", check)
     policy = Policy(config, run.platform, num_optimizer_steps=config.train.steps, keep_reference=False)

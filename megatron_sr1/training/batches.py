@@ -13,7 +13,7 @@ from megatron_sr1.objective import stream_advantages, token_weights
 from megatron_sr1.packing import moved, pack
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import templates_of
-from megatron_sr1.ranks import Exchange
+from megatron_sr1.ranks import Exchange, agreed
 from megatron_sr1.rewards import find_reward
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.ledger import KINDS, StepLedger, slots_of
@@ -125,8 +125,11 @@ class Batcher:
 
         Args:
             samples: this replica's.
+
+        Raises:
+            ValueError: on every rank: an image of one of them cannot be encoded; see `Templates.of_demonstration`.
         """
-        sequences = [self._demonstration(sample) for sample in samples]
+        sequences = agreed(self._replicas, lambda: [self._demonstration(sample) for sample in samples])
         num_tokens = torch.tensor([[sum(len(sequence.response_ids) for sequence in sequences)]])
         weight = 1.0 / int(self._replicas.gather_rows(num_tokens).sum())
         micro_batches = self._pack(sequences)

@@ -152,20 +152,15 @@ class LiveRollouts:
         Raises:
             RewardError: on every rank, of the first group that could not be graded; the engines sleep by then.
         """
-        drawn, rounds = _Drawn(self._recorder, self._objective, self._ranks), 0
+        drawn = _Drawn(self._recorder, self._objective, self._ranks)
         if self._ranks.rank == 0:
             remove_step(rollouts_file(self._folder, step))  # before any rank writes: all meet in between
-        self._answer(prompts.first, drawn, step, clock)
-        while rounds < self._rounds and (self._skips or not drawn.skipped):
-            missing = len(prompts.first.keys) - drawn.num_alive()
-            with clock("rollout"):
-                more = prompts.more(missing) if missing > 0 else None
-            if more is None or not more.keys:
-                break
-            rounds += 1
-            self._answer(more, drawn, step, clock)
-        if self._refreshed:
-            self._generator.sleep()
+        try:
+            rounds = self._draw(prompts, drawn, step, clock)
+        except RewardError:  # of a user's function of spans
+            self._sleep()
+            raise
+        self._sleep()
         reasons = list(drawn.skipped.values())
         if reasons and not self._skips:
             raise RewardError(_joined(reasons))
@@ -178,6 +173,24 @@ class LiveRollouts:
         if chosen.groups:
             self._writer.write(rollouts_file(self._folder, step), chosen, len(prompts.first.keys), self._ranks.rank)
         return chosen
+
+    def _sleep(self) -> None:
+        if self._refreshed:
+            self._generator.sleep()
+
+    def _draw(self, prompts: StepPrompts, drawn: _Drawn, step: int, clock: Clock) -> int:
+        """All rounds; returns how many were drawn beyond the first. Collective."""
+        rounds = 0
+        self._answer(prompts.first, drawn, step, clock)
+        while rounds < self._rounds and (self._skips or not drawn.skipped):
+            missing = len(prompts.first.keys) - drawn.num_alive()
+            with clock("rollout"):
+                more = prompts.more(missing) if missing > 0 else None
+            if more is None or not more.keys:
+                break
+            rounds += 1
+            self._answer(more, drawn, step, clock)
+        return rounds
 
     def settle(self) -> None:
         """Waits until what this rank writes of the last step is on disk. Raises OSError where it cannot be written."""
