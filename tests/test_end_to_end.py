@@ -196,8 +196,9 @@ def test_importance_weights_in_a_run(finished: Workspace) -> None:
 
 def test_pipeline_parallel_with_several_updates_per_batch(finished: Workspace) -> None:
     """PP=2, two optimizer steps on each rollout batch (the second is off-policy), leak filter, a round of dynamic
-    sampling; GDPO, a stream that credits descriptions with what another reader makes of them, with the ratio of whole
-    descriptions, and one of a second pass of two samples; later passes of every context and reader."""
+    sampling, engines that take prompts as they get free; GDPO, a stream that credits descriptions with what another
+    reader makes of them, with the ratio of whole descriptions, and one of a second pass of two samples; later passes of
+    every context and reader."""
     layout = ("layout.tensor=1", "layout.pipeline=2", "train.batch_size=2", "train.steps=2")
     judged = "{name: judged, tokens: description, rewards: {acc_judge: 1.0}, ratio: sequence}"
     seen = "{name: seen, pass: second, rewards: {acc_vis: 1.0, acc_vis@blind: -0.5}}"
@@ -209,7 +210,8 @@ def test_pipeline_parallel_with_several_updates_per_batch(finished: Workspace) -
     objective = ("objective.preset=gdpo", "objective.leak_filter=true", streams, passes)
     with serve(read_digits) as server:
         judge = (f"rewards.judge.url={server.url}", "rewards.judge.model=reader")
-        finished.run("grpo", "pipeline", *layout, *objective, *judge, "rollout.dynamic_sampling=1")
+        pulled = ("rollout.pull=true", "rollout.max_running_requests=4")  # a prompt fills an engine
+        finished.run("grpo", "pipeline", *layout, *objective, *judge, *pulled, "rollout.dynamic_sampling=1")
     entries = finished.metrics("pipeline")
     assert max(entry["logprob_gap"] for entry in entries) < 1e-5, "it leaves the update out"
     for stream in ("answer", "judged"):
