@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 from megatron_sr1.platform.torch_private import job_store
 from megatron_sr1.ranks import Ranks
+
+_MADE = itertools.count()
 
 
 class TeamCounter:
     """Implements `ranks.Counter` on the store of the job. The ranks of a team draw the same numbers: the first of them
-    draws, the others look up what. Keys of a counter go when the next one is begun."""
+    draws, the others look up what. Keys of a counter go when the next one is begun, which is after all have met."""
 
     def __init__(self, ranks: Ranks, team_size: int) -> None:
         """
@@ -17,7 +21,8 @@ class TeamCounter:
         """
         self._store = job_store()
         self._team, self._leads = ranks.rank // team_size, ranks.rank % team_size == 0
-        self._alone = team_size == 1
+        self._alone, self._is_first = team_size == 1, ranks.rank == 0
+        self._place = f"draws/{next(_MADE)}"  # counters of a job have one store
         self._name = ""
         self._num_drawn = 0
 
@@ -26,6 +31,8 @@ class TeamCounter:
         if self._leads and not self._alone:
             for number in range(self._num_drawn):
                 self._store.delete_key(self._key(number))
+        if self._is_first and self._name:
+            self._store.delete_key(f"{self._place}/{self._name}")
         self._name, self._num_drawn = name, 0
 
     def next(self) -> int:
@@ -34,10 +41,10 @@ class TeamCounter:
         self._num_drawn += 1
         if not self._leads:
             return int(self._store.get(key))
-        number = self._store.add(f"draws/{self._name}", 1) - 1
+        number = self._store.add(f"{self._place}/{self._name}", 1) - 1
         if not self._alone:
             self._store.set(key, str(number))
         return number
 
     def _key(self, number: int) -> str:
-        return f"draws/{self._name}/{self._team}/{number}"
+        return f"{self._place}/{self._name}/{self._team}/{number}"

@@ -38,7 +38,9 @@ def open_store(address: str, port: int, rank: int, timeout: datetime.timedelta =
     start, patience = time.monotonic(), datetime.timedelta(seconds=SAY_EVERY)
     while (waited := time.monotonic() - start) < timeout.total_seconds():
         try:
-            return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
+            store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
+            store.set_timeout(timeout)  # that was of a try
+            return store
         except (DistNetworkError, DistStoreError):
             _say(rank == 1, f"rank {rank} has waited {waited + SAY_EVERY:.0f} s for rank 0 at {where}")
     raise ValueError(f"rank {rank} found no rank 0 at {where} within {timeout}. Is it started?")

@@ -97,7 +97,7 @@ class PassRequests:
             on_first: takes each sample as soon as its first pass is done, as a group of one pair.
             streamed: False: the later passes start when the whole first pass is done.
             holds_reference: the passes of the starting weights wait for `release_reference`.
-            pool: further prompts, one of which is taken whenever fewer than `slots` requests are open.
+            pool: further prompts, which are taken while fewer than `slots` first passes are open.
         """
         self._planner = planner
         self._processor = planner.processor
@@ -137,7 +137,8 @@ class PassRequests:
                 limit became longer again as a part of the prompt, and too long for the engine.
         """
         waiting = self._possible()
-        while self._takes_another(waiting) or waiting or engine.has_unfinished():
+        self._take_some(waiting)
+        while waiting or engine.has_unfinished():
             self._submit_some(engine, waiting)
             with _engine_call():
                 generations = engine.step()
@@ -147,6 +148,7 @@ class PassRequests:
                 if self._streamed:
                     for request in further:
                         self._submit_all(engine, [request])
+            self._take_some(waiting)
             if not self._streamed and not waiting and not engine.has_unfinished():
                 waiting = self._possible()
 
@@ -186,15 +188,20 @@ class PassRequests:
         self._open |= {request.request_id: request for request in requests}
         return requests
 
-    def _takes_another(self, waiting: deque[list[_Request]]) -> bool:
-        """Begins a prompt of the pool where slots are free."""
-        if self._pool is None or waiting or len(self._open) >= self._slots:
-            return False
-        taken = self._pool.take()
-        if taken is None:
-            return False
-        waiting.append(self._begin(*taken))
-        return True
+    def _take_some(self, waiting: deque[list[_Request]]) -> None:
+        """Begins prompts of the pool while first passes do not fill the slots, as many as are submitted at a time.
+        Later passes do not count: where requests wait, first passes go before them."""
+        if self._pool is None:
+            return
+        num_open = sum(request.asked is None for request in self._open.values())
+        num_waiting = sum(map(len, waiting))
+        while num_open < self._slots and num_waiting < SUBMITTED_AT_A_TIME:
+            taken = self._pool.take()
+            if taken is None:
+                return
+            requests = self._begin(*taken)
+            waiting.append(requests)
+            num_open, num_waiting = num_open + len(requests), num_waiting + len(requests)
 
     def _draw(self, place: tuple[int, int]) -> int:
         return self._first_draw[place[0]] + place[1]

@@ -39,8 +39,8 @@ class PromptPool:
         self._look_ahead()
 
     def take(self) -> tuple[int, Prompt] | None:
-        """Place and prompt of the next one; None where there is none. Raises ValueError where it cannot be read any
-        more."""
+        """Place and prompt of the next one; None where there is none. Raises ValueError or OSError where it cannot
+        be read any more."""
         if not self._taken:
             return None
         place, prompt = self._taken.pop(0)

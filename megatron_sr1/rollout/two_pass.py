@@ -21,7 +21,6 @@ from megatron_sr1.types import NamedTensors, OnQuestion, PromptShare, RolloutGro
 
 NUM_COMPARED = 4  # prompts of each engine whose pixels are compared with the trainer's before the first answer
 MAX_RESTARTS = 2  # of one call: a fault that comes back is not an accident
-
 logger = logging.getLogger(__name__)
 
 
