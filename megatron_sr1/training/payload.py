@@ -95,17 +95,22 @@ class Payload:
         self, share: Sequence[Place], ledger: StepLedger, holders: Sequence[int], held: Mapping[int, GroupTracks]
     ) -> Tensor:
         """What this rank has for a replica."""
-        words, numbers, sent = [torch.zeros(0, dtype=torch.int32)], ledger.number.tolist(), set()
-        for place in share:
-            if holders[place.group] != self._ranks.rank:
-                continue
+        words, numbers = [torch.zeros(0, dtype=torch.int32)], ledger.number.tolist()
+        for place, is_new in _with_prompts([place for place in share if holders[place.group] == self._ranks.rank]):
             track = held[numbers[place.group]][place.sample, place.slot]
-            if place.slot != FIRST or place.group not in sent:
+            if is_new:
                 words += [track.image_sizes.flatten(), track.prompt_ids]
-            if place.slot == FIRST:
-                sent.add(place.group)
             words += [track.response_ids, track.generator_logprobs.view(torch.int32), track.credited]
         return torch.cat(words)
+
+
+def _with_prompts(places: Sequence[Place]) -> Iterator[tuple[Place, bool]]:
+    """What one rank sends another, and whether the prompt goes along: that of siblings' first passes goes once."""
+    sent: set[int] = set()
+    for place in places:
+        yield place, place.slot != FIRST or place.group not in sent
+        if place.slot == FIRST:
+            sent.add(place.group)
 
 
 class _Lengths:
@@ -118,14 +123,10 @@ class _Lengths:
 
     def of(self, places: Sequence[Place]) -> Iterator[tuple[Place, int]]:
         """Of each of the responses that one rank sends another."""
-        sent: set[int] = set()
-        for place in places:
+        for place, is_new in _with_prompts(places):
             group, sample, slot = place
-            again = slot == FIRST and group in sent
-            if slot == FIRST:
-                sent.add(group)
             asked = self.sizes(place) + self.prompt[group][sample][slot]
-            yield place, (0 if again else asked) + 3 * self.response[group][sample][slot]
+            yield place, (asked if is_new else 0) + 3 * self.response[group][sample][slot]
 
     def sizes(self, place: Place) -> int:
         """Of the images that a response was given."""
