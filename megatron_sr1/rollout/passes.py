@@ -102,6 +102,7 @@ class PassRequests:
         self._planner = planner
         self._processor = planner.processor
         self._prompts: dict[int, Prompt] = {}
+        self._shown: dict[int, str] = {}  # digests of images, by group, where they were asked for
         self._num_prompts = len(prompts.keys)
         self._sampling = sampling
         self._step = step
@@ -154,10 +155,9 @@ class PassRequests:
 
     def descriptions(self) -> list[Described]:
         """What the responses of this engine describe."""
-        shown = {group: _digest(prompt.images) for group, prompt in self._prompts.items()}
         pairs = self._pairs.items()
         return [
-            Described(*place, pair.description, shown[place[0]])
+            Described(*place, pair.description, self._shown_by(place[0]))
             for place, pair in pairs
             if pair.description is not None
         ]
@@ -310,12 +310,17 @@ class PassRequests:
         group, sample = place
         others = (*range(group + 1, self._num_prompts), *range(group))
         said = (descriptions[other, sample] for other in others if (other, sample) in descriptions)
-        own = _digest(self._prompts[group].images)
+        own = self._shown_by(group)
         lender = next((one for one in said if one.shown != own), None)
         requests = [] if lender is None else self._ask(later, place, lender.text)
         for _ in range(later.samples):
             self._answered(place)
         return requests
+
+    def _shown_by(self, group: int) -> str:
+        if group not in self._shown:
+            self._shown[group] = _digest(self._prompts[group].images)
+        return self._shown[group]
 
     def _read(self, place: tuple[int, int], asked: OpenReading, rollout: Rollout) -> None:
         pair, name = self._pairs[place], asked.later.name
