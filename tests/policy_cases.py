@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed
 from torch import Tensor
 
 from megatron_sr1.config import Config, load_config
@@ -112,3 +114,17 @@ class MeanLoss:
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+
+
+def exchanged_bytes(policy: Any) -> list[int]:
+    """Bytes that a checkpoint's exchanges of optimizer state send and receive, each."""
+    found, exchange = [], torch.distributed.all_to_all_single
+
+    def noted(received: torch.Tensor, sent: torch.Tensor, *sizes: Any, **options: Any) -> Any:
+        found.append(received.nbytes + sent.nbytes)
+        return exchange(received, sent, *sizes, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_to_all_single", noted)
+        policy.sharded_state(loading=False)
+    return found

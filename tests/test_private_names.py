@@ -43,6 +43,10 @@ USED = [  # names that are replaced, or that instances alone have: module:functi
     ("torch.utils._device:DeviceContext.__torch_function__", "_device_constructors"),
     ("megatron.core.parallel_state:create_group", "_global_process_group_list"),
     ("megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._communicate", "_communicate_shapes"),
+    (
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_state_dict",
+        "sharded_param_state_fully_reshardable",
+    ),
     ("megatron.core.tensor_parallel.random:CudaRNGStatesTracker.add", "_get_cuda_rng_state"),
     ("megatron.core.tensor_parallel.random:CudaRNGStatesTracker.add", "_set_cuda_rng_state"),
     ("megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.__init__", "cuda_dtoh_stream"),

@@ -47,7 +47,7 @@ REFUSED: list[tuple[str, list[str], list[str]]] = [
     (
         "qwen2_5_vl_72b/grpo.yaml",
         ["rollout.sleep=false", "--gpu-gib", "95"],
-        ["the checkpoint phase takes about", "on a rank of stage 3, more than the 95 GiB"],
+        ["the training phase takes about", "on a rank of stage 0, more than the 95 GiB"],
     ),
     ("qwen2_5_vl_7b/grpo.yaml", ["--gpu-gib", "40"], ["phase takes about", "more than the 40 GiB"]),
     (

@@ -1,7 +1,7 @@
 """What a node's ranks hold in host memory.
 
 offload     optimizer state and reference, pinned, once a first rollout has sent them there (config.offload)
-checkpoint  fp32 weights and both moments of what the first of its replicas gathers to write: m * 12 bytes a rank
+checkpoint  each rank's share of it, from when it is taken until it is written (state.py)
 images      decoded, of the prompts that a rank's engine answers, as if every round of dynamic sampling replaced all,
             and of those that its replica trains, shared by the ranks of a stage: as if half of the longest sequence
             were visual tokens
@@ -16,33 +16,36 @@ from collections.abc import Mapping, Sequence
 
 from megatron_sr1.config import Config, typical_tokens
 from megatron_sr1.estimate.machine import GIB, Machine
-from megatron_sr1.estimate.state import GRADIENT_BYTES, TrainerState
+from megatron_sr1.estimate.state import TrainerState, copied_bytes
 from megatron_sr1.policy.architecture import Architecture
+from megatron_sr1.policy.parameter_counts import StageCount
 from megatron_sr1.processor import KEPT_PATCHES
 
 PROCESS_GIB = 8.0
-_WRITTEN = 3  # fp32 weights and two moments
 
 
 def host_bytes(
-    config: Config, machine: Machine, model: Architecture, states: Sequence[TrainerState], *, generates: bool
+    config: Config,
+    machine: Machine,
+    model: Architecture,
+    states: Sequence[TrainerState],
+    counts: Sequence[StageCount],
+    *,
+    generates: bool,
 ) -> Mapping[str, float]:
     """Named bytes of the node that holds most.
 
     Args:
-        states: of a rank of every pipeline stage; none where nothing is trained.
+        states, counts: of a rank of every pipeline stage; none where nothing is trained.
     """
     ranks = min(config.nproc, machine.gpus_per_node)
     found: dict[str, float] = {}
     if states and generates:
         names = [name for name in ("optimizer", "reference") if getattr(config.offload, name) is not False]
         found["offload"] = ranks * max(sum(getattr(state, name) for name in names) for state in states)
-    if states:
-        layout = config.layout  # the first replicas are the first ranks of a stage; of experts every rank may be one
-        alone = layout.distributed_optimizer and layout.expert == 1
-        writers = min(ranks, layout.tensor) if alone else ranks
-        trained = max(state.gradients for state in states) / GRADIENT_BYTES
-        found["checkpoint"] = writers * trained * 4 * _WRITTEN
+    if counts:
+        copies, further = zip(*(copied_bytes(count, config) for count in counts), strict=True)
+        found["checkpoint"] = ranks * max(copies) + max(further)
     if generates:
         vision = model.hf.vision_config
         token_pixels = (vision.patch_size * vision.spatial_merge_size) ** 2

@@ -110,7 +110,8 @@ def make_plan(command: Command, config: Config, machine: Machine) -> RunPlan:
     phases = tuple(_phases(config, stages, engine))
     nodes = machine.nodes(config.nproc)
     states = [stage.state for stage in stages]
-    host = host_bytes(config, machine, model, states, generates=engine is not None)
+    counts = [stage.count for stage in stages]
+    host = host_bytes(config, machine, model, states, counts, generates=engine is not None)
     flops = training_flops(command, config, model)
     return RunPlan(command, config, machine, model, nodes, rows, length, num_rows, stages, engine, phases, host, flops)
 

@@ -6,11 +6,13 @@
     optimizer  m / d * 12      fp32 weights and AdamW's two moments; 8 where the weights are fp32 themselves
     reference  m * w           the starting weights, beside the others (policy.py); not shared by data parallelism
 
-    checkpoint b * 4 * (2 + 1 / d) while it is written, on the rank that gathers what d ranks share: a bucket of one
-               kind of state at a time, as it arrives, as it is sent, and as the collective may copy it flat
+    checkpoint b / d * 4 + min(b, m / d + l) * 4, where d > 1: of one kind of state and one bucket at a time, what a
+               rank sends to the owners of its parameters, and what it receives of its own
+    its copy   m / d * 12 + n / d * w on the host until it is written; of d ranks one may have l * 12 more
 
-n parameters of a rank, m of them trained, q in fp8 products, d ranks that share optimizer state. A bucket's b elements
-end with the parameter that fills it; stages after the first, and chunks after a stage's first, have one bucket.
+n parameters of a rank, m of them trained, q in fp8 products, l in the largest; d ranks that share optimizer state. A
+bucket's b elements end with the parameter that fills it; stages after the first, and chunks after a stage's first, have
+one bucket.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from megatron_sr1.config import Config
 from megatron_sr1.policy.parameter_counts import StageCount
 
 GRADIENT_BYTES = 4
+_WRITTEN = 12  # bytes a parameter: fp32 weights and two moments
 _BUCKET, _BUCKET_PER_REPLICA = 40_000_000, 1_000_000  # elements, as Megatron has them
 
 
@@ -73,16 +76,30 @@ def trainer_state(count: StageCount, config: Config, *, keep_reference: bool) ->
 
 
 def gathered_bytes(count: StageCount, config: Config) -> int:
-    """What writing a checkpoint takes beside the state: the distributed optimizer's fully reshardable format gathers
-    a bucket whole."""
-    if not config.layout.distributed_optimizer:
-        return 0
+    """What writing a checkpoint takes beside the state, on the device."""
+    return max(
+        int(GRADIENT_BYTES * (bucket / shards + min(bucket, part / shards + count.largest))) if shards > 1 else 0
+        for part, shards in _shares(count, config)
+        for bucket in [_largest_bucket(part, shards, count, config)]
+    )
+
+
+def copied_bytes(count: StageCount, config: Config) -> tuple[float, float]:
+    """What a rank of the stage holds on the host while a checkpoint is written, and what one of those that share its
+    optimizer state may hold beyond that."""
+    replicas = config.data_ranks * config.layout.context  # they share the writing, whatever they hold
+    state = sum(
+        part / (shards if config.layout.distributed_optimizer else replicas) for part, shards in _shares(count, config)
+    )
+    weights = count.total * weight_bytes(config) / replicas
+    return weights + state * _WRITTEN, count.largest * _WRITTEN if replicas > 1 else 0
+
+
+def _shares(count: StageCount, config: Config) -> tuple[tuple[int, int], ...]:
+    """Trained parameters of each kind, a buffer each, and the ranks that share their optimizer state."""
     experts = count.trained_experts
     dense = count.trained - experts
-    shares = ((dense, dense_shards(config)), (experts, expert_shards(config)))  # a buffer each
-    return max(
-        int(_largest_bucket(part, shards, count, config) * GRADIENT_BYTES * (2 + 1 / shards)) for part, shards in shares
-    )
+    return (dense, dense_shards(config)), (experts, expert_shards(config))
 
 
 def _largest_bucket(part: int, shards: int, count: StageCount, config: Config) -> int:

@@ -96,12 +96,12 @@ def prepare_adam_state(optimizer: MegatronOptimizer) -> None:
 
 def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     """torch's, or Transformer Engine's, inside Megatron's; ranks without parameters of a kind have none for it."""
-    return [part.optimizer for part in _parts(optimizer) if part.optimizer is not None]
+    return [part.optimizer for part in optimizer_parts(optimizer) if part.optimizer is not None]
 
 
 def num_stepped(optimizer: MegatronOptimizer) -> list[int]:
     """Parameters, or parts of them, that this rank steps: of each kind that any rank steps, in one order."""
-    groups = [[] if part.optimizer is None else part.optimizer.param_groups for part in _parts(optimizer)]
+    groups = [[] if part.optimizer is None else part.optimizer.param_groups for part in optimizer_parts(optimizer)]
     return [sum(len(group["params"]) for group in of_kind) for of_kind in groups]
 
 
@@ -112,7 +112,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
     for a saved tensor for each of them.
     """
     settings = [_settings(group) for group in optimizer.param_groups]
-    parts = _parts(optimizer)
+    parts = optimizer_parts(optimizer)
     states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
     for part, part_state in zip(parts, states, strict=True):
         _give_own_settings(part, part_state)
@@ -149,5 +149,6 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Those of dense weights and of experts; itself where it is one."""
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]

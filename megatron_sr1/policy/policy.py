@@ -23,12 +23,11 @@ from megatron_sr1.policy.optimizer import (
     load_optimizer_state,
     num_stepped,
 )
+from megatron_sr1.policy.optimizer_state import sharded_optimizer_state
 from megatron_sr1.policy.schedule import Schedule
 from megatron_sr1.policy.scorer import Scorer
 from megatron_sr1.policy.sharded import load_sharded_weights, sharded_weights
 from megatron_sr1.types import LogProbs, LossFn, MicroBatch, Scoring
-
-CHECKPOINT_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 @dataclass(frozen=True)
@@ -133,10 +132,9 @@ class Policy(Scorer):
         model = sharded_weights(self.chunks, extra_state=scales)
         # a stack of layers must be whole, and frozen ones have no state
         named = sharded_weights(self.chunks, by_layer=True) if self.config.model.freeze else model
-        optimizer = self.optimizer.sharded_state_dict(named, is_loading=loading, metadata=CHECKPOINT_FORMAT)
         return {
             "model": model,
-            "optimizer": optimizer,
+            "optimizer": sharded_optimizer_state(self.optimizer, named, loading=loading),
             "distributed_optimizer": self.config.layout.distributed_optimizer,
         }
 
