@@ -87,7 +87,7 @@ def _group(number: int, visual: int, draw: random.Random) -> RolloutGroup:
     return RolloutGroup(number, Prompt(f"sample-{number}", "What is it?", "7"), pairs)
 
 
-def _training(seconds: float) -> Callable[[], None]:
+def training(seconds: float) -> Callable[[], None]:
     """A loop that takes about so long by itself."""
     one = torch.randn(512, 512)
 
@@ -125,10 +125,10 @@ def measure(rollouts: StepRollouts, engines: int, folder: Path) -> dict[str, flo
         writer.write(rollouts_file(folder, step), held, count, rank=0)
 
     found = {"handed over": timed(lambda: write(0)), "beside": timed(writer.settle)}
-    training = _training(1.5 * found["beside"] + 0.5)
-    found["training"] = timed(training)
+    loop = training(1.5 * found["beside"] + 0.5)
+    found["training"] = timed(loop)
     write(1)
-    found["with it"] = timed(training)
+    found["with it"] = timed(loop)
     found["waited"] = timed(writer.settle)
     writer.close()
     path = rollouts_file(folder, 1)

@@ -161,11 +161,12 @@ class NumberRun(Run):
 
     kept: dict[int, tuple[int, Progress]] = field(default_factory=dict)
 
-    def checkpointer(self) -> Any:
-        def save(policy: Number, progress: Progress) -> None:
+    @cached_property
+    def checkpoints(self) -> Any:
+        def save(policy: Number, progress: Progress, hf: None) -> None:
             self.kept[progress.step] = (policy.number, progress)
 
-        return SimpleNamespace(save=save, steps=lambda: sorted(self.kept))
+        return SimpleNamespace(save=save, steps=lambda: sorted(self.kept), settle=lambda wait=True: None)
 
     def accept(self, *arguments: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

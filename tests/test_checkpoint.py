@@ -54,13 +54,16 @@ def _check_moves(rank: int, num_ranks: int, folder: str) -> None:
     for number, (family, saving, loading) in enumerate(MOVES):
         model_dir, path = f"{folder}/{family}", Path(folder) / f"checkpoints_{number}"
         with built(model_dir, saving) as (policy, config):
-            checkpoints = Checkpointer(path, 2, policy.platform)
+            checkpoints = Checkpointer(path, 2, policy.platform, in_background=True)
             assert checkpoints.newest() is None
-            for step in range(1, 4):
-                _steps(policy, config, model_dir, 1)
-                checkpoints.save(policy, Progress(step, 8 * step, "data", "model"))
+            for step in range(1, 5):
+                (first,) = _steps(policy, config, model_dir, 1)  # changes the policy while it is written
+                if step < 4:
+                    checkpoints.save(policy, Progress(step, 8 * step, "data", "model"))
+                    assert checkpoints.steps() == [1, 2][: step - 1], "the one before is finished"
+            checkpoints.settle()
             assert checkpoints.steps() == [2, 3], "only the newest two are kept"
-            wanted = _steps(policy, config, model_dir, 2)
+            wanted = [first, *_steps(policy, config, model_dir, 1)]
             weights = {name: tensor.clone() for name, tensor in policy.hf_weights()}
 
         with built(model_dir, saving) as (policy, config):
@@ -113,7 +116,8 @@ def _check_shares(rank: int, folder: str) -> None:
     model_dir = f"{folder}/qwen2_5_vl_tied"
     with built(model_dir, ["layout.distributed_optimizer=false"]) as (policy, config):
         _steps(policy, config, model_dir, 1)
-        made = Checkpointer(path, 1, policy.platform).save(policy, Progress(1, 8, "data", "model"))
+        Checkpointer(path, 1, policy.platform).save(policy, Progress(1, 8, "data", "model"))
+    made = path / "step_000001"
     written = [sum(file.stat().st_size for file in made.glob(f"__{rank}_*.distcp")) for rank in range(2)]
     assert min(written) > 0.8 * max(written), written
     others = ["layout.distributed_optimizer=false", *OTHER_SETTINGS]
@@ -125,6 +129,14 @@ def _check_shares(rank: int, folder: str) -> None:
         for step in range(2, 6):
             stays.save(policy, Progress(step, 8, "data", "model"))
         assert stays.steps() == [2, 4, 5], "every second one, and the newest"
+        given: list[Any] = []
+        best = Checkpointer(path, 1, policy.platform, best=lambda steps: given.append(list(steps)) or 2)
+        for step in range(6, 9):
+            best.save(policy, Progress(step, 8, "data", "model"))
+        assert best.steps() == [2, 8], "the best, and the newest"
+        assert given == ([[2, 4, 5], [2, 6], [2, 7]] if rank == 0 else []), "the newest is not measured yet"
+        best.prune()
+        assert given[3:] == ([[2, 8]] if rank == 0 else [])
 
 
 def _check_frozen(folder: str) -> None:
@@ -245,7 +257,7 @@ def test_checkpoints_move_between_layouts(tmp_path: Path) -> None:
     run_ranks(2, _check_moves, str(tmp_path))
 
 
-FULL_DISK = """
+STAND_IN = """
 import resource, sys
 from pathlib import Path
 import torch
@@ -257,25 +269,38 @@ platform = start_platform()
 from types import SimpleNamespace
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron_sr1.loops.run import open_run
-from megatron_sr1.training.checkpointer import Checkpointer, Progress
+from megatron_sr1.training.checkpointer import Checkpointer, HfSource, Progress
 from megatron_sr1.weights.safetensors import TensorInfo, TensorSlot
 
 
 class Policy:
     groups = SimpleNamespace(replicas=torch.distributed.group.WORLD)
+    weights = torch.zeros(100_000)
 
     def sharded_state(self, loading):
-        return {"a": ShardedTensor.from_rank_offsets("a", torch.zeros(100_000))}
+        return {"a": ShardedTensor.from_rank_offsets("a", self.weights)}
+
+    def hf_weights(self):
+        return [("a", self.weights)]
 
 
 folder = Path(sys.argv[1])
+"""
+FULL_DISK = f"""{STAND_IN}
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # a write beyond it fails as one to a full disk does
-checkpoints = Checkpointer(folder / "checkpoints", 2, platform)
+at_once, behind = (Checkpointer(folder / "checkpoints", 2, platform, in_background=late) for late in (False, True))
 for what in sys.argv[2:]:
     try:
-        with one_line_for_mistakes(what), open_run(load_config(None, [f"run_dir={folder}"]), platform):
+        with one_line_for_mistakes(what), open_run(load_config(None, [f"run_dir={{folder}}"]), platform):
             if what == "save":
-                checkpoints.save(Policy(), Progress(1, 1, "", ""))
+                at_once.save(Policy(), Progress(1, 1, "", ""))
+            elif what == "save-behind":
+                behind.save(Policy(), Progress(2, 1, "", ""))
+                behind.settle()
+            elif what == "hf":
+                Policy.weights = torch.zeros(5000)
+                behind.save(Policy(), Progress(3, 1, "", ""), HfSource(str(folder / "absent")))
+                behind.settle()
             elif what == "weights":
                 (folder / "a.safetensors").touch()
                 tensor = torch.zeros(100_000)
@@ -290,13 +315,63 @@ for what in sys.argv[2:]:
 def test_a_full_disk_is_one_line_with_the_path(tmp_path: Path) -> None:
     script, run = tmp_path / "full.py", tmp_path / "run"
     script.write_text(FULL_DISK)
-    command = [sys.executable, str(script), str(run), "save", "weights", "metrics"]
+    command = [sys.executable, str(script), str(run), "save", "save-behind", "hf", "weights", "metrics"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("megatron-sr1 ")]
-    assert len(said) == 3 and "Traceback" not in done.stderr, done.stderr
+    assert len(said) == 5 and "Traceback" not in done.stderr, done.stderr
     assert said[0].startswith(f"megatron-sr1 save: {run}/checkpoints/step_000001 could not be written (")
-    assert said[1].startswith(f"megatron-sr1 weights: {run}/a.safetensors: File too large. Make room there")
-    assert said[2].startswith(f"megatron-sr1 metrics: {run}: File too large. Make room there")
-    assert not list((run / "checkpoints").iterdir()), "the half checkpoint gives its room back"
+    assert said[1].startswith(f"megatron-sr1 save-behind: {run}/checkpoints/step_000002 could not be written (")
+    assert said[2].startswith(f"megatron-sr1 hf: {run}/checkpoints/step_000003 could not be written (")
+    assert str(run / "absent") in said[2]
+    assert said[3].startswith(f"megatron-sr1 weights: {run}/a.safetensors: File too large. Make room there")
+    assert said[4].startswith(f"megatron-sr1 metrics: {run}: File too large. Make room there")
+    assert not list((run / "checkpoints").iterdir()), "the half checkpoints give their room back"
+
+
+KILLED = f"""{STAND_IN}
+import os, time
+
+checkpoints = Checkpointer(folder, 1, platform, in_background=True)
+step, place, sync = int(sys.argv[2]), sys.argv[3], os.fsync
+before = checkpoints.newest()
+assert (before is None) == (step == 1) and (before is None or before.step == step - 1), "the one before is whole"
+checkpoints.save(Policy(), Progress(step, 1, "", ""))
+checkpoints.settle()
+assert [path.name for path in folder.iterdir()] == [f"step_{{step:06d}}"], "the half one is removed"
+if place == "nowhere":
+    sys.exit()
+
+
+def stands(descriptor):
+    name = os.readlink(f"/proc/self/fd/{{descriptor}}")
+    if place in name:
+        print(name, flush=True)
+        time.sleep(600)
+    sync(descriptor)
+
+
+os.fsync = stands
+begin = time.perf_counter()
+checkpoints.save(Policy(), Progress(step + 1, 2, "", ""), HfSource("."))
+assert time.perf_counter() - begin < 60, "the run goes on"
+checkpoints.settle()
+"""
+
+
+def test_a_run_that_is_killed_while_it_writes_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    """At whichever file: those of the ranks, which a thread writes, and those that say where everything is."""
+    script, folder = tmp_path / "killed.py", tmp_path / "checkpoints"
+    script.write_text(KILLED)
+    start = [sys.executable, str(script), str(folder)]
+    options: Any = {"env": {**os.environ, "PYTHONPATH": str(REPOSITORY)}, "cwd": REPOSITORY, "text": True}
+    for step, place in enumerate((".distcp", "safetensors", ".metadata", "progress.json"), start=1):
+        with subprocess.Popen([*start, str(step), place], stdout=subprocess.PIPE, **options) as process:
+            assert process.stdout is not None
+            assert place in process.stdout.readline()
+            process.kill()
+        names = [f"step_{step:06d}", f"step_{step + 1:06d}.partial"]
+        assert sorted(path.name.partition("-")[0] for path in folder.iterdir()) == names
+    done = subprocess.run([*start, "5", "nowhere"], capture_output=True, **options)
+    assert done.returncode == 0, done.stderr

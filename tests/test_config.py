@@ -170,6 +170,10 @@ def test_prompts_must_split_into_batches() -> None:
     check_train_batch(load_config(None, ["rollout.prompts_per_step=512", "train.batch_size=128"]))
     with pytest.raises(ConfigError, match=r"train\.keep_every=15.*multiple of train\.save_every=10"):
         load_config(None, ["train.keep_every=15"])
+    with pytest.raises(ConfigError, match=r"train\.keep_best='accuracy'.*empty with train\.evaluate_every=0"):
+        load_config(None, ["train.keep_best=accuracy"])
+    with pytest.raises(ConfigError, match=r"Set train\.evaluate_every to a multiple of train\.save_every=10"):
+        load_config(None, ["train.keep_best=accuracy", "train.evaluate_every=15"])
     with pytest.raises(ConfigError, match=r"train\.batch_size=100.*prompts_per_step=512"):
         check_train_batch(load_config(None, ["rollout.prompts_per_step=512", "train.batch_size=100"]))
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -107,11 +108,11 @@ def check_layouts(hf_dir: Path, megatron_dir: Path, extra: dict[str, dict[str, i
 
 def check_training_checkpoint(folder: Path, hf_dir: Path) -> None:
     """What a run saves, padded vocabulary, optimizer and all, becomes the Hugging Face weights it started from."""
-    from megatron_sr1.config import Config, LayoutConfig, ModelConfig
+    from megatron_sr1.config import Config, LayoutConfig, ModelConfig, PixelLimits
     from megatron_sr1.convert.export import megatron_to_hf
     from megatron_sr1.platform import start_platform
     from megatron_sr1.policy import Policy
-    from megatron_sr1.training.checkpointer import Checkpointer, Progress
+    from megatron_sr1.training.checkpointer import Checkpointer, HfSource, Progress
 
     platform = start_platform()
     layout = LayoutConfig(tensor=2, pipeline=2, sequence_parallel=True)
@@ -119,7 +120,12 @@ def check_training_checkpoint(folder: Path, hf_dir: Path) -> None:
     policy = Policy(config, platform, num_optimizer_steps=1, keep_reference=False)
     pixels = {"least": 3000, "most": 30_000}  # of model.min_pixels and max_pixels
     progress = Progress(step=10, position=0, dataset_fingerprint="", model_dir=str(hf_dir), pixels=pixels)
-    saved = Checkpointer(folder / "checkpoints", 1, platform).save(policy, progress)
+    checkpoints, saved = Checkpointer(folder / "checkpoints", 2, platform), folder / "checkpoints" / "step_000010"
+    checkpoints.save(policy, progress)
+    checkpoints.save(policy, replace(progress, step=11), HfSource(str(hf_dir), PixelLimits(3000, 30_000)))
+    beside = saved.with_name("step_000011") / "hf"
+    assert_same_bits(hf_dir, beside)
+    assert json.loads((beside / "preprocessor_config.json").read_text())["min_pixels"] == 3000
     with pytest.raises(ValueError, match=r"step_000010 has no hf/config\.json\. Give --hf"):
         megatron_to_hf(str(saved), None, folder / "no_config", platform, silent)
     megatron_to_hf(str(saved), str(hf_dir), folder / "exported", platform, silent, max_shard_bytes=100_000)
@@ -129,6 +135,9 @@ def check_training_checkpoint(folder: Path, hf_dir: Path) -> None:
         said = json.loads((folder / "exported" / "preprocessor_config.json").read_text())
         own = json.loads((hf_dir / "preprocessor_config.json").read_text())
         assert said == own | {"min_pixels": 3000, "max_pixels": 30_000}, "the images that it was trained with"
+    megatron_to_hf(str(beside.parent), None, folder / "of_its_own", platform, silent)
+    if platform.is_main:
+        assert_same_bits(hf_dir, folder / "of_its_own")
 
 
 def check_four_ranks(rank: int, num_ranks: int, path: str) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from megatron_sr1.prompts import CAPTION_REASONER, extract_boxed
 from megatron_sr1.rewards import grade
@@ -102,11 +104,26 @@ def test_the_run_folder_holds_everything(finished: Workspace) -> None:
     run = finished.folder / "whole"
     assert "preset: vision_sr1" in (run / "config.yaml").read_text()
     assert any((run / "tensorboard").iterdir())
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000006", "step_000008"]
+    assert {path.name for path in (run / "checkpoints").iterdir()} >= {"step_000006", "step_000008"}
     steps = steps_in(run / "rollouts")
     assert [len(step_files(path)) for path in steps] == [2] * 8, "each engine writes what it has made"
     assert len(step_lines(steps[7])) == 16
     assert [finished.summary("whole", label)["num_prompts"] for label in ("before", "after")] == [12, 12]
+
+
+def test_checkpoints_bring_their_weights_and_the_best_stays(finished: Workspace) -> None:
+    run = finished.folder / "whole"
+    measured = {finished.summary("whole", label)["accuracy"]: step for step, label in ((6, "step-6"), (3, "step-3"))}
+    last = finished.summary("whole", "after")["accuracy"]
+    best = measured[max(measured)] if max(measured) >= last else 8  # of equal ones the first
+    kept = {f"step_{step:06d}" for step in (6, 8, best)}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == kept
+    beside, exported = run / "checkpoints" / "step_000008" / "hf", run / "hf"
+    assert {path.name for path in beside.iterdir()} == {path.name for path in exported.iterdir()}
+    assert (beside / "config.json").read_bytes() == (exported / "config.json").read_bytes()
+    weights = [load_file(folder / "model.safetensors") for folder in (beside, exported)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
 def test_transformers_answers_like_the_run(finished: Workspace) -> None:
@@ -163,8 +180,8 @@ def test_a_run_trained_from_its_saved_rollouts_is_the_run(
 
 def test_rollouts_made_alone_are_those_of_the_run(finished: Workspace) -> None:
     """Of the step after a checkpoint, its weights pushed into fresh engines: ids, texts, log-probs and rewards."""
-    shutil.copytree(finished.folder / "whole" / "checkpoints", finished.folder / "alone" / "checkpoints")
-    shutil.rmtree(finished.folder / "alone" / "checkpoints" / "step_000008")
+    whole, alone = (finished.folder / run / "checkpoints" for run in ("whole", "alone"))
+    shutil.copytree(whole / "step_000006", alone / "step_000006")
     finished.run("grpo", "alone", "train.steps=8", "--rollouts-only")
     paths = [finished.folder / run / "rollouts" / "step_000006.jsonl" for run in ("alone", "whole")]
     assert _untimed_rollouts(paths[0]) == _untimed_rollouts(paths[1])

@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_sr1.platform.torch_private import StorageInfo
-from megatron_sr1.weights import ForeignCode, HfTensors, check_megatron_dir, write_hf_dir
+from megatron_sr1.ranks import OneRank
+from megatron_sr1.weights import ForeignCode, HfShare, HfTensors, check_megatron_dir, write_hf_dir
 from megatron_sr1.weights import hf_dir as module
 from megatron_sr1.weights.hf_dir import check_finite, row_blocks
 from megatron_sr1.weights.hf_shards import GrowingShards, PlannedShards
@@ -217,6 +218,30 @@ def test_many_tensors_fill_a_header_and_go_to_another_file(tmp_path: Path) -> No
     ]
     found = HfTensors(tmp_path)
     assert found[f"layer.4999.{'long' * 20}"].tolist() == [4999.0] and len(found.tensors) == 5000
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 5), st.integers(4, 200))
+def test_ranks_write_a_folder_together(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], num_ranks: int, max_bytes: int
+) -> None:
+    """Each of its files is one rank's, which keeps no tensor of the others; what changes afterwards is not written."""
+    folder = tmp_path_factory.mktemp("shared")
+    tensors = {f"t{n}": torch.randn(length) for n, length in enumerate(lengths)}
+    wanted = {name: tensor.clone() for name, tensor in tensors.items()}
+    shares = [HfShare(tensors.items(), OneRank(rank, num_ranks), max_bytes) for rank in range(num_ranks)]
+    for tensor in tensors.values():
+        tensor.zero_()
+    for share in reversed(shares):
+        before = set(folder.iterdir())
+        share.write(folder)
+        sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in set(folder.iterdir()) - before]
+        assert all(size <= max(max_bytes, 4 * max(lengths)) for size in sizes)
+        assert len(sizes) <= len(lengths) // num_ranks + 1
+    shares[0].write_index(folder)
+    found = HfTensors(folder)
+    assert found.tensors.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 def test_headers_end_where_tensors_may_be_mapped(tmp_path: Path) -> None:

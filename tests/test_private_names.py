@@ -21,6 +21,7 @@ _QUEUE_GETTER = "get_write_results_queue" if _IS_NEWER else "_get_write_results_
 LIBRARIES = ("torch", "megatron", "vllm", "transformers", "triton")
 DEFINED = [  # module:name
     "torch.distributed.checkpoint.filesystem:_StorageInfo",
+    "torch.distributed.checkpoint.filesystem:_StoragePrefix",
     "torch.distributed.checkpoint.metadata:_MEM_FORMAT_ENCODING",
     "torch.distributed.checkpoint.utils:_create_file_view",
     "torch.distributed.distributed_c10d:AllgatherOptions.timeout",

@@ -40,6 +40,7 @@ OTHER: dict[str, Any] = {
     "rollout.max_running_requests": 7,
     "rollout.pull": True,
     "train.keep_every": 20,
+    "train.keep_best": ("accuracy", {"train.evaluate_every": 10}),
     "rollout.top_p": None,  # 1 and 0 are the only values
     "rollout.top_k": None,
     "model.freeze": ("vision",),

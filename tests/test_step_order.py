@@ -91,7 +91,7 @@ class Policy:
         self._log.append("leave_device")
 
 
-STEP = ["between", "next", "take", "update", "finish", "write", "settle", "end_step"]
+STEP = ["between", "next", "take", "settle_checkpoint", "update", "finish", "write", "settle", "end_step"]
 
 
 def test_the_policy_is_saved_while_the_engines_sleep(monkeypatch: pytest.MonkeyPatch) -> None:

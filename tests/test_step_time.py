@@ -45,6 +45,8 @@ CASES: dict[str, tuple[Path, list[str]]] = {
     "7B/256 prompts": (SEVEN, ["rollout.prompts_per_step=256"]),
     "7B eager": (SEVEN, ["rollout.cuda_graphs=false"]),
     "7B few": (SEVEN, ["rollout.max_running_requests=32"]),
+    "7B waits": (SEVEN, ["train.async_save=false", "train.save_every=10"]),
+    "7B export": (SEVEN, ["train.async_save=false", "train.save_every=10", "train.save_hf=true"]),
     "72B": (SEVENTY, []),
 }
 
@@ -133,6 +135,15 @@ def test_more_engines_and_fewer_prompts_take_less(found: dict[str, Any]) -> None
     assert many["rollout"] < whole["rollout"] / 2 and many["train"] < whole["train"] / 6
     assert many["rollout"] > whole["rollout"] / 8, "the longest responses do not divide"
     assert few["train"] == pytest.approx(whole["train"] / 2, rel=1e-6) and few["exchange"] < whole["exchange"]
+
+
+def test_a_checkpoint_costs_its_copy_unless_the_run_waits(found: dict[str, Any]) -> None:
+    behind, waits, export = (found[name]["terms"] for name in ("7B", "7B waits", "7B export"))
+    parameters = (behind["sync"] - 2.0) * 20e9 / 2
+    assert 10 * (waits["save"] - behind["save"]) == pytest.approx(14 * parameters / 2e9, rel=1e-6), "one node's disk"
+    assert 10 * (export["save"] - waits["save"]) == pytest.approx(2 * parameters / 2e9 + behind["sync"], rel=1e-6)
+    # 4 tensor ranks, which have the vision tower each, and 2 replicas: 14 bytes of a parameter, cut in eight
+    assert 1 < 10 * behind["save"] * 3e9 / (14 * parameters / 8) < 1.3
 
 
 def test_slow_decoding_is_warned_of_with_what_it_costs(found: dict[str, Any]) -> None:

@@ -39,6 +39,13 @@ def check_command(command: Command, config: Config) -> None:
         f"at least the {config.data_ranks} data-parallel replicas of nproc={config.nproc}",
         "Raise it, or give the ranks to layout.tensor or layout.pipeline.",
     )
+    require(
+        command != "sft" or not config.train.keep_best,
+        "train.keep_best",
+        config.train.keep_best,
+        "empty for sft, which evaluates nothing",
+        "Leave it out.",
+    )
     if command != "sft":
         check_engine(config)
 

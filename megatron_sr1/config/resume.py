@@ -100,6 +100,10 @@ RULES: Mapping[str, Rule] = {
     "train.save_every": "free",
     "train.keep_checkpoints": "free",
     "train.keep_every": "free",
+    "train.keep_best": "free",
+    "train.keep_best_mode": "free",
+    "train.async_save": "free",
+    "train.save_hf": "free",
     "evaluate": "free",  # the judge is not asked while a run trains
     "evaluate.max_prompts": "refused",
     "evaluate.samples": "refused",

@@ -170,6 +170,10 @@ class TrainConfig:
     save_every: int = 10  # steps; the last step is always saved
     keep_checkpoints: int = 2  # the newest; older ones are removed
     keep_every: int = 0  # but for those of every so many steps, a multiple of save_every; 0: none of them stays
+    keep_best: str = ""  # grpo: and for the best by this number of the evaluations, such as accuracy; empty: none
+    keep_best_mode: Literal["max", "min"] = "max"  # of that number
+    async_save: bool = True  # the run goes on while a checkpoint is written; false: it waits
+    save_hf: bool = False  # true: each checkpoint brings its weights in Hugging Face format, in its folder hf
     evaluate_every: int = 0  # grpo: steps between evaluations; 0: only before the first and after the last
 
     def __post_init__(self) -> None:
@@ -181,4 +185,11 @@ class TrainConfig:
             self.keep_every,
             f"0 or a multiple of train.save_every={self.save_every}: others are never saved",
             "Set it to one.",
+        )
+        require(
+            not self.keep_best or (self.evaluate_every > 0 and self.evaluate_every % self.save_every == 0),
+            "train.keep_best",
+            self.keep_best,
+            f"empty with train.evaluate_every={self.evaluate_every}: what is evaluated must be saved as well",
+            f"Set train.evaluate_every to a multiple of train.save_every={self.save_every}.",
         )

@@ -5,7 +5,8 @@
     train      operations / rate * (1 + bubble) * imbalance, what tensor-parallel ranks send each other, and the
                gradients of each optimizer step
     sync       the new weights into the engines
-    save       a checkpoint, shared by the steps between two
+    save       a checkpoint, shared by the steps between two: the copy of each rank's share, and what writing it takes
+               longer than these steps
     images     what decoding and resizing images takes longer than the step before lasts
 
 A decoding step of b requests reads the weights and what they have cached:
@@ -31,6 +32,7 @@ from megatron_sr1.estimate.arithmetic import FLOPS_PER_SECOND, PATCHES
 from megatron_sr1.estimate.engine import engine_parameters
 from megatron_sr1.estimate.flops import image_flops, sequence_flops
 from megatron_sr1.estimate.plan import RunPlan
+from megatron_sr1.estimate.state import copied_bytes
 from megatron_sr1.packing.bins import MAX_IMBALANCE
 from megatron_sr1.streams import preset_of
 
@@ -47,6 +49,7 @@ class Given:
     network: float = 50e9  # bytes a second of a GPU's own link between nodes: 400 Gbit/s
     sync: tuple[float, float] = (2.0, 20e9)  # seconds at the least, and bytes a second of whole weights
     disk: float = 2e9  # bytes a second that a node writes
+    host: float = 3e9  # bytes a second of a GPU to memory of the host that is not pinned
     line: float = 4e-3  # seconds to write a group's line of the ledger (benchmarks.scale)
     plan: float = 0.1  # seconds to plan a step of 512 prompts (benchmarks.scale)
     image: float = 85e-3  # seconds of a thread to decode and resize a megapixel
@@ -76,9 +79,9 @@ def step_time(plan: RunPlan, given: Given = GIVEN) -> StepTime | None:
         "rollout": rollout_seconds(plan, given),
         "exchange": _exchange(plan, given),
         "train": _train(plan, given),
-        "sync": given.sync[0] + 2 * _parameters(plan) / given.sync[1],  # bf16
-        "save": _save(plan, given) / config.train.save_every,
+        "sync": _sync(plan, given),
     }
+    terms["save"] = _save(plan, given, config.train.save_every * sum(terms.values())) / config.train.save_every
     images = _image_seconds(plan, given)
     return StepTime({**terms, "images": max(0.0, images - sum(terms.values()))})
 
@@ -201,9 +204,21 @@ def _between_tensor_ranks(plan: RunPlan) -> float:
     return passes * layers * 4 * tokens * model.hidden_size * 2 * (1 - 1 / layout.tensor)
 
 
-def _save(plan: RunPlan, given: Given) -> float:
-    """A checkpoint: fp32 weights and both moments."""
-    return 12 * _parameters(plan) / (plan.nodes * given.disk)
+def _save(plan: RunPlan, given: Given, hidden: float) -> float:
+    """A checkpoint: weights, their fp32 copies and both moments. `hidden`: seconds of the steps until the next one."""
+    train = plan.config.train
+    copying = max(copied_bytes(stage.count, plan.config)[0] for stage in plan.stages) / given.host
+    whole = 14 * _parameters(plan)
+    if train.save_hf:
+        copying += _sync(plan, given)
+        whole += 2 * _parameters(plan)
+    writing = whole / (plan.nodes * given.disk)
+    return copying + (max(0.0, writing - hidden) if train.async_save else writing)
+
+
+def _sync(plan: RunPlan, given: Given) -> float:
+    """Streaming all weights, in bf16."""
+    return given.sync[0] + 2 * _parameters(plan) / given.sync[1]
 
 
 def _parameters(plan: RunPlan) -> int:

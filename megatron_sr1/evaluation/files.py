@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sr1.config import EvaluateConfig
+from megatron_sr1.config.rules import require
 from megatron_sr1.evaluation import Identity, Record, read_records, summarise_records
 from megatron_sr1.evaluation.heldout import Heldout
 from megatron_sr1.evaluation.summary import Numbers
@@ -40,6 +41,19 @@ class EvaluationFiles:
         """All of them, and the verdicts that are not in the records yet."""
         for path in (self.summary, self.records, self.records.with_suffix(".verdicts.jsonl"), self.identity):
             path.unlink(missing_ok=True)
+
+
+def check_measured(files: EvaluationFiles, metric: str) -> None:
+    """Raises ConfigError where an evaluation has no such number; the message names those it has."""
+    numbers = json.loads(files.summary.read_text(encoding="utf-8"))["summary"]
+    known = sorted(name for name, value in numbers.items() if isinstance(value, int | float))
+    require(
+        metric in known,
+        "train.keep_best",
+        metric,
+        "a number of the run's evaluations",
+        f"On data.heldout they measure {', '.join(known)}.",
+    )
 
 
 def write_summary(

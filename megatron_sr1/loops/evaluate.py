@@ -33,7 +33,8 @@ from megatron_sr1.evaluation import (
     print_sources,
     record_of,
 )
-from megatron_sr1.evaluation.files import EvaluationFiles, write_summary
+from megatron_sr1.evaluation.best import best_step, measured
+from megatron_sr1.evaluation.files import EvaluationFiles, check_measured, write_summary
 from megatron_sr1.evaluation.heldout import Heldout
 from megatron_sr1.import_path import is_import_path, source_digest
 from megatron_sr1.judge import Judge
@@ -104,22 +105,44 @@ class Evaluations:
         self._run, self._generator, self._heldout = run, generator, heldout
 
     def before(self, step: int) -> None:
-        """Where the run begins, which is at step 0."""
+        """Where the run begins, which is at step 0.
+
+        Raises:
+            ConfigError: the evaluation has no number `train.keep_best`; on every rank.
+        """
         if step == 0:
             self._run.say(f"evaluating the starting point on {len(self._heldout)} held-out prompts")
             evaluate(self._run, self._generator, self._heldout, label="before", step=0)
+        self._run.platform.on_main(self._check_best)
 
     def between(self, step: int) -> None:
         """Ahead of a step, not behind the last: a run that was stopped or killed in between makes it up."""
         every = self._run.config.train.evaluate_every
         if step and every and step % every == 0:
             evaluate(self._run, self._generator, self._heldout, label=f"step-{step}", step=step)
+            self._say_best(step)
 
     def after(self) -> list[RolloutGroup]:
         """Of the trained policy. Returns as `evaluate`."""
         self._run.say(f"evaluating the trained policy on {len(self._heldout)} held-out prompts")
         steps = self._run.config.train.steps
-        return evaluate(self._run, self._generator, self._heldout, label="after", step=steps)
+        answers = evaluate(self._run, self._generator, self._heldout, label="after", step=steps)
+        self._say_best(steps)
+        return answers
+
+    def _check_best(self) -> None:
+        files = EvaluationFiles(self._run.folder, "before")
+        if self._run.config.train.keep_best and files.summary.is_file():
+            check_measured(files, self._run.config.train.keep_best)
+
+    def _say_best(self, step: int) -> None:
+        train, platform = self._run.config.train, self._run.platform
+        if not (train.keep_best and platform.is_main):
+            return
+        found = measured(self._run.folder, train.keep_best)
+        best = best_step(self._run.folder, train.keep_best, train.keep_best_mode, [n for n in found if n])
+        if best == step:
+            self._run.say(f"{train.keep_best} is {found[step]:.4g} after step {step}, the best so far")
 
 
 class NoEvaluations:

@@ -78,6 +78,7 @@ def run_grpo(
             answers = evaluations.after()
             run.export(policy)
             run.verify_export(answers)
+            run.checkpoints.prune()  # the last evaluation may have found the best
             run.say(f"exported to {run.export_dir}")
 
 
@@ -108,6 +109,7 @@ def _steps(
             prompts = StepPrompts(feed, run.config.rollout.prompts_per_step)
             with run.kept_before(RewardError, step, feed, policy, first):
                 rollouts = source.take(prompts, step, clock)  # both passes of every sample, graded
+                run.settle_checkpoint(clock)  # written while the engines were at work: no fault of training loses it
                 with clock("train"):
                     results = trainer.update(rollouts)  # advantages, packed rows, optimizer steps
             prompts.finish()

@@ -17,16 +17,18 @@ from megatron_sr1.config.mistakes import FULL
 from megatron_sr1.config.rules import require
 from megatron_sr1.convert.greedy import compare_greedy
 from megatron_sr1.data import Check, Quarantine, SampleFeed, StreamState, open_stream
+from megatron_sr1.evaluation.best import best_step
 from megatron_sr1.file_lock import lock_file
 from megatron_sr1.import_path import keep_code
 from megatron_sr1.loops.preemption import StopRequest
 from megatron_sr1.metrics import MetricsWriter, Trackers
+from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import templates_of
 from megatron_sr1.rollout import Limits, Planner
-from megatron_sr1.training.checkpointer import Checkpointer, Progress
+from megatron_sr1.training.checkpointer import Checkpointer, HfSource, Progress
 from megatron_sr1.types import RolloutGroup
 from megatron_sr1.weights import write_hf_dir
 
@@ -75,10 +77,21 @@ class Run:
     def _fingerprint(self) -> str:
         return model_fingerprint(self.config)
 
-    def checkpointer(self) -> Checkpointer:
+    @cached_property
+    def checkpoints(self) -> Checkpointer:
         train = self.config.train
-        folder, kept = self.folder / "checkpoints", train.keep_checkpoints
-        return Checkpointer(folder, kept, self.platform, keep_every=train.keep_every)
+        return Checkpointer(
+            self.folder / "checkpoints",
+            train.keep_checkpoints,
+            self.platform,
+            keep_every=train.keep_every,
+            best=self._best_step,
+            in_background=train.async_save,
+        )
+
+    def _best_step(self, steps: Sequence[int]) -> int | None:
+        train = self.config.train
+        return best_step(self.folder, train.keep_best, train.keep_best_mode, steps) if train.keep_best else None
 
     def quarantine(self, name: str) -> Quarantine:
         """For the bad samples of `data.<name>`; the main rank keeps the file."""
@@ -115,7 +128,7 @@ class Run:
             ValueError: the folder holds another run, see `check_resume`; no checkpoint can be read.
         """
         self.platform.on_main(lambda: check_resume(self.config))  # it reads pieces of the weights
-        return self.checkpointer().newest()
+        return self.checkpoints.newest()
 
     def resume(self, policy: Policy) -> int:
         """Loads the newest checkpoint into the policy.
@@ -127,7 +140,7 @@ class Run:
             ValueError: the checkpoint belongs to another kind of optimizer, or is broken.
         """
         if self.progress is not None:
-            self.checkpointer().restore(policy, self.progress)
+            self.checkpoints.restore(policy, self.progress)
             self.say(f"continuing after step {self.progress.step}")
         return 0 if self.progress is None else self.progress.step
 
@@ -159,13 +172,21 @@ class Run:
 
         Raises:
             SystemExit: the run is asked to stop.
+            ValueError: a checkpoint could not be written.
         """
         train, num_done = self.config.train, step + 1
-        stopping = stop.agreed()
-        if policy is not None and (stopping or num_done % train.save_every == 0 or num_done == train.steps):
+        stopping, is_last = stop.agreed(), num_done == train.steps
+        if policy is not None and (stopping or is_last or num_done % train.save_every == 0):
             self._save(num_done, feed, policy)
+        self.checkpoints.settle(wait=stopping or is_last)
         if stopping:
             stop.leave(num_done)
+
+    def settle_checkpoint(self, clock: Clock) -> None:
+        """Finishes a checkpoint that is written by now. Collective. Raises ValueError where it could not be written."""
+        if self.checkpoints.is_writing:
+            with clock("save"):
+                self.checkpoints.settle(wait=False)
 
     @contextmanager
     def kept_before(
@@ -180,9 +201,11 @@ class Run:
         try:
             yield
         except kind:
-            if step > first and step not in self.checkpointer().steps():
+            self.checkpoints.settle()
+            if step > first and step not in self.checkpoints.steps():
                 policy.return_to_device()
                 self._save(step, feed, policy)
+                self.checkpoints.settle()
                 self.say(f"saved after step {step}; the same command continues from here")
             raise
 
@@ -192,7 +215,8 @@ class Run:
         limits = pixel_limits(self.config.model)
         pixels = {} if limits is None else asdict(limits)
         place = (num_done, feed.position, feed.fingerprint, model, feed.state().to_json(), fingerprint, pixels)
-        self.checkpointer().save(policy, Progress(*place))
+        hf = HfSource(self.config.model.hf_dir, limits) if self.config.train.save_hf else None
+        self.checkpoints.save(policy, Progress(*place), hf)
 
     def say(self, text: str) -> None:
         """Tells whoever watches what the run is at."""

@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, Store  # pyright: ignore[reportPrivateImportUsage]
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.distributed_c10d import AllgatherOptions, _get_default_store  # pyright: ignore[reportPrivateImportUsage]
@@ -25,9 +25,10 @@ from torch.utils._device import _device_constructors
 # `FileSystemWriter` offers no way to say it for a file that another writer has filled.
 StorageInfo = _StorageInfo
 
-# What a checkpoint's `.metadata` pickles beside public classes: a tensor's memory format, the place of a piece, and the
-# function that a layout comes back through. A loader that allows only known classes has to name them.
-METADATA_CLASSES = (_MEM_FORMAT_ENCODING, _StorageInfo, _get_layout)
+# What a checkpoint's `.metadata` pickles beside public classes: a tensor's memory format, the place of a piece, the
+# beginning of a rank's file names, and the function that a layout comes back through. A loader that allows only known
+# classes has to name them.
+METADATA_CLASSES = (_MEM_FORMAT_ENCODING, _StorageInfo, _StoragePrefix, _get_layout)
 
 # Ends the names under which a module's `get_extra_state` enters its state dict. torch documents the two methods, not
 # the name.

@@ -76,16 +76,22 @@ class _Bucket:
 
     places: list[_Place]
     length: int
-    tensors: list[dict[str, Tensor]]  # of this replica's part, for the places that it meets, in order
+    tensors: Mapping[torch.nn.Parameter, Mapping[str, Tensor]]  # of this replica's part, for the places that it meets
+
+    def of(self, wanted: Callable[[torch.nn.Parameter], bool]) -> _Bucket:
+        """Without the parameters that are not wanted."""
+        return replace(self, places=[place for place in self.places if wanted(place.parameter)])
 
 
 def _owned(part: DistributedOptimizer, model: dict[str, Any]) -> dict[int, Any]:
     """The parameters that this replica writes, by index. Collective."""
     group = part.data_parallel_group
-    buckets, weights = _buckets(part), _weights(model)
+    weights = _weights(model)
+    # what tensor-parallel ranks or stages have alike, the replicas of one of them write
+    buckets = [bucket.of(lambda parameter: not any(weights[parameter].replica_id[:-1])) for bucket in _buckets(part)]
     owners = _owners([place for bucket in buckets for place in bucket.places], group.size())
     found: dict[int, Any] = {}
-    for bucket in buckets:
+    for bucket in (bucket for bucket in buckets if bucket.places):
         own = [place for place in bucket.places if owners[place.index] == group.rank()]
         whole = {kind: _gathered(bucket, owners, own, kind, group) for kind in _KINDS}
         for number, place in enumerate(own):
@@ -122,8 +128,7 @@ def _buckets(part: DistributedOptimizer) -> list[_Bucket]:
             inside.sort(key=lambda place: place.start)
             tensors = dict(zip(ranges[bucket]["param_map"], of_buckets[bucket], strict=True))
             length = buffer.buckets[bucket].grad_data.numel() // part.data_parallel_group.size()
-            held = [tensors[place.parameter] for place in inside if place.parameter in tensors]
-            found.append(_Bucket(inside, length, held))
+            found.append(_Bucket(inside, length, tensors))
     return found
 
 
@@ -146,7 +151,7 @@ def _gathered(
     """The tensors of one kind that this replica owns, flat, on the host. Collective."""
     rank, replicas = group.rank(), range(group.size())
     here = [place for place in bucket.places if place.part(rank, bucket.length)]
-    parts = [tensors[kind].detach().flatten() for tensors in bucket.tensors]
+    parts = [bucket.tensors[place.parameter][kind].detach().flatten() for place in here]
     if group.size() == 1:
         return [part.to("cpu", copy=True) for part in parts]
     sent = [[part for place, part in zip(here, parts, strict=True) if owners[place.index] == to] for to in replicas]

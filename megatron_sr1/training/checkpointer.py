@@ -1,34 +1,38 @@
 """Saves and restores a policy with the progress of its loop.
 
-A checkpoint is a folder `step_<n>` of Megatron-Core's distributed checkpointing plus `progress.json`. It is written
-under another name and renamed when every rank is done, so a folder with the right name is always whole.
+A checkpoint is a folder `step_<n>` of Megatron-Core's distributed checkpointing plus `progress.json` and, where that is
+wanted, the weights in Hugging Face format in `hf`. Saving copies what each rank writes to the host, and the run goes on
+while threads write it (`checkpoint_writer.py`) into a folder of another name. That is renamed when every rank is done,
+so a folder with the right name is always whole, and until then the one before is.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import secrets
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sr1.config import saved_steps
+from megatron_sr1.config import PixelLimits, saved_steps
 from megatron_sr1.platform import Platform
-from megatron_sr1.platform.megatron_private import read_results_in_process
 from megatron_sr1.policy import Policy
-from megatron_sr1.weights import ForeignCode, check_megatron_dir
+from megatron_sr1.ranks import agreed
+from megatron_sr1.training.checkpoint_writer import BegunSave, CheckpointPlan
+from megatron_sr1.weights import ForeignCode, HfShare, check_megatron_dir, copy_side_files
 
-read_results_in_process()
+_POLL_SECONDS = 1.0
+HF = "hf"  # in a checkpoint: the weights in Hugging Face format
 
 
 @dataclass(frozen=True)
@@ -44,58 +48,153 @@ class Progress:
     pixels: Mapping[str, int] = field(default_factory=dict)  # `PixelLimits`, where the run sets any
 
 
+@dataclass(frozen=True)
+class HfSource:
+    """What makes the weights of a checkpoint a Hugging Face model: configuration, tokenizer and processor files."""
+
+    hf_dir: str
+    pixels: PixelLimits | None = None  # that its image processor gets
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A checkpoint that is being written."""
+
+    partial: Path
+    progress: Progress
+    writing: BegunSave
+    hf: HfShare | None
+    source: HfSource | None
+
+
 class Checkpointer:
     """The checkpoints of one run folder. All ranks call its methods together."""
 
-    def __init__(self, folder: Path, keep: int, platform: Platform, *, keep_every: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        platform: Platform,
+        *,
+        keep_every: int = 0,
+        best: Callable[[Sequence[int]], int | None] = lambda steps: None,
+        in_background: bool = False,
+    ) -> None:
         """
         Args:
             keep: how many of the newest stay.
             keep_every: those of steps that it divides stay as well; 0: of none.
+            best: of the steps that it is given, the one whose checkpoint stays as well.
+            in_background: the run goes on while a checkpoint is written; `settle` then finishes it.
         """
         self.folder = folder
         self.keep_every = keep_every
         self.keep = keep
         self.platform = platform
+        self._best = best
+        self._in_background = in_background
+        self._plan: CheckpointPlan | None = None
+        self._begun: _Begun | None = None
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
         return saved_steps(self.folder)
 
-    def save(self, policy: Policy, progress: Progress) -> Path:
-        """Writes a checkpoint and removes the oldest beyond those to keep.
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is begun and not finished."""
+        return self._begun is not None
+
+    def save(self, policy: Policy, progress: Progress, hf: HfSource | None = None) -> None:
+        """Begins a checkpoint, when the one before is finished; the policy may change as soon as this returns.
+
+        Args:
+            hf: the weights are written in Hugging Face format as well, each file by one rank.
+
+        Raises:
+            ValueError: this one or the one before could not be written; those before it stay.
+        """
+        self.settle()
+        partial = Path(self.platform.on_main(lambda: self._room(progress.step)))
+        share = None if hf is None else HfShare(policy.hf_weights(), self.platform.ranks)
+        if self._plan is None:
+            self._plan = CheckpointPlan(policy.groups.replicas, on_cpu=self.platform.on_cpu)
+        further = None if share is None else functools.partial(share.write, partial / HF)
+        writing = self._plan.begin(policy.sharded_state(loading=False), partial, further)
+        self._begun = _Begun(partial, progress, writing, share, hf)
+        if not self._in_background:
+            self.settle()
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Finishes the checkpoint that is being written, and removes the oldest beyond those to keep.
+
+        Args:
+            wait: until it is written; else nothing is finished where it is not.
 
         Raises:
             ValueError: it could not be written; those before it stay.
         """
-        final = self._path(progress.step)
-        partial = final.with_suffix(".partial")
-        if self.platform.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        torch.distributed.barrier()
+        begun = self._begun
+        if begun is None:
+            return
+        # a question that takes no longer than a second, however slow a disk: no collective waits for one
+        while self.platform.ranks.any(not begun.writing.is_written(_POLL_SECONDS if wait else 0.0)):
+            if not wait:
+                return
+        self._begun = None
         try:
-            state = policy.sharded_state(loading=False)
-            # what replicas hold alike, each of them writes a part of
-            strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), policy.groups.replicas)
-            dist_checkpointing.save(state, str(partial), sharded_strategy=strategy)
-        except CheckpointException as error:  # holds the tracebacks of its writers
+            begun.writing.finish()
+            agreed(self.platform.ranks, functools.partial(_check_written, begun.writing))
+        except (CheckpointException, ValueError) as error:  # the first holds the tracebacks of its writers
             reason = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
-            free = shutil.disk_usage(self.folder).free >> 20
-            shutil.rmtree(partial, ignore_errors=True)
-            raise ValueError(
-                f"{final} could not be written ({reason}): {free} MiB are free there without it. Make room, or allow "
-                "larger files; the same command goes on from the checkpoint before."
-            ) from error
-        if self.platform.is_main:
-            (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=1) + "\n")
+            raise ValueError(self._refusal(begun, reason)) from error
+        self.platform.on_main(lambda: self._complete(begun))
+
+    def prune(self) -> None:
+        """Removes the oldest beyond those to keep, when the newest may be the best."""
+        self.platform.on_main(lambda: self._prune(self.steps()))
+
+    def _room(self, step: int) -> str:
+        """A folder that no other process writes to, whatever is left of an earlier run."""
+        try:
+            for left in self.folder.glob("step_*.partial*"):
+                shutil.rmtree(left, ignore_errors=True)
+            partial = self._path(step).with_suffix(f".partial-{secrets.token_hex(4)}")
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(f"{self._path(step)} could not be written: {error}. Choose another run_dir.") from error
+        return str(partial)
+
+    def _refusal(self, begun: _Begun, reason: str) -> str:
+        """Gives back the room of a checkpoint that could not be written."""
+        free = shutil.disk_usage(self.folder).free >> 20
+        shutil.rmtree(begun.partial, ignore_errors=True)
+        return (
+            f"{self._path(begun.progress.step)} could not be written ({reason}): {free} MiB are free there without it. "
+            "Make room, or allow larger files; the same command goes on from the checkpoint before."
+        )
+
+    def _complete(self, begun: _Begun) -> None:
+        final = self._path(begun.progress.step)
+        try:
+            if begun.hf is not None and begun.source is not None:
+                begun.hf.write_index(begun.partial / HF)
+                copy_side_files(begun.source.hf_dir, begun.partial / HF, pixels=begun.source.pixels)
+            with (begun.partial / "progress.json").open("w", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(begun.progress), indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for step in self.steps()[: -self.keep]:
-                if not self.keep_every or step % self.keep_every:
-                    shutil.rmtree(self._path(step))
-        torch.distributed.barrier()
-        return final
+            begun.partial.rename(final)
+        except OSError as error:
+            raise ValueError(self._refusal(begun, str(error))) from error
+        self._prune(self.steps()[:-1])  # the newest is not measured yet, whatever an earlier start has left
+
+    def _prune(self, measured: Sequence[int]) -> None:
+        steps, best = self.steps(), self._best(measured)
+        for step in steps[: -self.keep]:
+            if step != best and (not self.keep_every or step % self.keep_every):
+                shutil.rmtree(self._path(step))
 
     def newest(self) -> Progress | None:
         """The progress of the newest checkpoint that is whole, without its weights; None where there is none. One that
@@ -160,3 +259,9 @@ class Checkpointer:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}"
+
+
+def _check_written(writing: BegunSave) -> None:
+    """Raises ValueError where this rank has not written everything."""
+    if writing.failure is not None:
+        raise ValueError(writing.failure)

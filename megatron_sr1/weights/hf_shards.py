@@ -1,7 +1,7 @@
 """The safetensors files of a Hugging Face folder, written without holding them in memory.
 
 `PlannedShards` knows all tensors beforehand: pieces may come in any order and from several processes. `GrowingShards`
-takes tensors as they come.
+takes tensors as they come. `FileSizes` is how tensors become files.
 """
 
 from __future__ import annotations
@@ -20,18 +20,31 @@ _RESERVED_BYTES = 512 << 10  # for the header of a file whose tensors are not kn
 _ENTRY_BYTES = 160  # of a header entry beside the tensor's name
 
 
+class FileSizes:
+    """Tensors in their order, in files of at most so many bytes, or of one tensor that is larger."""
+
+    def __init__(self, max_bytes: int = MAX_SHARD_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._number, self._size = 0, 0
+
+    def place(self, num_bytes: int) -> int:
+        """The number of the file of the next tensor."""
+        if self._size and self._size + num_bytes > self._max_bytes:
+            self._number, self._size = self._number + 1, 0
+        self._size += num_bytes
+        return self._number
+
+
 class PlannedShards:
     """Shards of known tensors. Every process makes the same plan; one calls `create`, then all may `write`."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        sizes = FileSizes(max_shard_bytes)
         groups: list[dict[str, TensorInfo]] = [{}]
-        size = 0
         for name, info in tensors.items():
-            if groups[-1] and size + info.nbytes > max_shard_bytes:
+            if sizes.place(info.nbytes) == len(groups):
                 groups.append({})
-                size = 0
             groups[-1][name] = info
-            size += info.nbytes
         self.folder = folder
         self.headers: dict[str, bytes] = {}
         self.slots: dict[str, TensorSlot] = {}
@@ -49,11 +62,20 @@ class PlannedShards:
     def create(self) -> None:
         """Makes the files, full length with headers and without values, and their index."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for file, header in self.headers.items():
-            with (self.folder / file).open("wb") as stream:
-                stream.write(header)
-                stream.truncate(self.file_bytes[file])
-        _write_index(self.folder, {name: slot.file.name for name, slot in self.slots.items()}, self._total_bytes())
+        for file in self.headers:
+            self.create_file(file)
+        self.write_index()
+
+    def create_file(self, file: str) -> None:
+        """One of them."""
+        with (self.folder / file).open("wb") as stream:
+            stream.write(self.headers[file])
+            stream.truncate(self.file_bytes[file])
+
+    def write_index(self) -> None:
+        """Which file holds which tensor; of one file none is written."""
+        files = {name: slot.file.name for name, slot in self.slots.items()}
+        _write_index(self.folder, files, sum(slot.info.nbytes for slot in self.slots.values()))
 
     def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
         """Puts rows [start, start + len(tensor)) into their place."""
@@ -63,10 +85,7 @@ class PlannedShards:
     def sync(self) -> None:
         """Returns when what was written is on the disk."""
         for file in self.headers:
-            _sync(self.folder / file)
-
-    def _total_bytes(self) -> int:
-        return sum(slot.info.nbytes for slot in self.slots.values())
+            sync_file(self.folder / file)
 
 
 class GrowingShards:
@@ -100,7 +119,7 @@ class GrowingShards:
         for number, tensors in enumerate(self.shards):
             with self._path(number).open("r+b") as stream:
                 stream.write(encode_header(tensors, _RESERVED_BYTES))
-            _sync(self._path(number))
+            sync_file(self._path(number))
             file = _file_name(number, len(self.shards))
             self._path(number).rename(self.folder / file)
             files |= dict.fromkeys(tensors, file)
@@ -121,7 +140,8 @@ def _write_index(folder: Path, files: Mapping[str, str], total_bytes: int) -> No
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Returns when what was written to a file is on the disk."""
     descriptor = os.open(path, os.O_WRONLY)
     try:
         os.fsync(descriptor)

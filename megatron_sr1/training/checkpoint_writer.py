@@ -1,0 +1,119 @@
+"""Writes this rank's share of a checkpoint while the rank goes on: a copy on the host, and a thread that writes it.
+
+A thread of the rank, not a process: it ends with the rank, so nothing of a killed run writes into the folder of the
+next; it needs no second copy; and whoever writes or waits for a disk holds no lock that the rank needs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed import ProcessGroup
+
+from megatron_sr1.platform.megatron_private import read_results_in_process
+
+read_results_in_process()
+
+
+class CheckpointPlan:
+    """Who writes what. It is made with the first checkpoint and serves them all, as the state keeps its structure."""
+
+    def __init__(self, replicas: ProcessGroup, *, on_cpu: bool) -> None:
+        """
+        Args:
+            replicas: the ranks that hold the same weights, of which each writes a part.
+            on_cpu: what is trained lies on the host; else what lies there has been brought there to be written.
+        """
+        strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
+        self._strategy: Any = FullyParallelSaveStrategyWrapper(strategy, replicas, do_cache_distribution=True)
+        self._is_checked = False
+        self._on_cpu = on_cpu
+
+    def begin(self, state: dict[str, Any], folder: Path, further: Callable[[], None] | None = None) -> BegunSave:
+        """Copies what this rank writes, and has a thread write it. Collective.
+
+        Args:
+            state: may change as soon as this returns.
+            folder: is there, and empty.
+            further: writes something else of this rank's, in the thread.
+        """
+        options: dict[str, Any] = {"async_sharded_save": True, "validate_access_integrity": not self._is_checked}
+        if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # from 0.19 on
+            options["async_strategy"] = "mcore"
+        request = dist_checkpointing.save(state, str(folder), sharded_strategy=self._strategy, **options)
+        self._is_checked = True
+        return BegunSave(request, further, copies=self._on_cpu)
+
+
+class BegunSave:
+    """A checkpoint that is being written."""
+
+    def __init__(self, request: Any, further: Callable[[], None] | None, *, copies: bool) -> None:
+        """
+        Args:
+            request: Megatron-Core's `AsyncRequest`.
+            copies: of tensors on the host, too.
+        """
+        self._finishing = request.finalize_fns
+        self._further = further
+        self._failure: str | None = "its thread ended early"
+        self._transforms, self._buckets, self._results = [], [], None
+        if request.async_fn is not None:  # else this rank has nothing to write
+            _, buckets, self._results = request.async_fn_args
+            self._transforms = request.async_fn.args[0]
+            self._buckets = [
+                (path, key, (objects, [(item, tensor.to("cpu", copy=copies)) for item, tensor in tensors]))
+                for path, key, (objects, tensors) in buckets
+            ]
+        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def is_written(self, seconds: float = 0.0) -> bool:
+        """Whether this rank's share is, or could not be. Waits for it so many seconds."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Writes what says where everything is, when every rank's share is written. Collective.
+
+        Raises:
+            CheckpointException: a rank could not write its share; on every rank.
+        """
+        for step in self._finishing:
+            step()
+
+    @property
+    def failure(self) -> str | None:
+        """Why not everything further is written; None: it is."""
+        return self._failure
+
+    def _write(self) -> None:
+        written: dict[int, Any] | Exception = {}
+        for number, bucket in enumerate(self._buckets):
+            answers, counts = queue.Queue[Any](), queue.Queue[int]()
+            counts.put(number)  # which it takes when it is done
+            write: Any = FileSystemWriterAsync.write_preloaded_data  # it says queues of processes, and takes any
+            write(self._transforms, number, bucket, answers, counts, True)
+            _, found = answers.get_nowait()
+            if isinstance(found, Exception):
+                written = found
+                break
+            written[number] = found
+        self._buckets = []
+        if self._results is not None:
+            self._results.put(written)
+        try:
+            if self._further is not None:
+                self._further()
+            self._failure = None
+        except OSError as error:
+            self._failure = str(error)
