@@ -78,7 +78,7 @@ class PromptShare:
     keys: Sequence[str]  # of all
     own: Mapping[int, Prompt]  # by place among all: those that were read for this rank's engine, in order
     shares: Sequence[Sequence[int]] = ()  # places of each engine's, which others may answer; (): each answers its own
-    read: Callable[[int], Prompt] | None = None  # one of another engine's, decoded here
+    read: Callable[[int], Prompt | None] | None = None  # another one, decoded here; None: it is passed over
 
     @classmethod
     def whole(cls, prompts: Sequence[Prompt]) -> PromptShare:
@@ -449,6 +449,18 @@ class Generator(WeightSink, Protocol):
         on_question: OnQuestion | None = None,
         on_first: Callable[[RolloutGroup], None] | None = None,
     ) -> list[RolloutGroup]: ...
+
+    def stream(
+        self,
+        prompts: PromptShare,
+        sampling: Sampling,
+        step: int,
+        on_group: Callable[[RolloutGroup], None],
+        on_question: OnQuestion | None = None,
+    ) -> None:
+        """The same for prompts that no rank has read: each is read when there is room for it, and its group is only
+        handed on."""
+        ...
 
     def sleep(self) -> None:
         """Gives its memory to the trainer until the next `update_weights`, where the platform can."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from megatron_sr1.evaluation import Record, record_of
+from megatron_sr1.evaluation.records import write_line
 from megatron_sr1.prompts import OURS, SHIPPED
 from megatron_sr1.rewards import own_rewards, score_group
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, TemplateName
@@ -53,3 +55,9 @@ def record(
     group = RolloutGroup(0, prompt, tuple(pairs))
     rewards = score_group(group, own_rewards(described), asked=asked)
     return record_of(group, asked.first, rewards, MADE_OF, ends_chunk)
+
+
+def append_records(path: Path, records: Iterable[Record]) -> None:
+    """Adds a chunk, as releases wrote it that had no parts."""
+    with path.open("ab") as file:
+        file.writelines(map(write_line, records))

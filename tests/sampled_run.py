@@ -166,7 +166,8 @@ class NumberRun(Run):
         def save(policy: Number, progress: Progress, hf: None) -> None:
             self.kept[progress.step] = (policy.number, progress)
 
-        return SimpleNamespace(save=save, steps=lambda: sorted(self.kept), settle=lambda wait=True: None)
+        steps = {"steps": lambda: sorted(self.kept), "settle": lambda wait=True: None}
+        return SimpleNamespace(save=save, is_writing=False, **steps)
 
     def accept(self, *arguments: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
-"""Held-out prompts chunk by chunk, and the command's reading of a run folder."""
+"""Held-out prompts round by round, and the command's reading of a run folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,88 +35,95 @@ def _heldout(shard: str, max_prompts: int = 0, budget: int = 2) -> tuple[Heldout
     return Heldout(ShardDataset([shard], quarantine=quarantine), quarantine, max_prompts), quarantine
 
 
-def _keys(chunks: list[PromptShare]) -> list[str]:
-    assert all([prompt.key for prompt in chunk.own.values()] == list(chunk.keys) for chunk in chunks)
-    return ["".join(chunk.keys) for chunk in chunks]
+def _read(rounds: Iterator[PromptShare]) -> list[str]:
+    """The keys of the good samples of each round, as they are read."""
+    found = []
+    for share in rounds:
+        assert not share.own and share.read is not None
+        prompts = {place: share.read(place) for places in share.shares for place in places}
+        assert all(prompt is None or prompt.key == share.keys[place] for place, prompt in prompts.items())
+        found.append("".join(prompt.key for prompt in prompts.values() if prompt is not None))
+    return found
 
 
 def _first(heldout: Heldout, count: int) -> str:
     return "".join(prompt.key for prompt in heldout.first(count))
 
 
-def test_chunks_hold_the_good_samples_in_order(shard: str) -> None:
+def test_rounds_hold_the_good_samples_in_order(shard: str) -> None:
+    """A round is made of what is not known to be bad; as many as it finds so are in the next one."""
     heldout, quarantine = _heldout(shard)
     assert len(heldout) == 7, "what is bad shows when it is read"
-    assert _keys(list(heldout.chunks(2))) == ["ac", "de", "f"]
+    assert _read(heldout.rounds()) == ["acdef"]
     assert [bad.key for bad in quarantine.bad] == ["b", "g"]
+    assert _read(heldout.rounds()) == ["acdef"] and _read(heldout.rounds(size=2)) == ["ac", "de", "f"]
     assert [_first(heldout, count) for count in (3, 0, 9)] == ["acd", "", "acdef"]
+    assert _read(_heldout(shard)[0].rounds(size=2)) == ["a", "cd", "ef"]
     limited, quarantine = _heldout(shard, max_prompts=3)
-    assert len(limited) == 3 and _keys(list(limited.chunks(2))) == ["ac", "d"] and len(quarantine.bad) == 1
+    assert len(limited) == 3 and _read(limited.rounds()) == ["ac", "d"] and len(quarantine.bad) == 1
     with pytest.raises(ValueError, match="sample 'b'"):
-        list(_heldout(shard, budget=0)[0].chunks(2))
+        _read(_heldout(shard, budget=0)[0].rounds())
 
 
-@pytest.mark.parametrize("answered", ["", "ac", "acde", "acdef"])
-@pytest.mark.parametrize("max_prompts", [0, 5])
-def test_what_follows_the_answered_ones_is_what_followed_them_before(
-    shard: str, answered: str, max_prompts: int
-) -> None:
-    """The same chunks, and the bad samples among the answered ones are found again."""
-    whole, quarantine = _heldout(shard, max_prompts)
-    chunks = _keys(list(whole.chunks(2)))
-    rest, again = _heldout(shard, max_prompts)
-    assert "".join([answered, *_keys(list(rest.chunks(2, answered)))]) == "".join(chunks)
-    assert _keys(list(rest.chunks(2, answered))) == chunks[-(-len(answered) // 2) :]
-    assert [bad.key for bad in again.bad] == [bad.key for bad in quarantine.bad]
+@pytest.mark.parametrize("answered", ["", "ac", "dcf", "acdef"])
+@pytest.mark.parametrize("max_prompts", [0, 4])
+def test_what_is_left_is_read_and_nothing_else(shard: str, answered: str, max_prompts: int) -> None:
+    done = ["abcdefg".index(key) for key in answered]
+    left = [key for key in "acdef"[: max_prompts or None] if key not in answered]
+    if max_prompts and len(answered) + len(left) > max_prompts:  # others of them are done
+        left = left[: max(0, max_prompts - len(answered))]
+    heldout, _ = _heldout(shard, max_prompts)
+    assert sorted("".join(_read(heldout.rounds(done)))) == left
+    if answered == "acdef":
+        assert list(heldout.rounds(done)) == [], "a bad sample alone is no round"
+
+
+def test_keys_of_records_are_places(shard: str) -> None:
+    heldout, quarantine = _heldout(shard)
+    assert heldout.places("acd") == [0, 2, 3] and [bad.key for bad in quarantine.bad] == ["b"]
+    assert heldout.places([]) == []
 
 
 @pytest.mark.parametrize("answered", ["x", "ca", "acx", "acdefx"])
 def test_records_of_other_samples_are_refused(shard: str, answered: str) -> None:
-    heldout, _ = _heldout(shard)
     with pytest.raises(ValueError, match=r"the records of this evaluation hold .*--restart"):
-        list(heldout.chunks(2, answered))
+        _heldout(shard)[0].places(answered)
 
 
-def test_a_chunk_is_read_at_a_time_and_the_next_one_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_is_read_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = prompts(20)
     write_shards(wanted, tmp_path, "test", 100)
     dataset = ShardDataset(sorted(tmp_path.glob("*.tar")))
     read: list[int] = []
     original = ShardDataset.read
     monkeypatch.setattr(ShardDataset, "read", lambda self, i: read.append(i) or original(self, i))
-    chunks = Heldout(dataset, Quarantine(0)).chunks(4, [prompt.key for prompt in wanted[:8]])
-    for start in (8, 12, 16):
-        chunk = next(chunks)
-        found = zip(chunk.own.values(), wanted[start : start + 4], strict=True)
-        assert all(equal(ours, theirs) for ours, theirs in found)
-        assert set(range(8, start + 4)) <= set(read) <= set(range(8, start + 8)), "and the next one ahead"
-        assert len(read) == len(set(read))
-    read.clear()
-    assert [len(chunk.keys) for chunk in Heldout(dataset, Quarantine(0), 10).chunks(4)] == [4, 4, 2]
-    assert sorted(read) == list(range(10)), "nothing beyond the limit"
+    share = next(Heldout(dataset, Quarantine(0), 10).rounds(range(4)))
+    assert read == [4] and share.shares == [list(range(4, 10))], "the first one tells whether there is a round"
+    assert share.read is not None and equal(share.read(7), wanted[7]) and read == [4, 7]
+    assert list(share.keys) == [prompt.key for prompt in wanted], (
+        "so that the draws of a key do not hang on what is left"
+    )
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
-@pytest.mark.parametrize("answered", ["", "ac"])
-def test_each_rank_reads_its_share_and_all_pass_over_what_one_finds_bad(
-    shard: str, num_ranks: int, answered: str
-) -> None:
-    whole = _keys(list(_heldout(shard)[0].chunks(3, answered)))
-
-    def one(ranks: Ranks) -> tuple[list[PromptShare], list[str]]:
+def test_all_ranks_pass_over_what_one_finds_bad(shard: str, num_ranks: int) -> None:
+    def one(ranks: Ranks) -> tuple[list[str], list[str], list[list[int]]]:
         quarantine = Quarantine(2)
         dataset = ShardDataset([shard], quarantine=quarantine)
-        heldout = Heldout(dataset, quarantine, ranks=ranks)
+        heldout = Heldout(dataset, quarantine, 5, ranks=ranks)
         heldout.divide(ranks, equal_runs)
-        return list(heldout.chunks(3, answered)), sorted(bad.key for bad in quarantine.bad)
+        keys, shares = [], []
+        for share in heldout.rounds():
+            assert share.read is not None
+            own = [share.read(place) for place in share.shares[ranks.rank]]
+            keys.append("".join(prompt.key for prompt in own if prompt is not None))
+            shares.append([place for places in share.shares for place in places])
+        return keys, sorted(bad.key for bad in quarantine.bad), shares
 
     found = on_threads(num_ranks, one)
-    for chunks, bad in found:
-        assert ["".join(chunk.keys) for chunk in chunks] == whole and bad == ["b", "g"]
-    for number, keys in enumerate(whole):
-        own = [chunks[number].own for chunks, _ in found]
-        assert sorted(place for each in own for place in each) == list(range(len(keys)))
-        assert all(prompt.key == keys[place] for each in own for place, prompt in each.items())
+    assert all(shares == [[0, 1, 2, 3, 4], [5]] for _, _, shares in found), "then one for the bad one"
+    assert sorted("".join("".join(keys) for keys, _, _ in found)) == list("acdef")
+    assert all(bad == ["b"] for _, bad, _ in found)
 
 
 def test_more_images_than_the_engine_takes_are_told_before_it_starts(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ import pytest
 from megatron_sr1.config import ConfigError, EvaluateConfig
 from megatron_sr1.evaluation import (
     Verdict,
-    append_records,
     judge_records,
     read_records,
     summarise_records,
@@ -23,7 +22,7 @@ from megatron_sr1.evaluation import (
 from megatron_sr1.judge import Judge, NoVerdict, judge_key
 from megatron_sr1.prompts import CAPTION_REASONER
 
-from .evaluation_cases import pair, record
+from .evaluation_cases import append_records, pair, record
 from .judge_server import JudgeServer, Script, serve
 
 BACKOFF = 0.01  # seconds

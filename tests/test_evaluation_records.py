@@ -14,7 +14,6 @@ from rich.console import Console
 from megatron_sr1.evaluation import (
     Record,
     Verdict,
-    append_records,
     check_identity,
     digest_of,
     drop_unfinished,
@@ -29,7 +28,7 @@ from megatron_sr1.evaluation import (
 from megatron_sr1.ranks import OneRank
 from megatron_sr1.types import RolloutPair
 
-from .evaluation_cases import MADE_OF, boxed, pair, record, rollout
+from .evaluation_cases import MADE_OF, append_records, boxed, pair, record, rollout
 
 
 # ---------------------------------------------------------------- the numbers

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -51,9 +52,9 @@ class Evaluations:
     def run(self, run: str, *overrides: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.words(run, *overrides), cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
 
-    def judged(self, run: str) -> subprocess.CompletedProcess[str]:
+    def judged(self, run: str, *overrides: str) -> subprocess.CompletedProcess[str]:
         self.server.attempts.clear()
-        return self.run(run, f"evaluate.judge_url={self.server.url}", "evaluate.judge_model=counter")
+        return self.run(run, f"evaluate.judge_url={self.server.url}", "evaluate.judge_model=counter", *overrides)
 
     def file(self, run: str, name: str) -> Path:
         return self.workspace.folder / run / "eval" / name
@@ -109,24 +110,27 @@ def _right(text: str, record: Record) -> bool:
 
 
 def test_killed_and_continued_it_is_the_same_to_the_bit(whole: Evaluations) -> None:
-    """Killed after the first chunk and continued; then both are judged, one of them with its answers complete, which
-    needs no engine. Records and summaries are equal, byte for byte."""
+    """Killed after the first records and continued by two engines; then both are judged, one of them with its answers
+    complete, which needs no engine. Records and summaries are equal, byte for byte."""
     log = (whole.workspace.folder / "killed-evaluation.log").open("w")
-    process = subprocess.Popen(whole.words("killed-evaluation"), cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
-    records, deadline = whole.file("killed-evaluation", "evaluate.jsonl"), time.monotonic() + START_TIMEOUT
-    while not (records.exists() and records.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
+    words = whole.words("killed-evaluation", "rollout.max_running_requests=2")
+    process = subprocess.Popen(words, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
+    records = whole.file("killed-evaluation", "evaluate.jsonl")
+    part, deadline = records.parent / "parts" / "evaluate" / "00000.jsonl", time.monotonic() + START_TIMEOUT
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     uninterrupted = whole.file("whole-evaluation", "evaluate.jsonl")
-    assert 0 < records.stat().st_size < uninterrupted.stat().st_size, Path(log.name).read_text()[-4000:]
-    assert uninterrupted.read_bytes().startswith(records.read_bytes())
-    with records.open("ab") as file:
-        file.write(b'{"key": "torn')
+    count = len(part.read_bytes().splitlines())
+    assert 0 < count < 17 and not records.exists(), Path(log.name).read_text()[-4000:]
+    with part.open("ab") as file:
+        file.write(b'{"index": 16, "record": {"key": "torn')
 
-    continued = whole.judged("killed-evaluation")
+    two = ("nproc=2", "rollout.pull=true", "rollout.max_running_requests=2")
+    continued = whole.judged("killed-evaluation", *two)
     assert continued.returncode == 0, continued.stdout[-2000:] + continued.stderr[-4000:]
-    assert "answered 8 of 18 prompts" in continued.stdout and "answered 4 of" not in continued.stdout
+    assert "answered 17 of 18 prompts" in continued.stdout and not part.parent.exists()
     done = whole.judged("whole-evaluation")
     assert done.returncode == 0 and "answered" not in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
     assert "vllm" not in done.stderr.lower(), "no engine is needed"
@@ -138,6 +142,25 @@ def test_killed_and_continued_it_is_the_same_to_the_bit(whole: Evaluations) -> N
     assert sum(whole.server.attempts.values()) >= len(set(descriptions)) and "are missing" not in done.stdout
     summary = _tree(whole, "whole-evaluation")["summary"]
     assert summary["judge_missing"] == 0 and summary["judged_accuracy"] is not None
+
+
+def test_one_that_an_earlier_release_left_goes_on(whole: Evaluations) -> None:
+    """Its file of records ends after the second chunk of four."""
+    uninterrupted = whole.file("whole-evaluation", "evaluate.jsonl")
+    records = whole.file("earlier-evaluation", "evaluate.jsonl")
+    shutil.copytree(uninterrupted.parent, records.parent)
+    records.with_suffix(".json").unlink()
+    lines = uninterrupted.read_bytes().splitlines(keepends=True)
+    records.write_bytes(b"".join(lines[:8]) + lines[8][:50])
+    done = whole.run("earlier-evaluation")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "answered 12 of 18 prompts" in done.stdout and "answered 4 of" not in done.stdout
+    found, wanted = (list(read_records(path)) for path in (records, uninterrupted))
+    assert [_unjudged(record) for record in found] == [_unjudged(record) for record in wanted] and len(found) == 17
+
+
+def _unjudged(record: Record) -> Record:
+    return replace(record, samples=tuple(replace(sample, judge=None) for sample in record.samples))
 
 
 def test_another_evaluation_is_not_continued(whole: Evaluations) -> None:

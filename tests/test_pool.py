@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megatron_sr1.config import Config, ConfigError, load_config
 from megatron_sr1.ranks import Exchange, OneRank
-from megatron_sr1.rollout.pool import PromptPool, begun
+from megatron_sr1.rollout.pool import PromptPool, begun, in_turn, reads
 from megatron_sr1.rollout.request import Generation
 from megatron_sr1.types import SECOND, LaterPass, Prompt, PromptShare, RolloutGroup, Sampling
 from tests.pass_cases import shown
@@ -139,7 +139,7 @@ def test_an_engine_begins_with_its_own_and_decodes_another_s_where_it_takes_one(
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as decoding:
-        pool = PromptPool(share, 2, numbers, decoding)
+        pool = PromptPool(in_turn(share, 2), numbers.next, reads(share), decoding)
         taken = []
         while (one := pool.take()) is not None:
             assert one[1] is prompts[one[0]]

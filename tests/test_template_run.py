@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sr1.config import Config, ConfigError, load_config
 from megatron_sr1.evaluation import digest_of, record_of
-from megatron_sr1.evaluation.records import append_records, read_records
+from megatron_sr1.evaluation.records import read_records
 from megatron_sr1.evaluation.summary import summarise_records
 from megatron_sr1.evaluation.verdicts import judge_records
 from megatron_sr1.loops.evaluate import _identity
@@ -42,6 +42,7 @@ from megatron_sr1.types import (
     SftSample,
 )
 from tests.data_cases import picture
+from tests.evaluation_cases import append_records
 from tests.scripted_engine import IMAGE, Letters, ScriptedEngine, prompt
 from tests.step_cases import Listed, rollouts_of
 

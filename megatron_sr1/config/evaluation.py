@@ -34,7 +34,7 @@ class EvaluateConfig:
     samples: int = 1  # responses to each prompt; above 1 pass@k is measured
     temperature: float = 0.0  # 0: greedy
     rounded_decimals: bool = False  # true: 0.33 counts for 1/3 (two digits or more); training never counts it
-    chunk_prompts: int = 512  # held in memory, answered and written together; an interrupted evaluation loses one such
+    chunk_prompts: int = 512  # that passes which wait for other prompts are answered with; then a progress line
     judge_url: str = ""  # for example http://127.0.0.1:8000/v1; empty: no judge
     judge_model: str = ""  # the name that the endpoint knows it by
     judge_api_key_env: str = ""  # NAME of the environment variable that holds the key; empty: the endpoint needs none

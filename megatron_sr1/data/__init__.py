@@ -10,7 +10,7 @@ from megatron_sr1.data.quarantine import BadSample, LeftOut, Quarantine
 from megatron_sr1.data.shards import ShardDataset
 from megatron_sr1.data.state import StreamState
 from megatron_sr1.data.step_prompts import StepPrompts
-from megatron_sr1.data.stream import SamplesInOrder, SampleSize, SampleStream, VisualTokens
+from megatron_sr1.data.stream import SampleSize, SampleStream, VisualTokens
 from megatron_sr1.data.writer import write_shards
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "SampleFeed",
     "SampleSize",
     "SampleStream",
-    "SamplesInOrder",
     "ShardDataset",
     "StepPrompts",
     "StreamState",

@@ -119,13 +119,11 @@ class SampleFeed:
         num_left_out = len(self._quarantine.bad) - num_bad
         return {**counts, "data/left_out": float(num_left_out)} if num_left_out else counts
 
-    def next(self, count: int, *, distinct: bool = False, further: int | None = None) -> Batch:
-        """The next `count` good samples, or all that are left of a stream that ends. They are in flight until `finish`.
-        Collective.
+    def next(self, count: int, *, distinct: bool = False) -> Batch:
+        """The next `count` good samples, which are in flight until `finish`. Collective.
 
         Args:
             distinct: end before the first sample that is in flight already, which then comes next.
-            further: how many are read ahead, at most; None: as many as were ever asked for at once.
 
         Raises:
             ValueError: more bad samples than the quarantine takes.
@@ -133,7 +131,7 @@ class SampleFeed:
         """
         self._usual = max(self._usual, count)
         while True:
-            ahead = self._upcoming(count + (self._usual if further is None else further))
+            ahead = self._upcoming(count + self._usual)
             positions = self._distinct(ahead[:count]) if distinct else ahead[:count]
             shares, place = self._dealt(positions), self._readers.rank
             mine, upcoming = shares[place], self._dealt(ahead[len(positions) :])[place]
@@ -177,10 +175,6 @@ class SampleFeed:
             shards=self._stream.shard_fingerprints,
             bad=self._quarantine.bad,
         )
-
-    def begin_at(self, position: int) -> None:
-        """Goes on there; what is before counts as handed out. Nothing is in flight."""
-        self._position = position
 
     def restore(self, state: StreamState) -> None:
         """Goes on where `state` was taken: first what was in flight, then the next sample. Nothing is replayed.
@@ -231,7 +225,7 @@ class SampleFeed:
                 found.append(position)
                 continue
             bad.add(self._stream.index(position))
-            if self._stream.end is None and len(bad) >= self._stream.num_samples:
+            if len(bad) >= self._stream.num_samples:
                 place = self._stream.place(self._stream.index(position))
                 reason = next(item.reason for item in self._quarantine.bad if (item.shard, item.key) == place)
                 raise ValueError(f"no sample of the training data can be used. {reason}")
@@ -239,8 +233,7 @@ class SampleFeed:
 
     def _candidates(self) -> Iterator[int]:
         yield from self._again
-        end = self._stream.end
-        yield from itertools.count(self._position) if end is None else range(self._position, end)
+        yield from itertools.count(self._position)
 
     def _is_bad(self, position: int) -> bool:
         if not self._quarantine.bad:

@@ -88,11 +88,6 @@ class SampleStream:
         self.seed = seed
         self._window = window
 
-    @property
-    def end(self) -> int | None:
-        """The first position that no sample has; None: it goes on for ever."""
-        return None
-
     @cached_property
     def fingerprint(self) -> str:
         """sha256, in hex, of all that the order depends on but the seed and the position."""
@@ -183,22 +178,6 @@ class SampleStream:
     def _in_dataset(self, index: int) -> tuple[ShardDataset, int]:
         number = bisect.bisect_right(self._starts, index) - 1
         return self._datasets[number], index - self._starts[number]
-
-
-class SamplesInOrder(SampleStream):
-    """The samples of one dataset, each once, in the order of its shards."""
-
-    def __init__(self, dataset: ShardDataset) -> None:
-        super().__init__(dataset, seed=0)
-
-    @property
-    def end(self) -> int:
-        """As many as there are."""
-        return self.num_samples
-
-    def index(self, position: int) -> int:
-        """The number of the sample is its position."""
-        return position
 
 
 def _size(dataset: ShardDataset, i: int) -> SampleSize:

@@ -14,10 +14,10 @@ from megatron_sr1.evaluation.records import (
     Response,
     Sample,
     Verdict,
-    append_records,
     drop_unfinished,
     read_records,
     record_of,
+    replace_lines,
     replace_records,
 )
 from megatron_sr1.evaluation.source_table import print_sources
@@ -33,7 +33,6 @@ __all__ = [
     "Sample",
     "Share",
     "Verdict",
-    "append_records",
     "check_identity",
     "check_same_data",
     "digest_of",
@@ -47,6 +46,7 @@ __all__ = [
     "print_sources",
     "read_records",
     "record_of",
+    "replace_lines",
     "replace_records",
     "share_of",
     "summarise_records",

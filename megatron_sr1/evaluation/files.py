@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,14 @@ class EvaluationFiles:
         """In a folder of its own: every other JSON file in `eval` is an evaluation."""
         return self.run_folder / "eval" / "identity" / f"{self.label}.json"
 
+    @property
+    def parts(self) -> Path:
+        """The folder of what is not finished, see `parts.py`."""
+        return self.run_folder / "eval" / "parts" / self.label
+
     def remove(self) -> None:
         """All of them, and the verdicts that are not in the records yet."""
+        shutil.rmtree(self.parts, ignore_errors=True)
         for path in (self.summary, self.records, self.records.with_suffix(".verdicts.jsonl"), self.identity):
             path.unlink(missing_ok=True)
 

@@ -1,17 +1,18 @@
-"""The held-out prompts, read chunk by chunk: a benchmark need not fit into memory."""
+"""The held-out prompts, each read when an engine has room for it: a benchmark need not fit into memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Collection, Iterator, Sequence
 
-from megatron_sr1.data import Check, Deal, Quarantine, SampleFeed, SamplesInOrder, ShardDataset, only_prompts
-from megatron_sr1.data.feed import DEFAULT_PREFETCH
-from megatron_sr1.ranks import ALONE, Ranks, agreed
+from megatron_sr1.data import Check, Deal, Quarantine, ShardDataset, only_prompts
+from megatron_sr1.data.feed import equal_runs
+from megatron_sr1.ranks import ALONE, Ranks
 from megatron_sr1.types import Prompt, PromptShare
 
 
 class Heldout:
-    """The good samples of a dataset in the order of its shards, each read when it is needed, by who needs it."""
+    """The good samples of a dataset, by their numbers in the order of its shards, read by who needs them."""
 
     def __init__(
         self,
@@ -20,27 +21,31 @@ class Heldout:
         max_prompts: int = 0,
         check: Check | None = None,
         *,
-        workers: int = 2,
-        prefetch_bytes: int = DEFAULT_PREFETCH,
         ranks: Ranks = ALONE,
     ) -> None:
         """
         Args:
             max_prompts: 0: all.
             check: raises ValueError for a sample that can be read and still not be used; it counts as a bad one.
-            workers, prefetch_bytes, ranks: see `SampleFeed`.
+            ranks: all that take the same rounds; a sample that any of them finds bad, all pass over.
         """
         self._dataset = dataset
         self._quarantine = quarantine
         self._max_prompts = max_prompts
         self._check = check
-        self._ahead = {"workers": workers, "prefetch_bytes": prefetch_bytes}
         self._ranks = ranks
-        self._division: tuple[Ranks, Deal] | None = None
+        self._readers: Ranks = ALONE
+        self._deal: Deal = equal_runs
+        self._lock = threading.Lock()  # of the quarantine
 
     def divide(self, readers: Ranks, deal: Deal) -> None:
-        """From now on this rank reads its share of every chunk, see `SampleFeed.divide`; without it, all."""
-        self._division = readers, deal
+        """From now on the samples of a round are dealt out.
+
+        Args:
+            readers: those among whom, and which of them this rank is of.
+            deal: who of them begins with which.
+        """
+        self._readers, self._deal = readers, deal
 
     def __len__(self) -> int:
         """Prompts, at most: what is wrong with a sample may show only when it is read."""
@@ -59,34 +64,50 @@ class Heldout:
         """
         self._dataset.check_images(max_images, "data.heldout", range(len(self)))
 
-    def chunks(self, size: int, answered: Sequence[str] = ()) -> Iterator[PromptShare]:
-        """The prompts in chunks of `size`, the last one smaller. Collective.
+    def rounds(self, answered: Collection[int] = (), size: int = 0) -> Iterator[PromptShare]:
+        """The prompts that are left, by the number of their sample: all in one round, and as many further ones as it
+        has found bad. Collective.
 
         Args:
-            answered: keys of the first good samples, in order, which are passed over unread.
+            answered: numbers of samples that are done.
+            size: of a round, at most; 0: any.
 
         Raises:
-            ValueError: more bad samples than the quarantine takes, a sample is a demonstration, or `answered` names
-                other samples than the first.
+            ValueError: on every rank: more bad samples than the quarantine takes, or a sample is a demonstration. On
+                this rank alone, while a round is read: it has found more than that, or a demonstration.
         """
-        limit, found = self._max_prompts or len(self._dataset), len(answered)
-        stream = SamplesInOrder(self._dataset)
-        with SampleFeed(stream, self._quarantine, **self._ahead, ranks=self._ranks, check=self._check) as feed:
-            if self._division is not None:
-                feed.divide(*self._division)
-            feed.begin_at(self._behind(answered))
-            while found < limit:
-                count = min(size, limit - found)
-                batch = feed.next(count, further=min(size, limit - found - count))
-                feed.finish(batch)
-                if not batch.keys:
-                    return
-                prompts = agreed(self._ranks, lambda samples=batch.samples: only_prompts(samples, "data.heldout"))
-                found += len(batch.keys)
-                yield PromptShare(batch.keys, dict(zip(batch.own, prompts, strict=True)))
+        done = set(answered)
+        keys = [self._dataset.place(index)[1] for index in range(len(self._dataset))]
+        while chosen := self._begin(done, size):
+            known = [self._dataset.describe(index) for index in chosen]
+            dealt = self._deal(known, self._readers.num_ranks)
+            yield PromptShare(keys, {}, [[chosen[place] for place in places] for places in dealt], self._read)
+            for bad in self._ranks.gather(list(self._quarantine.bad)):
+                self._quarantine.add(bad)
+            done.update(index for index in chosen if not self._is_bad(index))
+
+    def places(self, keys: Sequence[str]) -> list[int]:
+        """The numbers of the first good samples, which have these keys, in order; what was passed over must be bad
+        again.
+
+        Raises:
+            ValueError: they are other samples.
+        """
+        found: list[int] = []
+        index = 0
+        for key in keys:
+            while index < len(self._dataset) and self._dataset.place(index)[1] != key:
+                if self._read(index) is not None:
+                    raise ValueError(_other_samples(key))
+                index += 1
+            if index == len(self._dataset):
+                raise ValueError(_other_samples(key))
+            found.append(index)
+            index += 1
+        return found
 
     def first(self, count: int) -> list[Prompt]:
-        """The first good prompts, at most `count`, read here. Raises as `chunks`."""
+        """The first good prompts, at most `count`, read here. Raises as `rounds`."""
         found: list[Prompt] = []
         for index in range(len(self._dataset)):
             if len(found) == count or len(found) == (self._max_prompts or count):
@@ -94,29 +115,32 @@ class Heldout:
             found += [prompt for prompt in [self._read(index)] if prompt is not None]
         return found
 
-    def _behind(self, answered: Sequence[str]) -> int:
-        """The number of the first sample behind those that are answered; what was passed over must be bad again."""
-        index = 0
-        for key in answered:
-            while index < len(self._dataset) and self._dataset.place(index)[1] != key:
-                if self._read(index) is not None:
-                    raise ValueError(_other_samples(key))
-                index += 1
-            if index == len(self._dataset):
-                raise ValueError(_other_samples(key))
-            index += 1
-        return index
+    def _begin(self, done: set[int], size: int) -> list[int]:
+        """The numbers of the next round, of which the first is good, if any is left."""
+        room = (self._max_prompts or len(self._dataset)) - len(done)
+        chosen: list[int] = []
+        for index in range(len(self._dataset)):
+            if len(chosen) == (min(room, size) if size else room):
+                break
+            if index in done or self._is_bad(index) or not (chosen or self._read(index) is not None):
+                continue
+            chosen.append(index)
+        return chosen
+
+    def _is_bad(self, index: int) -> bool:
+        return self._dataset.place(index) in self._quarantine
 
     def _read(self, index: int) -> Prompt | None:
-        """None where the sample is bad."""
-        if self._dataset.place(index) in self._quarantine:
+        """None where the sample is bad. Any thread may call it."""
+        if self._is_bad(index):
             return None
         try:
             sample = self._dataset.read(index)
             if self._check is not None:
                 self._check(sample)
         except ValueError as error:
-            self._quarantine.add(self._dataset.bad(index, error))
+            with self._lock:
+                self._quarantine.add(self._dataset.bad(index, error))
             return None
         (prompt,) = only_prompts([sample], "data.heldout")
         return prompt

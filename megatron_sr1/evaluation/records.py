@@ -1,7 +1,7 @@
 """What was answered to each prompt and how it was graded: one JSON object a prompt.
 
-A file of records is written in chunks. The last record of each is marked, so that an interrupted evaluation goes on
-after its last whole chunk, with the same batches as one that was not interrupted, and so to the same bytes.
+A file of records is whole: what is not finished is in parts (`parts.py`). Earlier releases wrote it in chunks, whose
+last record is marked; one that they have left unfinished goes on after its last whole chunk.
 """
 
 from __future__ import annotations
@@ -107,19 +107,16 @@ def write_line(record: Record) -> bytes:
     return json.dumps(asdict(record), ensure_ascii=False).encode("utf-8") + b"\n"
 
 
-def append_records(path: Path, records: Iterable[Record]) -> None:
-    """Adds a chunk; when this returns it is on the disk."""
-    with path.open("ab") as file:
-        file.write(b"".join(map(write_line, records)))
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def replace_records(path: Path, records: Iterable[Record]) -> None:
     """Rewrites all records; until the last one is written the old file stays."""
+    replace_lines(path, map(write_line, records))
+
+
+def replace_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """The same with the records as lines."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
-        file.writelines(map(write_line, records))
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -147,15 +144,20 @@ def drop_unfinished(path: Path, made_of: str) -> list[str]:
     num_kept = end_kept = 0
     for record, end in _records_and_ends(path):
         if record.made_of != made_of:
-            raise ValueError(
-                f"{path}: record {record.key!r} is of another evaluation, {record.made_of}, not {made_of}. Choose "
-                "another run_dir, or start over with --restart."
-            )
+            raise ValueError(other_evaluation(path, record.key, record.made_of, made_of))
         keys.append(record.key)
         if record.ends_chunk:
             num_kept, end_kept = len(keys), end
     os.truncate(path, end_kept)
     return keys[:num_kept]
+
+
+def other_evaluation(path: Path, key: str, then: str, now: str) -> str:
+    """Says that a record was made of something else."""
+    return (
+        f"{path}: record {key!r} is of another evaluation, {then}, not {now}. Choose another run_dir, or start over "
+        "with --restart."
+    )
 
 
 def _records_and_ends(path: Path) -> Iterator[tuple[Record, int]]:

@@ -1,4 +1,4 @@
-"""Evaluation of both passes on held-out prompts: answered chunk by chunk, graded, recorded, judged, summarised.
+"""Evaluation of both passes on held-out prompts: answered, graded and recorded (`answering.py`), judged, summarised.
 
 Prompts without images are answered in one pass, with the plain reasoning template: there is nothing to describe.
 """
@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 
 from rich.console import Console
@@ -20,8 +17,6 @@ from megatron_sr1.config import Config, EvaluateConfig
 from megatron_sr1.data import open_dataset
 from megatron_sr1.evaluation import (
     Identity,
-    Record,
-    append_records,
     check_identity,
     check_same_data,
     digest_of,
@@ -31,36 +26,25 @@ from megatron_sr1.evaluation import (
     keep_identity,
     model_digest,
     print_sources,
-    record_of,
 )
 from megatron_sr1.evaluation.best import best_step, measured
 from megatron_sr1.evaluation.files import EvaluationFiles, check_measured, write_summary
 from megatron_sr1.evaluation.heldout import Heldout
+from megatron_sr1.evaluation.parts import RecordParts
 from megatron_sr1.import_path import is_import_path, source_digest
 from megatron_sr1.judge import Judge
+from megatron_sr1.loops.answering import answer, evaluation_sampling
 from megatron_sr1.loops.generation import build_generator, engine_ranks, prompt_check
 from megatron_sr1.loops.run import Run, open_run
 from megatron_sr1.platform import Platform
-from megatron_sr1.prompts import OURS, Template
-from megatron_sr1.ranks import Ranks, agreed
+from megatron_sr1.prompts import OURS
 from megatron_sr1.report import print_table, summary_rows
 from megatron_sr1.rewards import (
-    REWARDS,
-    RewardError,
-    Ungraded,
-    Value,
-    Vectors,
     find_reward,
-    mean_of,
-    own_rewards,
-    score_or_tell,
 )
-from megatron_sr1.rewards.judged import JudgedRewards
-from megatron_sr1.rewards.reading import EndpointReadings, with_readings
-from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.rollout import deal_prompts
 from megatron_sr1.streams import Preset, own_code, preset_of
-from megatron_sr1.types import SECOND, Generator, PromptShare, RolloutGroup, Sampling
+from megatron_sr1.types import SECOND, Generator, RolloutGroup
 
 _RECORDED = ("max_prompts", "samples", "temperature", "chunk_prompts", "rounded_decimals")
 _PIXELS = ("min_pixels", "max_pixels")
@@ -69,7 +53,7 @@ _LOG_WIDTH = 120  # characters of a table in a file
 
 def run_evaluate(config: Config, platform: Platform, *, restart: bool = False) -> None:
     """Evaluates the weights of `model.hf_dir` on `data.heldout`: tables, `<run_dir>/eval/evaluate.json` and, for every
-    sample, `evaluate.jsonl`. One that was interrupted goes on after its last whole chunk, to the same bytes; one that
+    sample, `evaluate.jsonl`. One that was interrupted goes on with what is not recorded, to the same bytes; one that
     is complete starts no engine, and asks the judge for verdicts that are missing.
 
     Args:
@@ -85,10 +69,11 @@ def run_evaluate(config: Config, platform: Platform, *, restart: bool = False) -
         files = EvaluationFiles(run.folder, label)
         model = model_digest(platform.ranks.gather(file_digests(Path(config.model.hf_dir), platform.ranks)))
         identity = _identity(config, heldout, model)
-        answered = platform.on_main(lambda: _resume(files, identity, restart))
+        keys, parts = platform.on_main(lambda: _resume(files, identity, restart))
+        recorded = heldout.places(keys)
         run.accept()
         engines = functools.cache(lambda: build_generator(run))  # not where all is answered
-        _answer(run, engines, heldout, files, digest_of(identity), 0, answered)
+        answer(run, engines, heldout, files, digest_of(identity), 0, recorded, parts)
         if platform.is_main:  # the others are done: no collective may wait for a judge
             if settings.judge_url:
                 _judge(run, files, settings)
@@ -171,7 +156,7 @@ def evaluate(run: Run, generator: Generator, heldout: Heldout, *, label: str, st
     if run.platform.is_main:
         files.remove()
         keep_identity(files.identity, identity)
-    answers = _answer(run, lambda: generator, heldout, files, digest_of(identity), step, [])
+    answers = answer(run, lambda: generator, heldout, files, digest_of(identity), step)
     if run.platform.is_main:
         write_summary(files, identity, heldout, replace(run.config.evaluate, judge_url=""), step)
     return answers
@@ -189,9 +174,8 @@ def heldout_prompts(run: Run) -> Heldout:
     preset = preset_of(config)
     run.planner.check(preset.passes)
     check = prompt_check(run.planner, preset.passes.of)
-    ahead = {"workers": config.data.workers, "prefetch_bytes": config.data.prefetch_mib << 20}
-    heldout = Heldout(dataset, quarantine, config.evaluate.max_prompts, check, **ahead, ranks=run.platform.ranks)
-    heldout.divide(engine_ranks(run), partial(deal_prompts, run.processor, _sampling(config, preset)))
+    heldout = Heldout(dataset, quarantine, config.evaluate.max_prompts, check, ranks=run.platform.ranks)
+    heldout.divide(engine_ranks(run), partial(deal_prompts, run.processor, evaluation_sampling(config, preset)))
     heldout.check_images(config.rollout.max_images)
     return heldout
 
@@ -245,130 +229,13 @@ def _readers(config: Config, preset: Preset) -> Identity:
     return found
 
 
-def _resume(files: EvaluationFiles, identity: Identity, restart: bool) -> list[str]:
-    """Keys of the prompts that are answered already."""
+def _resume(files: EvaluationFiles, identity: Identity, restart: bool) -> tuple[list[str], list[int]]:
+    """What is answered already: the keys of the records, and the numbers of the samples of those in parts."""
     if restart:
         files.remove()
     check_identity(files.identity, identity)
-    return drop_unfinished(files.records, digest_of(identity))
-
-
-def _answer(
-    run: Run,
-    generator: Callable[[], Generator],
-    heldout: Heldout,
-    files: EvaluationFiles,
-    made_of: str,
-    step: int,
-    answered: Sequence[str],
-) -> list[RolloutGroup]:
-    """Answers and records all prompts after the answered ones; `generator` is called only if there are any."""
-    settings, kept = run.config.evaluate, []
-    second_pass = SECOND.name in {later.name for later in preset_of(run.config).passes.later}
-    num_answered = len(answered)
-    for chunk in heldout.chunks(settings.chunk_prompts, answered):
-        answers = _answer_chunk(run, generator(), chunk, step)
-        ranks = run.platform.ranks
-        own = agreed(ranks, partial(_records, answers, len(chunk.keys), made_of, second_pass))
-        records = [record for _, record in sorted(ranks.send_to_main(own), key=itemgetter(0))]
-        if run.platform.is_main:
-            append_records(files.records, records)
-        wanted = settings.verify_export - num_answered
-        first = ranks.send_to_main([group for group, _, _ in answers if group.group_id < wanted])
-        kept += sorted(first, key=lambda group: group.group_id)
-        num_answered += len(chunk.keys)
-        if len(heldout) > settings.chunk_prompts:
-            run.say(f"answered {num_answered} of {len(heldout)} prompts")
-    if not num_answered:
-        raise ValueError("data.heldout holds no sample that can be read, so there is nothing to evaluate.")
-    return kept
-
-
-def _answer_chunk(
-    run: Run, generator: Generator, chunk: PromptShare, step: int
-) -> list[tuple[RolloutGroup, Template, list[dict[str, float]]]]:
-    """The answers that this rank holds, in order, with their template and their rewards. Collective."""
-    config, preset, ranks = run.config, preset_of(run.config), run.platform.ranks
-    sampling = _sampling(config, preset)
-    groups = _generated(config, generator, chunk, sampling, step, ranks)
-    answers = [(group, preset.asked.of(group.prompt).first) for group in groups]
-    graded = dict(_grade(answers, preset, config))
-    failed = ranks.gather([share.reason for share in graded.values() if isinstance(share, Ungraded)])
-    if failed:
-        raise RewardError(failed[0])
-    return [(group, template, _shown(graded[group.group_id])) for group, template in answers]
-
-
-def _sampling(config: Config, preset: Preset) -> Sampling:
-    settings, longest = config.evaluate, config.rollout.max_response_tokens
-    return Sampling(settings.samples, settings.temperature, longest, config.seed, *preset.passes)
-
-
-def _generated(
-    config: Config, generator: Generator, chunk: PromptShare, sampling: Sampling, step: int, ranks: Ranks
-) -> list[RolloutGroup]:
-    """The groups that this rank holds, with the answers of an endpoint among them. Collective."""
-    if not any(later.reader == "endpoint" for later in sampling.later):
-        return generator.generate(chunk, sampling, step)
-    with closing(JudgedRewards(config.rewards.judge.endpoint, fails_fast=True)) as judged:
-        readings = EndpointReadings(judged)
-        groups = generator.generate(chunk, sampling, step, None, readings.ask)
-        answers = readings.collect()
-        failures = ranks.gather(judged.failures)
-    if failures:
-        raise RewardError(failures[0].reason)
-    return with_readings(groups, answers)
-
-
-def _grade(
-    answers: Sequence[tuple[RolloutGroup, Template]], preset: Preset, config: Config
-) -> list[tuple[int, Vectors | Ungraded]]:
-    """By number of a group: by our rewards, whatever is trained on, and by those of the user's own that are. Only these
-    need processes that can be ended."""
-    rounded = config.evaluate.rounded_decimals
-    users = [name for name in preset.rewards if is_import_path(name)]
-    plain = [name for name in users if find_reward(name).later == SECOND.name]  # a prompt without images has no others
-    further = [f"acc_vis@{later.name}" for later in preset.passes.later if later.name != SECOND.name]
-    named = []
-    for group, template in answers:
-        own = own_rewards(template.describes is not None)
-        named.append((group, (*own, *further) if group.prompt.images else own))
-    if not users:
-        return [
-            (group.group_id, score_or_tell(group, own, rounded=rounded, asked=preset.asked.of(group.prompt)))
-            for group, own in named
-        ]
-    limits, judge = (config.rewards.seconds, config.rewards.workers), config.rewards.judge
-    endpoint = judge.endpoint if judge.url else None
-    with closing(Graders(users, *limits, rounded=rounded, judge=endpoint, asked=preset.asked)) as graders:
-        for group, own in named:
-            graders.submit(group, (*own, *(users if group.prompt.images else plain)))
-        return graders.collect()
-
-
-def _shown(vectors: Vectors | Ungraded) -> list[dict[str, float]]:
-    assert not isinstance(vectors, Ungraded), vectors.reason
-
-    def number(name: str, value: Value) -> float:
-        return value[0] if isinstance(value, tuple) and value and name in REWARDS else mean_of(value)
-
-    return [{find_reward(name).shown: number(name, value) for name, value in vector.items()} for vector in vectors]
-
-
-def _records(
-    answers: Sequence[tuple[RolloutGroup, Template, list[dict[str, float]]]],
-    num_prompts: int,
-    made_of: str,
-    second_pass: bool,
-) -> list[tuple[int, Record]]:
-    """By number among the prompts of the chunk."""
-    records = []
-    for group, template, vectors in answers:
-        last = group.group_id == num_prompts - 1
-        records.append(
-            (group.group_id, record_of(group, template, vectors, made_of, ends_chunk=last, second_pass=second_pass))
-        )
-    return records
+    made_of = digest_of(identity)
+    return drop_unfinished(files.records, made_of), RecordParts(files.parts).indices(made_of)
 
 
 def _judge(run: Run, files: EvaluationFiles, settings: EvaluateConfig) -> None:

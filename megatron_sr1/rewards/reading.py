@@ -40,6 +40,10 @@ class EndpointReadings:
             answers.append((group.group_id, sample, _answered(reading, text)))
         return with_readings([group], answers)[0]
 
+    def forget(self, group: int) -> None:
+        """What was asked of a group has been used."""
+        self._asked.pop(group, None)
+
     def collect(self) -> list[Answered]:
         """All answers since the last call, without those that did not come; waits for what is missing."""
         asked, self._asked = self._asked, {}

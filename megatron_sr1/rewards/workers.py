@@ -141,6 +141,11 @@ class Graders:
             self._judged.forget()
         return graded
 
+    def take(self, number: int) -> Vectors | Ungraded:
+        """What `collect` would say of one group, which it then does not; waits for it."""
+        own, judged = self._futures.pop(number)
+        return with_judged(own.result(), judged)
+
     def readings(self) -> list[Answered]:
         """All answers of an endpoint to the groups that `collect` has returned; they are not in these groups."""
         return [] if self._readings is None else self._readings.collect()

@@ -2,7 +2,8 @@
 
 Where requests wait for a slot, every first pass goes before every later pass: a first pass may be long and still has
 others behind it, so the sooner it starts the shorter the tail, and the later passes fill the slots that the tail leaves
-free. Among passes of one kind the groups go in order, so that whole groups come out early.
+free. Among passes of one kind the groups go in order, so that whole groups come out early. In a stream, which forgets
+groups, there is no tail before the end: what was taken first goes first, and nothing more is taken than slots are free.
 
 A pass that reads what was said of another image waits until all first passes of all engines are done, so that who lends
 the description depends on nothing but the prompts: the next one of the step whose image is another, and whose sample of
@@ -88,6 +89,7 @@ class PassRequests:
         holds_reference: bool = False,
         pool: PromptPool | None = None,
         slots: int = 0,
+        keeps: bool = True,
     ) -> None:
         """
         Args:
@@ -98,6 +100,8 @@ class PassRequests:
             streamed: False: the later passes start when the whole first pass is done.
             holds_reference: the passes of the starting weights wait for `release_reference`.
             pool: further prompts, which are taken while fewer than `slots` first passes are open.
+            keeps: a group that `on_group` has taken is among `groups`; else it is forgotten, and prompts are taken
+                while fewer than `slots` requests are open, of whichever pass.
         """
         self._planner = planner
         self._processor = planner.processor
@@ -110,7 +114,8 @@ class PassRequests:
         self._on_group = on_group
         self._on_question = on_question
         self._on_first = on_first
-        self._holds_reference = holds_reference
+        self.holds_reference = holds_reference
+        self._keeps = keeps
         self._start = time.perf_counter()
         self._open: dict[str, _Request] = {}  # asked for, not answered
         self._lent: list[tuple[LaterPass, tuple[int, int]]] = []  # passes that read of another image, and whose
@@ -121,6 +126,8 @@ class PassRequests:
         self._queued: dict[str, float] = {}
         self._pairs: dict[tuple[int, int], RolloutPair] = {}  # later passes may still be missing
         self._pool, self._slots = pool, slots
+        self._turns: dict[int, int] = {}  # of the groups, as they were taken
+        self._num_turns = 0
         for group, prompt in prompts.own.items():
             self._begin(group, prompt)
 
@@ -184,16 +191,18 @@ class PassRequests:
         plan = self._planner.first(prompt, self._sampling.passes_of(prompt).template)
         requests = [_Request(group, sample, plan) for sample in range(self._sampling.num_samples)]
         self._prompts[group] = prompt
+        self._turns[group] = self._num_turns
+        self._num_turns += 1
         self._left[group] = self._sampling.num_samples
         self._open |= {request.request_id: request for request in requests}
         return requests
 
     def _take_some(self, waiting: deque[list[_Request]]) -> None:
         """Begins prompts of the pool while first passes do not fill the slots, as many as are submitted at a time.
-        Later passes do not count: where requests wait, first passes go before them."""
+        Later passes do not count where, among requests that wait, first passes go before them."""
         if self._pool is None:
             return
-        num_open = sum(request.asked is None for request in self._open.values())
+        num_open = sum(request.asked is None or not self._keeps for request in self._open.values())
         num_waiting = sum(map(len, waiting))
         while num_open < self._slots and num_waiting < SUBMITTED_AT_A_TIME:
             taken = self._pool.take()
@@ -245,11 +254,17 @@ class PassRequests:
             seed=request_seed(self._sampling.seed, self._step, plan.key, self._draw(request.place), plan.pass_name),
             end_of_turn_id=self._processor.end_of_turn_id,
             banned_ids=self._processor.media_ids,
-            priority=request.group + (0 if request.asked is None else self._num_prompts),
+            priority=self._priority(request),
         )
         self._queued.setdefault(request.request_id, time.perf_counter() - self._start)
         with _engine_call():
             engine.add(request.request_id, prepared, draw)
+
+    def _priority(self, request: _Request) -> int:
+        """The lowest goes first."""
+        if not self._keeps:
+            return self._turns[request.group]
+        return request.group + (0 if request.asked is None else self._num_prompts)
 
     def _finish(self, request: _Request, generation: Generation, engine: TokenEngine) -> list[_Request]:
         """Notes the answer; returns the requests that it makes possible."""
@@ -298,7 +313,7 @@ class PassRequests:
                 continue
             requests.append(_Request(group, sample, self._planner.later(prompt, passes, asked), asked))
             self._missing[place] += 1
-        if later.reader == "reference" and self._holds_reference:
+        if later.reader == "reference" and self.holds_reference:
             self._held += requests
             return []
         return requests
@@ -341,8 +356,18 @@ class PassRequests:
         further = sorted(pair.further, key=lambda reading: (order[reading.pass_name], reading.number))
         self._pairs[place] = replace(pair, further=tuple(further))
         self._left[group] -= 1
-        if self._left[group] == 0 and self._on_group is not None:
+        if self._left[group]:
+            return
+        if self._on_group is not None:
             self._on_group(RolloutGroup(group, self._prompts[group], self._group_pairs(group)))
+        if not self._keeps:
+            self._forget(group)
+
+    def _forget(self, group: int) -> None:
+        del self._prompts[group], self._left[group], self._turns[group]
+        self._shown.pop(group, None)
+        for sample in range(self._sampling.num_samples):
+            del self._pairs[group, sample], self._missing[group, sample]
 
     def _group_pairs(self, group: int) -> tuple[RolloutPair, ...]:
         return tuple(self._pairs[group, sample] for sample in range(self._sampling.num_samples))
@@ -358,7 +383,7 @@ class PassRequests:
             generator_logprobs=generation.logprobs,
             finish_reason=generation.finish_reason,
             weight_version=weight_version,
-            queued_at=self._queued[request.request_id],
+            queued_at=self._queued.pop(request.request_id),
             finished_at=time.perf_counter() - self._start,
         )
 

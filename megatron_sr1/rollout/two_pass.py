@@ -6,20 +6,23 @@ A global barrier between the passes would leave the engine idle behind the longe
 
 from __future__ import annotations
 
+import itertools
 import logging
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from megatron_sr1.ranks import ALONE, Counter, Ranks
 from megatron_sr1.rollout.passes import PassRequests
 from megatron_sr1.rollout.pixels import pixel_differences
 from megatron_sr1.rollout.plan import PassPrompt, Planner
-from megatron_sr1.rollout.pool import PromptPool, begun
+from megatron_sr1.rollout.pool import PromptPool, begun, in_turn, reads
 from megatron_sr1.rollout.request import EngineFault, TokenEngine
 from megatron_sr1.types import NamedTensors, OnQuestion, PromptShare, RolloutGroup, Sampling
 
 NUM_COMPARED = 4  # prompts of each engine whose pixels are compared with the trainer's before the first answer
+DECODED_AHEAD = 16  # prompts of a stream
 MAX_RESTARTS = 2  # of one call: a fault that comes back is not an accident
 logger = logging.getLogger(__name__)
 
@@ -57,7 +60,7 @@ class TwoPassGenerator:
         """
         assert counter is None or slots > 0, "how many prompts fill an engine hangs on its slots"
         self._counter, self._slots = counter, slots
-        self._decoding = ThreadPoolExecutor(1, thread_name_prefix="pool")
+        self._decoding = ThreadPoolExecutor(2, thread_name_prefix="pool")
         self._engine = engine
         self._planner = planner
         self._engines = engines
@@ -114,29 +117,73 @@ class TwoPassGenerator:
             self._compare_pixels([self._planner.first(prompt, sampling.template) for prompt in with_images])
         self._take_back()
         takers = (on_group, on_question, on_first) if self._hands_on else (None, None, None)
-        holds = self._start_weights is not None and any(later.reader == "reference" for later in sampling.later)
-        how = {"streamed": self._streamed, "holds_reference": holds}
         begins, pool = self._shared(prompts, sampling)
-        requests = PassRequests(self._planner, begins, sampling, step, *takers, **how, pool=pool, slots=self._slots)
+        requests = PassRequests(self._planner, begins, sampling, step, *takers, **self._how(sampling), pool=pool)
+        self._answer(requests, sampling)
+        return requests.groups() if self._hands_on else []
+
+    def stream(
+        self,
+        prompts: PromptShare,
+        sampling: Sampling,
+        step: int,
+        on_group: Callable[[RolloutGroup], None],
+        on_question: OnQuestion | None = None,
+    ) -> None:
+        """Answers the prompts of all engines without holding them: each is read when a slot gets free for it, and
+        forgotten when its group is complete. No engine waits for another before the last. Collective.
+
+        Args:
+            prompts: with the places of each engine's in `shares`, and `read`, which gives None for a prompt that is
+                passed over. What `own` has is not read again.
+            on_group, on_question: as in `generate`.
+
+        Raises: as `generate`, but for prompts that do not fit; and on this rank alone what `read`, `on_group` and
+            `on_question` raise.
+        """
+        assert self._slots > 0, "prompts are taken as slots get free"
+        read, own = reads(prompts), prompts.shares[self._engines.rank]
+        if not self._compared:
+            found = [prompt for place in own[:NUM_COMPARED] if (prompt := read(place)) is not None and prompt.images]
+            self._compare_pixels([self._planner.first(prompt, sampling.template) for prompt in found])
+        self._take_back()
+        order, draw = list(own), itertools.count().__next__
+        if self._counter is not None and len(prompts.shares) > 1:
+            self._begin_counter(self._counter)
+            order, draw = in_turn(prompts), self._counter.next
+        pool = PromptPool(order, draw, read, self._decoding, ahead=DECODED_AHEAD)
+        begins = PromptShare(prompts.keys, {})
+        takers = (on_group, on_question) if self._hands_on else (None, None)
+        how = {**self._how(sampling), "pool": pool, "keeps": False}
+        self._answer(PassRequests(self._planner, begins, sampling, step, *takers, **how), sampling)
+
+    def _how(self, sampling: Sampling) -> dict[str, Any]:
+        holds = self._start_weights is not None and any(later.reader == "reference" for later in sampling.later)
+        return {"streamed": self._streamed, "holds_reference": holds, "slots": self._slots}
+
+    def _answer(self, requests: PassRequests, sampling: Sampling) -> None:
+        """All passes. Collective."""
         self._run(requests)
         if any(later.context == "other_description" for later in sampling.later):
             requests.lend(self._engines.gather(requests.descriptions() if self._hands_on else []))
             self._run(requests)
-        if holds:
+        if requests.holds_reference:
             self._replace()
             requests.release_reference()
             self._run(requests)
-        return requests.groups() if self._hands_on else []
 
     def _shared(self, prompts: PromptShare, sampling: Sampling) -> tuple[PromptShare, PromptPool | None]:
         """What this engine begins with, and what is left for whoever is free."""
         if self._counter is None or len(prompts.shares) < 2:
             return prompts, None
-        self._num_shared += 1
-        self._counter.begin(f"{self._num_shared}")
+        self._begin_counter(self._counter)
         count = -(-self._slots // sampling.num_samples)
-        pool = PromptPool(prompts, count, self._counter, self._decoding)
+        pool = PromptPool(in_turn(prompts, count), self._counter.next, reads(prompts), self._decoding)
         return begun(prompts, self._engines.rank, count), pool
+
+    def _begin_counter(self, counter: Counter) -> None:
+        self._num_shared += 1
+        counter.begin(f"{self._num_shared}")
 
     def _compare_pixels(self, plans: Sequence[PassPrompt]) -> None:
         """Raises ValueError on every rank where pixels differ, see `pixel_differences`. Collective."""
