@@ -165,9 +165,11 @@ class NumberRun(Run):
     def checkpoints(self) -> Any:
         def save(policy: Number, progress: Progress, hf: None) -> None:
             self.kept[progress.step] = (policy.number, progress)
+            made.last = progress.step
 
         steps = {"steps": lambda: sorted(self.kept), "settle": lambda wait=True: None}
-        return SimpleNamespace(save=save, is_writing=False, **steps)
+        made = SimpleNamespace(save=save, is_writing=False, last=None, **steps)
+        return made
 
     def accept(self, *arguments: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import subprocess
@@ -131,8 +132,12 @@ def _check_shares(rank: int, folder: str) -> None:
         assert stays.steps() == [2, 4, 5], "every second one, and the newest"
         given: list[Any] = []
         best = Checkpointer(path, 1, policy.platform, best=lambda steps: given.append(list(steps)) or 2)
-        for step in range(6, 9):
-            best.save(policy, Progress(step, 8, "data", "model"))
+        collects, sync = [], os.fsync
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", lambda file: collects.append(gc.isenabled()) or sync(file))
+            for step in range(6, 9):
+                best.save(policy, Progress(step, 8, "data", "model"))
+        assert collects and all(collects), "a thread that writes does not stop the rank's collection of garbage"
         assert best.steps() == [2, 8], "the best, and the newest"
         assert given == ([[2, 4, 5], [2, 6], [2, 7]] if rank == 0 else []), "the newest is not measured yet"
         best.prune()

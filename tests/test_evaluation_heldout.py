@@ -56,7 +56,7 @@ def test_rounds_hold_the_good_samples_in_order(shard: str) -> None:
     assert len(heldout) == 7, "what is bad shows when it is read"
     assert _read(heldout.rounds()) == ["acdef"]
     assert [bad.key for bad in quarantine.bad] == ["b", "g"]
-    assert _read(heldout.rounds()) == ["acdef"] and _read(heldout.rounds(size=2)) == ["ac", "de", "f"]
+    assert _read(heldout.rounds()) == ["acdef"] and _read(heldout.rounds(size=2)) == ["a", "cd", "ef"]
     assert [_first(heldout, count) for count in (3, 0, 9)] == ["acd", "", "acdef"]
     assert _read(_heldout(shard)[0].rounds(size=2)) == ["a", "cd", "ef"]
     limited, quarantine = _heldout(shard, max_prompts=3)
@@ -76,6 +76,18 @@ def test_what_is_left_is_read_and_nothing_else(shard: str, answered: str, max_pr
     assert sorted("".join(_read(heldout.rounds(done)))) == left
     if answered == "acdef":
         assert list(heldout.rounds(done)) == [], "a bad sample alone is no round"
+
+
+@pytest.mark.parametrize("answered", ["", "a", "acdef", "acd", "ce", "acdf"])
+def test_a_round_of_some_size_is_whole_or_done_again(shard: str, answered: str) -> None:
+    """What a pass reads of another prompt does not hang on how far an interrupted evaluation had come."""
+    whole = _read(_heldout(shard)[0].rounds(size=3))
+    assert whole == ["ac", "def"], "of runs of three samples"
+    done = ["abcdefg".index(key) for key in answered]
+    assert _read(_heldout(shard)[0].rounds(done, 3)) == [keys for keys in whole if not set(keys) <= set(answered)]
+    limited = [keys for keys in ("ac", "de") if not set(keys) <= set(answered)]
+    if len(answered) < 5:
+        assert _read(_heldout(shard, 4)[0].rounds([n for n in done if n < 5], 3)) == limited
 
 
 def test_keys_of_records_are_places(shard: str) -> None:

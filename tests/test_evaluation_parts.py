@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sr1.evaluation import Record, read_records, replace_lines
+from megatron_sr1.evaluation.files import EvaluationFiles
 from megatron_sr1.evaluation.parts import PartWriter, RecordParts
+from megatron_sr1.loops.answering import _finish
 
-from .evaluation_cases import MADE_OF, pair, record
+from .evaluation_cases import MADE_OF, append_records, pair, record
 
 
 def _records(count: int) -> list[Record]:
@@ -86,3 +89,42 @@ def test_records_of_another_evaluation_are_not_continued(tmp_path: Path) -> None
         writer.add(0, replace(_records(1)[0], made_of="fedcba9876543210"))
     with pytest.raises(ValueError, match=r"is of another evaluation, fedc.*--restart"):
         RecordParts(tmp_path).indices(MADE_OF)
+
+
+def _files(folder: Path, in_parts: int, recorded: int) -> EvaluationFiles:
+    files, records = EvaluationFiles(folder, "evaluate"), _records(4)
+    with PartWriter(files.parts, "00000") as writer:
+        for index in range(in_parts):
+            writer.add(index, records[index])
+    if recorded:
+        append_records(files.records, records[:recorded])
+    return files
+
+
+def test_parts_that_a_kill_has_left_behind_take_nothing_from_the_records(tmp_path: Path) -> None:
+    """It came while they were removed, so those that are left are some of them."""
+    files = _files(tmp_path, in_parts=2, recorded=4)
+    before = files.records.read_bytes()
+    assert not _finish(files, RecordParts(files.parts), 2, count=4, num_recorded=4)
+    assert files.records.read_bytes() == before and not files.parts.exists()
+
+
+def test_parts_are_removed_at_once_for_whoever_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = _files(tmp_path, in_parts=3, recorded=0)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None)  # as if a kill came
+    RecordParts(files.parts).remove()
+    assert RecordParts(files.parts).indices(MADE_OF) == []
+    monkeypatch.undo()
+    with PartWriter(files.parts, "00000") as writer:
+        writer.add(0, _records(1)[0])
+    RecordParts(files.parts).remove()
+    assert not any(files.parts.parent.iterdir())
+
+
+def test_records_that_are_missing_are_told(tmp_path: Path) -> None:
+    files = _files(tmp_path, in_parts=3, recorded=0)
+    with pytest.raises(ValueError, match=r"holds 3 records of 4 that were answered\. Run the command again"):
+        _finish(files, RecordParts(files.parts), 2, count=4, num_recorded=0)
+    assert files.parts.exists() and not files.records.exists(), "what is there is not lost"
+    assert _finish(files, RecordParts(files.parts), 2, count=3, num_recorded=0)
+    assert len(list(read_records(files.records))) == 3 and not files.parts.exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,8 +163,15 @@ def test_one_engine_alone_draws_nothing() -> None:
 # ---------------------------------------------------------------- the job's counter
 def draw_on_four_ranks(rank: int, num_ranks: int, folder: str) -> None:
     """Two teams of two: the ranks of a team draw the same, all together each number once, and again from 0."""
-    from megatron_sr1.platform import GroupRanks, TeamCounter
+    from megatron_sr1.platform import GroupRanks, Platform, TeamCounter
 
+    platform = Platform(torch.device("cpu"), rank, num_ranks)
+    for late in range(3):
+        time.sleep(0.3 if rank == late else 0.0)
+        came = time.monotonic()
+        platform.wait_for_all()
+        times = GroupRanks().gather([(came, time.monotonic())])
+        assert max(came for came, _ in times) <= min(left for _, left in times), "nobody leaves before all are there"
     for size in (1, 2, 4):
         counter = TeamCounter(GroupRanks(), size)
         for name in (f"{size}a", f"{size}b"):

@@ -12,7 +12,7 @@ import torch
 from megatron_sr1.config import ConfigError, load_config
 from megatron_sr1.data import Batch
 from megatron_sr1.loops import grpo
-from megatron_sr1.loops.run import check_verification
+from megatron_sr1.loops.run import Run, check_verification
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.platform import Platform
 from megatron_sr1.ranks import ALONE
@@ -110,3 +110,20 @@ def test_an_export_is_verified_only_where_engines_answer_in_fp32() -> None:
     check_verification(load_config(None, []), Platform(torch.device("cuda"), 0, 1))
     with pytest.raises(ConfigError, match=r"evaluate\.verify_export=2 .* 0 on an accelerator"):
         check_verification(config, Platform(torch.device("cuda"), 0, 1))
+
+
+def test_a_checkpoint_is_finished_before_an_evaluation_and_at_the_end() -> None:
+    """Else it is looked at, and finished where it is written."""
+    waits: list[bool] = []
+    saved: list[int] = []
+    settings = ["train.steps=10", "train.save_every=2", "train.evaluate_every=4"]
+    run: Any = SimpleNamespace(
+        config=load_config(None, settings),
+        checkpoints=SimpleNamespace(settle=lambda wait: waits.append(wait)),
+        _save=lambda num_done, feed, policy: saved.append(num_done),
+    )
+    stop: Any = SimpleNamespace(agreed=lambda: False)
+    for step in range(10):
+        Run.end_step(run, step, None, stop, object())  # type: ignore[arg-type]
+    assert saved == [2, 4, 6, 8, 10]
+    assert [number for number, waited in enumerate(waits, start=1) if waited] == [4, 8, 10] and len(waits) == 10

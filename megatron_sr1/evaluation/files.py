@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from megatron_sr1.config import EvaluateConfig
 from megatron_sr1.config.rules import require
 from megatron_sr1.evaluation import Identity, Record, read_records, summarise_records
 from megatron_sr1.evaluation.heldout import Heldout
+from megatron_sr1.evaluation.parts import RecordParts
 from megatron_sr1.evaluation.summary import Numbers
 from megatron_sr1.types import Prompt
 
@@ -45,7 +45,7 @@ class EvaluationFiles:
 
     def remove(self) -> None:
         """All of them, and the verdicts that are not in the records yet."""
-        shutil.rmtree(self.parts, ignore_errors=True)
+        RecordParts(self.parts).remove()
         for path in (self.summary, self.records, self.records.with_suffix(".verdicts.jsonl"), self.identity):
             path.unlink(missing_ok=True)
 

@@ -70,7 +70,8 @@ class Heldout:
 
         Args:
             answered: numbers of samples that are done.
-            size: of a round, at most; 0: any.
+            size: a round is of one run of so many samples, and whole: where one of them is left, all are done again;
+                0: of any, and of what is left alone.
 
         Raises:
             ValueError: on every rank: more bad samples than the quarantine takes, or a sample is a demonstration. On
@@ -78,7 +79,13 @@ class Heldout:
         """
         done = set(answered)
         keys = [self._dataset.place(index)[1] for index in range(len(self._dataset))]
-        while chosen := self._begin(done, size):
+        for part in self._parts(size):
+            if size and self._begin(done, part):
+                done.difference_update(part)
+            yield from self._rounds_of(part, done, keys)
+
+    def _rounds_of(self, part: range, done: set[int], keys: Sequence[str]) -> Iterator[PromptShare]:
+        while chosen := self._begin(done, part):
             known = [self._dataset.describe(index) for index in chosen]
             dealt = self._deal(known, self._readers.num_ranks)
             yield PromptShare(keys, {}, [[chosen[place] for place in places] for places in dealt], self._read)
@@ -115,12 +122,17 @@ class Heldout:
             found += [prompt for prompt in [self._read(index)] if prompt is not None]
         return found
 
-    def _begin(self, done: set[int], size: int) -> list[int]:
-        """The numbers of the next round, of which the first is good, if any is left."""
+    def _parts(self, size: int) -> list[range]:
+        size = size or len(self._dataset)
+        starts = range(0, len(self._dataset), size)
+        return [range(start, min(start + size, len(self._dataset))) for start in starts]
+
+    def _begin(self, done: set[int], part: range) -> list[int]:
+        """The numbers of a part's next round, of which the first is good, if any is left."""
         room = (self._max_prompts or len(self._dataset)) - len(done)
         chosen: list[int] = []
-        for index in range(len(self._dataset)):
-            if len(chosen) == (min(room, size) if size else room):
+        for index in part:
+            if len(chosen) == room:
                 break
             if index in done or self._is_bad(index) or not (chosen or self._read(index) is not None):
                 continue

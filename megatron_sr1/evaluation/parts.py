@@ -34,6 +34,8 @@ class PartWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())  # whoever puts the parts together may be on another machine
         self._file.close()
 
     def add(self, index: int, record: Record) -> None:
@@ -96,8 +98,12 @@ class RecordParts:
         return Lines({index: (path, start) for path in self._paths() for index, start in _places(path)}, chunk)
 
     def remove(self) -> None:
-        """All of them."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """All of them, at once for whoever looks: a kill meanwhile leaves none under its name."""
+        removed = self.folder.with_name(f"{self.folder.name}.removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        if self.folder.is_dir():
+            self.folder.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("*.jsonl"))

@@ -8,7 +8,7 @@ engine has them: with such a pass the prompts come in rounds of `evaluate.chunk_
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 
 from megatron_sr1.config import Config
@@ -36,6 +36,7 @@ from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.streams import Preset, preset_of
 from megatron_sr1.types import SECOND, Generator, OnQuestion, RolloutGroup, Sampling
 
+_WAITING = 64  # groups that are graded or wait for it
 _THREADS = 4  # that grade; also of what waits for an endpoint
 
 
@@ -79,14 +80,20 @@ def answer(
                 writer = stack.enter_context(PartWriter(files.parts, f"{engine_ranks(run).rank:05d}"))
                 grading = stack.enter_context(closing(Grading(run, writer, made_of, len(answered), len(heldout))))
             generator().stream(prompts, sampling, step, grading.take, grading.ask)
-            failed = ranks.gather(grading.settle())
+            failed = grading.settle()
+            run.platform.wait_for_all()  # engines may have graded for long
+            failed = ranks.gather(failed)
             if failed:
                 raise RewardError(failed[0])
-        first = [] if grading is None else grading.first
+        taken: set[int] = set()
+        if grading is not None:
+            first, taken = grading.first, grading.taken
     if grading is None and not answered:
         raise ValueError("data.heldout holds no sample that can be read, so there is nothing to evaluate.")
-    count = run.platform.on_main(lambda: _finish(files, parts, config.evaluate.chunk_prompts))
-    if count:
+    # all files are closed when all have come here
+    count = len(answered) + sum(ranks.gather([len(taken - answered)]))
+    merged = run.platform.on_main(lambda: _finish(files, parts, config.evaluate.chunk_prompts, count, len(recorded)))
+    if merged:
         run.say(f"answered {count} of {len(heldout)} prompts")
     found = ranks.send_to_main(first)
     return sorted(found, key=lambda group: group.group_id)[: config.evaluate.verify_export]
@@ -100,14 +107,18 @@ def _take_over(files: EvaluationFiles, recorded: Sequence[int]) -> None:
                 writer.add(index, record)
 
 
-def _finish(files: EvaluationFiles, parts: RecordParts, chunk: int) -> int:
-    """Makes the file of records of its parts; how many there are, 0 where it is there already."""
-    if not parts.folder.is_dir():
-        return 0
-    lines = parts.merged(chunk)
-    replace_lines(files.records, lines)
+def _finish(files: EvaluationFiles, parts: RecordParts, chunk: int, count: int, num_recorded: int) -> bool:
+    """Makes the file of records of its parts, of which there must be so many; whether it was not there already."""
+    if count > num_recorded:
+        lines = parts.merged(chunk)
+        if len(lines) != count:
+            raise ValueError(
+                f"{parts.folder} holds {len(lines)} records of {count} that were answered. Run the command again: it "
+                "answers what is missing."
+            )
+        replace_lines(files.records, lines)
     parts.remove()
-    return len(lines)
+    return count > num_recorded
 
 
 class Grading:
@@ -141,6 +152,7 @@ class Grading:
         self._failure: str | None = None
         self._num_engines, self._num_taken = engine_ranks(run).num_ranks, 0
         self._num_before, self._num_prompts = num_before, num_prompts
+        self.taken: set[int] = set()  # numbers of the samples
         self.first: list[RolloutGroup] = []  # of its own, the first `evaluate.verify_export`
 
     def close(self) -> None:
@@ -162,6 +174,8 @@ class Grading:
             RewardError: an earlier one could not be graded.
             OSError: an earlier one could not be written.
         """
+        if len(self._recording) >= _WAITING:  # what grades cannot keep up: the engine waits, rather than memory grows
+            wait(self._recording, return_when=FIRST_COMPLETED)
         done = [future for future in self._recording if future.done()]
         for future in done:
             future.result()
@@ -171,6 +185,7 @@ class Grading:
         self._recording.append(self._threads.submit(self._record, group))
         kept = sorted([*self.first, group], key=lambda one: one.group_id)
         self.first = kept[: self._settings.verify_export]
+        self.taken.add(group.group_id)
         self._num_taken += 1
         if self._num_taken % max(1, self._settings.chunk_prompts // self._num_engines) == 0:
             self._tell()

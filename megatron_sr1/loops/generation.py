@@ -71,6 +71,7 @@ def build_generator(run: Run, weights: Callable[[], NamedTensors] | None = None)
         start = functools.partial(_weights_of, reference or own)
         weights = weights or functools.partial(_weights_of, own)
     who = {"engines": engines, "hands_on": hands_on, "counter": _counter(run), "slots": limits.max_running_requests}
+    who["patience"] = run.platform.wait_for_all
     return TwoPassGenerator(engine, run.planner, **who, weights=weights, start_weights=start)
 
 

@@ -176,9 +176,11 @@ class Run:
         """
         train, num_done = self.config.train, step + 1
         stopping, is_last = stop.agreed(), num_done == train.steps
+        evaluates = bool(train.evaluate_every) and num_done % train.evaluate_every == 0
         if policy is not None and (stopping or is_last or num_done % train.save_every == 0):
             self._save(num_done, feed, policy)
-        self.checkpoints.settle(wait=stopping or is_last)
+        # an evaluation may be long, and what goes wrong in it shall not cost a checkpoint that is written
+        self.checkpoints.settle(wait=stopping or is_last or evaluates)
         if stopping:
             stop.leave(num_done)
 
@@ -202,7 +204,7 @@ class Run:
             yield
         except kind:
             self.checkpoints.settle()
-            if step > first and step not in self.checkpoints.steps():
+            if step > first and step != self.checkpoints.last:
                 policy.return_to_device()
                 self._save(step, feed, policy)
                 self.checkpoints.settle()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import signal
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,11 +31,14 @@ from megatron_sr1.platform.cpu_shim import install_cpu_shim, patch_megatron
 from megatron_sr1.platform.fork_server import STOP_SIGNALS, begin_rank, held_back, start_fork_server, without_collecting
 from megatron_sr1.platform.joining import TIMEOUT, join, open_store
 from megatron_sr1.platform.ranks import GroupRanks
+from megatron_sr1.platform.torch_private import job_store
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.ranks import Element
 
 STOPPED_STATUS = os.EX_TEMPFAIL  # 75, sysexits.h: "the user is invited to retry"; of a run that was asked to stop
 _MISTAKES = "mistake{}.txt"  # by rank: the message that it ended with
+_LEAST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between two questions whether all ranks are there
+_WAITS = itertools.count()  # every rank counts alike
 _GRACE_SECONDS = 5.0  # for the ranks beside one that ended, to end too
 
 
@@ -75,6 +80,17 @@ class Platform:
         if refusal:
             raise ValueError(refusal)
         return result
+
+    def wait_for_all(self) -> None:
+        """Waits until all ranks are here, however long that takes: a collective gives up after its group's timeout.
+        Collective."""
+        if self.world_size == 1:
+            return
+        store, name, pause = job_store(), f"waits/{next(_WAITS)}", _LEAST_PAUSE
+        store.add(name, 1)
+        while store.add(name, 0) < self.world_size:
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     @property
     def on_cpu(self) -> bool:

@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from megatron_sr1.rollout.later import OpenReading, ask_later
@@ -130,6 +130,11 @@ class PassRequests:
         self._num_turns = 0
         for group, prompt in prompts.own.items():
             self._begin(group, prompt)
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether groups are forgotten."""
+        return not self._keeps
 
     @property
     def num_open(self) -> int:
@@ -323,7 +328,7 @@ class PassRequests:
     ) -> list[_Request]:
         """The requests of a pass that reads what was said of another image; none where nobody else has said a thing."""
         group, sample = place
-        others = (*range(group + 1, self._num_prompts), *range(group))
+        others = chain(range(group + 1, self._num_prompts), range(group))
         said = (descriptions[other, sample] for other in others if (other, sample) in descriptions)
         own = self._shown_by(group)
         lender = next((one for one in said if one.shown != own), None)

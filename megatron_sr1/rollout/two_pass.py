@@ -42,6 +42,7 @@ class TwoPassGenerator:
         start_weights: Callable[[], NamedTensors] | None = None,
         counter: Counter | None = None,
         slots: int = 0,
+        patience: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -57,10 +58,13 @@ class TwoPassGenerator:
             counter: engines take prompts from it as they get free slots, beyond those that fill them at first; None:
                 each answers its own.
             slots: requests that an engine answers at a time; needed for that.
+            patience: waits for all engines' ranks, however long that takes; a collective waits no longer than its
+                group's timeout, which the answers of a stream may take.
         """
         assert counter is None or slots > 0, "how many prompts fill an engine hangs on its slots"
         self._counter, self._slots = counter, slots
         self._decoding = ThreadPoolExecutor(2, thread_name_prefix="pool")
+        self._patience = patience
         self._engine = engine
         self._planner = planner
         self._engines = engines
@@ -194,26 +198,30 @@ class TwoPassGenerator:
 
     def _run(self, requests: PassRequests) -> None:
         """Answers everything; where an engine fails all of them restart, as engines are made together. Collective."""
-        faults = self._engines.gather(self._attempt(requests))
+        faults = self._attempt(requests)
         for _ in range(MAX_RESTARTS):
             if not faults:
                 return
             logger.warning("restarting the engines, %d requests are open here: %s", requests.num_open, faults[0])
             self._restart()
-            faults = self._engines.gather(self._attempt(requests))
+            faults = self._attempt(requests)
         if not faults:
             return
         raise EngineFault(f"the engine failed {MAX_RESTARTS + 1} times in one batch of rollouts, last with {faults[0]}")
 
     def _attempt(self, requests: PassRequests) -> list[str]:
+        """The faults of all engines. Collective."""
+        faults: list[str] = []
         try:
             requests.run(self._engine)
         except EngineFault as fault:
             # as text: the traceback would hold what the engine holds, and keep its memory from the next one
             logger.warning("an engine failed: %s", "".join(traceback.format_exception(fault)))
             self._engine.meet_after_fault(requests.num_open)
-            return [str(fault)]
-        return []
+            faults = [str(fault)]
+        if requests.is_stream:
+            self._patience()
+        return self._engines.gather(faults)
 
     def _replace(self) -> None:
         """The engine reads with the weights of the start, as version 0, until it gets others. Collective."""

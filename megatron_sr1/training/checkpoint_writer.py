@@ -24,6 +24,12 @@ from megatron_sr1.platform.megatron_private import read_results_in_process
 read_results_in_process()
 
 
+# It says queues of processes, and takes any. Made for a process of its own it comes in a wrapper that switches off the
+# collection of garbage, which here would be that of the rank.
+_WRAPPED: Any = FileSystemWriterAsync.write_preloaded_data
+_WRITE: Any = getattr(_WRAPPED, "__wrapped__", _WRAPPED)
+
+
 class CheckpointPlan:
     """Who writes what. It is made with the first checkpoint and serves them all, as the state keeps its structure."""
 
@@ -101,8 +107,7 @@ class BegunSave:
         for number, bucket in enumerate(self._buckets):
             answers, counts = queue.Queue[Any](), queue.Queue[int]()
             counts.put(number)  # which it takes when it is done
-            write: Any = FileSystemWriterAsync.write_preloaded_data  # it says queues of processes, and takes any
-            write(self._transforms, number, bucket, answers, counts, True)
+            _WRITE(self._transforms, number, bucket, answers, counts, True)
             _, found = answers.get_nowait()
             if isinstance(found, Exception):
                 written = found

@@ -95,6 +95,7 @@ class Checkpointer:
         self._in_background = in_background
         self._plan: CheckpointPlan | None = None
         self._begun: _Begun | None = None
+        self.last: int | None = None  # step of the newest that was finished here
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -149,6 +150,7 @@ class Checkpointer:
             reason = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
             raise ValueError(self._refusal(begun, reason)) from error
         self.platform.on_main(lambda: self._complete(begun))
+        self.last = begun.progress.step
 
     def prune(self) -> None:
         """Removes the oldest beyond those to keep, when the newest may be the best."""
@@ -194,7 +196,10 @@ class Checkpointer:
         steps, best = self.steps(), self._best(measured)
         for step in steps[: -self.keep]:
             if step != best and (not self.keep_every or step % self.keep_every):
-                shutil.rmtree(self._path(step))
+                removed = self._path(step).with_suffix(".partial-removed")  # a kill leaves nothing of its name
+                shutil.rmtree(removed, ignore_errors=True)
+                self._path(step).rename(removed)
+                shutil.rmtree(removed)
 
     def newest(self) -> Progress | None:
         """The progress of the newest checkpoint that is whole, without its weights; None where there is none. One that
