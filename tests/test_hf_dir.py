@@ -221,7 +221,7 @@ def test_many_tensors_fill_a_header_and_go_to_another_file(tmp_path: Path) -> No
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 5), st.integers(4, 200))
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=12), st.integers(1, 5), st.integers(4, 200))
 def test_ranks_write_a_folder_together(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], num_ranks: int, max_bytes: int
 ) -> None:

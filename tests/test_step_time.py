@@ -34,7 +34,7 @@ for name, file, changes in json.load(sys.stdin):
         "terms": dict(step_time(plan).terms), "faster": dict(step_time(plan, faster).terms),
         "eager": rollout_seconds(plan, graphs=False), "advice": advice(plan), "requests": plan.engine.requests,
         "flops": sum(plan.flops.values()), "rows": plan.num_rows, "row_tokens": plan.row_tokens,
-        "gradients": max(stage.state.gradients for stage in plan.stages),
+        "host": dict(plan.host), "gradients": max(stage.state.gradients for stage in plan.stages),
     }
 print(json.dumps(found))
 """
@@ -142,6 +142,8 @@ def test_a_checkpoint_costs_its_copy_unless_the_run_waits(found: dict[str, Any])
     parameters = (behind["sync"] - 2.0) * 20e9 / 2
     assert 10 * (waits["save"] - behind["save"]) == pytest.approx(14 * parameters / 2e9, rel=1e-6), "one node's disk"
     assert 10 * (export["save"] - waits["save"]) == pytest.approx(2 * parameters / 2e9 + behind["sync"], rel=1e-6)
+    copies = [found[name]["host"]["checkpoint"] for name in ("7B waits", "7B export")]
+    assert copies[1] - copies[0] == pytest.approx(2 * parameters, rel=1e-6), "all files of eight ranks of one node"
     # 4 tensor ranks, which have the vision tower each, and 2 replicas: 14 bytes of a parameter, cut in eight
     assert 1 < 10 * behind["save"] * 3e9 / (14 * parameters / 8) < 1.3
 

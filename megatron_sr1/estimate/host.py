@@ -1,7 +1,8 @@
 """What a node's ranks hold in host memory.
 
 offload     optimizer state and reference, pinned, once a first rollout has sent them there (config.offload)
-checkpoint  each rank's share of it, from when it is taken until it is written (state.py)
+checkpoint  each rank's share of it, from when it is taken until it is written (state.py); with train.save_hf also
+            whole files of the weights, which go to ranks in turn
 images      decoded, of the prompts that a rank's engine answers, as if every round of dynamic sampling replaced all,
             and of those that its replica trains, shared by the ranks of a stage: as if half of the longest sequence
             were visual tokens
@@ -12,14 +13,17 @@ processes   interpreter, libraries, CUDA's own, worker threads: taken as given, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from megatron_sr1.config import Config, typical_tokens
+from megatron_sr1.estimate.engine import engine_parameters
 from megatron_sr1.estimate.machine import GIB, Machine
-from megatron_sr1.estimate.state import TrainerState, copied_bytes
+from megatron_sr1.estimate.state import TrainerState, copied_bytes, weight_bytes
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.parameter_counts import StageCount
 from megatron_sr1.processor import KEPT_PATCHES
+from megatron_sr1.weights.hf_shards import MAX_SHARD_BYTES
 
 PROCESS_GIB = 8.0
 
@@ -46,6 +50,11 @@ def host_bytes(
     if counts:
         copies, further = zip(*(copied_bytes(count, config) for count in counts), strict=True)
         found["checkpoint"] = ranks * max(copies) + max(further)
+        if config.train.save_hf:
+            whole = weight_bytes(config) * engine_parameters(config.model.hf_dir, model, 1)
+            files = math.ceil(whole / MAX_SHARD_BYTES)
+            rounds = math.ceil(files / config.nproc)
+            found["checkpoint"] += min(whole, ranks * rounds * MAX_SHARD_BYTES)
     if generates:
         vision = model.hf.vision_config
         token_pixels = (vision.patch_size * vision.spatial_merge_size) ** 2

@@ -25,13 +25,14 @@ class FileSizes:
 
     def __init__(self, max_bytes: int = MAX_SHARD_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._number, self._size = 0, 0
+        self._number, self._size, self._count = 0, 0, 0  # file, and bytes and tensors in it
 
     def place(self, num_bytes: int) -> int:
         """The number of the file of the next tensor."""
-        if self._size and self._size + num_bytes > self._max_bytes:
-            self._number, self._size = self._number + 1, 0
+        if self._count and self._size + num_bytes > self._max_bytes:
+            self._number, self._size, self._count = self._number + 1, 0, 0
         self._size += num_bytes
+        self._count += 1
         return self._number
 
 
