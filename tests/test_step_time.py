@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sr1.cli import main
+from megatron_sr1.estimate.host import HF_FILE_BYTES
+from megatron_sr1.weights.hf_shards import MAX_SHARD_BYTES
 from tests.source_tree import REPOSITORY
 
 RECIPES = REPOSITORY / "examples" / "recipes"
@@ -143,6 +145,7 @@ def test_a_checkpoint_costs_its_copy_unless_the_run_waits(found: dict[str, Any])
     assert 10 * (waits["save"] - behind["save"]) == pytest.approx(14 * parameters / 2e9, rel=1e-6), "one node's disk"
     assert 10 * (export["save"] - waits["save"]) == pytest.approx(2 * parameters / 2e9 + behind["sync"], rel=1e-6)
     copies = [found[name]["host"]["checkpoint"] for name in ("7B waits", "7B export")]
+    assert HF_FILE_BYTES == MAX_SHARD_BYTES
     assert copies[1] - copies[0] == pytest.approx(2 * parameters, rel=1e-6), "all files of eight ranks of one node"
     # 4 tensor ranks, which have the vision tower each, and 2 replicas: 14 bytes of a parameter, cut in eight
     assert 1 < 10 * behind["save"] * 3e9 / (14 * parameters / 8) < 1.3

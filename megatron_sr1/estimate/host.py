@@ -23,9 +23,9 @@ from megatron_sr1.estimate.state import TrainerState, copied_bytes, weight_bytes
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.parameter_counts import StageCount
 from megatron_sr1.processor import KEPT_PATCHES
-from megatron_sr1.weights.hf_shards import MAX_SHARD_BYTES
 
 PROCESS_GIB = 8.0
+HF_FILE_BYTES = 5_000_000_000  # of a file of weights, as weights/hf_shards.py makes them
 
 
 def host_bytes(
@@ -52,9 +52,9 @@ def host_bytes(
         found["checkpoint"] = ranks * max(copies) + max(further)
         if config.train.save_hf:
             whole = weight_bytes(config) * engine_parameters(config.model.hf_dir, model, 1)
-            files = math.ceil(whole / MAX_SHARD_BYTES)
+            files = math.ceil(whole / HF_FILE_BYTES)
             rounds = math.ceil(files / config.nproc)
-            found["checkpoint"] += min(whole, ranks * rounds * MAX_SHARD_BYTES)
+            found["checkpoint"] += min(whole, ranks * rounds * HF_FILE_BYTES)
     if generates:
         vision = model.hf.vision_config
         token_pixels = (vision.patch_size * vision.spatial_merge_size) ** 2
