@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_sr1.evaluation.records import Record, other_evaluation
+from megatron_sr1.evaluation.records import Record, json_line, other_evaluation, whole_lines
 
 
 class PartWriter:
@@ -40,7 +40,7 @@ class PartWriter:
 
     def add(self, index: int, record: Record) -> None:
         """Appends a line; after a kill it is there."""
-        line = json.dumps({"index": index, "record": asdict(record)}, ensure_ascii=False).encode("utf-8") + b"\n"
+        line = json_line({"index": index, "record": asdict(record)})
         with self._lock:
             self._file.write(line)
             self._file.flush()
@@ -67,7 +67,7 @@ class Lines:
                 files[path].seek(start)
                 record = json.loads(files[path].readline())["record"]
                 record["ends_chunk"] = number % self._chunk == 0 or number == len(self)
-                yield json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
+                yield json_line(record)
 
 
 class RecordParts:
@@ -85,7 +85,7 @@ class RecordParts:
         found: set[int] = set()
         for path in self._paths():
             whole = 0
-            for index, record, end in _lines(path):
+            for (index, record), end in whole_lines(path, _indexed):
                 if record["made_of"] != made_of:
                     raise ValueError(other_evaluation(path, record["key"], record["made_of"], made_of))
                 found.add(index)
@@ -109,28 +109,15 @@ class RecordParts:
         return sorted(self.folder.glob("*.jsonl"))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
-    """Index, record and the offset behind each whole line."""
-    end = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            end += len(line)
-            try:
-                fields = json.loads(line)
-                index, record = int(fields["index"]), {**fields["record"]}
-                record["made_of"], record["key"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}:{number} is not a record of an evaluation ({error}). Restore the file, or start over "
-                    "with --restart."
-                ) from error
-            yield index, record, end
+def _indexed(line: Any) -> tuple[int, dict[str, Any]]:
+    """Number of the sample, and record."""
+    index, record = int(line["index"]), {**line["record"]}
+    record["made_of"], record["key"]
+    return index, record
 
 
 def _places(path: Path) -> Iterator[tuple[int, int]]:
     start = 0
-    for index, _, end in _lines(path):
+    for (index, _), end in whole_lines(path, _indexed):
         yield index, start
         start = end

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_sr1.prompts import SEE_THINK, Template
 from megatron_sr1.rewards import faithful
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, TemplateName
+
+Element = TypeVar("Element")
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,12 @@ def record_of(
 
 def write_line(record: Record) -> bytes:
     """The record as one line of JSON."""
-    return json.dumps(asdict(record), ensure_ascii=False).encode("utf-8") + b"\n"
+    return json_line(asdict(record))
+
+
+def json_line(fields: Mapping[str, Any]) -> bytes:
+    """A line of JSON."""
+    return json.dumps(fields, ensure_ascii=False).encode("utf-8") + b"\n"
 
 
 def replace_records(path: Path, records: Iterable[Record]) -> None:
@@ -128,7 +135,7 @@ def read_records(path: Path) -> Iterator[Record]:
     Raises:
         ValueError: another line is not a record; the message names file and line.
     """
-    for record, _ in _records_and_ends(path):
+    for record, _ in whole_lines(path, _record):
         yield record
 
 
@@ -142,7 +149,7 @@ def drop_unfinished(path: Path, made_of: str) -> list[str]:
         return []
     keys: list[str] = []
     num_kept = end_kept = 0
-    for record, end in _records_and_ends(path):
+    for record, end in whole_lines(path, _record):
         if record.made_of != made_of:
             raise ValueError(other_evaluation(path, record.key, record.made_of, made_of))
         keys.append(record.key)
@@ -160,8 +167,13 @@ def other_evaluation(path: Path, key: str, then: str, now: str) -> str:
     )
 
 
-def _records_and_ends(path: Path) -> Iterator[tuple[Record, int]]:
-    """Each record and the offset behind its line."""
+def whole_lines(path: Path, read: Callable[[Any], Element]) -> Iterator[tuple[Element, int]]:
+    """What `read` makes of each line's JSON, and the offset behind the line; not of a last line without an end.
+
+    Raises:
+        ValueError: `read` has raised ValueError, KeyError or TypeError, or it is no JSON; the message names file and
+            line.
+    """
     end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -169,12 +181,13 @@ def _records_and_ends(path: Path) -> Iterator[tuple[Record, int]]:
                 return
             end += len(line)
             try:
-                yield _record(json.loads(line)), end
+                found = read(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}:{number} is not a record of an evaluation ({error}). Restore the file, or start over "
                     "with --restart."
                 ) from error
+            yield found, end
 
 
 def _record(fields: dict[str, Any]) -> Record:
