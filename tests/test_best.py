@@ -33,14 +33,14 @@ def run_folder(tmp_path: Path) -> Path:
 
 def test_the_first_of_equal_ones_is_the_best(run_folder: Path) -> None:
     steps = [10, 20, 30, 40]
-    assert best_step(run_folder, "accuracy", "max", steps) == 20
-    assert best_step(run_folder, "accuracy", "min", steps) == 10
-    assert best_step(run_folder, "accuracy", "max", [10, 40, 50]) == 40, "of the checkpoints that are left"
-    assert best_step(run_folder, "leak", "min", steps) == 40, "what was not measured is not the best"
-    assert best_step(run_folder, "absent", "max", steps) is None
-    assert best_step(run_folder, "accuracy", "max", [50]) is None
+    assert best_step(measured(run_folder, "accuracy"), "max", steps) == 20
+    assert best_step(measured(run_folder, "accuracy"), "min", steps) == 10
+    assert best_step(measured(run_folder, "accuracy"), "max", [10, 40, 50]) == 40, "of the checkpoints that are left"
+    assert best_step(measured(run_folder, "leak"), "min", steps) == 40, "what was not measured is not the best"
+    assert best_step(measured(run_folder, "absent"), "max", steps) is None
+    assert best_step(measured(run_folder, "accuracy"), "max", [50]) is None
     assert measured(run_folder, "accuracy") == {0: 0.9, 10: 0.5, 20: 0.7, 30: 0.7, 40: 0.6}
-    assert best_step(run_folder / "none", "accuracy", "max", steps) is None
+    assert best_step(measured(run_folder / "none", "accuracy"), "max", steps) is None
 
 
 def test_a_number_that_is_not_measured_is_refused_with_those_that_are(run_folder: Path) -> None:

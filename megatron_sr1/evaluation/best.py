@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
 Mode = Literal["max", "min"]
 
 
-def best_step(run_folder: Path, metric: str, mode: Mode, steps: Iterable[int]) -> int | None:
-    """The first of `steps` whose evaluation has the best `metric`; None where none of them is evaluated."""
-    found = measured(run_folder, metric)
+def best_step(found: Mapping[int, float], mode: Mode, steps: Iterable[int]) -> int | None:
+    """The first of `steps` that has the best number of those found; None where none of them has one."""
     known = [(found[step] if mode == "min" else -found[step], step) for step in steps if step in found]
     return min(known)[1] if known else None
 

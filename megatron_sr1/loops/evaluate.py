@@ -125,8 +125,7 @@ class Evaluations:
         if not (train.keep_best and platform.is_main):
             return
         found = measured(self._run.folder, train.keep_best)
-        best = best_step(self._run.folder, train.keep_best, train.keep_best_mode, [n for n in found if n])
-        if best == step:
+        if best_step(found, train.keep_best_mode, [n for n in found if n]) == step:
             self._run.say(f"{train.keep_best} is {found[step]:.4g} after step {step}, the best so far")
 
 

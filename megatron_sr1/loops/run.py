@@ -17,7 +17,7 @@ from megatron_sr1.config.mistakes import FULL
 from megatron_sr1.config.rules import require
 from megatron_sr1.convert.greedy import compare_greedy
 from megatron_sr1.data import Check, Quarantine, SampleFeed, StreamState, open_stream
-from megatron_sr1.evaluation.best import best_step
+from megatron_sr1.evaluation.best import best_step, measured
 from megatron_sr1.file_lock import lock_file
 from megatron_sr1.import_path import keep_code
 from megatron_sr1.loops.preemption import StopRequest
@@ -91,7 +91,9 @@ class Run:
 
     def _best_step(self, steps: Sequence[int]) -> int | None:
         train = self.config.train
-        return best_step(self.folder, train.keep_best, train.keep_best_mode, steps) if train.keep_best else None
+        if not train.keep_best:
+            return None
+        return best_step(measured(self.folder, train.keep_best), train.keep_best_mode, steps)
 
     def quarantine(self, name: str) -> Quarantine:
         """For the bad samples of `data.<name>`; the main rank keeps the file."""
