@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import random
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -186,9 +187,9 @@ def test_a_few_more_do_not_drop_what_was_read_ahead(datasets: dict[int, ShardDat
     reads: list[int] = []
 
     class Watched(SampleStream):
-        def read(self, index: int) -> Prompt | SftSample:
+        def fetch(self, index: int) -> dict[str, bytes]:
             reads.append(index)
-            return super().read(index)
+            return super().fetch(index)
 
     with SampleFeed(Watched(datasets[20], 1), Quarantine(0), workers=1) as feed:
         for count in (6, 2, 1, 5):
@@ -200,9 +201,9 @@ def test_resuming_far_on_reads_nothing_before(datasets: dict[int, ShardDataset])
     reads: list[int] = []
 
     class Watched(SampleStream):
-        def read(self, index: int) -> Prompt | SftSample:
+        def fetch(self, index: int) -> dict[str, bytes]:
             reads.append(index)
-            return super().read(index)
+            return super().fetch(index)
 
     stream = Watched([datasets[11], datasets[20]], 1, weights=[2, 1], window=5)
     with SampleFeed(stream, Quarantine(0)) as feed:
@@ -437,10 +438,10 @@ def test_reading_ahead_is_bounded_by_bytes(tmp_path: Path, with_index: bool) -> 
     lock, read = threading.Lock(), [0]
 
     class Watched(SampleStream):
-        def read(self, index: int) -> Prompt | SftSample:
+        def fetch(self, index: int) -> dict[str, bytes]:
             with lock:
                 read[0] += 1
-            return super().read(index)
+            return super().fetch(index)
 
     def ahead(budget: int, steps: int) -> int:
         """Samples read and not handed out, when all is quiet."""
@@ -460,11 +461,31 @@ def test_reading_ahead_is_bounded_by_bytes(tmp_path: Path, with_index: bool) -> 
     assert ahead(1 << 30, 3) == 8, "never more than a batch"
 
 
+def test_samples_are_read_while_others_are_decoded(tmp_path: Path) -> None:
+    """One decoder stands at the first sample until the fourth was read."""
+    dataset = ShardDataset(write_shards(prompts(8), tmp_path, "t", 8))
+    fetched, fourth = itertools.count(1), threading.Event()
+
+    class Watched(SampleStream):
+        def fetch(self, index: int) -> dict[str, bytes]:
+            if next(fetched) == 4:
+                fourth.set()
+            return super().fetch(index)
+
+        def decode(self, index: int, members: Mapping[str, bytes]) -> Prompt | SftSample:
+            assert fourth.wait(60)
+            return super().decode(index, members)
+
+    stream = Watched(dataset, 0)
+    with SampleFeed(stream, Quarantine(0), workers=1) as feed:
+        assert list(feed.next(5).keys) == [stream.key(stream.index(position)) for position in range(5)]
+
+
 def test_an_error_does_not_wait_for_what_is_planned(tmp_path: Path) -> None:
     class Slow(SampleStream):
-        def read(self, index: int) -> Prompt | SftSample:
+        def fetch(self, index: int) -> dict[str, bytes]:
             time.sleep(0.05)
-            return super().read(index)
+            return super().fetch(index)
 
     dataset = ShardDataset(write_shards(prompts(100), tmp_path, "t", 100))
     start = time.perf_counter()

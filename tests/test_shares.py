@@ -45,9 +45,9 @@ class Counting(SampleStream):
         super().__init__(dataset, seed)
         self.reads: Counter[str] = Counter()
 
-    def read(self, index: int) -> Any:
+    def fetch(self, index: int) -> dict[str, bytes]:
         self.reads[self.key(index)] += 1
-        return super().read(index)
+        return super().fetch(index)
 
 
 def strided(samples: Sequence[IndexedSample], num_readers: int) -> list[list[int]]:

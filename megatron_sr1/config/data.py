@@ -45,7 +45,7 @@ class DataConfig:
     shuffle_window: int = 65_536  # samples shuffled together; smaller: reads stay within fewer shards
     max_prompt_tokens: int = 0  # longer prompts are left out, by the shards' index; 0: none
     max_bad_samples: int = 0  # samples that may be skipped, named in <run_dir>/quarantine/; one more stops the run
-    workers: int = 2  # threads of each rank that read and decode
+    workers: int = 2  # threads of each rank that decode, and as many that read
     prefetch_mib: int = 256  # of samples that wait to be used, of each rank; never more than a batch
     # where shards behind URLs are kept, and in its folder `built` those of Parquet and JSON, until you remove them
     cache_dir: str = "~/.cache/megatron_sr1/shards"

@@ -67,7 +67,7 @@ class SampleFeed:
     ) -> None:
         """
         Args:
-            workers: threads that read and decode.
+            workers: threads that decode, and as many that read what they decode next.
             prefetch_bytes: of encoded and decoded samples that wait to be handed out, about; never more than a batch.
             ranks: whoever takes the same batches; a sample that any rank finds bad, all pass over.
             check: what a sample must hold beyond being readable; one it raises ValueError for is bad.
@@ -264,7 +264,9 @@ class _ReadAhead:
 
     def __init__(self, stream: SampleStream, workers: int, max_bytes: int) -> None:
         self._stream = stream
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="samples")
+        # waiting for a storage and checking what it gave need no decoder, which is what a step waits for
+        self._readers = ThreadPoolExecutor(workers, thread_name_prefix="sample-readers")
+        self._decoders = ThreadPoolExecutor(workers, thread_name_prefix="sample-decoders")
         self._max_bytes = max_bytes
         self._futures: dict[int, Future[Prompt | SftSample]] = {}  # by position
         self._planned: deque[int] = deque()  # positions, not yet started
@@ -297,15 +299,17 @@ class _ReadAhead:
 
     def close(self) -> None:
         """Ends the threads; what is planned is not read."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._decoders.shutdown(wait=True, cancel_futures=True)
 
     def _start(self, position: int) -> None:
         index = self._stream.index(position)
         self._note(position, self._guess(index))
-        self._futures[position] = self._pool.submit(self._work, position, index)
+        members = self._readers.submit(self._stream.fetch, index)
+        self._futures[position] = self._decoders.submit(self._decode, position, index, members)
 
-    def _work(self, position: int, index: int) -> Prompt | SftSample:
-        sample = self._stream.read(index)
+    def _decode(self, position: int, index: int, members: Future[dict[str, bytes]]) -> Prompt | SftSample:
+        sample = self._stream.decode(index, members.result())
         images = (sample.prompt if isinstance(sample, SftSample) else sample).images
         self._note(position, 3 * sum(image.width * image.height for image in images), measured=True)
         return sample

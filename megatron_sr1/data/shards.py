@@ -81,23 +81,35 @@ class ShardDataset:
         return len(self._table.keys)
 
     def read(self, i: int) -> Prompt | SftSample:
-        """Reads and decodes sample `i`, and nothing else.
+        """Reads and decodes sample `i`, and nothing else. Raises what `fetch` and `decode` do."""
+        return self.decode(i, self.fetch(i))
+
+    def fetch(self, i: int) -> dict[str, bytes]:
+        """The bytes of each member of sample `i`, by extension, as the index knows them.
 
         Raises:
             IndexError: i is not in [0, len).
-            ValueError: the sample breaks the schema, an image cannot be decoded, the shard has changed on disk.
+            ValueError: the shard has changed on disk.
             OSError: the shard cannot be opened any more.
         """
-        sample, where = self.describe(i), self.where(i)
+        sample = self.describe(i)
         members = self._members(i, sample)
         if sample.checksum and content_checksum(members) != sample.checksum:
             raise ValueError(
-                f"{where}: its bytes are not those that the index was built from. The shard was changed or damaged: "
-                "restore it, or build the index again."
+                f"{self.where(i)}: its bytes are not those that the index was built from. The shard was changed or "
+                "damaged: restore it, or build the index again."
             )
-        text = members.pop(JSON_EXTENSION)
-        images = [members[kind] for kind in sorted(members, key=_number)]
-        return decode_sample(sample.key, text, images, where)
+        return members
+
+    def decode(self, i: int, members: Mapping[str, bytes]) -> Prompt | SftSample:
+        """Sample `i`, of what `fetch` returned.
+
+        Raises:
+            ValueError: the sample breaks the schema, or an image cannot be decoded.
+        """
+        kinds = sorted((kind for kind in members if kind != JSON_EXTENSION), key=_number)
+        images = [members[kind] for kind in kinds]
+        return decode_sample(self._table.keys[i], members[JSON_EXTENSION], images, self.where(i))
 
     def describe(self, i: int) -> IndexedSample:
         """What the index says of sample `i`, without reading the shard.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -148,8 +148,17 @@ class SampleStream:
 
     def read(self, index: int) -> Prompt | SftSample:
         """Reads the sample with this number; see `ShardDataset.read` for errors."""
+        return self.decode(index, self.fetch(index))
+
+    def fetch(self, index: int) -> dict[str, bytes]:
+        """The bytes of the sample with this number; see `ShardDataset.fetch`."""
         dataset, i = self._in_dataset(index)
-        return dataset.read(i)
+        return dataset.fetch(i)
+
+    def decode(self, index: int, members: Mapping[str, bytes]) -> Prompt | SftSample:
+        """The sample with this number, of what `fetch` returned; see `ShardDataset.decode`."""
+        dataset, i = self._in_dataset(index)
+        return dataset.decode(i, members)
 
     def indexed(self, index: int) -> IndexedSample:
         """What the index of its shard says of the sample with this number."""
