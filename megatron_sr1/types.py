@@ -319,18 +319,20 @@ class TokenSequence:
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
     images: tuple[EncodedImage, ...] = ()
+    group: int | None = None  # those of one group may begin alike
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Several sequences packed into one row, which the ranks of a model share. Row r of the R scored tokens is
-    predicted by the hidden state at `loss_rows[r]`; it is response token `row_offset[r]` of sequence
-    `row_sequence[r]`."""
+    """Several sequences packed into one row of N segments, which the ranks of a model share: a segment is a sequence,
+    or what sequences have in common, or what one of them has behind that. Row r of the R scored tokens is predicted by
+    the hidden state at `loss_rows[r]`; it is response token `row_offset[r]` of sequence `row_sequence[r]`."""
 
     input_ids: Tensor  # [T] int64
     position_ids: Tensor  # [3, T] int64: mRoPE time, height, width
-    cu_seqlens: Tensor  # [N+1] int32; padding of the row is its last sequence, where there is any
+    cu_seqlens: Tensor  # [N+1] int32; padding of the row is its last segment, where there is any
     max_seqlen: int
+    parents: tuple[int, ...]  # [N] the segment that each sees whole besides itself, -1: none; see `packing.attention`
     visual_index: Tensor  # [T] int64: row of the visual tokens [V, H] that replaces this token, -1 for text
     images: tuple[EncodedImage, ...]  # distinct, their visual tokens in this order
     loss_rows: Tensor  # [R] int64, positions in the row

@@ -81,7 +81,7 @@ def _forget_graphs(policy: Any) -> None:
 
 
 def packed_rows(
-    policy: Any, config: Config, processor: Processor, budget: int = BUDGET
+    policy: Any, config: Config, processor: Processor, budget: int = BUDGET, share_prefix: bool = False
 ) -> tuple[list[MicroBatch], list[int]]:
     """This replica's packed share (every n-th sequence) and which sequences it holds."""
     sequences = make_sequences(processor)
@@ -94,6 +94,7 @@ def packed_rows(
         sequence_multiple=config.sequence_multiple,
         image_token_id=processor.image_token_id,
         merge_size=processor.merge_size,
+        share_prefix=share_prefix,
     )
     return batches, mine
 

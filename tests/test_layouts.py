@@ -99,12 +99,12 @@ def _gradients(policy: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in exported}
 
 
-def _one_step(model_dir: str, overrides: tuple[str, ...], budget: int) -> dict[str, Any]:
+def _one_step(model_dir: str, overrides: tuple[str, ...], budget: int, share: bool = False) -> dict[str, Any]:
     """Log-probs by sequence (of this replica), and loss, gradients and weights of a step."""
     processor = Processor.from_pretrained(model_dir)
     num_tokens = sum(len(sequence.response_ids) for sequence in make_sequences(processor))
     with built(model_dir, overrides) as (policy, config):
-        batches, mine = packed_rows(policy, config, processor, budget)
+        batches, mine = packed_rows(policy, config, processor, budget, share)
         start = {name: tensor.clone() for name, tensor in policy.hf_weights()} if FROZEN in overrides else {}
         scores = policy.logprobs(batches, Scoring())
         logprobs = gather_rows([score.logprobs for score in scores], batches, len(mine))
@@ -185,17 +185,21 @@ def _walk(rank: int, num_ranks: int, folder: str) -> None:
         for family in families:
             frozen = ".frozen" if FROZEN in overrides else ""
             expected = torch.load(f"{folder}/{family}{frozen}.pt", weights_only=False)
-            for options in _optimizers(overrides, num_ranks):
-                name = f"{family} on {num_ranks} ranks, {' '.join(options)}"
-                _check(_one_step(f"{folder}/{family}", options, (BUDGET, SMALL_BUDGET)[number % 2]), expected, name)
+            for options, budget, share in _ways(overrides, num_ranks, number):
+                name = f"{family} on {num_ranks} ranks, {' '.join(options)}, shared {share}"
+                _check(_one_step(f"{folder}/{family}", options, budget, share), expected, name)
                 assert psutil.Process().num_threads() < MAX_THREADS, f"{name}: earlier layouts left their groups"
 
 
-def _optimizers(overrides: tuple[str, ...], num_ranks: int) -> list[tuple[str, ...]]:
-    """Without a distributed optimizer, where every rank has whole gradients to compare; and, on few ranks, with it."""
-    if PLAIN in overrides:
-        return [overrides]
-    return [(*overrides, PLAIN), overrides] if num_ranks <= 2 else [(*overrides, PLAIN)]
+def _ways(overrides: tuple[str, ...], num_ranks: int, number: int) -> list[tuple[tuple[str, ...], int, bool]]:
+    """Options, budget of a row, and whether prefixes are shared, as they are in rows of BUDGET tokens.
+
+    Without a distributed optimizer, where every rank has whole gradients to compare; on few ranks also with it."""
+    plain = (*overrides, PLAIN) if PLAIN not in overrides else overrides
+    budget = (BUDGET, SMALL_BUDGET)[number % 2]
+    if num_ranks > 4:
+        return [(plain, BUDGET, True)]
+    return [(plain, BUDGET, True), (plain if num_ranks == 4 else overrides, budget, False)]
 
 
 def _check_packing(folder: str) -> None:

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-from benchmarks.packing import families, length_mix, quality, singles
+from benchmarks.packing import MAX_PIXELS, families, length_mix, quality, shared, singles
 from megatron_sr1.ahead import Later
 from megatron_sr1.packing import (
     Family,
+    bins,
     empty_row,
     gather_rows,
     image_starts,
@@ -24,7 +25,7 @@ from megatron_sr1.packing import (
     split_for_ranks,
     split_groups,
 )
-from megatron_sr1.packing.bins import fill_rows
+from megatron_sr1.packing.bins import Part, fill_rows
 from megatron_sr1.packing.context import context_index
 from megatron_sr1.types import EncodedImage, MicroBatch, Normalisation, TokenSequence
 
@@ -109,14 +110,14 @@ def batches_of_sequences(draw: st.DrawFn) -> list[TokenSequence]:
     pool = [make_image(draw(st.sampled_from(GRIDS))) for _ in range(draw(st.integers(1, 3)))]
     token = st.integers(0, 12).filter(lambda token: token != IMAGE)
     any_token = st.integers(0, 12)
-    return [
-        make_sequence(
-            tuple(draw(st.lists(st.sampled_from(pool), max_size=2))),
-            draw(st.lists(token, min_size=1, max_size=8)),
-            draw(st.lists(any_token, max_size=10)),
-        )
-        for _ in range(draw(st.integers(1, 9)))
+    asked = [draw(st.lists(token, min_size=1, max_size=8)) for _ in range(draw(st.integers(1, 5)))]
+    images = st.lists(st.sampled_from(pool), max_size=2).map(tuple)
+    shown = [draw(images) for _ in asked]
+    questions = st.sampled_from(list(zip(shown, asked, strict=True)))
+    sequences = [
+        make_sequence(*draw(questions), draw(st.lists(any_token, max_size=10))) for _ in range(draw(st.integers(1, 9)))
     ]
+    return [replace(item, group=draw(st.sampled_from([None, 0, 1]))) for item in sequences]
 
 
 @settings(max_examples=150, deadline=None)
@@ -124,12 +125,21 @@ def batches_of_sequences(draw: st.DrawFn) -> list[TokenSequence]:
     sequences=batches_of_sequences(),
     multiples=st.sampled_from([(1, 1), (2, 1), (8, 1), (4, 4), (16, 4), (12, 6)]),
     extra=st.integers(0, 3),
+    share=st.booleans(),
 )
-def test_rows_hold_every_sequence_whole(sequences, multiples: tuple[int, int], extra: int):
+def test_rows_hold_every_sequence_whole(sequences, multiples: tuple[int, int], extra: int, share: bool):
     row_multiple, sequence_multiple = multiples
     longest = max(len(item.prompt_ids) + len(item.response_ids) for item in sequences)
     max_tokens = (-(-longest // row_multiple) + extra) * row_multiple
-    batches = pack_all(sequences, max_tokens, row_multiple=row_multiple, sequence_multiple=sequence_multiple)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bins, "LEAST_SHARED", 1)
+        batches = pack_all(
+            sequences,
+            max_tokens,
+            row_multiple=row_multiple,
+            sequence_multiple=sequence_multiple,
+            share_prefix=share,
+        )
     scored = []
     for batch in batches:
         num_tokens = len(batch.input_ids)
@@ -138,7 +148,10 @@ def test_rows_hold_every_sequence_whole(sequences, multiples: tuple[int, int], e
         assert batch.cu_seqlens.dtype == torch.int32 and batch.cu_seqlens[-1] == num_tokens
         assert batch.max_seqlen == batch.cu_seqlens.diff().max() and batch.cu_seqlens.diff().min() > 0
         assert not (batch.cu_seqlens % sequence_multiple).any()
-        assert (batch.position_ids[:, batch.cu_seqlens[:-1].long()] == 0).all()
+        assert len(batch.parents) == len(batch.cu_seqlens) - 1
+        whole = [number for number, parent in enumerate(batch.parents) if parent < 0]
+        assert share or len(whole) == len(batch.parents)
+        assert (batch.position_ids[:, batch.cu_seqlens[whole].long()] == 0).all()
         check_visual(batch)
         scored += list(zip(batch.row_sequence.tolist(), batch.row_offset.tolist(), strict=True))
         for row, target, index, offset in zip(
@@ -146,7 +159,8 @@ def test_rows_hold_every_sequence_whole(sequences, multiples: tuple[int, int], e
         ):
             check_prediction(batch, sequences[index], row, target, offset)
         for index in set(batch.row_sequence.tolist()):
-            check_segment(batch, index, sequences[index], sequence_multiple)
+            if not share:
+                check_segment(batch, index, sequences[index], sequence_multiple)
     expected = [(index, place) for index, item in enumerate(sequences) for place in range(len(item.response_ids))]
     assert sorted(scored) == expected  # each response token once
 
@@ -186,12 +200,14 @@ def check_segment(batch: MicroBatch, index: int, sequence: TokenSequence, multip
 
 def check_prediction(batch: MicroBatch, sequence: TokenSequence, row: int, target: int, offset: int) -> None:
     """The scored token's context is its own sequence, from the first prompt token on, at its own positions."""
-    start = batch.cu_seqlens[batch.cu_seqlens <= row].max().item()
+    number = int((batch.cu_seqlens <= row).sum()) - 1
+    edges, parent = batch.cu_seqlens.tolist(), batch.parents[number]
+    places = [*(range(*edges[parent : parent + 2]) if parent >= 0 else ()), *range(edges[number], row + 1)]
     context = [*sequence.prompt_ids, *sequence.response_ids[:offset]]
-    assert batch.input_ids[start : row + 1].tolist() == context
+    assert batch.input_ids[places].tolist() == context
     assert target == sequence.response_ids[offset]
     positions = mrope_positions(sequence, image_token_id=IMAGE, merge_size=MERGE)
-    assert torch.equal(batch.position_ids[:, start : row + 1], positions[:, : len(context)])
+    assert torch.equal(batch.position_ids[:, places], positions[:, : len(context)])
 
 
 def test_padding_of_a_row_is_a_segment_of_its_own():
@@ -262,9 +278,40 @@ def test_siblings_share_their_image():
     assert len(batch.images) == 2  # identity counts, not content
 
 
-def holders(sequences: list[TokenSequence], rows: list[list[int]], images: list[EncodedImage]) -> list[int]:
+def holders(sequences: list[TokenSequence], rows: list[list[Part]], images: list[EncodedImage]) -> list[int]:
     """Rows that encode each image."""
-    return [sum(any(image in sequences[index].images for index in row) for row in rows) for image in images]
+    inside = [[sequences[index] for part in row for index in part.indices] for row in rows]
+    return [sum(any(image in sequence.images for sequence in row) for row in inside) for image in images]
+
+
+def test_what_sequences_begin_with_is_there_once():
+    """Four samples of a prompt of 20 tokens, and three texts of a group that begin alike, of which one by chance."""
+    image = make_image((1, 4, 4))
+    first = [make_sequence((image,), [3] * 16, [4] * (1 + number)) for number in range(4)]
+    texts = [TokenSequence([5] * 17 + [number] * 3, [6] * 2, group=group) for number, group in enumerate((0, 0, 0, 1))]
+    rows = fill_rows([*first, *texts], max_tokens=128, share_prefix=True)
+    size = len(first[0].prompt_ids)
+    assert rows == [[Part(size, (0, 1, 2, 3)), Part(17, (4, 5, 6)), Part(0, (7,))]]
+    (batch,) = pack_all([*first, *texts], 128, share_prefix=True)
+    assert batch.parents == (-1, 0, 0, 0, 0, -1, 5, 5, 5, -1)
+    assert batch.cu_seqlens.diff().tolist() == [size, 1, 2, 3, 4, 17, 5, 5, 5, 22]
+    (padded,) = pack_all([*first, *texts], 128, share_prefix=True, sequence_multiple=4, row_multiple=4)
+    shared = size // 4 * 4
+    rests = [size - shared + number for number in (1, 2, 3, 4)]
+    assert padded.cu_seqlens.diff().tolist() == [
+        *(shared, *(-(-rest // 4) * 4 for rest in rests)),
+        *(16, 8, 8, 8, 24),
+    ], "a prefix has no padding, its rest goes along"
+
+
+def test_a_family_that_fits_no_row_repeats_its_prefix():
+    sequences = [TokenSequence([7] * 40, [1] * 20) for _ in range(5)]
+    assert fill_rows(sequences, max_tokens=100, share_prefix=True) == [
+        [Part(40, (0, 1, 2))],
+        [Part(40, (3, 4))],
+    ]
+    with pytest.raises(ValueError, match="sequence 0 has 60 tokens"):
+        fill_rows(sequences, max_tokens=59, share_prefix=True)
 
 
 def test_no_more_families_than_needed_are_broken_up():
@@ -304,8 +351,8 @@ def test_rows_are_filled():
 def test_rows_are_planned_with_padded_lengths():
     """Two sequences of 5 take 16 of a row's 16 tokens when padded to 8, and leave none for the third."""
     sequences = [TokenSequence([1], [2] * 4) for _ in range(3)]
-    assert fill_rows(sequences, max_tokens=16) == [[0, 1, 2]]
-    assert fill_rows(sequences, max_tokens=16, sequence_multiple=8) == [[0, 1], [2]]
+    rows = [fill_rows(sequences, max_tokens=16, sequence_multiple=multiple) for multiple in (1, 8)]
+    assert rows == [[[Part(0, (0,)), Part(0, (1,)), Part(0, (2,))]], [[Part(0, (0,)), Part(0, (1,))], [Part(0, (2,))]]]
 
 
 def test_packing_is_deterministic():
@@ -332,6 +379,15 @@ def test_a_realistic_mix_fills_rows(seed: int):
             assert found.share_of_rows >= 0.95
             assert found.patches < 0.7 * apart.patches
             assert found.num_rows <= 1.05 * found.least_rows + 1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_of_a_realistic_mix_no_prompt_is_trained_twice(seed: int):
+    """Tokens, and images encoded, are at most 1.02 of what there is, prompts of 4 megapixels or not."""
+    mix, large = (length_mix(48, seed, least_pixels=pixels) for pixels in (0, MAX_PIXELS))
+    for sequences in (mix, [item for item in mix if item.images], large):
+        found = quality(sequences, shared(sequences, 16384), 16384, 2048)
+        assert found.tokens <= 1.02 and found.patches <= 1.02
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ class _Pictures:
 
         images = tuple(EncodedImage(grid, Later(lambda i=i: make(i)), PLAIN) for i, grid in enumerate(self.grids))
         empty = torch.zeros(0, dtype=torch.int64)
-        return MicroBatch(empty, empty, empty, 0, empty, images, empty, empty, empty, empty)
+        return MicroBatch(empty, empty, empty, 0, (), empty, images, empty, empty, empty, empty)
 
     def expected(self, tower: Any) -> Tensor:
         """[1 + L, V, H] of transformers' forward."""

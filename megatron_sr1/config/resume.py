@@ -97,6 +97,7 @@ RULES: Mapping[str, Rule] = {
     "templates": "refused",
     "train": "takes effect",
     "train.micro_batch_tokens": "free",
+    "train.shared_prefix": "free",
     "train.save_every": "free",
     "train.keep_checkpoints": "free",
     "train.keep_every": "free",

@@ -167,6 +167,9 @@ class TrainConfig:
     steps: int = 200  # of rollouts, each with prompts_per_step / batch_size optimizer steps; sft: optimizer steps
     batch_size: int = 128  # prompts per optimizer step (sft: samples)
     micro_batch_tokens: int = 8192  # token budget of one packed row
+    # what sequences begin with alike, such as the question and image of a prompt's samples, is in a row once; on a GPU
+    # not in fp32
+    shared_prefix: bool = True
     save_every: int = 10  # steps; the last step is always saved
     keep_checkpoints: int = 2  # the newest; older ones are removed
     keep_every: int = 0  # but for those of every so many steps, a multiple of save_every; 0: none of them stays

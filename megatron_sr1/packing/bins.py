@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
@@ -15,6 +15,8 @@ _T = TypeVar("_T")
 FULL = 0.96  # share of the budget of all rows but one, below which families are broken up
 MAX_IMBALANCE = 1.05  # tokens of the fullest rank over the mean, above which groups are cut
 MAX_TRIALS = 32  # ways to fill the rows that are tried, about
+LEAST_SHARED = 16  # tokens of a prefix: below, a second call of attention costs more than they do
+REPEATED = 0.01  # share of all tokens that is had twice to fill rows, at most
 
 
 def sequence_length(sequence: TokenSequence) -> int:
@@ -22,38 +24,68 @@ def sequence_length(sequence: TokenSequence) -> int:
     return len(sequence.prompt_ids) + len(sequence.response_ids)
 
 
-def fill_rows(sequences: Sequence[TokenSequence], *, max_tokens: int, sequence_multiple: int = 1) -> list[list[int]]:
-    """Indices of the sequences of each row, in increasing order; each sequence is in one row.
+@dataclass(frozen=True)
+class Part:
+    """Sequences that are placed together. What they begin with, `shared` tokens, is in a row once."""
 
-    What is placed is a family, the sequences that hold the same images, whole where it fits into a row: the row then
-    encodes the images once for all of them. First-fit decreasing. A row is not padded to max_tokens, so one part-filled
-    row costs less than an image encoded again; many do not. Where all rows but one are less than FULL, families are
-    broken up to fill the gaps, those with the fewest patches first, and no more than needed. Batches of two passes
-    hardly need it, for second passes have no images and fill any gap; batches of first passes alone do. What it costs
-    and gains: `benchmarks/packing.py`.
+    shared: int
+    indices: tuple[int, ...]  # increasing
+
+    def tokens(self, lengths: Sequence[int]) -> int:
+        """Of a row, given those of each sequence."""
+        return self.shared + sum(lengths[index] - self.shared for index in self.indices)
+
+    def of(self, indices: Sequence[int]) -> Part:
+        """Some of the sequences; one alone shares nothing."""
+        return Part(self.shared if len(indices) > 1 else 0, tuple(indices))
+
+    def singles(self) -> list[Part]:
+        return [self.of([index]) for index in self.indices]
+
+    def broken(self) -> list[Part]:
+        """Into its sequences, or into halves where they share a prefix."""
+        middle = (len(self.indices) + 1) // 2
+        return [self.of(self.indices[:middle]), self.of(self.indices[middle:])] if self.shared else self.singles()
+
+
+def fill_rows(
+    sequences: Sequence[TokenSequence], *, max_tokens: int, sequence_multiple: int = 1, share_prefix: bool = False
+) -> list[list[Part]]:
+    """The parts of each row, in the order of their first sequences; each sequence is in one part.
+
+    What is placed is a family, whole where it fits into a row: see `families`. First-fit decreasing. A row is not
+    padded to max_tokens, so one part-filled row costs less than what a family in two rows has twice; many do not. Where
+    all rows but one are less than FULL, families are broken up to fill the gaps, those with the least to repeat first,
+    and no more than needed: images are encoded again, and where prefixes are shared, those of halves are there twice,
+    up to REPEATED. Batches of two passes hardly need it, for second passes have no images and fill any gap; batches of
+    first passes alone do. What it costs and gains: `benchmarks/packing.py`.
 
     Data-parallel replicas may differ in their number of rows: gradients meet once, after the last of each.
 
     Args:
-        sequence_multiple: sequences count as padded to a multiple of it.
+        sequence_multiple: segments count as padded to a multiple of it.
+        share_prefix: what a family begins with is in a row once.
 
     Raises:
         ValueError: a sequence, padded, is longer than max_tokens.
     """
     lengths = _padded_lengths(sequences, max_tokens, sequence_multiple)
-    families = _families(sequences)
-    num_shared = sum(len(family) > 1 for family in families)
-    total = sum(lengths)
+    found = families(sequences, sequence_multiple if share_prefix else None)
+    num_several = sum(len(family.indices) > 1 for family in found)
+    total = sum(family.tokens(lengths) for family in found)
     enough = 1 + int(total / (FULL * max_tokens))
-    step = max(1, num_shared // MAX_TRIALS)
-    trials: list[list[list[int]]] = []
-    for num_broken in range(0, num_shared + step, step):
-        whole = [part for family in families[num_broken:] for part in _parts(family, lengths, max_tokens)]
-        single = [[index] for family in families[:num_broken] for index in family]
-        trials.append(_first_fit(whole + single, lengths, max_tokens))
+    step = max(1, num_several // MAX_TRIALS)
+    trials: list[list[list[Part]]] = []
+    for num_broken in range(0, num_several + step, step):
+        broken, kept = found[:num_broken], found[num_broken:]
+        if trials and sum(family.shared for family in broken) > REPEATED * total:
+            break
+        halves = [part for family in broken for part in family.broken()]
+        parts = [piece for part in (*kept, *halves) for piece in _pieces(part, lengths, max_tokens)]
+        trials.append(_first_fit(parts, lengths, max_tokens))
         if len(trials[-1]) <= enough:
             break
-    return [sorted(row) for row in min(trials, key=len)]
+    return [_in_order(row) for row in min(trials, key=len)]
 
 
 def split_for_ranks(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
@@ -146,44 +178,84 @@ def _padded_lengths(sequences: Sequence[TokenSequence], max_tokens: int, multipl
     return lengths
 
 
-def _families(sequences: Sequence[TokenSequence]) -> list[list[int]]:
-    """Indices by shared images: first the families of several, from the fewest patches on, then the sequences alone."""
-    families: dict[tuple[int, ...], list[int]] = {}
-    for index, sequence in enumerate(sequences):
-        # Negative numbers are no object's identity: a sequence without images is a family of its own.
-        identity = tuple(id(image) for image in sequence.images) or (-1 - index,)
-        families.setdefault(identity, []).append(index)
+def families(sequences: Sequence[TokenSequence], multiple: int | None) -> list[Part]:
+    """Sequences that have something in common, those of several first, from the fewest patches and tokens on.
 
-    def price(family: list[int]) -> tuple[bool, int, int]:
-        patches = sum(math.prod(image.grid_thw) for image in sequences[family[0]].images)
-        return len(family) == 1, patches, family[0]
+    Without sharing, those that hold the same images, which a row encodes once. With it, those that have prompt and
+    images in common; of the others, those that hold the same images or are of one group, and what their prompts begin
+    with.
 
-    return sorted(families.values(), key=price)
+    Args:
+        multiple: prefixes are shared, in multiples of so many tokens; None: they are not.
+    """
+    # Negative numbers are no object's identity: a sequence without images is a family of its own.
+    seen = [tuple(id(image) for image in sequence.images) for sequence in sequences]
+    alone = [identity or (-1 - index,) for index, identity in enumerate(seen)]
+    found: list[Part] = []
+    if multiple is None:
+        found = [Part(0, indices) for indices in _grouped(range(len(sequences)), lambda index: alone[index])]
+    else:
+        asked = _grouped(range(len(sequences)), lambda index: (seen[index], tuple(sequences[index].prompt_ids)))
+        single = [indices[0] for indices in asked if len(indices) == 1]
+        grouped = [(-1, group) if (group := sequence.group) is not None else None for sequence in sequences]
+        others = _grouped(single, lambda index: seen[index] or grouped[index] or alone[index])
+        for indices in [*(indices for indices in asked if len(indices) > 1), *others]:
+            shared = _common([sequences[index].prompt_ids for index in indices]) // multiple * multiple
+            worth = len(indices) > 1 and shared >= LEAST_SHARED
+            whole = worth or seen[indices[0]]
+            found += [Part(shared * worth, indices)] if whole else [Part(0, (index,)) for index in indices]
+
+    def price(part: Part) -> tuple[bool, int, int, int]:
+        patches = sum(math.prod(image.grid_thw) for image in sequences[part.indices[0]].images)
+        return len(part.indices) == 1, patches, part.shared, part.indices[0]
+
+    return sorted(found, key=price)
 
 
-def _parts(family: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """The family in as few pieces of at most max_tokens as its order allows."""
-    parts: list[list[int]] = [[]]
-    room = max_tokens
-    for index in family:
-        if lengths[index] > room:
-            parts.append([])
-            room = max_tokens
-        parts[-1].append(index)
-        room -= lengths[index]
-    return parts
+def _grouped(indices: Iterable[int], key: Callable[[int], Hashable]) -> list[tuple[int, ...]]:
+    found: dict[Hashable, list[int]] = {}
+    for index in indices:
+        found.setdefault(key(index), []).append(index)
+    return [tuple(group) for group in found.values()]
 
 
-def _first_fit(parts: list[list[int]], lengths: list[int], max_tokens: int) -> list[list[int]]:
+def _common(prompts: Sequence[Sequence[int]]) -> int:
+    """Ids that all begin with."""
+    # in the order of words: what the first and the last have in common, all between them have
+    ordered = sorted(map(tuple, prompts))
+    first, last = ordered[0], ordered[-1]
+    return next((n for n, (ours, theirs) in enumerate(zip(first, last, strict=False)) if ours != theirs), len(first))
+
+
+def _pieces(part: Part, lengths: list[int], max_tokens: int) -> list[Part]:
+    """The part in as few pieces of at most max_tokens as its order allows."""
+    pieces: list[list[int]] = [[]]
+    room = max_tokens - part.shared
+    for index in part.indices:
+        if lengths[index] - part.shared > room:
+            pieces.append([])
+            room = max_tokens - part.shared
+        pieces[-1].append(index)
+        room -= lengths[index] - part.shared
+    return [part.of(piece) for piece in pieces]
+
+
+def _first_fit(parts: list[Part], lengths: list[int], max_tokens: int) -> list[list[Part]]:
     """Rows of whole parts: the part with the most tokens first, each into the first row with room for it."""
-    sized = sorted((-sum(lengths[index] for index in part), part[0], part) for part in parts)
-    rows: list[list[int]] = []
+    sized = sorted((-part.tokens(lengths), part.indices, part) for part in parts)
+    rows: list[list[Part]] = []
     rooms: list[int] = []
     for negative, _, part in sized:
         row = next((row for row, room in enumerate(rooms) if room >= -negative), len(rows))
         if row == len(rows):
             rows.append([])
             rooms.append(max_tokens)
-        rows[row].extend(part)
+        rows[row].append(part)
         rooms[row] += negative
     return rows
+
+
+def _in_order(row: list[Part]) -> list[Part]:
+    """By first sequence; of parts that share nothing each sequence is one."""
+    parts = [piece for part in row for piece in ([part] if part.shared else part.singles())]
+    return sorted(parts, key=lambda part: part.indices)

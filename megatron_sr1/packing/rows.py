@@ -1,11 +1,13 @@
 """Packed rows: several sequences in one, told apart by cu_seqlens.
 
-    row  =  [ sequence, its padding | sequence, its padding | ... | padding of the row ]
+    row  =  [ sequence, its padding | ... | prefix | rest, its padding | rest, its padding | ... | padding of the row ]
 
-Context parallelism cuts every sequence into equal pieces, so each is padded to a multiple of `sequence_multiple`. That
-padding is the end of the sequence's own segment: attention is causal, so no token sees it. The row is padded to a
-multiple of `row_multiple` by a segment of its own: to stretch the last sequence's instead would make that longer than
-its token count, and attention and positions with it. Padding has id 0, stands for no visual token and is not scored.
+What sequences begin with alike may be a segment of its own, which the segments of their rests see whole. Context
+parallelism cuts every segment into equal pieces, so each is padded to a multiple of `sequence_multiple`. That padding
+is the end of a segment that no other sees: attention is causal, so no token sees it; a prefix has none, it ends where a
+multiple does. The row is padded to a multiple of `row_multiple` by a segment of its own: to stretch the last sequence's
+instead would make that longer than its token count, and attention and positions with it. Padding has id 0, stands for
+no visual token and is not scored.
 Shape legend: `megatron_sr1.types`.
 """
 
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megatron_sr1.packing.bins import fill_rows, sequence_length
+from megatron_sr1.packing.bins import Part, fill_rows, sequence_length
 from megatron_sr1.packing.positions import image_starts, mrope_positions, num_visual_tokens
 from megatron_sr1.types import EncodedImage, MicroBatch, TokenSequence
 
@@ -30,6 +32,7 @@ def pack(
     sequence_multiple: int = 1,
     image_token_id: int,
     merge_size: int,
+    share_prefix: bool = False,
 ) -> list[MicroBatch]:
     """Packs sequences into rows of at most max_tokens tokens, padding included.
 
@@ -39,7 +42,8 @@ def pack(
     Args:
         sequences: each with at least one prompt token, which the first response token is predicted from.
         row_multiple: rows are padded to a multiple of it (`Config.row_multiple`), itself one of sequence_multiple.
-        sequence_multiple: and the sequences in them to a multiple of this (`Config.sequence_multiple`).
+        sequence_multiple: and the segments in them to a multiple of this (`Config.sequence_multiple`).
+        share_prefix: what sequences begin with alike is in a row once, see `bins.families`.
 
     Raises:
         ValueError: a sequence is too long or has no prompt; images and image ids do not fit together; max_tokens is
@@ -57,7 +61,8 @@ def pack(
     for index, sequence in enumerate(sequences):
         if not sequence.prompt_ids:
             raise ValueError(f"sequence {index} has no prompt token; the first response token is predicted from one.")
-    layout = fill_rows(sequences, max_tokens=max_tokens, sequence_multiple=sequence_multiple)
+    options = {"sequence_multiple": sequence_multiple, "share_prefix": share_prefix}
+    layout = fill_rows(sequences, max_tokens=max_tokens, **options)
     places = _Places(row_multiple, sequence_multiple, image_token_id, merge_size)
     return [_pack_row(sequences, row, places) for row in layout]
 
@@ -78,6 +83,7 @@ def empty_row(num_tokens: int) -> MicroBatch:
         position_ids=torch.arange(num_tokens).repeat(3, 1),
         cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32),
         max_seqlen=num_tokens,
+        parents=(-1,),
         visual_index=torch.full((num_tokens,), -1),
         images=(),
         loss_rows=none,
@@ -103,39 +109,92 @@ def moved(batch: MicroBatch, device: torch.device) -> MicroBatch:
     return replace(batch, **{name: value.to(device) for name, value in tensors.items()})
 
 
-def _pack_row(sequences: Sequence[TokenSequence], indices: list[int], places: _Places) -> MicroBatch:
-    chosen = [sequences[index] for index in indices]
-    pads = [-sequence_length(item) % places.sequence_multiple for item in chosen]
-    lengths = [sequence_length(item) + num_pad for item, num_pad in zip(chosen, pads, strict=True)]
-    tail = -sum(lengths) % places.row_multiple
-    segments = lengths + [tail] * (tail > 0)
-    starts = torch.tensor([0, *segments], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    images = _RowImages(places.merge_size)
-    responses = [torch.tensor(list(item.response_ids), dtype=torch.int64) for item in chosen]
-    offsets = [torch.arange(len(response)) for response in responses]
-    tail_ids = torch.zeros(tail, dtype=torch.int64)
-    ids, positions, visual, loss_rows = [], [], [], []
-    for item, response, num_pad, start in zip(chosen, responses, pads, starts.tolist(), strict=False):
-        prompt = torch.tensor(list(item.prompt_ids), dtype=torch.int64)
-        ids += [prompt, response, torch.zeros(num_pad, dtype=torch.int64)]
-        where = {"image_token_id": places.image_token_id, "merge_size": places.merge_size}
-        positions.append(mrope_positions(item, **where, num_pad=num_pad))
-        visual.append(_visual_index(item, images, places.image_token_id, num_pad))
-        loss_rows.append(start + len(prompt) - 1 + torch.arange(len(response)))
-    return MicroBatch(
-        input_ids=torch.cat([*ids, tail_ids]),
-        position_ids=torch.cat([*positions, torch.arange(tail).expand(3, tail)], dim=1),
-        cu_seqlens=starts,
-        max_seqlen=max(segments),
-        visual_index=torch.cat([*visual, tail_ids - 1]),
-        images=tuple(images.distinct),
-        loss_rows=torch.cat(loss_rows),
-        targets=torch.cat(responses),
-        row_sequence=torch.cat(
-            [torch.full_like(offset, index) for index, offset in zip(indices, offsets, strict=True)]
-        ),
-        row_offset=torch.cat(offsets),
-    )
+def _pack_row(sequences: Sequence[TokenSequence], parts: Sequence[Part], places: _Places) -> MicroBatch:
+    row = _Row(places)
+    for part in parts:
+        prefix, parent = torch.zeros(0, dtype=torch.int64), -1
+        if part.shared:
+            parent = row.num_segments
+            prefix = row.add(row.tokens_of(sequences[part.indices[0]]).of(slice(part.shared)))
+        for index in part.indices:
+            rest = row.add(row.tokens_of(sequences[index]).of(slice(part.shared, None)), parent)
+            row.score(index, sequences[index], torch.cat([prefix, rest]))
+    return row.batch()
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Of a segment."""
+
+    ids: Tensor  # [n] int64
+    positions: Tensor  # [3, n] int64
+    visual: Tensor  # [n] int64: the visual token of the row that each stands for, -1 for text and padding
+
+    def of(self, chosen: slice) -> _Tokens:
+        return _Tokens(self.ids[chosen], self.positions[:, chosen], self.visual[chosen])
+
+
+class _Row:
+    """A row that is being filled, segment after segment."""
+
+    def __init__(self, places: _Places) -> None:
+        self._places = places
+        self._images = _RowImages(places.merge_size)
+        self._segments: list[_Tokens] = []
+        self._parents: list[int] = []
+        self._num_tokens = 0
+        self._scored: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # rows, targets, sequences and offsets, [R] each
+
+    @property
+    def num_segments(self) -> int:
+        return len(self._segments)
+
+    def tokens_of(self, sequence: TokenSequence) -> _Tokens:
+        """Prompt, response and padding."""
+        num_pad = -sequence_length(sequence) % self._places.sequence_multiple
+        where = {"image_token_id": self._places.image_token_id, "merge_size": self._places.merge_size}
+        return _Tokens(
+            torch.tensor([*sequence.prompt_ids, *sequence.response_ids, *[0] * num_pad], dtype=torch.int64),
+            mrope_positions(sequence, **where, num_pad=num_pad),
+            _visual_index(sequence, self._images, self._places.image_token_id, num_pad),
+        )
+
+    def add(self, tokens: _Tokens, parent: int = -1) -> Tensor:
+        """A segment; returns where its tokens are: [n] int64."""
+        start = self._num_tokens
+        if len(tokens.ids):
+            self._segments.append(tokens)
+            self._parents.append(parent)
+            self._num_tokens += len(tokens.ids)
+        return torch.arange(start, self._num_tokens)
+
+    def score(self, index: int, sequence: TokenSequence, places: Tensor) -> None:
+        """Has the responses of a sequence scored, whose tokens are at `places`."""
+        targets = torch.tensor(list(sequence.response_ids), dtype=torch.int64)
+        before = len(sequence.prompt_ids) - 1
+        offsets = torch.arange(len(targets))
+        rows = places[before : before + len(targets)]
+        self._scored.append((rows, targets, torch.full_like(offsets, index), offsets))
+
+    def batch(self) -> MicroBatch:
+        tail = -self._num_tokens % self._places.row_multiple
+        none = torch.full((tail,), -1)
+        self.add(_Tokens(torch.zeros(tail, dtype=torch.int64), torch.arange(tail).expand(3, tail), none))
+        lengths = [len(segment.ids) for segment in self._segments]
+        loss_rows, targets, row_sequence, row_offset = map(torch.cat, zip(*self._scored, strict=True))
+        return MicroBatch(
+            input_ids=torch.cat([segment.ids for segment in self._segments]),
+            position_ids=torch.cat([segment.positions for segment in self._segments], dim=1),
+            cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+            max_seqlen=max(lengths),
+            parents=tuple(self._parents),
+            visual_index=torch.cat([segment.visual for segment in self._segments]),
+            images=tuple(self._images.distinct),
+            loss_rows=loss_rows,
+            targets=targets,
+            row_sequence=row_sequence,
+            row_offset=row_offset,
+        )
 
 
 @dataclass

@@ -51,6 +51,11 @@ def compute_dtype(precision: PrecisionConfig) -> torch.dtype:
     return torch.float32 if precision.dtype == "fp32" else torch.bfloat16
 
 
+def joins_attention(precision: PrecisionConfig, *, on_cpu: bool) -> bool:
+    """Whether calls of attention can be joined by their log-sum-exp: FlashAttention knows no fp32."""
+    return on_cpu or precision.dtype != "fp32"
+
+
 def megatron_precision(precision: PrecisionConfig) -> dict[str, Any]:
     """Arguments of Megatron-Core's TransformerConfig."""
     dtype = compute_dtype(precision)

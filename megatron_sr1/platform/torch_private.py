@@ -93,3 +93,68 @@ class FixedDtypeBuffers(torch.nn.Module):
         for name, moved in dict(self.named_buffers(recurse=False)).items():
             setattr(self, name, kept[name].to(moved.device))
         return self
+
+
+# Attention that also gives the log-sum-exp of its scores, and whose backward takes any: what joining several over the
+# same queries needs. `scaled_dot_product_attention` has no log-sum-exp; that of `torch.nn.attention.varlen` has no
+# gradient, and its backward is not public.
+Edges = tuple[Tensor, Tensor, int, int]  # cu_seqlens of queries and of keys, [runs + 1] int32, and the longest of each
+
+
+def padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """On a CPU. query [B, h, Q, d], key and value [B, g, K, d], mask [B, 1, Q, K] added to the scores -> [B, h, Q, d]
+    and log-sum-exp [B, h, Q], fp32."""
+    mask = None if mask is None else mask.to(query.dtype)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+    )
+
+
+def padded_attention_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value of the same."""
+    mask = None if mask is None else mask.to(query.dtype)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+    )
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, edges: Edges, *, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """On a GPU. query [Nq, h, d], key and value [Nk, g, d], fp16 or bf16 -> [Nq, h, d] and log-sum-exp [Nq, h], fp32.
+    The last query of a causal run sees all its keys."""
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(query, key, value, *edges, 0.0, causal, False, scale=scale)
+    return out, lse.transpose(0, 1).contiguous()
+
+
+def varlen_attention_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    edges: Edges,
+    *,
+    causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value of the same."""
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    return torch.ops.aten._flash_attention_backward(
+        grad, query, key, value, out, lse.transpose(0, 1).contiguous(), *edges, 0.0, causal, no_dropout,
+        torch.empty(0, device=query.device), scale=scale,
+    )  # fmt: skip

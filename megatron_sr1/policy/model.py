@@ -17,6 +17,7 @@ from transformers import AutoModel
 
 from megatron_sr1.config import Config
 from megatron_sr1.kernels import linear_logprob
+from megatron_sr1.packing import attention_calls
 from megatron_sr1.packing.context import context_index
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.frozen import Frozen
@@ -88,7 +89,9 @@ class QwenVLModel(GPTModel):
 
     def forward(self, batch: MicroBatch, scoring: Scoring) -> Tensor:
         """See the class."""
-        local = context_index(batch.cu_seqlens, self.groups.context.rank(), self.groups.context.size())
+        context = (self.groups.context.rank(), self.groups.context.size())
+        local = context_index(batch.cu_seqlens, *context)
+        has_prefixes = max(batch.parents) >= 0
         hidden = self.decoder(
             hidden_states=self._embed(batch, local) if self.pre_process else None,
             attention_mask=None,
@@ -100,6 +103,7 @@ class QwenVLModel(GPTModel):
                 max_seqlen_q=batch.max_seqlen,
                 max_seqlen_kv=batch.max_seqlen,
                 num_local_tokens=len(local) // (self.groups.tensor.size() if self.config.sequence_parallel else 1),
+                calls=attention_calls(batch.cu_seqlens, batch.parents, *context) if has_prefixes else (),
             ),
         )
         return self._score(hidden, batch, local, scoring) if self.post_process else hidden

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_sr1.config import Config, row_tokens
 from megatron_sr1.objective import stream_advantages, token_weights
 from megatron_sr1.packing import moved, pack
+from megatron_sr1.platform.precision import joins_attention
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import templates_of
 from megatron_sr1.ranks import Exchange, agreed
@@ -116,6 +117,8 @@ class Batcher:
         self._row_tokens = row_tokens(config)
         self._templates = templates_of(config)
         self._device = device
+        joins = joins_attention(config.precision, on_cpu=device.type == CPU.type)
+        self._share_prefix = config.train.shared_prefix and joins
         self._processor = processor
         self._replicas = replicas
 
@@ -167,6 +170,7 @@ class Batcher:
             prompts: of all groups, by number. Only whoever encodes an image has it decoded.
         """
         slots, numbers = slots_of(preset), ledger.number.tolist()
+        first_of = {slot.pass_name: number for number, slot in reversed(list(enumerate(slots)))}
         weights = self._weights(ledger, preset)  # [S, B, M]
         sequences: list[TokenSequence] = []
         responses: list[ResponseTokens] = []
@@ -178,7 +182,8 @@ class Batcher:
                 )
                 encoded[group] = tuple(self._processor.encode_image(image) for image in images)
             seen = encoded[group] if slot == FIRST else ()
-            sequences.append(TokenSequence(track.prompt_ids.tolist(), track.response_ids.tolist(), seen))
+            its_pass = group * len(slots) + first_of[slots[slot].pass_name]
+            sequences.append(TokenSequence(track.prompt_ids.tolist(), track.response_ids.tolist(), seen, its_pass))
             index, number = group * ledger.num_samples + sample, slots[slot].number
             place = index * preset.most_samples + number
             responses.append(
@@ -228,6 +233,7 @@ class Batcher:
             sequence_multiple=self._config.sequence_multiple,
             image_token_id=self._processor.image_token_id,
             merge_size=self._processor.merge_size,
+            share_prefix=self._share_prefix,
         )
         return [moved(batch, self._device) for batch in batches]
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_sr1.packing.context import context_index
+from megatron_sr1.policy.layers.deepstack import PackedRow
+from megatron_sr1.policy.layers.prefix_attention import attend_to_prefixes, of_all_ranks
 
 PADDING_LIMIT = 2.0  # one padded attention call is used while it computes at most this many times the real tokens
 
@@ -50,11 +50,13 @@ class PackedCausalAttention(torch.nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        packed_seq_params: PackedSeqParams,
+        packed_seq_params: PackedRow,
         **_: object,
     ) -> Tensor:
         """query [T / c, h, d], key and value [T / c, g, d] -> [T / c, h * d]."""
         cu_seqlens = packed_seq_params.cu_seqlens_q
+        if packed_seq_params.calls:
+            return attend_to_prefixes(query, key, value, packed_seq_params, self.context_group, self.softmax_scale)
         if self.context_group is not None:
             attended = self._across_ranks(query, key, value, cu_seqlens)
             return attended.reshape(len(query), -1)
@@ -79,12 +81,9 @@ class PackedCausalAttention(torch.nn.Module):
 
     def _across_ranks(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
         """This rank's queries against the keys and values of all ranks."""
+        assert self.context_group is not None
         size, rank = self.context_group.size(), self.context_group.rank()
-        places = torch.cat([context_index(cu_seqlens, peer, size) for peer in range(size)])  # gathered -> row
-        gathered = gather_from_sequence_parallel_region(
-            torch.cat([key, value], dim=1), tensor_parallel_output_grad=True, group=self.context_group
-        )
-        keys, values = gathered[torch.argsort(places)].chunk(2, dim=1)  # [T, g, d] in the order of the row
+        keys, values = of_all_ranks(key, value, cu_seqlens, self.context_group)
         mine = context_index(cu_seqlens, rank, size)
         sizes = (torch.diff(cu_seqlens) // (2 * size)).repeat_interleave(2).tolist()
         starts = cu_seqlens[:-1].long().repeat_interleave(2).tolist()

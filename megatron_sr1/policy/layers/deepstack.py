@@ -20,12 +20,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_sr1.packing import AttentionCall
+
 
 @dataclass
 class PackedRow(PackedSeqParams):
     """A packed row as the layers see it."""
 
     num_local_tokens: int = 0  # T_part: without what rides along
+    calls: tuple[AttentionCall, ...] = ()  # of attention; none where every segment is a sequence
 
 
 class DeepstackLayer(TransformerLayer):

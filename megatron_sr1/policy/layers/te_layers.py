@@ -6,6 +6,8 @@ parallelism, the experts of a mixture are grouped matrix products.
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,11 +25,16 @@ def te_layer_spec(config: TransformerConfig, *, is_moe: bool = False) -> ModuleS
     import transformer_engine.pytorch  # noqa: F401
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return get_gpt_layer_with_transformer_engine_spec(
+    from megatron_sr1.policy.layers.te_attention import TePrefixAttention
+
+    spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts if is_moe else None,
         moe_grouped_gemm=is_moe,
         qk_layernorm=config.qk_layernorm,
     )
+    layer: Any = spec.submodules
+    layer.self_attention.submodules.core_attention = TePrefixAttention
+    return spec
 
 
 def te_block_spec(

@@ -1,0 +1,74 @@
+"""One call of attention, by the kernel of the device: runs as they are on a GPU, padded batches of them on a CPU.
+
+Shapes: Nq queries and Nk keys of the call, run after run; h query heads, g key/value heads, d channels of a head;
+B, Q, K see `packing.PaddedRuns`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_sr1.packing import AttentionCall, PaddedRuns
+from megatron_sr1.platform.torch_private import (
+    padded_attention,
+    padded_attention_backward,
+    varlen_attention,
+    varlen_attention_backward,
+)
+
+FAR = 1e30  # the log-sum-exp of a query whose probabilities are all 0
+
+
+def attend(
+    call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """query [Nq, h, d], key and value [Nk, g, d] -> [Nq, h, d] and the log-sum-exp of the scores, [Nq, h] fp32."""
+    if query.is_cuda:
+        return varlen_attention(query, key, value, _edges(call), causal=call.causal, scale=scale)
+    out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+    for runs in call.batches:
+        parts = _padded(runs, query, key, value)
+        found, its_lse = padded_attention(*parts, runs.mask, causal=runs.causal, scale=scale)
+        rows = runs.queries[runs.real]
+        out[rows], lse[rows] = found.transpose(1, 2)[runs.real], its_lse.transpose(1, 2)[runs.real]
+    return out, lse
+
+
+def attend_backward(
+    call: AttentionCall,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, from that of the output `out`, whose probabilities are exp(score - lse)."""
+    if query.is_cuda:
+        state = (grad, out, lse)
+        return varlen_attention_backward(query, key, value, *state, _edges(call), causal=call.causal, scale=scale)
+    grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    for runs in call.batches:
+        fills = ~runs.real[:, None]  # [B, 1, Q]
+        its_grad, its_out = (x[runs.queries].transpose(1, 2) for x in (grad, out))
+        its_grad = its_grad.masked_fill(fills[..., None], 0.0)
+        its_lse = lse[runs.queries].transpose(1, 2).masked_fill(fills, FAR)
+        parts = _padded(runs, query, key, value)
+        state = (its_grad, its_out, its_lse)
+        found = padded_attention_backward(*parts, *state, runs.mask, causal=runs.causal, scale=scale)
+        for whole, part, rows in zip(grads, found, (runs.queries, runs.keys, runs.keys), strict=True):
+            whole.index_add_(0, rows.flatten(), part.transpose(1, 2).flatten(0, 1))
+    return grads
+
+
+def _padded(runs: PaddedRuns, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, h, Q, d], [B, g, K, d], [B, g, K, d]."""
+    places = (runs.queries, runs.keys, runs.keys)
+    query, key, value = (x[p].transpose(1, 2) for x, p in zip((query, key, value), places, strict=True))
+    return query, key, value
+
+
+def _edges(call: AttentionCall) -> tuple[Tensor, Tensor, int, int]:
+    return call.cu_queries, call.cu_keys, call.max_queries, call.max_keys
