@@ -6,6 +6,7 @@ On the mix of `benchmarks.packing` (two passes of 8 samples). For each number of
 
     whole       tokens of the fullest replica over the mean where groups of siblings stay whole
     cut         the same as they are trained: groups cut where that is needed (packing.split_groups)
+    repeated    tokens of all replicas over each prompt once: it is on all that train some of its samples
     on          replicas that a group is on, in the mean
     encoded     how often an image is encoded for training, over once
     plan ms     to deal them out, on this machine
@@ -20,7 +21,6 @@ from dataclasses import dataclass
 
 from benchmarks.packing import length_mix
 from megatron_sr1.packing import Family, split_for_ranks, split_groups
-from megatron_sr1.packing.bins import sequence_length
 
 
 @dataclass(frozen=True)
@@ -29,38 +29,48 @@ class Balance:
 
     whole: float
     cut: float
+    repeated: float
     on: float
     encoded: float
     plan_ms: float
 
 
-def mixed_groups(num_prompts: int, seed: int) -> list[list[tuple[int, bool]]]:
-    """(tokens, whether it has an image) of the sequences of each group."""
-    groups: list[list[tuple[int, bool]]] = []
+def mixed_groups(num_prompts: int, seed: int) -> list[Family]:
+    """The tokens of each group, whose prompt its samples share."""
+    groups: list[tuple[int, list[int], list[int]]] = []
     image: object = None
     for sequence in length_mix(num_prompts, seed):
+        prompt = len(sequence.prompt_ids)
         if sequence.images and sequence.images[0] is not image:
             image = sequence.images[0]
-            groups.append([])
-        groups[-1].append((sequence_length(sequence), bool(sequence.images)))
-    return groups
+            groups.append((prompt, [], []))
+        if sequence.images:
+            groups[-1][1].append(len(sequence.response_ids))
+        else:
+            groups[-1][2].append(prompt + len(sequence.response_ids))
+    return [Family(seeing, blind, prompt) for prompt, seeing, blind in groups]
 
 
-def measure(groups: Sequence[Sequence[tuple[int, bool]]], replicas: int) -> Balance:
-    groups = [sorted(group, key=lambda each: not each[1]) for group in groups]  # those that see come first
-    lengths = [[tokens for tokens, _ in group] for group in groups]
-    kinds = [[[tokens for tokens, sees in group if sees is kind] for kind in (True, False)] for group in groups]
-    families = [Family(*kind) for kind in kinds]
-    mean = sum(map(sum, lengths)) / replicas
-    whole = split_for_ranks([sum(group) for group in lengths], replicas)
+def load(groups: Sequence[Family], rank: Sequence[tuple[int, int]]) -> int:
+    """Tokens of a rank, each prompt once."""
+    seen = {group for group, number in rank if number < len(groups[group].seeing)}
+    own = sum([*groups[group].seeing, *groups[group].blind][number] for group, number in rank)
+    return own + sum(groups[group].prompt for group in seen)
+
+
+def measure(groups: Sequence[Family], replicas: int) -> Balance:
+    sizes = [group.prompt + sum(group.seeing) + sum(group.blind) for group in groups]
+    whole = split_for_ranks(sizes, replicas)
     start = time.perf_counter()
-    ranks = split_groups(families, replicas)
+    ranks = split_groups(groups, replicas)
     plan_ms = 1e3 * (time.perf_counter() - start)
-    encoders = sum(len({group for group, number in rank if groups[group][number][1]}) for rank in ranks)
+    loads = [load(groups, rank) for rank in ranks]
+    encoders = sum(len({group for group, number in rank if number < len(groups[group].seeing)}) for rank in ranks)
     holders = sum(len({group for group, _ in rank}) for rank in ranks)
     return Balance(
-        whole=max(sum(sum(lengths[group]) for group in rank) for rank in whole) / mean,
-        cut=max(sum(lengths[group][number] for group, number in rank) for rank in ranks) / mean,
+        whole=max(sum(sizes[group] for group in rank) for rank in whole) * replicas / sum(sizes),
+        cut=max(loads) * replicas / sum(loads),
+        repeated=sum(loads) / sum(sizes),
         on=holders / len(groups),
         encoded=encoders / len(groups),
         plan_ms=plan_ms,
@@ -74,12 +84,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     groups = mixed_groups(args.prompts, args.seed)
-    print(f"{args.prompts} prompts, {sum(map(len, groups))} sequences, {sum(t for g in groups for t, _ in g):,} tokens")
-    print(f"{'replicas':>8} {'whole':>8} {'cut':>8} {'on':>8} {'encoded':>8} {'plan ms':>8}")
+    sequences = sum(len(group.seeing) + len(group.blind) for group in groups)
+    tokens = sum(group.prompt + sum(group.seeing) + sum(group.blind) for group in groups)
+    print(f"{args.prompts} prompts, {sequences} sequences, {tokens:,} tokens, each prompt once")
+    print(f"{'replicas':>8} {'whole':>8} {'cut':>8} {'repeated':>8} {'on':>8} {'encoded':>8} {'plan ms':>8}")
     for replicas in args.replicas:
         found = measure(groups, replicas)
-        figures = " ".join(f"{value:8.3f}" for value in (found.whole, found.cut, found.on, found.encoded))
-        print(f"{replicas:8} {figures} {found.plan_ms:8.1f}")
+        print(f"{replicas:8}", " ".join(f"{value:8.3f}" for value in vars(found).values()))
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def planned(rows: Tensor, replicas: int) -> tuple[StepLedger, list[tuple[StepLed
         share = ledger.of(slice(start, start + size))
         counts = share.in_stream.flatten(0, 1).transpose(0, 1).long()
         token_weights(counts.flatten(1), "token_mean")
-        plans.append((share, share_responses(share, slots_of(PRESET), replicas)))
+        plans.append((share, share_responses(share, slots_of(PRESET), replicas, share_prefix=True)))
     return ledger, plans
 
 
@@ -116,6 +116,14 @@ def _seconds(action: Callable[[], object]) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
+
+
+def _tokens(ledger: StepLedger, places: Sequence[Place]) -> int:
+    """That a replica trains, the prompt of a group's first passes once."""
+    prompts, responses = ledger.prompt_tokens.numpy(), ledger.response_tokens.numpy()
+    first = {place.group: int(prompts[place]) for place in places if place.slot == FIRST}
+    later = sum(int(prompts[place]) for place in places if place.slot != FIRST)
+    return sum(int(responses[place]) for place in places) + sum(first.values()) + later
 
 
 def measure(ranks: int, of_engine: int, of_replica: int, prompts: int) -> dict[str, float]:
@@ -135,8 +143,7 @@ def measure(ranks: int, of_engine: int, of_replica: int, prompts: int) -> dict[s
     apart = Apart(holder, ranks)
     payload = Payload(apart, [rank // of_replica for rank in range(ranks)])
     for share, shares in plans:
-        tokens = (share.prompt_tokens + share.response_tokens).numpy()
-        loads = [sum(int(tokens[place]) for place in each) for each in shares]
+        loads = [_tokens(share, each) for each in shares]
         fullest = max(fullest, max(loads) * replicas / sum(loads))
         payload.fetch(share, shares, held)
         seen = [int(share.number[p.group]) for p in shares[holder // of_replica] if p.slot == FIRST]

@@ -118,6 +118,6 @@ def trained(processor: Processor, preset: Preset, rewards: Mapping[str, Tensor] 
 def rows_of(batcher: Batcher, rollouts: StepRollouts, preset: Preset, ranks: Ranks = ALONE) -> StreamRows:
     """The share of one replica, whose rank holds all groups."""
     ledger = rollouts.ledger
-    share = share_responses(ledger, slots_of(preset), ranks.num_ranks)[ranks.rank]
+    share = share_responses(ledger, slots_of(preset), ranks.num_ranks, share_prefix=batcher.share_prefix)[ranks.rank]
     tracks = [rollouts.tracks[int(ledger.number[place.group])][place.sample, place.slot] for place in share]
     return batcher.rows(ledger, share, tracks, rollouts.prompts, preset)

@@ -112,7 +112,11 @@ def test_a_step_s_operations_are_those_of_its_sequences() -> None:
     first, second = typical_tokens(rollout)
     response = TYPICAL * rollout.max_response_tokens
     sequences = sequence_flops(model, first, response).total + sequence_flops(model, second, response).total
-    step = _parts("rollout.prompts_per_step=512", "rollout.samples_per_prompt=8")["forward and backward"]
+    sizes = ("rollout.prompts_per_step=512", "rollout.samples_per_prompt=8")
+    step = _parts(*sizes, "train.shared_prefix=false")["forward and backward"]
     image = (step / 3 - 4096 * sequences) / 512
     side = (first - response) ** 0.5 * 2
     assert image == pytest.approx(image_flops(model, (1, round(side), round(side))).total, rel=0.1)
+    prompt = sequence_flops(model, first - response, 0).total
+    once = _parts(*sizes)["forward and backward"]
+    assert step - once == pytest.approx(3 * 512 * 7 * prompt), "a prompt is there once for its samples"

@@ -55,6 +55,9 @@ def _forward(command: Command, config: Config, model: Architecture) -> Flops:
     image = image_flops(model, (1, side, side))
     if command == "sft":  # half of the demonstrations see an image
         return _times(config.train.batch_size / 2, seen + read + image)
+    if config.train.shared_prefix:
+        prompt = sequence_flops(model, max(0.0, first - response), 0)
+        seen = seen + _times(1 / rollout.samples_per_prompt - 1, prompt)  # once for all samples
     preset = preset_of(config)
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
     trained = sum(later.samples for later in preset.passes.later if preset.trains(later.name))

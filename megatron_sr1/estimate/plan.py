@@ -9,7 +9,8 @@
 In the last three the trainer state is without what config.offload takes away.
 
 A step's rows are not known before it is made. They are counted as if a first pass took half of rollout.max_model_tokens
-and a second pass half of the longest description and response.
+and a second pass half of the longest description and response; with train.shared_prefix prompts of first passes are
+there once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_sr1.config import Command, Config, ConfigError, row_tokens, typical_tokens
+from megatron_sr1.config.rollout import TYPICAL
 from megatron_sr1.estimate.activations import StageActivations, stage_activations
 from megatron_sr1.estimate.arithmetic import training_flops
 from megatron_sr1.estimate.engine import EngineBytes, engine_bytes
@@ -177,12 +179,15 @@ def offloaded(config: Config) -> list[str]:
 
 
 def _sequences(command: str, config: Config) -> tuple[float, int]:
-    """Mean length, and number, of the sequences of one optimizer step."""
+    """Mean length, of a prompt that is shared its part, and number of the sequences of one optimizer step."""
     rollout = config.rollout
     first, second = typical_tokens(rollout)
     if command == "sft":  # half of the demonstrations see an image
         return (first + second) / 2, config.train.batch_size
     preset = preset_of(config)
+    if config.train.shared_prefix:
+        response = TYPICAL * rollout.max_response_tokens
+        first = response + max(0.0, first - response) / rollout.samples_per_prompt
     trained = sum(later.samples for later in preset.passes.later if preset.trains(later.name))
     number = config.train.batch_size * rollout.samples_per_prompt * (1 + trained)
     return (first + trained * second) / (1 + trained), number

@@ -7,13 +7,12 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
 
 from megatron_sr1.types import TokenSequence
 
-_T = TypeVar("_T")
 FULL = 0.96  # share of the budget of all rows but one, below which families are broken up
 MAX_IMBALANCE = 1.05  # tokens of the fullest rank over the mean, above which groups are cut
+FINER = 0.85  # of the tokens of a run, from one way to cut groups to the next
 MAX_TRIALS = 32  # ways to fill the rows that are tried, about
 LEAST_SHARED = 16  # tokens of a prefix: below, a second call of attention costs more than they do
 REPEATED = 0.01  # share of all tokens that is had twice to fill rows, at most
@@ -118,52 +117,89 @@ class Family:
 
     seeing: Sequence[int]
     blind: Sequence[int] = ()
+    prompt: int = 0  # tokens that each run of those that see has once
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max([*(self.prompt + own for own in self.seeing), *self.blind], default=0)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Sequences of a group that go to one rank."""
+
+    tokens: int
+    places: tuple[tuple[int, int], ...]  # group, number in it
 
 
 def split_groups(groups: Sequence[Family], num_ranks: int) -> list[list[tuple[int, int]]]:
     """Assigns sequences to ranks, balanced by their tokens. Groups stay whole where that is balanced; else first the
     sequences without images are dealt one by one, which costs nothing, and then those that share images are cut into as
-    few runs as balance the ranks, for each of which the images are encoded.
+    few runs as balance the ranks, each of which has the images encoded, and the prompt where that is shared.
 
     Returns:
         For each rank (group, number in it) of its sequences, in order; those that see come first in the numbers. No
         rank is without one where there are as many sequences as ranks.
     """
     best: list[list[tuple[int, int]]] = [[] for _ in range(num_ranks)]
-    least, mean = (num_ranks, math.inf), sum(sum(group.seeing) + sum(group.blind) for group in groups) / num_ranks
-    for runs in _cuts(groups):
-        tokens = [sum(count for _, count in run) for run in runs]
+    least, mean = (num_ranks, math.inf), 0.0
+    longest = max((group.longest for group in groups), default=0)  # which some rank has
+    for number, runs in enumerate(_cuts(groups)):
+        tokens = [run.tokens for run in runs]
+        if number == 0:
+            mean = sum(tokens) / num_ranks
         ranks = split_for_ranks(tokens, num_ranks)
         fullest = max(sum(tokens[index] for index in rank) for rank in ranks)
-        found = (
-            sum(not rank for rank in ranks),
-            fullest,
-        )  # a rank without work is worst
+        found = (sum(not rank for rank in ranks), fullest)  # a rank without work is worst
         if found < least:
-            least, best = found, [sorted(place for index in rank for place, _ in runs[index]) for rank in ranks]
-        if least <= (0, MAX_IMBALANCE * mean):
+            least, best = found, [sorted(place for index in rank for place in runs[index].places) for rank in ranks]
+        if least <= (0, max(MAX_IMBALANCE * mean, longest)):
             break
     return best
 
 
-def _cuts(groups: Sequence[Family]) -> Iterator[list[list[tuple[tuple[int, int], int]]]]:
-    """Ways to cut all groups, from none on: runs of (place, tokens)."""
-    seeing = [[((index, n), count) for n, count in enumerate(group.seeing)] for index, group in enumerate(groups)]
-    starts = enumerate(map(len, seeing))
-    blind = [[((index, n), count) for n, count in enumerate(groups[index].blind, start)] for index, start in starts]
-    yield [[*ours, *others] for ours, others in zip(seeing, blind, strict=True)]
-    singles = [[each] for others in blind for each in others]
-    parts, most = 1, max(map(len, seeing), default=0)
-    while parts <= max(1, most):
-        yield [run for ours in seeing for run in _runs(ours, parts)] + singles
-        parts = max(parts + 1, min(most, parts * 5 // 4))
+def _cuts(groups: Sequence[Family]) -> Iterator[list[_Run]]:
+    """Ways to cut all groups, from none on."""
+    whole = [_runs(index, group, 1) for index, group in enumerate(groups)]
+    singles = [_singles(index, group) for index, group in enumerate(groups)]
+    yield [
+        _Run(sum(run.tokens for run in runs), tuple(place for run in runs for place in run.places))
+        for runs in ([*ours, *others] for ours, others in zip(whole, singles, strict=True))
+    ]
+    alone = [run for others in singles for run in others]
+    limit = max((group.prompt + sum(group.seeing) for group in groups), default=0)
+    parts = [0] * len(groups)
+    most = [len(group.seeing) for group in groups]
+    while parts != most or not any(most):
+        finer = [max(old, _parts(group, limit)) for old, group in zip(parts, groups, strict=True)]
+        if finer != parts or not any(most):
+            yield [run for index, group in enumerate(groups) for run in _runs(index, group, finer[index])] + alone
+        if not any(most):
+            return
+        parts, limit = finer, limit * FINER
 
 
-def _runs(items: list[_T], parts: int) -> list[list[_T]]:
-    """At most so many runs of about equal length."""
-    parts = min(parts, len(items))
-    edges = [len(items) * part // parts for part in range(parts + 1)] if parts else []
-    return [items[start:end] for start, end in pairwise(edges)]
+def _parts(group: Family, limit: float) -> int:
+    """Runs of those that see of about `limit` tokens."""
+    room = limit - group.prompt
+    return min(len(group.seeing), math.ceil(sum(group.seeing) / room)) if room >= 1 else len(group.seeing)
+
+
+def _runs(index: int, group: Family, parts: int) -> list[_Run]:
+    """At most so many of about equal length, of those that see."""
+    count = len(group.seeing)
+    parts = min(parts, count)
+    edges = [count * part // parts for part in range(parts + 1)] if parts else []
+    return [
+        _Run(group.prompt + sum(group.seeing[start:end]), tuple((index, number) for number in range(start, end)))
+        for start, end in pairwise(edges)
+    ]
+
+
+def _singles(index: int, group: Family) -> list[_Run]:
+    """The others."""
+    return [_Run(count, ((index, number),)) for number, count in enumerate(group.blind, len(group.seeing))]
 
 
 def _padded_lengths(sequences: Sequence[TokenSequence], max_tokens: int, multiple: int) -> list[int]:

@@ -118,7 +118,7 @@ class Batcher:
         self._templates = templates_of(config)
         self._device = device
         joins = joins_attention(config.precision, on_cpu=device.type == CPU.type)
-        self._share_prefix = config.train.shared_prefix and joins
+        self.share_prefix = config.train.shared_prefix and joins  # what sequences begin with is in a row once
         self._processor = processor
         self._replicas = replicas
 
@@ -233,7 +233,7 @@ class Batcher:
             sequence_multiple=self._config.sequence_multiple,
             image_token_id=self._processor.image_token_id,
             merge_size=self._processor.merge_size,
-            share_prefix=self._share_prefix,
+            share_prefix=self.share_prefix,
         )
         return [moved(batch, self._device) for batch in batches]
 

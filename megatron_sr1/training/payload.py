@@ -31,14 +31,19 @@ class Place(NamedTuple):
     slot: int
 
 
-def share_responses(ledger: StepLedger, slots: Sequence[Slot], num_replicas: int) -> list[list[Place]]:
+def share_responses(
+    ledger: StepLedger, slots: Sequence[Slot], num_replicas: int, *, share_prefix: bool = False
+) -> list[list[Place]]:
     """The responses that each replica trains, balanced by their tokens: see `packing.split_groups`.
+
+    Args:
+        share_prefix: the prompt of a group's first passes counts once on a replica, see `packing.pack`.
 
     Returns:
         For each replica, in order.
     """
     scored = [number for number, slot in enumerate(slots) if slot.scored]
-    tokens = (ledger.prompt_tokens + ledger.response_tokens).tolist()
+    prompts, own = ledger.prompt_tokens.tolist(), ledger.response_tokens.tolist()
     there, shown = ledger.answered.tolist(), ledger.shown.tolist()
     places, families = [], []
     for group, sees in enumerate(shown):
@@ -47,10 +52,15 @@ def share_responses(ledger: StepLedger, slots: Sequence[Slot], num_replicas: int
         for sample, answered in enumerate(there[group]):
             for slot in scored:
                 if answered[slot]:
-                    (seeing if slot == FIRST and sees else blind).append(Place(group, sample, slot))
-        lengths = ([tokens[group][place.sample][place.slot] for place in part] for part in (seeing, blind))
+                    together = slot == FIRST and (sees or share_prefix)
+                    (seeing if together else blind).append(Place(group, sample, slot))
+        shared = prompts[group][seeing[0].sample][FIRST] if seeing and share_prefix else 0
+
+        def length(place: Place, has: int) -> int:
+            return prompts[place.group][place.sample][place.slot] + own[place.group][place.sample][place.slot] - has
+
         places.append([*seeing, *blind])
-        families.append(Family(*lengths))
+        families.append(Family([length(place, shared) for place in seeing], [length(p, 0) for p in blind], shared))
     shares = split_groups(families, num_replicas)
     return [sorted(places[group][number] for group, number in share) for share in shares]
 

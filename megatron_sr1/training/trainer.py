@@ -89,7 +89,8 @@ class Trainer:
 
     def _rows(self, ledger: StepLedger, rollouts: StepRollouts) -> StreamRows:
         """This replica's share of the groups of an optimizer step. Collective."""
-        shares = share_responses(ledger, slots_of(self._preset), self._policy.replicas.num_ranks)
+        replicas, once = self._policy.replicas.num_ranks, self._batcher.share_prefix
+        shares = share_responses(ledger, slots_of(self._preset), replicas, share_prefix=once)
         tracks = self._payload.fetch(ledger, shares, rollouts.tracks)
         return self._batcher.rows(ledger, shares[self._replica], tracks, rollouts.prompts, self._preset)
 
