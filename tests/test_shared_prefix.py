@@ -37,7 +37,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, edges: list[int], parents: 
     parent = torch.tensor(parents)[segment]
     seen = (segment[:, None] == segment) & (place <= place[:, None]) | (parent[:, None] == segment)
     key, value = (x.repeat_interleave(HEADS // KEY_HEADS, dim=1) for x in (key, value))
-    scores = torch.einsum("qhd,khd->hqk", query, key) / CHANNELS**0.5
+    scores = torch.einsum("qhd,khd->hqk", query, key) / query.shape[-1] ** 0.5
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), value)
 
 
@@ -94,6 +94,31 @@ def test_a_large_score_overflows_nothing() -> None:
         torch.autograd.grad(out.sum(), tensors), torch.autograd.grad(expected.sum(), tensors), strict=True
     ):
         assert found.isfinite().all() and relative_error(found, right) < 10 * TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("size", [1, 2])
+def test_joined_calls_of_a_card(size: int) -> None:
+    """bf16, heads of 128 channels, against fp64 of the same values, for whole rows and context-parallel ranks."""
+    lengths, parents = [256, *[64, 32, 512], 128, 640, *[4, 8]], [-1, 0, 0, 0, -1, -1, 5, 5]
+    edges = [0, *accumulate(lengths)]
+    torch.manual_seed(0)
+    shapes = [(edges[-1], heads, 128) for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)]
+    ours = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for shape in shapes]
+    exact = [tensor.detach().double().cpu().requires_grad_() for tensor in ours]
+    expected = dense(*exact[:3], edges, parents)
+    wanted = torch.autograd.grad(expected, exact[:3], exact[3])
+    found = torch.zeros(shapes[0], device="cuda", dtype=torch.bfloat16)
+    cu_seqlens = torch.tensor(edges, dtype=torch.int32, device="cuda")
+    for rank in range(size):
+        local = context_index(cu_seqlens, rank, size)
+        calls = attention_calls(cu_seqlens, parents, rank, size)
+        found = found.index_copy(0, local, joined_attention(ours[0][local], *ours[1:3], calls))
+    gradients = torch.autograd.grad(found, ours[:3], ours[3])
+    assert relative_error(found.cpu(), expected) < 2**-7
+    for gradient, right in zip(gradients, wanted, strict=True):
+        assert relative_error(gradient.cpu(), right) < 2**-6
 
 
 def test_runs_are_padded_within_bounds() -> None:

@@ -27,6 +27,7 @@ CHECKS: Sequence[Check] = (
     _check("weight_sync", "weights from the trainer to the engines, GB/s", 240),
     _check("resume", "a run killed after a checkpoint goes on as one that was not", 420),
     _check("fused", "fused SwiGLU and weight gradients, with and without", 150, needs_cuda=True),
+    _check("shared_prefix", "a prompt once for its samples against once for each: log-probs, gradients, speed", 150),
     _check("trace", "torch.profiler's trace of a training step", 120),
     _check("largest", "3 steps of the largest recipe that fits, random weights", 420, needs_cuda=True),
 )

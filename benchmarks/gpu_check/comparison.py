@@ -43,10 +43,10 @@ class Measured:
     peak_gib: float | None  # of the device; None on a CPU
 
 
-def compare(model: Path, words: Mapping[str, Sequence[str]], bounds: Bounds) -> Report:
-    """The second of `words` (name -> overrides) against the first."""
+def compare(model: Path, words: Mapping[str, Sequence[str]], bounds: Bounds, *, siblings: bool = False) -> Report:
+    """The second of `words` (name -> overrides) against the first; `siblings`: see `policies.build`."""
     (base, base_words), (other, other_words) = words.items()
-    one, two, again = (_measured(model, overrides) for overrides in (base_words, other_words, base_words))
+    one, two, again = (_measured(model, overrides, siblings) for overrides in (base_words, other_words, base_words))
     figures, wrong = distances({base: one, other: two}, bounds)
     rows = []
     for what, key in (("scoring", "score_tokens_per_s"), ("training step", "step_tokens_per_s")):
@@ -86,13 +86,13 @@ def distances(found: Mapping[str, Measured], bounds: Bounds) -> tuple[dict[str, 
     return figures, wrong
 
 
-def _measured(model: Path, overrides: Sequence[str]) -> Measured:
+def _measured(model: Path, overrides: Sequence[str], siblings: bool) -> Measured:
     gc.collect()  # of the policy before this one
     on_card = torch.cuda.is_available()
     if on_card:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    trained = build(model, size_here(), *overrides)
+    trained = build(model, size_here(), *overrides, siblings=siblings)
     logprobs = trained.score()
     loss, grad_norm = trained.step()
     seconds = seconds_of({"score": trained.score, "step": trained.step}, REPEATS)

@@ -65,12 +65,17 @@ class Trained:
     policy: Policy
     config: Config
     batches: Sequence[MicroBatch]
-    num_tokens: int  # of all rows, padding included
+    packed: Sequence[MicroBatch]  # the same on the host
+    num_sequences: int
+    num_tokens: int  # of all sequences
 
     def score(self) -> Tensor:
-        """Log-probs of all scored tokens, on the host."""
+        """Log-probs of all scored tokens, sequence after sequence, on the host."""
+        from megatron_sr1.packing import gather_rows
+
         scores = self.policy.logprobs(self.batches, Scoring())
-        return torch.cat([score.logprobs for score in scores]).float().cpu()
+        values = [score.logprobs.float().cpu() for score in scores]
+        return torch.cat(gather_rows(values, self.packed, self.num_sequences))
 
     def step(self) -> tuple[float, float]:
         """Loss and gradient norm of one optimizer step on the mean log-prob."""
@@ -84,8 +89,12 @@ class Trained:
         return result.metrics["loss"], result.grad_norm
 
 
-def build(model: Path, size: Size, *overrides: str) -> Trained:
+def build(model: Path, size: Size, *overrides: str, siblings: bool = False) -> Trained:
     """Of one rank. `platform.start_platform()` was called before.
+
+    Args:
+        siblings: eight responses to each prompt, which train.shared_prefix has once or for each; else prompts of a few
+            words, which each sequence has for itself.
 
     Raises:
         ConfigError: something that the machine does not have.
@@ -101,16 +110,19 @@ def build(model: Path, size: Size, *overrides: str) -> Trained:
     config = load_config(None, words)
     policy = Policy(config, platform, num_optimizer_steps=1000, keep_reference=False)
     processor = Processor.from_pretrained(str(model))
+    sequences = _families(size) if siblings else _sequences(processor, size)
     batches = pack(
-        _sequences(processor, size),
+        sequences,
         max_tokens=size.row_tokens,
         row_multiple=config.row_multiple,
         sequence_multiple=config.sequence_multiple,
         image_token_id=processor.image_token_id,
         merge_size=processor.merge_size,
+        share_prefix=siblings and config.train.shared_prefix,
     )
-    tokens = sum(len(batch.input_ids) for batch in batches)
-    return Trained(policy, config, [moved(batch, platform.device) for batch in batches], tokens)
+    tokens = sum(len(sequence.prompt_ids) + len(sequence.response_ids) for sequence in sequences)
+    there = [moved(batch, platform.device) for batch in batches]
+    return Trained(policy, config, there, batches, len(sequences), tokens)
 
 
 def _sequences(processor: Any, size: Size) -> list[TokenSequence]:
@@ -120,6 +132,17 @@ def _sequences(processor: Any, size: Size) -> list[TokenSequence]:
     length = size.row_tokens // 4 - len(prompt)
     ids = torch.randint(0, 256, (4 * size.rows, length), generator=generator).tolist()
     return [TokenSequence(prompt, response, ()) for response in ids]
+
+
+def _families(size: Size) -> list[TokenSequence]:
+    """As many prompts of an eighth of a row as there are rows, each with eight responses of a sixteenth."""
+    generator = torch.Generator().manual_seed(0)
+    sequences = []
+    for _ in range(size.rows):
+        prompt = torch.randint(0, 256, (size.row_tokens // 8,), generator=generator).tolist()
+        ids = torch.randint(0, 256, (8, size.row_tokens // 16), generator=generator).tolist()
+        sequences += [TokenSequence(prompt, response) for response in ids]
+    return sequences
 
 
 @contextmanager
