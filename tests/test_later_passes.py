@@ -117,6 +117,7 @@ def test_the_paper_s_graph_is_the_default_and_what_is_written_joins_it() -> None
     alone = preset({"name": "second", "enabled": False}, {"name": "blind", "context": "nothing"}, preset="see_think")
     assert alone.passes.later == (BLIND,) and not alone.second_pass
     assert preset({"name": "blind", "context": "nothing"}, preset="vision_r1").passes.later == (BLIND,)
+    assert preset({"name": "second", "enabled": False}, preset="see_think").passes.later == ()
 
 
 def test_what_a_pass_is_read_by_must_be_there() -> None:
