@@ -40,7 +40,6 @@ from torch import Tensor
 
 from megatron_sr1.ahead import Later
 from megatron_sr1.packing.bins import Part, fill_rows, sequence_length
-from megatron_sr1.packing.bins import families as kin
 from megatron_sr1.types import EncodedImage, Normalisation, TokenSequence
 
 PATCH, MERGE = 14, 2
@@ -141,6 +140,12 @@ def rounded(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
+def least_tokens(sequences: Sequence[TokenSequence]) -> int:
+    """Of each prompt once for all that have it, and of all responses."""
+    prompts = {(id(item.images[0]) if item.images else None, tuple(item.prompt_ids)) for item in sequences}
+    return sum(len(ids) for _, ids in prompts) + sum(len(item.response_ids) for item in sequences)
+
+
 def quality(sequences: Sequence[TokenSequence], rows: Rows, max_tokens: int, row_multiple: int) -> Quality:
     exact = [sequence_length(sequence) for sequence in sequences]
     lengths = [rounded(length, SEQUENCE_MULTIPLE) for length in exact]
@@ -153,7 +158,7 @@ def quality(sequences: Sequence[TokenSequence], rows: Rows, max_tokens: int, row
     return Quality(
         num_rows=len(rows),
         least_rows=-(-sum(filled) // max_tokens),
-        tokens=sum(filled) / sum(part.tokens(exact) for part in kin(sequences, 1)),
+        tokens=sum(filled) / least_tokens(sequences),
         share_of_budget=real / (len(rows) * max_tokens),
         share_of_rows=real / padded,
         images=sum(map(len, encoded)) / len(distinct),

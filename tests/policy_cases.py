@@ -47,9 +47,9 @@ def make_sequences(processor: Processor) -> list[TokenSequence]:
     return [
         sequence(9, wide),
         sequence(13, tall, odd),
-        sequence(21),
         sequence(5, odd),
         sequence(7, odd),
+        sequence(21),
         sequence(30),
         sequence(2, wide, tall),
     ]
@@ -83,10 +83,10 @@ def _forget_graphs(policy: Any) -> None:
 def packed_rows(
     policy: Any, config: Config, processor: Processor, budget: int = BUDGET, share_prefix: bool = False
 ) -> tuple[list[MicroBatch], list[int]]:
-    """This replica's packed share (every n-th sequence) and which sequences it holds."""
+    """This replica's packed share (every n-th pair of sequences) and which sequences it holds."""
     sequences = make_sequences(processor)
     replicas = policy.groups.data
-    mine = list(range(replicas.rank(), len(sequences), replicas.size()))
+    mine = [index for index in range(len(sequences)) if index // 2 % replicas.size() == replicas.rank()]
     batches = pack(
         [sequences[index] for index in mine],
         max_tokens=budget,

@@ -481,6 +481,28 @@ def test_samples_are_read_while_others_are_decoded(tmp_path: Path) -> None:
         assert list(feed.next(5).keys) == [stream.key(stream.index(position)) for position in range(5)]
 
 
+def test_what_is_dropped_is_not_read(tmp_path: Path) -> None:
+    """A feed that goes on elsewhere reads there at once, and nothing more of where it was."""
+    dataset = ShardDataset(write_shards(prompts(40), tmp_path, "t", 40))
+    gate, fetched = threading.Event(), list[int]()
+
+    class Slow(SampleStream):
+        def fetch(self, index: int) -> dict[str, bytes]:
+            fetched.append(index)
+            assert gate.wait(60)
+            return super().fetch(index)
+
+    stream = Slow(dataset, 0)
+    with SampleFeed(stream, Quarantine(0), workers=1) as feed:
+        reader = feed._reader
+        reader.plan(list(range(20)))
+        reader.fill()
+        reader.plan([30])
+        gate.set()
+        reader.get(30)
+    assert len(fetched) <= 2 and fetched[-1] == stream.index(30)
+
+
 def test_an_error_does_not_wait_for_what_is_planned(tmp_path: Path) -> None:
     class Slow(SampleStream):
         def fetch(self, index: int) -> dict[str, bytes]:

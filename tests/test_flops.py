@@ -120,3 +120,8 @@ def test_a_step_s_operations_are_those_of_its_sequences() -> None:
     prompt = sequence_flops(model, first - response, 0).total
     once = _parts(*sizes)["forward and backward"]
     assert step - once == pytest.approx(3 * 512 * 7 * prompt), "a prompt is there once for its samples"
+    assert _parts(*sizes, "precision.dtype=fp32")["forward and backward"] == pytest.approx(step), "not in fp32"
+    family = first - response + 8 * response
+    rows = f"train.micro_batch_tokens={round(family / 1.5) // 64 * 64}"
+    twice = _parts(*sizes, rows)["forward and backward"]
+    assert twice - once == pytest.approx(3 * 512 * prompt), "a family of two rows has its prompt twice"

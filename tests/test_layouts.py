@@ -106,6 +106,9 @@ def _one_step(model_dir: str, overrides: tuple[str, ...], budget: int, share: bo
     with built(model_dir, overrides) as (policy, config):
         batches, mine = packed_rows(policy, config, processor, budget, share)
         start = {name: tensor.clone() for name, tensor in policy.hf_weights()} if FROZEN in overrides else {}
+        prefixes = torch.tensor(max(max(batch.parents) for batch in batches))
+        torch.distributed.all_reduce(prefixes, op=torch.distributed.ReduceOp.MAX)
+        assert (int(prefixes) >= 0) == share, "prefixes are shared on some replica"
         scores = policy.logprobs(batches, Scoring())
         logprobs = gather_rows([score.logprobs for score in scores], batches, len(mine))
         entropies = gather_rows([score.entropy for score in scores], batches, len(mine))
@@ -197,9 +200,8 @@ def _ways(overrides: tuple[str, ...], num_ranks: int, number: int) -> list[tuple
     Without a distributed optimizer, where every rank has whole gradients to compare; on few ranks also with it."""
     plain = (*overrides, PLAIN) if PLAIN not in overrides else overrides
     budget = (BUDGET, SMALL_BUDGET)[number % 2]
-    if num_ranks > 4:
-        return [(plain, BUDGET, True)]
-    return [(plain, BUDGET, True), (plain if num_ranks == 4 else overrides, budget, False)]
+    ways = [(plain, BUDGET, True), (plain, budget, False)]
+    return ways if num_ranks > 2 or overrides == plain else [*ways, (overrides, BUDGET, number % 2 == 0)]
 
 
 def _check_packing(folder: str) -> None:

@@ -521,6 +521,18 @@ def test_no_rank_is_left_without_work_among_many_that_have_some():
     assert all(ranks) and max(map(len, ranks)) == 2
 
 
+def test_a_shared_prompt_counts_in_every_run():
+    """Four siblings of a prompt of 100 tokens: cutting them costs the prompt again, which is worth it on two ranks only
+    where responses are long; and nothing is lost where responses are empty."""
+    assert split_groups([Family([10] * 4, (), 100), Family([10] * 4, (), 100)], 2) == [
+        [(0, n) for n in range(4)],
+        [(1, n) for n in range(4)],
+    ]
+    assert split_groups([Family([400] * 4, (), 100)], 2) == [[(0, 0), (0, 1)], [(0, 2), (0, 3)]]
+    empty = split_groups([Family([0] * 4, (), 50), Family([100] * 4, (), 50)], 3)
+    assert sorted(place for rank in empty for place in rank) == [(g, n) for g in range(2) for n in range(4)]
+
+
 def test_texts_are_dealt_before_siblings_are_cut():
     """Of eight siblings on four ranks, each has two neighbours; texts beside them fill what is missing."""
     alone = [Family([10] * 8)]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_sr1.packing import attention, attention_calls, gather_rows, pack
 from megatron_sr1.packing.context import context_index
+from megatron_sr1.platform.torch_private import deterministic_kernels
 from megatron_sr1.policy.layers.joined_attention import joined_attention
 from megatron_sr1.processor import Processor
 from megatron_sr1.types import MicroBatch, Scoring, TokenSequence
@@ -141,6 +142,22 @@ def test_runs_are_padded_within_bounds() -> None:
 def _runs(call: attention.AttentionCall, runs: attention.PaddedRuns) -> list[int]:
     starts = runs.queries[:, 0].tolist()
     return [call.cu_queries.tolist().index(start) for start in starts]
+
+
+def test_a_card_is_held_to_deterministic_kernels_where_torch_would_only_warn() -> None:
+    state = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with pytest.raises(KeyError), deterministic_kernels():
+            assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+            raise KeyError
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(False)
+        with deterministic_kernels():
+            assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(state[0], warn_only=state[1])
 
 
 # ---------------------------------------------------------------- the policy

@@ -269,6 +269,7 @@ class _ReadAhead:
         self._decoders = ThreadPoolExecutor(workers, thread_name_prefix="sample-decoders")
         self._max_bytes = max_bytes
         self._futures: dict[int, Future[Prompt | SftSample]] = {}  # by position
+        self._fetched: dict[int, Future[dict[str, bytes]]] = {}  # what they are decoded from
         self._planned: deque[int] = deque()  # positions, not yet started
         self._lock = threading.Lock()  # of the two below
         self._bytes: dict[int, int] = {}  # by position: guessed, then measured
@@ -278,6 +279,7 @@ class _ReadAhead:
         """The positions that will be asked for, in order. Others are dropped: a bad sample may have shifted a batch."""
         for position in set(self._futures) - set(order):
             self._futures.pop(position).cancel()
+            self._fetched.pop(position).cancel()
             self._note(position, None)
         self._planned = deque(position for position in order if position not in self._futures)
 
@@ -294,7 +296,7 @@ class _ReadAhead:
         try:
             return self._futures[position].result()
         finally:
-            del self._futures[position]
+            del self._futures[position], self._fetched[position]
             self._note(position, None)
 
     def close(self) -> None:
@@ -305,7 +307,7 @@ class _ReadAhead:
     def _start(self, position: int) -> None:
         index = self._stream.index(position)
         self._note(position, self._guess(index))
-        members = self._readers.submit(self._stream.fetch, index)
+        self._fetched[position] = members = self._readers.submit(self._stream.fetch, index)
         self._futures[position] = self._decoders.submit(self._decode, position, index, members)
 
     def _decode(self, position: int, index: int, members: Future[dict[str, bytes]]) -> Prompt | SftSample:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sr1.config import Config, LayoutConfig, RecomputeConfig
+from megatron_sr1.estimate.arithmetic import shares_prefixes
 from megatron_sr1.estimate.layer import LayerShape, dropped_bytes, kept_tensors, layer_shape
 from megatron_sr1.estimate.state import weight_bytes
 from megatron_sr1.estimate.vision import vision_bytes
@@ -58,7 +59,7 @@ def stage_activations(
     flight = rows_in_flight(layout, count.stage, num_rows)
     first, last = count.stage == 0, count.stage == layout.pipeline - 1
     shapes = [
-        layer_shape(model, layout, row_tokens, element=element, is_moe=is_moe)
+        layer_shape(model, layout, row_tokens, element=element, is_moe=is_moe, gathers=shares_prefixes(config))
         for is_moe in _moe_layers(model, count, layout)
     ]
     kept, working = _layers(shapes, config.recompute)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from megatron_sr1.config import Command, Config, typical_tokens
+from megatron_sr1.config import Command, Config, row_tokens, typical_tokens
 from megatron_sr1.config.rollout import TYPICAL
 from megatron_sr1.estimate.flops import Flops, image_flops, sequence_flops
+from megatron_sr1.platform.precision import joins_attention
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.streams import preset_of
 
@@ -46,6 +47,25 @@ def training_flops(command: Command, config: Config, model: Architecture) -> Map
     return parts
 
 
+def shares_prefixes(config: Config) -> bool:
+    """Whether rows on GPUs have a prompt once for its samples."""
+    return config.train.shared_prefix and joins_attention(config.precision, on_cpu=False)
+
+
+def prompts_of_group(config: Config) -> int:
+    """How often the prompt of a group's first passes is in the rows of a step: for each sample, or, where they share
+    it, in each part of a family that no row holds, and on each replica where there are more of these than groups."""
+    rollout = config.rollout
+    if not shares_prefixes(config):
+        return rollout.samples_per_prompt
+    first, _ = typical_tokens(rollout)
+    response = TYPICAL * rollout.max_response_tokens
+    room = row_tokens(config) - max(0.0, first - response)
+    parts = math.ceil(rollout.samples_per_prompt * response / room) if room > 0 else rollout.samples_per_prompt
+    replicas = math.ceil(config.data_ranks / config.train.batch_size)
+    return min(rollout.samples_per_prompt, max(1, parts, replicas))
+
+
 def _forward(command: Command, config: Config, model: Architecture) -> Flops:
     rollout = config.rollout
     first, second = typical_tokens(rollout)
@@ -55,9 +75,8 @@ def _forward(command: Command, config: Config, model: Architecture) -> Flops:
     image = image_flops(model, (1, side, side))
     if command == "sft":  # half of the demonstrations see an image
         return _times(config.train.batch_size / 2, seen + read + image)
-    if config.train.shared_prefix:
-        prompt = sequence_flops(model, max(0.0, first - response), 0)
-        seen = seen + _times(1 / rollout.samples_per_prompt - 1, prompt)  # once for all samples
+    prompt = sequence_flops(model, max(0.0, first - response), 0)
+    seen = seen + _times(prompts_of_group(config) / rollout.samples_per_prompt - 1, prompt)
     preset = preset_of(config)
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
     trained = sum(later.samples for later in preset.passes.later if preset.trains(later.name))

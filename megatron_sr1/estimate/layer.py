@@ -18,7 +18,15 @@ from megatron_sr1.config import LayoutConfig
 from megatron_sr1.policy.architecture import Architecture
 
 EXPERT_IMBALANCE = 1.5  # tokens of the busiest expert rank over the mean; routers are not balanced by a loss here
-_ATTENTION = ("attention norm", "query, key, value", "head norms", "turned", "attention", "sums of scores")
+_ATTENTION = (
+    "attention norm",
+    "query, key, value",
+    "head norms",
+    "turned",
+    "others' keys and values",
+    "attention",
+    "sums of scores",
+)
 
 
 @dataclass(frozen=True)
@@ -36,12 +44,13 @@ class LayerShape:
     chosen_experts: int = 0  # of a token; 0: the feed-forward part is dense
     num_experts: int = 0
     element: int = 2  # bytes
+    others: float = 0.0  # tokens of other ranks, whose keys and values rows with shared prefixes have here
 
 
 def layer_shape(
-    model: Architecture, layout: LayoutConfig, row_tokens: int, *, element: int, is_moe: bool
+    model: Architecture, layout: LayoutConfig, row_tokens: int, *, element: int, is_moe: bool, gathers: bool = False
 ) -> LayerShape:
-    """The shape of one layer for a packed row."""
+    """The shape of one layer for a packed row. `gathers`: context ranks have each other's keys and values."""
     tokens = row_tokens / layout.context
     return LayerShape(
         tokens=tokens,
@@ -55,6 +64,7 @@ def layer_shape(
         chosen_experts=model.experts_per_token if is_moe else 0,
         num_experts=model.num_experts if is_moe else 0,
         element=element,
+        others=row_tokens - tokens if gathers else 0.0,
     )
 
 
@@ -67,6 +77,7 @@ def kept_tensors(shape: LayerShape) -> dict[str, float]:
         "query, key, value": token * (queries + 2 * keys),  # one tensor; attention keeps the values in it
         "head norms": token * (queries + keys) if shape.qk_norm else 0.0,
         "turned": token * (queries + keys),  # queries and keys after the rotary embedding
+        "others' keys and values": shape.others * shape.element * 2 * keys,
         "attention": token * queries,  # for its own backward and the projection's
         "sums of scores": 4 * shape.tokens * shape.heads,
         "mlp norm": 2 * norm * shape.hidden,

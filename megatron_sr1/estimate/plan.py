@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from megatron_sr1.config import Command, Config, ConfigError, row_tokens, typical_tokens
 from megatron_sr1.config.rollout import TYPICAL
 from megatron_sr1.estimate.activations import StageActivations, stage_activations
-from megatron_sr1.estimate.arithmetic import training_flops
+from megatron_sr1.estimate.arithmetic import prompts_of_group, training_flops
 from megatron_sr1.estimate.engine import EngineBytes, engine_bytes
 from megatron_sr1.estimate.host import host_bytes
 from megatron_sr1.estimate.machine import GIB, Machine
@@ -99,8 +99,8 @@ def make_plan(command: Command, config: Config, machine: Machine) -> RunPlan:
             a pipeline stage.
     """
     model, rows = read_architecture(config.model.hf_dir), row_tokens(config)
-    length, sequences = _sequences(command, config)
-    num_rows = max(1, math.ceil(length * sequences / config.data_ranks / rows))
+    length, tokens = _sequences(command, config)
+    num_rows = max(1, math.ceil(tokens / config.data_ranks / rows))
     stages: tuple[StagePlan, ...] = ()
     if command != "evaluate":
         counts = count_stages(config.model.hf_dir, config.layout, config.nproc, config.model.freeze)
@@ -178,19 +178,20 @@ def offloaded(config: Config) -> list[str]:
     return [name for name, wanted in vars(config.offload).items() if wanted is not False]
 
 
-def _sequences(command: str, config: Config) -> tuple[float, int]:
-    """Mean length, of a prompt that is shared its part, and number of the sequences of one optimizer step."""
+def _sequences(command: str, config: Config) -> tuple[float, float]:
+    """Mean length of the sequences of one optimizer step, and the tokens of their rows."""
     rollout = config.rollout
     first, second = typical_tokens(rollout)
     if command == "sft":  # half of the demonstrations see an image
-        return (first + second) / 2, config.train.batch_size
+        length = (first + second) / 2
+        return length, length * config.train.batch_size
     preset = preset_of(config)
-    if config.train.shared_prefix:
-        response = TYPICAL * rollout.max_response_tokens
-        first = response + max(0.0, first - response) / rollout.samples_per_prompt
     trained = sum(later.samples for later in preset.passes.later if preset.trains(later.name))
     number = config.train.batch_size * rollout.samples_per_prompt * (1 + trained)
-    return (first + trained * second) / (1 + trained), number
+    length = (first + trained * second) / (1 + trained)
+    prompt = max(0.0, first - TYPICAL * rollout.max_response_tokens)
+    repeated = rollout.samples_per_prompt - prompts_of_group(config)  # prompts that are not there once more
+    return length, length * number - config.train.batch_size * repeated * prompt
 
 
 def _stage(model: Architecture, config: Config, count: StageCount, command: str, rows: int, num_rows: int) -> StagePlan:

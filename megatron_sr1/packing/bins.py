@@ -183,7 +183,7 @@ def _cuts(groups: Sequence[Family]) -> Iterator[list[_Run]]:
 def _parts(group: Family, limit: float) -> int:
     """Runs of those that see of about `limit` tokens."""
     room = limit - group.prompt
-    return min(len(group.seeing), math.ceil(sum(group.seeing) / room)) if room >= 1 else len(group.seeing)
+    return min(len(group.seeing), max(1, math.ceil(sum(group.seeing) / room))) if room >= 1 else len(group.seeing)
 
 
 def _runs(index: int, group: Family, parts: int) -> list[_Run]:
@@ -232,11 +232,13 @@ def families(sequences: Sequence[TokenSequence], multiple: int | None) -> list[P
         found = [Part(0, indices) for indices in _grouped(range(len(sequences)), lambda index: alone[index])]
     else:
         asked = _grouped(range(len(sequences)), lambda index: (seen[index], tuple(sequences[index].prompt_ids)))
+        same = [(indices, len(sequences[indices[0]].prompt_ids)) for indices in asked if len(indices) > 1]
         single = [indices[0] for indices in asked if len(indices) == 1]
         grouped = [(-1, group) if (group := sequence.group) is not None else None for sequence in sequences]
         others = _grouped(single, lambda index: seen[index] or grouped[index] or alone[index])
-        for indices in [*(indices for indices in asked if len(indices) > 1), *others]:
-            shared = _common([sequences[index].prompt_ids for index in indices]) // multiple * multiple
+        alike = [(indices, _common([sequences[index].prompt_ids for index in indices])) for indices in others]
+        for indices, common in (*same, *alike):
+            shared = common // multiple * multiple
             worth = len(indices) > 1 and shared >= LEAST_SHARED
             whole = worth or seen[indices[0]]
             found += [Part(shared * worth, indices)] if whole else [Part(0, (index,)) for index in indices]

@@ -1,6 +1,6 @@
 """Which tokens of a packed row each context-parallel rank holds.
 
-Zigzag (Llama 3, arXiv 2407.21783, section 3.3.2): every sequence is cut into 2 * size equal parts, and rank r takes
+Zigzag (Llama 3, arXiv 2407.21783, section 3.3.2): every segment is cut into 2 * size equal parts, and rank r takes
 parts r and 2 * size - 1 - r, so that under a causal mask all ranks have the same work.
 """
 
@@ -10,14 +10,19 @@ import torch
 from torch import Tensor
 
 
+def row_order(cu_seqlens: Tensor, size: int) -> Tensor:
+    """Where the tokens of the row are among those of all context-parallel ranks, rank after rank: [T] int64."""
+    return torch.argsort(torch.cat([context_index(cu_seqlens, rank, size) for rank in range(size)]))
+
+
 def context_index(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
     """Positions in the row of this rank's tokens, in its order: [T / size] int64.
 
     Args:
-        cu_seqlens: [N+1], every sequence a multiple of 2 * size long (1 where size is 1).
+        cu_seqlens: [N+1], every segment a multiple of 2 * size long (1 where size is 1).
 
     Raises:
-        ValueError: a sequence does not divide.
+        ValueError: a segment does not divide.
     """
     starts = cu_seqlens[:-1].long()
     lengths = torch.diff(cu_seqlens.long())

@@ -7,7 +7,8 @@ ones that an upgrade has moved.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import torch
@@ -154,7 +155,22 @@ def varlen_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value of the same."""
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
-    return torch.ops.aten._flash_attention_backward(
-        grad, query, key, value, out, lse.transpose(0, 1).contiguous(), *edges, 0.0, causal, no_dropout,
-        torch.empty(0, device=query.device), scale=scale,
-    )  # fmt: skip
+    with deterministic_kernels():
+        return torch.ops.aten._flash_attention_backward(
+            grad, query, key, value, out, lse.transpose(0, 1).contiguous(), *edges, 0.0, causal, no_dropout,
+            torch.empty(0, device=query.device), scale=scale,
+        )  # fmt: skip
+
+
+@contextmanager
+def deterministic_kernels() -> Iterator[None]:
+    """Where torch warns of operations that are not deterministic, it refuses them here: FlashAttention's backward is
+    deterministic only where it must be, and no more than warned of otherwise."""
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    if warns:
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        if warns:
+            torch.use_deterministic_algorithms(True, warn_only=True)

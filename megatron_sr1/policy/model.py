@@ -18,7 +18,7 @@ from transformers import AutoModel
 from megatron_sr1.config import Config
 from megatron_sr1.kernels import linear_logprob
 from megatron_sr1.packing import attention_calls
-from megatron_sr1.packing.context import context_index
+from megatron_sr1.packing.context import context_index, row_order
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.frozen import Frozen
 from megatron_sr1.policy.groups import ParallelGroups
@@ -104,6 +104,7 @@ class QwenVLModel(GPTModel):
                 max_seqlen_kv=batch.max_seqlen,
                 num_local_tokens=len(local) // (self.groups.tensor.size() if self.config.sequence_parallel else 1),
                 calls=attention_calls(batch.cu_seqlens, batch.parents, *context) if has_prefixes else (),
+                order=row_order(batch.cu_seqlens, context[1]) if has_prefixes and context[1] > 1 else None,
             ),
         )
         return self._score(hidden, batch, local, scoring) if self.post_process else hidden

@@ -13,7 +13,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_sr1.packing.context import context_index
+from megatron_sr1.packing.context import context_index, row_order
 from megatron_sr1.policy.layers.deepstack import PackedRow
 from megatron_sr1.policy.layers.prefix_attention import attend_to_prefixes, of_all_ranks
 
@@ -21,7 +21,7 @@ PADDING_LIMIT = 2.0  # one padded attention call is used while it computes at mo
 
 
 class PackedCausalAttention(torch.nn.Module):
-    """Causal attention within each sequence of a packed row.
+    """Causal attention within each sequence of a packed row, whose prompt other sequences may share.
 
     Under context parallelism a rank holds the zigzag parts of every sequence (`packing.context`): keys and values are
     gathered, queries stay, and the gradient of keys and values is summed over the ranks on its way back.
@@ -83,7 +83,7 @@ class PackedCausalAttention(torch.nn.Module):
         """This rank's queries against the keys and values of all ranks."""
         assert self.context_group is not None
         size, rank = self.context_group.size(), self.context_group.rank()
-        keys, values = of_all_ranks(key, value, cu_seqlens, self.context_group)
+        keys, values = of_all_ranks(key, value, row_order(cu_seqlens, size), self.context_group)
         mine = context_index(cu_seqlens, rank, size)
         sizes = (torch.diff(cu_seqlens) // (2 * size)).repeat_interleave(2).tolist()
         starts = cu_seqlens[:-1].long().repeat_interleave(2).tolist()

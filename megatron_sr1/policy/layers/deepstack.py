@@ -29,6 +29,7 @@ class PackedRow(PackedSeqParams):
 
     num_local_tokens: int = 0  # T_part: without what rides along
     calls: tuple[AttentionCall, ...] = ()  # of attention; none where every segment is a sequence
+    order: Tensor | None = None  # [T] see `packing.context.row_order`; with calls under context parallelism
 
 
 class DeepstackLayer(TransformerLayer):

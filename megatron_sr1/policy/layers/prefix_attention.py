@@ -11,7 +11,6 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_sr1.packing.context import context_index
 from megatron_sr1.policy.layers.deepstack import PackedRow
 from megatron_sr1.policy.layers.joined_attention import joined_attention
 
@@ -31,16 +30,20 @@ def attend_to_prefixes(
         context_group: None where c is 1.
     """
     if context_group is not None:
-        key, value = of_all_ranks(key, value, row.cu_seqlens_q, context_group)
+        assert row.order is not None
+        key, value = of_all_ranks(key, value, row.order, context_group)
     return joined_attention(query, key, value, row.calls, scale).reshape(len(query), -1)
 
 
-def of_all_ranks(key: Tensor, value: Tensor, cu_seqlens: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+def of_all_ranks(key: Tensor, value: Tensor, order: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
     """Keys and values of all context-parallel ranks, [T, g, d] each, in the order of the row; their gradients are
-    summed over the ranks on their way back."""
-    places = torch.cat([context_index(cu_seqlens, peer, group.size()) for peer in range(group.size())])
+    summed over the ranks on their way back.
+
+    Args:
+        order: see `packing.context.row_order`.
+    """
     gathered = gather_from_sequence_parallel_region(
         torch.cat([key, value], dim=1), tensor_parallel_output_grad=True, group=group
     )
-    keys, values = gathered[torch.argsort(places)].chunk(2, dim=1)
+    keys, values = gathered[order].chunk(2, dim=1)
     return keys, values

@@ -1,7 +1,7 @@
 """The layer spec of the language model on GPUs: Transformer Engine's layers.
 
 Norms are fused into the linear that follows (where it is one), attention takes packed rows (THD) and context
-parallelism, the experts of a mixture are grouped matrix products.
+parallelism (rows with shared prefixes: te_attention.py), the experts of a mixture are grouped matrix products.
 """
 
 from __future__ import annotations
