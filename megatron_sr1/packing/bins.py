@@ -239,7 +239,7 @@ def families(sequences: Sequence[TokenSequence], multiple: int | None) -> list[P
         alike = [(indices, _common([sequences[index].prompt_ids for index in indices])) for indices in others]
         for indices, common in (*same, *alike):
             shared = common // multiple * multiple
-            worth = len(indices) > 1 and shared >= LEAST_SHARED
+            worth = bool(indices[1:]) and shared >= LEAST_SHARED
             whole = worth or seen[indices[0]]
             found += [Part(shared * worth, indices)] if whole else [Part(0, (index,)) for index in indices]
 
