@@ -6,6 +6,7 @@ On the mix of `benchmarks.packing` (two passes of 8 samples). For each number of
 
     whole       tokens of the fullest replica over the mean where groups of siblings stay whole
     cut         the same as they are trained: groups cut where that is needed (packing.split_groups)
+    longest     tokens of the longest sequence over the mean: the fullest replica has no less
     repeated    tokens of all replicas over each prompt once: it is on all that train some of its samples
     on          replicas that a group is on, in the mean
     encoded     how often an image is encoded for training, over once
@@ -29,6 +30,7 @@ class Balance:
 
     whole: float
     cut: float
+    longest: float
     repeated: float
     on: float
     encoded: float
@@ -70,6 +72,7 @@ def measure(groups: Sequence[Family], replicas: int) -> Balance:
     return Balance(
         whole=max(sum(sizes[group] for group in rank) for rank in whole) * replicas / sum(sizes),
         cut=max(loads) * replicas / sum(loads),
+        longest=max(group.longest for group in groups) * replicas / sum(loads),
         repeated=sum(loads) / sum(sizes),
         on=holders / len(groups),
         encoded=encoders / len(groups),
@@ -87,7 +90,8 @@ def main() -> None:
     sequences = sum(len(group.seeing) + len(group.blind) for group in groups)
     tokens = sum(group.prompt + sum(group.seeing) + sum(group.blind) for group in groups)
     print(f"{args.prompts} prompts, {sequences} sequences, {tokens:,} tokens, each prompt once")
-    print(f"{'replicas':>8} {'whole':>8} {'cut':>8} {'repeated':>8} {'on':>8} {'encoded':>8} {'plan ms':>8}")
+    names = ("replicas", "whole", "cut", "longest", "repeated", "on", "encoded", "plan ms")
+    print(" ".join(f"{name:>8}" for name in names))
     for replicas in args.replicas:
         found = measure(groups, replicas)
         print(f"{replicas:8}", " ".join(f"{value:8.3f}" for value in vars(found).values()))
