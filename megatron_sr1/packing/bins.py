@@ -166,6 +166,7 @@ def _cuts(groups: Sequence[Family]) -> Iterator[list[_Run]]:
     yield [
         _Run(sum(run.tokens for run in runs), tuple(place for run in runs for place in run.places))
         for runs in ([*ours, *others] for ours, others in zip(whole, singles, strict=True))
+        if runs  # a group without sequences keeps no rank busy
     ]
     alone = [run for others in singles for run in others]
     limit = max((group.prompt + sum(group.seeing) for group in groups), default=0)
