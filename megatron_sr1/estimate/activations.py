@@ -13,11 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sr1.config import Config, LayoutConfig, RecomputeConfig
-from megatron_sr1.estimate.arithmetic import shares_prefixes
 from megatron_sr1.estimate.layer import LayerShape, dropped_bytes, kept_tensors, layer_shape
 from megatron_sr1.estimate.state import weight_bytes
 from megatron_sr1.estimate.vision import vision_bytes
 from megatron_sr1.kernels.linear_logprob.chunked import KEPT_ELEMENTS, TILE_ELEMENTS_ACCELERATOR
+from megatron_sr1.platform.precision import shares_prefixes
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.parameter_counts import StageCount
 
@@ -58,8 +58,9 @@ def stage_activations(
     layout, element = config.layout, weight_bytes(config)
     flight = rows_in_flight(layout, count.stage, num_rows)
     first, last = count.stage == 0, count.stage == layout.pipeline - 1
+    gathers = shares_prefixes(config, on_cpu=False)
     shapes = [
-        layer_shape(model, layout, row_tokens, element=element, is_moe=is_moe, gathers=shares_prefixes(config))
+        layer_shape(model, layout, row_tokens, element=element, is_moe=is_moe, gathers=gathers)
         for is_moe in _moe_layers(model, count, layout)
     ]
     kept, working = _layers(shapes, config.recompute)

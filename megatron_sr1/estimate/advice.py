@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from megatron_sr1.config import Config, RecomputeConfig, how_to_get, missing_files, typical_tokens
 from megatron_sr1.estimate.activations import stage_activations
-from megatron_sr1.estimate.arithmetic import prompts_of_group, shares_prefixes
+from megatron_sr1.estimate.arithmetic import prompts_of_group
 from megatron_sr1.estimate.machine import GIB
 from megatron_sr1.estimate.plan import RunPlan
 from megatron_sr1.estimate.step_time import rollout_seconds
+from megatron_sr1.platform.precision import shares_prefixes
 
 MIN_HEADROOM = 0.05  # of a GPU that should stay free: the estimate is not better than that
 ROOM_FOR_LESS_RECOMPUTE = 0.15
@@ -70,7 +71,7 @@ def _tokens(plan: RunPlan) -> Iterator[str]:
             f"row (about {plan.sequence_tokens:.0f} tokens each), so rows stay part-filled. Raise it."
         )
     parts = prompts_of_group(config)
-    if plan.command == "grpo" and shares_prefixes(config) and parts > 1:
+    if plan.command == "grpo" and shares_prefixes(config, on_cpu=False) and parts > 1:
         yield (
             f"the rows of train.micro_batch_tokens={config.train.micro_batch_tokens}, or the replicas of an optimizer "
             f"step of train.batch_size={config.train.batch_size} prompts, have a prompt about {parts} times for its "

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from megatron_sr1.config import Command, Config, row_tokens, typical_tokens
 from megatron_sr1.config.rollout import TYPICAL
 from megatron_sr1.estimate.flops import Flops, image_flops, sequence_flops
-from megatron_sr1.platform.precision import joins_attention
+from megatron_sr1.platform.precision import shares_prefixes
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.streams import preset_of
 
@@ -47,16 +47,11 @@ def training_flops(command: Command, config: Config, model: Architecture) -> Map
     return parts
 
 
-def shares_prefixes(config: Config) -> bool:
-    """Whether rows on GPUs have a prompt once for its samples."""
-    return config.train.shared_prefix and joins_attention(config.precision, on_cpu=False)
-
-
 def prompts_of_group(config: Config) -> int:
     """How often the prompt of a group's first passes is in the rows of a step: for each sample, or, where they share
     it, in each part of a family that no row holds, and on each replica where there are more of these than groups."""
     rollout = config.rollout
-    if not shares_prefixes(config):
+    if not shares_prefixes(config, on_cpu=False):
         return rollout.samples_per_prompt
     first, _ = typical_tokens(rollout)
     response = TYPICAL * rollout.max_response_tokens

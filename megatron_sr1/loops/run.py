@@ -24,7 +24,7 @@ from megatron_sr1.loops.preemption import StopRequest
 from megatron_sr1.metrics import MetricsWriter, Trackers
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.platform import Platform
-from megatron_sr1.platform.precision import joins_attention
+from megatron_sr1.platform.precision import shares_prefixes
 from megatron_sr1.policy import Policy
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import templates_of
@@ -142,7 +142,7 @@ class Run:
         Raises:
             ValueError: the checkpoint belongs to another kind of optimizer, or is broken.
         """
-        if self.config.train.shared_prefix and not joins_attention(self.config.precision, on_cpu=self.platform.on_cpu):
+        if self.config.train.shared_prefix and not shares_prefixes(self.config, on_cpu=self.platform.on_cpu):
             self.say("train.shared_prefix: every sequence has its own prompt, because attention in fp32 has no kernel")
         if self.progress is not None:
             self.checkpoints.restore(policy, self.progress)

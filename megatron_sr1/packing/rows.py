@@ -113,11 +113,12 @@ def _pack_row(sequences: Sequence[TokenSequence], parts: Sequence[Part], places:
     row = _Row(places)
     for part in parts:
         prefix, parent = torch.zeros(0, dtype=torch.int64), -1
+        tokens = [row.tokens_of(sequences[index]) for index in part.indices]
         if part.shared:
             parent = row.num_segments
-            prefix = row.add(row.tokens_of(sequences[part.indices[0]]).of(slice(part.shared)))
-        for index in part.indices:
-            rest = row.add(row.tokens_of(sequences[index]).of(slice(part.shared, None)), parent)
+            prefix = row.add(tokens[0].of(slice(part.shared)))
+        for index, its_tokens in zip(part.indices, tokens, strict=True):
+            rest = row.add(its_tokens.of(slice(part.shared, None)), parent)
             row.score(index, sequences[index], torch.cat([prefix, rest]))
     return row.batch()
 

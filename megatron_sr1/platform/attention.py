@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_sr1.packing import AttentionCall, PaddedRuns
 from megatron_sr1.platform.torch_private import (
+    Attended,
     padded_attention,
     padded_attention_backward,
     varlen_attention,
@@ -35,29 +36,18 @@ def attend(
     return out, lse
 
 
-def attend_backward(
-    call: AttentionCall,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, from that of the output `out`, whose probabilities are exp(score - lse)."""
-    if query.is_cuda:
-        state = (grad, out, lse)
-        return varlen_attention_backward(query, key, value, *state, _edges(call), causal=call.causal, scale=scale)
-    grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+def attend_backward(call: AttentionCall, of: Attended, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, in the shapes of `attend`."""
+    if of.query.is_cuda:
+        return varlen_attention_backward(of, _edges(call), causal=call.causal, scale=scale)
+    grads = torch.zeros_like(of.query), torch.zeros_like(of.key), torch.zeros_like(of.value)
     for runs in call.batches:
         fills = ~runs.real[:, None]  # [B, 1, Q]
-        its_grad, its_out = (x[runs.queries].transpose(1, 2) for x in (grad, out))
+        its_grad, its_out = (x[runs.queries].transpose(1, 2) for x in (of.grad, of.out))
         its_grad = its_grad.masked_fill(fills[..., None], 0.0)
-        its_lse = lse[runs.queries].transpose(1, 2).masked_fill(fills, FAR)
-        parts = _padded(runs, query, key, value)
-        state = (its_grad, its_out, its_lse)
-        found = padded_attention_backward(*parts, *state, runs.mask, causal=runs.causal, scale=scale)
+        its_lse = of.lse[runs.queries].transpose(1, 2).masked_fill(fills, FAR)
+        padded = Attended(*_padded(runs, of.query, of.key, of.value), its_grad, its_out, its_lse)
+        found = padded_attention_backward(padded, runs.mask, causal=runs.causal, scale=scale)
         for whole, part, rows in zip(grads, found, (runs.queries, runs.keys, runs.keys), strict=True):
             whole.index_add_(0, rows.flatten(), part.transpose(1, 2).flatten(0, 1))
     return grads

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from megatron_sr1.config import ConfigError, PrecisionConfig
+from megatron_sr1.config import Config, ConfigError, PrecisionConfig
 from megatron_sr1.platform.accelerator import Accelerator
 from megatron_sr1.platform.runtime import Platform
 
@@ -51,9 +51,10 @@ def compute_dtype(precision: PrecisionConfig) -> torch.dtype:
     return torch.float32 if precision.dtype == "fp32" else torch.bfloat16
 
 
-def joins_attention(precision: PrecisionConfig, *, on_cpu: bool) -> bool:
-    """Whether calls of attention can be joined by their log-sum-exp: FlashAttention knows no fp32."""
-    return on_cpu or precision.dtype != "fp32"
+def shares_prefixes(config: Config, *, on_cpu: bool) -> bool:
+    """Whether rows have once what their sequences begin with alike: where that is asked for, and calls of attention can
+    be joined by their log-sum-exp. FlashAttention knows no fp32."""
+    return config.train.shared_prefix and (on_cpu or config.precision.dtype != "fp32")
 
 
 def megatron_precision(precision: PrecisionConfig) -> dict[str, Any]:

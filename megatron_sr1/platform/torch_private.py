@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,6 +99,17 @@ class FixedDtypeBuffers(torch.nn.Module):
 # Attention that also gives the log-sum-exp of its scores, and whose backward takes any: what joining several over the
 # same queries needs. `scaled_dot_product_attention` has no log-sum-exp; that of `torch.nn.attention.varlen` has no
 # gradient, and its backward is not public.
+class Attended(NamedTuple):
+    """What the backward of attention is of. The probabilities are exp(score - lse)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    grad: Tensor  # of the output
+    out: Tensor
+    lse: Tensor
+
+
 Edges = tuple[Tensor, Tensor, int, int]  # cu_seqlens of queries and of keys, [runs + 1] int32, and the longest of each
 
 
@@ -114,21 +125,12 @@ def padded_attention(
 
 
 def padded_attention_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    *,
-    causal: bool,
-    scale: float | None,
+    of: Attended, mask: Tensor | None, *, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value of the same."""
-    mask = None if mask is None else mask.to(query.dtype)
+    mask = None if mask is None else mask.to(of.query.dtype)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+        of.grad, of.query, of.key, of.value, of.out, of.lse, 0.0, causal, attn_mask=mask, scale=scale
     )
 
 
@@ -142,23 +144,14 @@ def varlen_attention(
 
 
 def varlen_attention_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    edges: Edges,
-    *,
-    causal: bool,
-    scale: float | None,
+    of: Attended, edges: Edges, *, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value of the same."""
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=of.query.device)
     with deterministic_kernels():
         return torch.ops.aten._flash_attention_backward(
-            grad, query, key, value, out, lse.transpose(0, 1).contiguous(), *edges, 0.0, causal, no_dropout,
-            torch.empty(0, device=query.device), scale=scale,
+            of.grad, of.query, of.key, of.value, of.out, of.lse.transpose(0, 1).contiguous(), *edges, 0.0, causal,
+            no_dropout, torch.empty(0, device=of.query.device), scale=scale,
         )  # fmt: skip
 
 

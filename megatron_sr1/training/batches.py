@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_sr1.config import Config, row_tokens
 from megatron_sr1.objective import stream_advantages, token_weights
 from megatron_sr1.packing import moved, pack
-from megatron_sr1.platform.precision import joins_attention
+from megatron_sr1.platform.precision import shares_prefixes
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import templates_of
 from megatron_sr1.ranks import Exchange, agreed
@@ -117,8 +117,7 @@ class Batcher:
         self._row_tokens = row_tokens(config)
         self._templates = templates_of(config)
         self._device = device
-        joins = joins_attention(config.precision, on_cpu=device.type == CPU.type)
-        self.share_prefix = config.train.shared_prefix and joins  # what sequences begin with is in a row once
+        self.share_prefix = shares_prefixes(config, on_cpu=device.type == CPU.type)
         self._processor = processor
         self._replicas = replicas
 

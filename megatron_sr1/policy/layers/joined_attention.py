@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_sr1.packing import AttentionCall
 from megatron_sr1.platform.attention import attend, attend_backward
+from megatron_sr1.platform.torch_private import Attended
 
 
 def joined_attention(
@@ -63,8 +64,8 @@ class _JoinedAttention(torch.autograd.Function):
         found = [torch.zeros_like(x) for x in (query, key, value)]
         for call in ctx.calls:
             parts = _of(call, query, key, value)
-            its_grad, its_out, its_lse = (_rows(x, call.query_rows) for x in (grad, out, lse))
-            grads = attend_backward(call, *parts, its_grad, its_out, its_lse, ctx.scale)
+            attended = Attended(*parts, *(_rows(x, call.query_rows) for x in (grad, out, lse)))
+            grads = attend_backward(call, attended, ctx.scale)
             for whole, part, rows in zip(found, grads, (call.query_rows, call.key_rows, call.key_rows), strict=True):
                 if rows is None:
                     whole.add_(part)
