@@ -35,3 +35,14 @@ def test_the_numbers_hold_on_a_smaller_cpu(capability: str) -> None:
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout.strip().splitlines()[-1])
     assert passed and int(passed[1]) > 200, run.stdout[-2000:]
+
+
+def test_the_environment_says_how_many_threads() -> None:
+    """More would wait for each other in loops, at the cost of whatever else the machine runs."""
+    code = "import torch; from megatron_sr1.platform import start_platform; start_platform(); "
+    code += "print(torch.get_num_threads())"
+    found = []
+    for threads in ({"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "3"}, {"OMP_NUM_THREADS": ""}):
+        run = subprocess.run([sys.executable, "-c", code], env=os.environ | threads, capture_output=True, text=True)
+        found.append(int(run.stdout))
+    assert found == [1, 3, os.cpu_count()], found

@@ -235,7 +235,9 @@ def start_platform(timeout: timedelta = TIMEOUT) -> Platform:
             join_alone()
     if on_cpu:
         patch_megatron()
-        torch.set_num_threads(_threads_per_rank(torch.distributed.get_world_size()))
+        if not os.environ.get("OMP_NUM_THREADS"):  # else torch has taken what it says
+            here = os.environ.get("LOCAL_WORLD_SIZE") or torch.distributed.get_world_size()
+            torch.set_num_threads(_threads_per_rank(int(here)))
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return Platform(device, rank, world_size, find_accelerator(device))
 
@@ -281,4 +283,5 @@ def _backend() -> str:
 
 
 def _threads_per_rank(num_ranks: int) -> int:
+    """`num_ranks`: of this machine."""
     return max(1, (os.cpu_count() or 1) // num_ranks)
