@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -34,13 +34,24 @@ class PaddedRuns:
     queries: Tensor  # [B, Q] int64, places among the queries of the call
     keys: Tensor  # [B, K] int64, places among its keys
     real: Tensor  # [B, Q] bool: not what fills up
+    real_keys: Tensor  # [B, K] bool
     mask: Tensor | None  # [B, 1, Q, K] fp32, added to the scores; None: nothing, or what `causal` says
     causal: bool
+
+    @cached_property
+    def query_places(self) -> tuple[Tensor, Tensor]:
+        """Of all real queries: where each is in the batch, as one row of B * Q, and among the queries of the call."""
+        return _places(self.queries, self.real)
+
+    @cached_property
+    def key_places(self) -> tuple[Tensor, Tensor]:
+        """The same of the keys."""
+        return _places(self.keys, self.real_keys)
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """Runs of queries, each against a run of keys."""
+    """Runs of queries, each against a run of keys; no query is in two runs."""
 
     query_rows: Tensor | None  # [Nq] int64, of this rank's tokens, run after run; None: all, in order
     key_rows: Tensor | None  # [Nk] int64, of the row's tokens; None: all, in order
@@ -48,6 +59,7 @@ class AttentionCall:
     cu_keys: Tensor  # [runs + 1] int32
     lengths: tuple[tuple[int, int], ...]  # queries and keys of each run
     causal: bool  # the last query of a run sees all its keys, the one before it all but the last, and so on
+    keys_once: bool  # no token of the row is in the keys of two runs
 
     @property
     def max_queries(self) -> int:
@@ -98,6 +110,7 @@ class AttentionCall:
             queries=first[:, :1] + query.minimum(length[:, :1] - 1),
             keys=first[:, 1:] + key.minimum(length[:, 1:] - 1),
             real=query < length[:, :1],
+            real_keys=key < length[:, 1:],
             mask=mask,
             causal=self.causal and not needs_mask,
         )
@@ -148,7 +161,12 @@ def _call(
         cu_keys=_cumulated([keys for _, keys in lengths], device),
         lengths=lengths,
         causal=causal,
+        keys_once=all(before[1] <= after[0] for before, after in pairwise(sorted(run[2:] for run in runs))),
     )
+
+
+def _places(places: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    return real.flatten().nonzero().squeeze(1), places[real]
 
 
 def _rows(spans: Sequence[tuple[int, int]], device: torch.device) -> Tensor:

@@ -31,8 +31,8 @@ def attend(
     for runs in call.batches:
         parts = _padded(runs, query, key, value)
         found, its_lse = padded_attention(*parts, runs.mask, causal=runs.causal, scale=scale)
-        rows = runs.queries[runs.real]
-        out[rows], lse[rows] = found.transpose(1, 2)[runs.real], its_lse.transpose(1, 2)[runs.real]
+        for whole, part in ((out, found), (lse, its_lse)):
+            _put(whole, part, runs.query_places)
     return out, lse
 
 
@@ -48,9 +48,16 @@ def attend_backward(call: AttentionCall, of: Attended, scale: float | None) -> t
         its_lse = of.lse[runs.queries].transpose(1, 2).masked_fill(fills, FAR)
         padded = Attended(*_padded(runs, of.query, of.key, of.value), its_grad, its_out, its_lse)
         found = padded_attention_backward(padded, runs.mask, causal=runs.causal, scale=scale)
-        for whole, part, rows in zip(grads, found, (runs.queries, runs.keys, runs.keys), strict=True):
-            whole.index_add_(0, rows.flatten(), part.transpose(1, 2).flatten(0, 1))
+        places = (runs.query_places, runs.key_places, runs.key_places)  # keys that fill up get nothing
+        for whole, part, where in zip(grads, found, places, strict=True):
+            _put(whole, part, where)
     return grads
+
+
+def _put(whole: Tensor, part: Tensor, places: tuple[Tensor, Tensor]) -> None:
+    """Writes what is real of `part` [B, h, n, ...] to its places in `whole` [N, h, ...]."""
+    chosen, rows = places
+    whole[rows] = part.transpose(1, 2).flatten(0, 1)[chosen]
 
 
 def _padded(runs: PaddedRuns, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

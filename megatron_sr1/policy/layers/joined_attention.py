@@ -61,16 +61,20 @@ class _JoinedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad = grads[0].contiguous()
         query, key, value, out, lse = ctx.saved_tensors
-        found = [torch.zeros_like(x) for x in (query, key, value)]
+        found: list[Tensor] = []
         for call in ctx.calls:
             parts = _of(call, query, key, value)
             attended = Attended(*parts, *(_rows(x, call.query_rows) for x in (grad, out, lse)))
-            grads = attend_backward(call, attended, ctx.scale)
-            for whole, part, rows in zip(found, grads, (call.query_rows, call.key_rows, call.key_rows), strict=True):
-                if rows is None:
-                    whole.add_(part)
-                else:
-                    whole.index_add_(0, rows, part)
+            places = ((call.query_rows, True), *[(call.key_rows, call.keys_once)] * 2)
+            its_grads = attend_backward(call, attended, ctx.scale)
+            if not found:  # the first has every query and key
+                found = [
+                    part if rows is None else torch.zeros_like(x)
+                    for part, x, (rows, _) in zip(its_grads, (query, key, value), places, strict=True)
+                ]
+            for whole, part, (rows, once) in zip(found, its_grads, places, strict=True):
+                if whole is not part:
+                    _add(whole, part, rows, once)
         return (*found, None, None)
 
 
@@ -81,3 +85,11 @@ def _of(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> tuple
 
 def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x[rows]
+
+
+def _add(whole: Tensor, part: Tensor, rows: Tensor, once: bool) -> None:
+    """`part` at `rows` of `whole`; `once`: none of them comes again, which is quicker."""
+    if once:
+        whole[rows] += part
+    else:
+        whole.index_add_(0, rows, part)
