@@ -42,7 +42,7 @@ from megatron_sr1.types import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUBMITTED_AT_A_TIME = 16  # requests, between two steps of the engine
+SUBMITTED_AT_A_TIME = 64  # requests, between two steps of the engine: enough to fill it soon, few enough to overlap
 PREPARED_AHEAD = 32  # plans whose images are begun; more would not be kept until they are submitted
 
 

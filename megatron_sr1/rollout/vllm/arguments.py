@@ -9,6 +9,7 @@ from typing import Any
 from megatron_sr1.config import BATCHED_TOKENS, HfConfig, PixelLimits, graph_sizes
 
 NO_WEIGHTS = "no_weights"  # vLLM's load format of an engine whose weights come later (reload.py)
+CPU_BLOCK = 32  # tokens of a KV block, the least that vLLM's CPU kernels like: siblings share whole blocks of a prompt
 _GIB = 2**30
 
 
@@ -56,6 +57,7 @@ def engine_arguments(
         "kv_cache_memory_bytes": int(limits.kv_cache_gib * _GIB),
         "scheduling_policy": "priority",
         "enable_prefix_caching": True,
+        **({"block_size": CPU_BLOCK} if on_cpu else {}),
         "mm_processor_cache_gb": 0,  # images come prepared (prompts.py)
         "mm_processor_kwargs": _image_processor(limits.pixels),
         "logprobs_mode": "processed_logprobs",  # of the distribution that was drawn from
