@@ -42,7 +42,9 @@ def test_the_environment_says_how_many_threads() -> None:
     code = "import torch; from megatron_sr1.platform import start_platform; start_platform(); "
     code += "print(torch.get_num_threads())"
     found = []
-    for threads in ({"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "3"}, {"OMP_NUM_THREADS": ""}):
-        run = subprocess.run([sys.executable, "-c", code], env=os.environ | threads, capture_output=True, text=True)
+    for threads in ("1", ""):
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": threads}, capture_output=True, text=True
+        )
         found.append(int(run.stdout))
-    assert found == [1, 3, os.cpu_count()], found
+    assert found == [1, os.cpu_count()], found

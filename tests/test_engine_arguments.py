@@ -44,7 +44,7 @@ def test_a_cpu_and_whoever_does_not_want_them_have_no_graphs(tiny_model_dir: str
 def test_the_same_is_asked_for_everywhere_but_for_what_a_platform_decides(tiny_model_dir: str) -> None:
     on_cpu, on_gpu = (arguments(tiny_model_dir, on_cpu, cuda_graphs=False) for on_cpu in (True, False))
     differing = {name for name in on_cpu.keys() | on_gpu.keys() if on_cpu.get(name) != on_gpu.get(name)}
-    assert differing == {"dtype", "enable_chunked_prefill", "enable_sleep_mode"}
+    assert differing == {"dtype", "enable_chunked_prefill", "enable_sleep_mode", "block_size"}
     assert on_cpu["mm_encoder_tp_mode"] == "data" and on_cpu["mm_processor_cache_gb"] == 0
     assert arguments(tiny_model_dir, True, tensor_parallel=1)["mm_encoder_tp_mode"] == "weights"
     assert on_cpu["kv_cache_memory_bytes"] == 2 << 30 and on_cpu["limit_mm_per_prompt"] == {"image": 3, "video": 0}

@@ -18,7 +18,7 @@ from megatron_sr1.platform.ranks import TeamRanks
 from megatron_sr1.prompts import SEE_THINK
 from megatron_sr1.ranks import OneRank
 from megatron_sr1.rollout.balance import deal_prompts, expected_tokens
-from megatron_sr1.rollout.passes import SUBMITTED_AT_A_TIME
+from megatron_sr1.rollout.passes import PLANS_AT_A_TIME, SUBMITTED_AT_A_TIME
 from megatron_sr1.rollout.plan import Limits, PassPrompt, Planner, check_same_ids, cut_description, refusal
 from megatron_sr1.rollout.request import EngineFault, Generation
 from megatron_sr1.rollout.seeds import request_seed
@@ -241,7 +241,7 @@ def test_an_error_of_who_takes_the_groups_is_no_fault_of_the_engine() -> None:
     assert "restart" not in engine.log
 
 
-@pytest.mark.parametrize("num_samples", [1, 3])
+@pytest.mark.parametrize("num_samples", [1, 3, 7])
 def test_the_engine_steps_while_images_of_later_prompts_are_prepared(num_samples: int) -> None:
     """A few requests at a time; how many does not depend on which patches are ready."""
     engine = ScriptedEngine()
@@ -249,7 +249,7 @@ def test_the_engine_steps_while_images_of_later_prompts_are_prepared(num_samples
     generator(engine).generate(whole(prompts), sampling(num_samples=num_samples, later=()), 0)
     events = [line.split()[0] for line in engine.log if line.startswith(("add", "end"))]
     first_step = events.index("end")
-    assert first_step == math.ceil(SUBMITTED_AT_A_TIME / num_samples) * num_samples
+    assert first_step == min(math.ceil(SUBMITTED_AT_A_TIME / num_samples), PLANS_AT_A_TIME) * num_samples
     between = "".join("a" if event == "add" else "e" for event in events[first_step:]).rstrip("e").split("e")
     assert set(map(len, between)) <= {0, first_step, 40 * num_samples % first_step}, between
     assert engine.log.count("prepare") == 40 and events.count("end") == 40 * num_samples

@@ -42,7 +42,8 @@ from megatron_sr1.types import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUBMITTED_AT_A_TIME = 64  # requests, between two steps of the engine: enough to fill it soon, few enough to overlap
+SUBMITTED_AT_A_TIME = 64  # requests, between two steps of the engine: enough to fill it soon
+PLANS_AT_A_TIME = 16  # of these requests, which wait for their images
 PREPARED_AHEAD = 32  # plans whose images are begun; more would not be kept until they are submitted
 
 
@@ -236,11 +237,11 @@ class PassRequests:
         for first, *_ in islice(waiting, PREPARED_AHEAD):
             for image in first.plan.images:
                 self._processor.encode_image(image).patches.start()
-        submitted = 0
-        while waiting and submitted < SUBMITTED_AT_A_TIME:
+        submitted = plans = 0
+        while waiting and submitted < SUBMITTED_AT_A_TIME and plans < PLANS_AT_A_TIME:
             requests = waiting.popleft()
             self._submit_all(engine, requests)
-            submitted += len(requests)
+            submitted, plans = submitted + len(requests), plans + 1
 
     def _submit_all(self, engine: TokenEngine, requests: Sequence[_Request]) -> None:
         """Requests of one plan, which share its images."""
