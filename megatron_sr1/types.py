@@ -40,6 +40,9 @@ Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 OldLogprobs = Literal["trainer", "generator", "none"]
 MismatchKind = Literal["none", "truncate", "mask"]
 MismatchLevel = Literal["token", "sequence"]
+ContrastContext = Literal["no_image", "masked", "noise", "description"]
+ContrastWeights = Literal["policy", "reference"]
+TokenWeighting = Literal["none", "top", "top_conserving", "proportional"]
 
 
 # ---------------------------------------------------------------- data -> rollouts
@@ -308,7 +311,7 @@ class TokenTrack:
     prompt_ids: Tensor  # [p] int32
     response_ids: Tensor  # [n] int32
     generator_logprobs: Tensor  # [n] float32
-    credited: Tensor  # [n] int32: bit s is set where stream s credits the token
+    credited: Tensor  # [n] int32: bit s is set where stream s credits it, S + e where measured segment e has it
 
 
 @dataclass(frozen=True)
@@ -364,6 +367,24 @@ class LogProbs:
 
 # ---------------------------------------------------------------- the objective
 @dataclass(frozen=True)
+class Contrast:
+    """Another context that the first passes of prompts with images are scored under, token for token as they are.
+
+    context:  no_image     the prompt without its images
+              masked       `share` of the images' patches are black (PAPO, arXiv 2507.06448, section 3.2)
+              noise        every pixel is drawn anew
+              description  the block that this response describes with, in the place of the images (CapPO, 2509.21854)
+    weights:  policy       those that are trained
+              reference    those that the run began with
+    """
+
+    name: str
+    context: ContrastContext = "no_image"
+    share: float = 0.6  # of patches, where they are masked
+    weights: ContrastWeights = "policy"
+
+
+@dataclass(frozen=True)
 class Clip:
     """PPO ratio clipping: [1 - low, 1 + high]; `dual` (> 1) bounds the loss where the advantage is negative."""
 
@@ -393,11 +414,27 @@ class RewardStream:
     surrogate: Surrogate = "ppo"
     ratio: RatioLevel = "token"  # sequence: GSPO
     clip: Clip = Clip()
+    contrast: str = ""  # name of the one that the following are of
+    token_weighting: TokenWeighting = "none"  # by each token's dependency, see `objective.contrast`
+    token_share: float = 0.4  # of a response's tokens in the stream, that are the top
+    sequence_weight_low: float | None = None  # of the response that depends least; None: all weigh the same
+    contrast_coef: float = 0.0  # gamma: of the divergence from the contrast, which the loss falls by
+    contrast_entropy_coef: float = 0.0  # of the bonus for entropy under the contrast
 
     @property
     def kl_loss_coef(self) -> float:
         """beta of the loss: 0 where the KL is taken off the reward."""
         return self.kl_coef if self.kl_in == "loss" else 0.0
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether its tokens or responses weigh by how much they depend on what the contrast takes away."""
+        return self.token_weighting != "none" or self.sequence_weight_low is not None
+
+    @property
+    def trains_contrast(self) -> bool:
+        """Whether the loss has a gradient under the contrast, too."""
+        return self.contrast_coef != 0 or self.contrast_entropy_coef != 0
 
 
 @dataclass(frozen=True)

@@ -84,15 +84,15 @@ def plain_loss(policy: torch.nn.Module, reference: torch.nn.Module, processor: P
 def _scores(
     policy: torch.nn.Module, reference: torch.nn.Module, sequence: TokenSequence, processor: Processor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    log_p = _log_softmax(policy, sequence, processor)
+    log_p = log_softmax(policy, sequence, processor)
     with torch.no_grad():
-        held = _log_softmax(reference, sequence, processor)
+        held = log_softmax(reference, sequence, processor)
     chosen = torch.tensor(sequence.response_ids)[:, None]
     entropy = -(log_p.exp() * log_p).sum(-1)
     return log_p.gather(1, chosen)[:, 0], entropy, held.gather(1, chosen)[:, 0]
 
 
-def _log_softmax(model: torch.nn.Module, sequence: TokenSequence, processor: Processor) -> Tensor:
+def log_softmax(model: torch.nn.Module, sequence: TokenSequence, processor: Processor) -> Tensor:
     """[n, V] of the response, at the temperature and without the banned ids."""
     prompt = torch.tensor(sequence.prompt_ids)
     ids = torch.cat([prompt, torch.tensor(sequence.response_ids)])[None]

@@ -16,12 +16,14 @@ from megatron_sr1.types import (
     Normalize,
     RatioLevel,
     Surrogate,
+    TokenWeighting,
 )
 
 KL_COEF = Range(0, 1000)  # 0 switches the reference model off
 ENTROPY_COEF = Range(-1, 1, above=True, below=True)  # below 0 entropy is pushed down
 RATIO = Range(0, 1000, above=True)
 DUAL_CLIP = Range(1, 1000, above=True)
+_SHARE = Range(0, 1, above=True)
 _NUMBERS = {
     "loss_weight": Range(0, 1000),
     "kl_coef": KL_COEF,
@@ -30,6 +32,10 @@ _NUMBERS = {
     "clip_low": RATIO,
     "clip_high": RATIO,
     "dual_clip": DUAL_CLIP,
+    "token_share": _SHARE,
+    "sequence_weight_low": Range(0, 1),
+    "contrast_coef": Range(0, 1000),
+    "contrast_entropy_coef": ENTROPY_COEF,
 }
 _CHOICES = {
     "kl_estimator": get_args(KlEstimator),
@@ -40,9 +46,10 @@ _CHOICES = {
     "aggregation": get_args(Aggregation),
     "surrogate": get_args(Surrogate),
     "ratio": get_args(RatioLevel),
+    "token_weighting": get_args(TokenWeighting),
 }
-KEYS = ("name", "pass", "tokens", "rewards", "enabled", *_NUMBERS, *_CHOICES)
-_NULLABLE = ("dual_clip", "constant_tokens")
+KEYS = ("name", "pass", "tokens", "rewards", "enabled", "contrast", *_NUMBERS, *_CHOICES)
+_NULLABLE = ("dual_clip", "constant_tokens", "sequence_weight_low")
 _WHOLE = ("constant_tokens",)
 _WEIGHT = Range(-1e6, 1e6)
 

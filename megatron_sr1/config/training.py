@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from megatron_sr1.config.contrast import check_contrasts
 from megatron_sr1.config.passes import check_passes
 from megatron_sr1.config.rules import COUNT, COUNT_OR_NONE, Range, check_numbers, one_of, require
 from megatron_sr1.config.streams import DUAL_CLIP, ENTROPY_COEF, KL_COEF, RATIO, check_streams
@@ -86,6 +87,8 @@ class ObjectiveConfig:
     streams: list[Any] = field(default_factory=list)  # changes a preset's of that name; further ones join
     # changes the second pass; further ones join: {name: blind, context: nothing}
     passes: list[Any] = field(default_factory=list)
+    # other contexts that first passes are scored under, which streams name: {name: blind, context: no_image}
+    contrast: list[Any] = field(default_factory=list)
     # the folder of the weights that passes of `reader: reference` are read by; empty: those that the run begins with
     reference_dir: str = ""
     template: str | None = None  # of the first pass, see `templates`; null: the preset's, else see_think
@@ -127,6 +130,7 @@ class ObjectiveConfig:
             one_of("objective.preset", self.preset, PRESET_NAMES)
         check_streams(self.streams)
         check_passes(self.passes)
+        check_contrasts(self.contrast)
         one_of("objective.advantage", self.advantage, get_args(AdvantageKind))
         one_of("objective.kl_estimator", self.kl_estimator, get_args(KlEstimator))
         one_of("objective.kl_in", self.kl_in, get_args(KlPlace))

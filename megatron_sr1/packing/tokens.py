@@ -43,7 +43,7 @@ def gather_rows(values_per_row: Sequence[Tensor], batches: Sequence[MicroBatch],
     if len(counts) != num_sequences:
         raise ValueError(f"the rows hold sequence {len(counts) - 1}, but num_sequences={num_sequences} were packed.")
     order = torch.argsort(starts[sequence] + offset, stable=True)
-    expected = torch.arange(len(order)) - starts.repeat_interleave(counts)
+    expected = torch.arange(len(order), device=order.device) - starts.repeat_interleave(counts)
     if not torch.equal(offset[order], expected):
         raise ValueError("a response token is missing from the rows or there twice; give all rows of one pack, once.")
     values = torch.cat(list(values_per_row), dim=-1)

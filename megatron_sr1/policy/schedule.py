@@ -43,6 +43,8 @@ class Schedule:
         whose output, of no scored token, goes to `discard` instead.
         """
         rows = [*batches, *self._padding(batches)]
+        if not rows:
+            return []
 
         def forward_step(numbered: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module) -> tuple[Tensor, Any]:
             index, batch = next(numbered)

@@ -67,7 +67,7 @@ class Scorer:
         scores = self._schedule.run(
             batches, scoring, forward_only=True, collect=lambda _, output: output, discard=lambda output: output
         )
-        return self._from_last_stage(scores, batches)
+        return self._from_last_stage(scores, batches) if batches else []
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights under their Hugging Face names, full, on every rank; all ranks iterate together."""

@@ -12,13 +12,24 @@ from megatron_sr1.config.rules import require
 from megatron_sr1.import_path import is_import_path, load_object
 from megatron_sr1.prompts import SHIPPED, Asked, Template, Templates, templates_of
 from megatron_sr1.rewards import find_reward, layout_reward
+from megatron_sr1.streams.contrast import check_contrast, contrast_keys, contrasts_of
 from megatron_sr1.streams.passes import check_later, later_passes, needs_description
 from megatron_sr1.streams.presets import WRITTEN, Written
 from megatron_sr1.streams.segments import OUTSIDE_DESCRIPTION, REST, WHOLE, other_segments, segments_of
 from megatron_sr1.streams.spans import find_spans
-from megatron_sr1.types import SECOND, Clip, LaterPass, Passes, PassName, PresetName, RewardStream, TemplateName
+from megatron_sr1.types import (
+    SECOND,
+    Clip,
+    Contrast,
+    LaterPass,
+    Passes,
+    PassName,
+    PresetName,
+    RewardStream,
+    TemplateName,
+)
 
-MAX_STREAMS = 31  # which of them credit a token is told in the bits of an int32
+MAX_STREAMS = 31  # with the segments that are measured: which a token is of is told in the bits of an int32
 
 
 @dataclass(frozen=True)
@@ -26,11 +37,12 @@ class Preset:
     """A named objective.
 
     Raises:
-        ValueError: a template that is not there, or cannot have its role; no stream, or more than MAX_STREAMS, two
-            streams of one name, a stream without rewards, of a pass that there is not or that others than the policy
-            write, or of a segment that its pass does not have; a reward that is not there, is of a pass that there is
-            not, needs a description where none is asked for, or is shown by the name of another; a pass that needs a
-            description where none is asked for.
+        ValueError: a template that is not there, or cannot have its role; no stream, or more than MAX_STREAMS with the
+            segments that are measured, two streams of one name, a stream without rewards, of a pass that there is not
+            or that others than the policy write, or of a segment that its pass does not have; a reward that is not
+            there, is of a pass that there is not, needs a description where none is asked for, or is shown by the name
+            of another; a pass or a contrast that needs a description where none is asked for; a stream whose contrast
+            cannot be.
     """
 
     name: str
@@ -41,13 +53,17 @@ class Preset:
     templates: Templates = SHIPPED  # that the names are of
     later: tuple[LaterPass, ...] = (SECOND,)  # that may follow; the second one alone does only where it is needed
     wanted: tuple[PassName, ...] = ()  # of `later`, those that are wanted for themselves
+    contrasts: tuple[Contrast, ...] = ()  # that first passes are scored under
 
     def __post_init__(self) -> None:
         _ = self.asked
         if not self.streams:
             raise ValueError(f"objective {self.name!r}: it has no streams; give at least one.")
-        if len(self.streams) > MAX_STREAMS:
-            raise ValueError(f"objective {self.name!r}: it has {len(self.streams)} streams, more than {MAX_STREAMS}.")
+        if len(self.streams) + len(self.measured) > MAX_STREAMS:
+            more = f" and measures {len(self.measured)} segments" if self.measured else ""
+            raise ValueError(
+                f"objective {self.name!r}: it has {len(self.streams)} streams{more}, more than {MAX_STREAMS}."
+            )
         names = [stream.name for stream in self.streams]
         if len(set(names)) < len(names):
             raise ValueError(f"objective {self.name!r}: stream names {names} repeat; metrics need a name each.")
@@ -55,6 +71,27 @@ class Preset:
             self._check_stream(stream)
         self._check_rewards()
         check_later(self.passes.later, self.asked.first)
+        for stream in self.streams:
+            check_contrast(stream, self.contrasts, f"objective {self.name!r}, stream {stream.name!r}")
+        for contrast in self.contrasts:
+            if contrast.context == "description" and self.asked.first.describes not in self.measured:
+                raise ValueError(
+                    f"objective {self.name!r}: the contrast {contrast.name!r} has the description in the place of the "
+                    f"image, and the template {self.template!r} asks for none. Set objective.template=see_think, or "
+                    "another context."
+                )
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Segments of the first pass whose dependency is told, where there is a contrast."""
+        if not self.contrasts:
+            return ()
+        return tuple(name for name in segments_of(self.asked.first) if name not in (REST, OUTSIDE_DESCRIPTION))
+
+    @property
+    def weighs_contrast(self) -> bool:
+        """Whether tokens or responses of a stream weigh by how much they depend on what a contrast takes away."""
+        return any(stream.is_weighted for stream in self.streams)
 
     @cached_property
     def asked(self) -> Asked:
@@ -82,8 +119,9 @@ class Preset:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a stream is held to the weights the policy started from."""
-        return any(stream.kl_coef > 0 for stream in self.streams)
+        """Whether a stream is held to the weights the policy started from, or a contrast is scored by them."""
+        held = any(stream.kl_coef > 0 for stream in self.streams)
+        return held or any(contrast.weights == "reference" for contrast in self.contrasts)
 
     @property
     def kl_in_reward(self) -> bool:
@@ -257,6 +295,7 @@ def preset_from_config(objective: ObjectiveConfig, templates: Templates = SHIPPE
         templates,
         later,
         wanted,
+        contrasts_of(objective.contrast),
     )
     _check_against_objective(objective, preset)
     return preset
@@ -292,6 +331,7 @@ def _stream(entry: Written, objective: ObjectiveConfig) -> RewardStream:
             float(entry.get("clip_high", objective.clip_high)),
             entry.get("dual_clip", objective.dual_clip),
         ),
+        **contrast_keys(entry),
     )
 
 
@@ -325,8 +365,9 @@ def _check_against_objective(objective: ObjectiveConfig, preset: Preset) -> None
             "it. Leave it out, or set objective.aggregation=constant."
         )
     for stream in preset.streams if objective.loss else ():
-        if stream.kl_in == "reward" or stream.entropy_coef != 0:
+        if stream.kl_in == "reward" or stream.entropy_coef != 0 or stream.trains_contrast:
             found = "kl_in=reward" if stream.kl_in == "reward" else f"entropy_coef={stream.entropy_coef}"
+            found = f"contrast={stream.contrast}" if stream.trains_contrast else found
             raise ValueError(
                 f"objective {preset.name!r}, stream {stream.name!r}: {found} is of our loss, and objective.loss="
                 f"{objective.loss!r} takes its place: it may have a KL term and a bonus of its own, which would count "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from megatron_sr1.prompts import templates_of
 from megatron_sr1.ranks import Exchange, agreed
 from megatron_sr1.rewards import find_reward
 from megatron_sr1.streams import Preset
+from megatron_sr1.training.contrasts import ContextMaker, ContrastRows
 from megatron_sr1.training.ledger import KINDS, StepLedger, slots_of
 from megatron_sr1.training.payload import FIRST, Place
-from megatron_sr1.training.recorder import image_distance, stream_masks
+from megatron_sr1.training.recorder import image_distance, segment_masks, stream_masks
 from megatron_sr1.training.step_rewards import per_rollout
 from megatron_sr1.training.tokens import ResponseTokens, into_rows
 from megatron_sr1.types import (
@@ -52,13 +53,15 @@ class StreamRows:
     tokens: list[ResponseTokens]  # of each micro-batch
     num_tokens: int  # of these responses, the whole step's, all replicas
     num_of_kind: Mapping[str, int]  # the same by `token_kinds`, those alone that occur
+    num_responses: int = 0  # of this replica
+    contrasts: Mapping[str, ContrastRows] = field(default_factory=dict)  # by name
 
 
 @dataclass(frozen=True)
 class StreamBatch(StreamRows):
     """The same with what the loss is to make of it."""
 
-    advantages: list[Tensor]  # of each micro-batch [S, R]
+    advantages: list[Tensor] = field(default_factory=list)  # of each micro-batch [S, R]
 
 
 def rollout_advantages(
@@ -138,19 +141,24 @@ class Batcher:
         weights = [torch.full((len(batch.targets),), weight, device=self._device) for batch in micro_batches]
         return SftBatch(micro_batches, weights)
 
-    def streams(self, rows: StreamRows, advantages: Tensor, preset: Preset) -> StreamBatch:
+    def streams(
+        self, rows: StreamRows, advantages: Tensor, preset: Preset, weights: Sequence[Tensor] | None = None
+    ) -> StreamBatch:
         """The rows with the advantage of every response token in every stream, and what of them the head must
         differentiate.
 
         Args:
             rows: see `rows`.
             advantages: [S, B, M], see `rollout_advantages`.
+            weights: of each micro-batch [S, R], that scale them; None: 1.
         """
         flat = advantages.flatten(1).to(self._device)  # [S, B * M]
         of_tokens = [flat[:, tokens.place] for tokens in rows.tokens]  # [S, R] each
+        if weights is not None:
+            of_tokens = [each * weight for each, weight in zip(of_tokens, weights, strict=True)]
         triples = zip(rows.micro_batches, rows.tokens, of_tokens, strict=True)
         micro_batches = [self._with_gradients(*triple, preset) for triple in triples]
-        return StreamBatch(micro_batches, rows.tokens, rows.num_tokens, rows.num_of_kind, of_tokens)
+        return StreamBatch(**{**vars(rows), "micro_batches": micro_batches}, advantages=of_tokens)
 
     def rows(
         self,
@@ -159,6 +167,7 @@ class Batcher:
         tracks: Sequence[TokenTrack],
         prompts: DrawnPrompts,
         preset: Preset,
+        step: int = 0,
     ) -> StreamRows:
         """The responses that this replica trains, packed, with the weight of each token in every stream.
 
@@ -167,6 +176,7 @@ class Batcher:
             share: this replica's, see `share_responses`.
             tracks: of the responses of the share.
             prompts: of all groups, by number. Only whoever encodes an image has it decoded.
+            step: what a contrast draws of pixels depends on it.
         """
         slots, numbers = slots_of(preset), ledger.number.tolist()
         first_of = {slot.pass_name: number for number, slot in reversed(list(enumerate(slots)))}
@@ -191,14 +201,43 @@ class Batcher:
                     generator_logprobs=track.generator_logprobs,
                     image_distance=image_distance(track, self._processor.image_token_id),
                     place=torch.full((len(track.response_ids),), place),
+                    segments=segment_masks(track, preset),
                 )
             )
         micro_batches = self._pack(sequences)
+        keys = [prompts.keys[numbers[group]] for group, _, _ in share] if preset.contrasts else []
+        contrasts = self._contrasts(sequences, responses, keys, preset, step)
         tokens = [row.moved(self._device) for row in into_rows(responses, micro_batches)]
         counts = dict(zip(KINDS, ledger.of_kind.sum((0, 1)).tolist(), strict=True))
         num_of_kind = {name: count for name, count in counts.items() if count > 0}
         num_tokens = int(ledger.response_tokens[..., [slot.scored for slot in slots]].sum())
-        return StreamRows(micro_batches, tokens, num_tokens, num_of_kind)
+        return StreamRows(micro_batches, tokens, num_tokens, num_of_kind, len(sequences), contrasts)
+
+    def _contrasts(
+        self,
+        sequences: Sequence[TokenSequence],
+        responses: Sequence[ResponseTokens],
+        keys: Sequence[str],
+        preset: Preset,
+        step: int,
+    ) -> dict[str, ContrastRows]:
+        """Of a replica's share: the responses under every contrast that they have."""
+        make, found = ContextMaker(self._processor, self._config.seed, step), {}
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        describes = preset.asked.first.describes
+        for place, contrast in enumerate(preset.contrasts):
+            others: dict[int, TokenSequence] = {}
+            for index, sequence in enumerate(sequences):
+                if not sequence.images:
+                    continue
+                block = preset.measured.index(describes) if contrast.context == "description" and describes else None
+                told = torch.zeros(0) if block is None else responses[index].segments[block]
+                group = -1 - place * len(numbers) - numbers[keys[index]]  # of no other prompt, nor of another context
+                other = make.sequence(contrast, sequence, told, keys[index], group)
+                if other is not None:
+                    others[index] = other
+            found[contrast.name] = ContrastRows(self._pack(list(others.values())), list(others))
+        return found
 
     def _weights(self, ledger: StepLedger, preset: Preset) -> Tensor:
         """[S, B, M]: the weight of each token that a stream credits in a response, see `token_weights`. All responses

@@ -74,13 +74,13 @@ class _Drawn:
         """Of the graded groups."""
         return sum(self._alive()) if self._ledger.num_groups else 0
 
-    def chosen(self, prompts: StepPrompts, rounds: int | None) -> StepRollouts:
+    def chosen(self, prompts: StepPrompts, rounds: int | None, step: int) -> StepRollouts:
         """Everything, and which groups are the training batch. Some group is graded."""
         count = len(prompts.first.keys)
         numbers = self._ledger.number.tolist()
         places = training_places(numbers, self._alive() if rounds is not None else [True] * len(numbers), count)
         held = (self._groups, self._tracks)
-        return StepRollouts(self._ledger, prompts, places, *held, self.skipped, rounds)
+        return StepRollouts(self._ledger, prompts, places, *held, self.skipped, rounds, step)
 
     def _alive(self) -> list[bool]:
         return live_groups(self._ledger, self._recorder.preset, self._objective)[1].tolist()
@@ -166,7 +166,7 @@ class LiveRollouts:
             raise RewardError(_joined(reasons))
         if len(reasons) == drawn.num_prompts:
             raise RewardError(f"no group of step {step} could be graded. {_joined(reasons)}")
-        chosen = drawn.chosen(prompts, rounds if self._rounds else None)
+        chosen = drawn.chosen(prompts, rounds if self._rounds else None, step)
         if self._ranks.rank == 0:
             for reason in reasons:
                 logger.warning("a group is skipped: %s", reason)

@@ -11,6 +11,7 @@ from megatron_sr1.kernels import fused_stream_loss, is_fused
 from megatron_sr1.objective import Mismatch, OwnLoss, importance_weights, sft_loss, stream_loss, token_kinds
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.batches import SftBatch, StreamBatch
+from megatron_sr1.training.contrast_terms import ContrastTerms
 from megatron_sr1.types import LogProbs, LossInputs
 
 
@@ -36,6 +37,7 @@ class PolicyLoss:
         objective: ObjectiveConfig,
         *,
         measures_gap: bool = True,
+        contrast: ContrastTerms | None = None,
     ) -> None:
         """
         Args:
@@ -44,9 +46,12 @@ class PolicyLoss:
             reference: per micro-batch; None only where no stream has a KL term.
             measures_gap: the trainer's log-probs of the weights that drew the rollouts are known, so how far it is from
                 the generator can be told.
+            contrast: what contrasts add; its micro-batches come behind those of the batch.
         """
+        self._contrast = contrast
+        self._names: list[str] = []  # of the metrics of the batch's own rows
         self._batch, self._old, self._reference, self._preset = batch, old, reference, preset
-        self._own, self._measures_gap = objective.old == "trainer", measures_gap
+        self._is_trainers, self._measures_gap = objective.old == "trainer", measures_gap
         fits = all(is_fused(stream) for stream in preset.streams)
         ours = fused_stream_loss if fits else stream_loss
         self._loss = OwnLoss(objective.loss) if objective.loss else ours
@@ -54,10 +59,22 @@ class PolicyLoss:
         self._mismatch = Mismatch(objective.mismatch, objective.mismatch_level, *bounds)
 
     def __call__(self, index: int, logprobs: LogProbs) -> tuple[Tensor, Mapping[str, Tensor]]:
+        if self._contrast is None:
+            return self._of_batch(index, logprobs)
+        number = index - len(self._batch.micro_batches)
+        if number >= 0:
+            loss, metrics = self._contrast.other(number, logprobs)
+            return loss, {**dict.fromkeys(self._names, loss.new_zeros(())), **metrics}
+        loss, metrics = self._of_batch(index, logprobs)
+        more, theirs = self._contrast.own(index, logprobs.logprobs)
+        self._names = list(metrics)
+        return loss + more, {**metrics, **theirs}
+
+    def _of_batch(self, index: int, logprobs: LogProbs) -> tuple[Tensor, Mapping[str, Tensor]]:
         micro_batch, tokens, trainer = self._batch.micro_batches[index], self._batch.tokens[index], logprobs.logprobs
         old = None if self._old is None else self._old[index].logprobs
         # the trainer's, of the weights that drew the tokens; where objective.old spares their pass, its present ones
-        drawing = old if old is not None and self._own else trainer
+        drawing = old if old is not None and self._is_trainers else trainer
         weights, bounded = importance_weights(
             drawing, tokens.generator_logprobs, micro_batch.row_sequence, self._mismatch
         )

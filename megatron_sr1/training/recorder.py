@@ -19,7 +19,7 @@ from megatron_sr1.training.step_rewards import Rewards
 from megatron_sr1.types import CutResponses, Rollout, RolloutGroup, RolloutPair, TokenTrack
 
 GroupTracks = Mapping[tuple[int, int], TokenTrack]  # by sample and slot: the scored responses of a group
-Masks = Callable[[Response], Tensor]  # [S, n]: see `response_masks`
+Masks = Callable[[Response], Tensor]  # [S + E, n]: see `response_masks`
 _NONE = Rollout("", (), (), "", (), "stop", 0)  # a response that is not there
 
 
@@ -37,7 +37,7 @@ class Recorder:
     @classmethod
     def of(cls, preset: Preset, num_samples: int, processor: Processor, cut: CutResponses) -> Recorder:
         """`cut`: see `response_masks`."""
-        masks = partial(response_masks, processor, streams=preset.streams, cut=cut)
+        masks = partial(response_masks, processor, streams=preset.streams, cut=cut, measured=preset.measured)
         return cls(preset, num_samples, masks, processor.image_token_id)
 
     def none(self) -> StepLedger:
@@ -75,8 +75,9 @@ class Recorder:
     def _track(self, response: Response, sizes: Sequence[tuple[int, int]]) -> TokenTrack:
         rollout = response.rollout
         shown = torch.tensor(sizes if response.pass_name == "first" else [], dtype=torch.int32)
-        bits = 1 << torch.arange(len(self.preset.streams))  # [S]
-        credited = (self._masks(response).long() * bits[:, None]).sum(0)
+        masks = self._masks(response).long()
+        bits = 1 << torch.arange(len(masks))
+        credited = (masks * bits[:, None]).sum(0)
         return TokenTrack(
             image_sizes=shown.view(-1, 2),
             prompt_ids=torch.tensor(rollout.prompt_ids, dtype=torch.int32),
@@ -147,7 +148,16 @@ class Recorder:
 
 def stream_masks(track: TokenTrack, num_streams: int) -> Tensor:
     """[S, n] bool: which stream credits which token."""
-    return (track.credited >> torch.arange(num_streams)[:, None] & 1).bool()
+    return _bits(track, range(num_streams))
+
+
+def segment_masks(track: TokenTrack, preset: Preset) -> Tensor:
+    """[E, n] bool: which of `Preset.measured` has which token."""
+    return _bits(track, range(len(preset.streams), len(preset.streams) + len(preset.measured)))
+
+
+def _bits(track: TokenTrack, chosen: range) -> Tensor:
+    return (track.credited >> torch.tensor(chosen, dtype=torch.int32)[:, None] & 1).bool()
 
 
 def image_distance(track: TokenTrack, image_token_id: int) -> Tensor:

@@ -47,7 +47,7 @@ class SavedRollouts:
                 path, partial(_drawn, prompts), num_samples, all_rewards(preset), *made_by, self._ranks
             )
             ledger, tracks = self._recorder.record(read.groups, read.rewards, self._ranks)
-        return StepRollouts(ledger, read.prompts, read.places, read.groups, tracks, read.skipped, read.rounds)
+        return StepRollouts(ledger, read.prompts, read.places, read.groups, tracks, read.skipped, read.rounds, step)
 
     def settle(self) -> None:
         """They are on disk."""

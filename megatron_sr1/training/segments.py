@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_sr1.import_path import is_import_path
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import Template
-from megatron_sr1.streams import REST, WHOLE, Preset, other_segments
+from megatron_sr1.streams import REST, WHOLE, Preset, other_segments, segments_of
 from megatron_sr1.streams.segments import OUTSIDE_DESCRIPTION
 from megatron_sr1.streams.spans import own_spans
 from megatron_sr1.types import CutResponses, PassName, Prompt, RewardStream, Rollout, RolloutPair
@@ -41,20 +41,31 @@ def scored_responses(pair: RolloutPair, prompt: Prompt, preset: Preset) -> list[
 
 
 def response_masks(
-    processor: Processor, response: Response, streams: Sequence[RewardStream], cut: CutResponses = "train"
+    processor: Processor,
+    response: Response,
+    streams: Sequence[RewardStream],
+    cut: CutResponses = "train",
+    measured: Sequence[str] = (),
 ) -> Tensor:
-    """[S, n]: 1.0 where a stream credits a token; 0 in the streams of other passes.
+    """[S + E, n]: 1.0 where a stream credits a token, 0 in the streams of other passes; then 1.0 where a segment of the
+    first pass that is measured has it.
 
     Args:
         cut: "mask": nothing of a response that the token limit cut (overlong filtering: DAPO, arXiv 2503.14476, 3.4).
+        measured: the E segments.
     """
     rollout = response.rollout
-    rows = torch.zeros(len(streams), len(rollout.response_ids))
+    rows = torch.zeros(len(streams) + len(measured), len(rollout.response_ids))
     if cut == "mask" and rollout.finish_reason == "length":
         return rows
-    for row, stream in zip(rows, streams, strict=True):
+    for row, stream in zip(rows, streams, strict=False):
         if stream.trajectory == response.pass_name:
             row.copy_(_segment(processor, response, stream, streams))
+    if response.pass_name == "first":
+        names = set(segments_of(response.template))  # a prompt without images may be asked by another
+        for row, segment in zip(rows[len(streams) :], measured, strict=True):
+            if segment in names:
+                row.copy_(_named(processor, response, segment))
     return rows
 
 

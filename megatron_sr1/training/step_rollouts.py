@@ -21,6 +21,7 @@ class StepRollouts:
     tracks: Mapping[int, GroupTracks]  # of these, by number
     skipped: Mapping[int, str] = field(default_factory=dict)  # by number: why a group could not be graded
     rounds: int | None = None  # of further prompts that were drawn; None: without dynamic sampling
+    step: int = 0
 
     @property
     def num_drawn(self) -> int:

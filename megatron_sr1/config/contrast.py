@@ -1,0 +1,51 @@
+"""`objective.contrast`: what is written of each contrast, checked key by key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from megatron_sr1.config.rules import Range, known_key, require
+from megatron_sr1.types import ContrastContext, ContrastWeights
+
+KEYS = ("name", "context", "share", "weights")
+_EXAMPLE = "Write {name: blind, context: no_image}."
+_SHARE = Range(0, 1, above=True)
+
+
+def check_contrasts(contrasts: Sequence[Any]) -> None:
+    """
+    Raises:
+        ConfigError: an entry is no mapping, has no name or the name of another, an unknown key, a value that is not
+            allowed, or a share without patches that are masked.
+    """
+    names: list[str] = []
+    for index, entry in enumerate(contrasts):
+        where = f"objective.contrast[{index}]"
+        require(isinstance(entry, Mapping), where, entry, "keys with values", _EXAMPLE)
+        name = entry.get("name")
+        is_name = isinstance(name, str) and name.isidentifier() and name.isascii()
+        require(is_name, f"{where}.name", name, "a word of letters, digits and _ that begins with a letter", _EXAMPLE)
+        require(name not in names, f"{where}.name", name, "a name that no other contrast has", "Streams name theirs.")
+        names.append(str(name))
+        for key, value in entry.items():
+            _check(f"{where} ({name}).{key}", str(key), value)
+        require(
+            "share" not in entry or entry.get("context") == "masked",
+            f"{where} ({name}).share",
+            entry.get("share"),
+            "left out where context is not masked, for it is the share of patches that are",
+            "Write {name: masked, context: masked, share: 0.6}.",
+        )
+
+
+def _check(where: str, key: str, value: Any) -> None:
+    known_key(where, key, KEYS, "contrast")
+    if key in ("context", "weights"):
+        allowed = get_args(ContrastContext if key == "context" else ContrastWeights)
+        require(value in allowed, where, value, "one of " + ", ".join(allowed), "Set it to one of them.")
+    elif key == "share":
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = is_number and math.isfinite(value) and value in _SHARE
+        require(fits, where, value, f"a number, {_SHARE}", "PAPO has 0.6.")

@@ -1,0 +1,70 @@
+"""The contrasts of an objective, and what a stream makes of one (`objective.contrast`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_sr1.types import Contrast, RewardStream
+
+_OF_CONTRAST = ("token_weighting", "token_share", "sequence_weight_low", "contrast_coef", "contrast_entropy_coef")
+
+
+def contrasts_of(entries: Sequence[Mapping[str, Any]]) -> tuple[Contrast, ...]:
+    """In the order that they were written.
+
+    Args:
+        entries: of `objective.contrast`, checked by `config.contrast`.
+    """
+    return tuple(Contrast(**entry) for entry in entries)
+
+
+def contrast_keys(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What an entry of `objective.streams` says of its contrast, as fields of `RewardStream`.
+
+    Raises:
+        ValueError: a share of tokens without a weighting of the top ones; keys of a contrast without its name.
+    """
+    where, weighting = f"objective.streams: {entry['name']!r}", entry.get("token_weighting", "none")
+    if "token_share" in entry and not weighting.startswith("top"):
+        raise ValueError(
+            f"{where} has token_share={entry['token_share']}, which belongs to token_weighting=top, and its "
+            f"token_weighting is {weighting}. Leave it out, or set token_weighting=top."
+        )
+    found = {key: entry[key] for key in _OF_CONTRAST if key in entry}
+    if found and "contrast" not in entry:
+        raise ValueError(
+            f"{where} has {', '.join(found)}, and names no contrast that it is of. Add contrast: <a name of "
+            "objective.contrast>."
+        )
+    return found | ({"contrast": entry["contrast"]} if "contrast" in entry else {})
+
+
+def check_contrast(stream: RewardStream, contrasts: Sequence[Contrast], where: str) -> None:
+    """
+    Args:
+        where: the stream is, for messages.
+
+    Raises:
+        ValueError: the stream names a contrast that there is not, is of a pass that sees no image, or would train
+            weights that are frozen.
+    """
+    if not stream.contrast:
+        return
+    named = {contrast.name: contrast for contrast in contrasts}
+    if stream.contrast not in named:
+        known = ", ".join(named) or "none"
+        raise ValueError(
+            f"{where}: contrast={stream.contrast!r} is not among objective.contrast, which has {known}. Add it there: "
+            f"{{name: {stream.contrast}, context: no_image}}."
+        )
+    if stream.trajectory != "first":
+        raise ValueError(
+            f"{where}: contrast={stream.contrast!r} takes the image away, and the {stream.trajectory} pass sees none. "
+            "Give it to a stream of the first pass."
+        )
+    if stream.trains_contrast and named[stream.contrast].weights == "reference":
+        raise ValueError(
+            f"{where}: contrast_coef and contrast_entropy_coef train the policy under the contrast "
+            f"{stream.contrast!r}, and its weights are the reference's. Set weights: policy there."
+        )

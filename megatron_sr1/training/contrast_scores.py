@@ -1,0 +1,107 @@
+"""What the policy and its reference say to first passes under the contrasts, and the weights that come of it.
+
+Shape legend: S reward streams, B responses of the optimizer step over all replicas, b of this one, R scored tokens of a
+row, n response tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from megatron_sr1.objective import dependency, response_weights, token_weighting
+from megatron_sr1.packing import gather_rows, scatter_rows
+from megatron_sr1.policy import Policy
+from megatron_sr1.ranks import Exchange
+from megatron_sr1.streams import Preset
+from megatron_sr1.training.batches import StreamRows
+from megatron_sr1.training.contrasts import ContrastScores
+from megatron_sr1.types import LogProbs, MicroBatch, RewardStream, Scoring
+
+_Score = Callable[[Sequence[MicroBatch], Scoring], list[LogProbs]]
+
+
+class ContrastScorer:
+    """Of one preset. Everything here is collective over all ranks."""
+
+    def __init__(self, policy: Policy, preset: Preset, scoring: Scoring) -> None:
+        self._policy = policy
+        self._preset = preset
+        self._scoring = scoring
+
+    def present(self, rows: StreamRows, *, own: bool) -> tuple[list[LogProbs], ContrastScores]:
+        """Under the contrasts of the present weights, in one forward pass; with `own`, in their own context as well."""
+        names = [contrast.name for contrast in self._preset.contrasts if contrast.weights == "policy"]
+        return self._score(self._policy.logprobs, rows, names, own=own)
+
+    def reference(self, rows: StreamRows) -> tuple[list[LogProbs], ContrastScores]:
+        """By the weights that the run began with: in their own context, and under the contrasts of these weights."""
+        names = [contrast.name for contrast in self._preset.contrasts if contrast.weights == "reference"]
+        return self._score(self._policy.reference_logprobs, rows, names, own=True)
+
+    def _score(
+        self, score: _Score, rows: StreamRows, names: Sequence[str], *, own: bool
+    ) -> tuple[list[LogProbs], ContrastScores]:
+        others = [rows.contrasts[name] for name in names]
+        first = rows.micro_batches if own else []
+        wanted = [*first, *chain.from_iterable(other.micro_batches for other in others)]
+        found = iter(score(wanted, self._scoring) if own or names else [])
+        theirs = [next(found) for _ in first]
+        under, there = {}, {}
+        for name, other in zip(names, others, strict=True):
+            values = [next(found).logprobs for _ in other.micro_batches]
+            under[name], there[name] = other.onto_own(values, rows.micro_batches, rows.num_responses)
+        held = [each.logprobs for each in theirs] if own else None
+        return theirs, ContrastScores(dict.fromkeys(names, held), under, there)
+
+
+def contrast_weights(
+    rows: StreamRows, scores: ContrastScores, streams: Sequence[RewardStream], replicas: Exchange
+) -> list[Tensor]:
+    """What scales the advantages of each token, of each micro-batch [S, R]: 1 in a stream that does not weigh, and
+    where there is nothing to compare. Collective over the replicas, which send S numbers for each of their responses.
+
+    Args:
+        scores: with log-probs in their own context, too.
+    """
+    number = rows.num_responses
+    credited = gather_rows([tokens.token_weights != 0 for tokens in rows.tokens], rows.micro_batches, number)  # [S, n]
+    weights = [torch.ones(each.shape, device=each.device) for each in credited]
+    means = torch.full((number, len(streams)), -1.0, dtype=torch.float64)  # of D; -1: of no response
+    for row, stream in enumerate(streams):
+        if not stream.is_weighted:
+            continue
+        for index, (depends, there) in enumerate(_dependencies(rows, scores, stream.contrast)):
+            chosen = credited[index][row] & there
+            if chosen.any():
+                means[index, row] = depends[chosen].double().mean().item()
+                weights[index][row] = token_weighting(depends, chosen, stream.token_weighting, stream.token_share)
+    everyone = replicas.gather_rows(means)  # [B, S]
+    for row, stream in enumerate(streams):
+        if stream.sequence_weight_low is None:
+            continue
+        place = means[:, row] >= 0
+        factors = torch.ones(number, dtype=torch.float64)
+        factors[place] = _factors(means[place, row], everyone[:, row], stream.sequence_weight_low)
+        for index, factor in enumerate(factors.tolist()):
+            weights[index][row] *= factor
+    return scatter_rows(weights, rows.micro_batches)
+
+
+def _factors(own: Tensor, everyone: Tensor, low: float) -> Tensor:
+    """[b] of this replica's responses among all: a response with the same mean has the same weight, whoever has it."""
+    known = everyone[everyone >= 0].sort().values
+    return response_weights(known, low)[torch.searchsorted(known, own)]
+
+
+def _dependencies(rows: StreamRows, scores: ContrastScores, name: str) -> list[tuple[Tensor, Tensor]]:
+    """[n] of each response, and whether the contrast has the tokens."""
+    own, there = scores.own[name], scores.there[name]
+    assert own is not None, "weights need the log-probs in their own context of the same moment"
+    pairs = zip(own, scores.under[name], there, strict=True)
+    depends = [dependency(mine, other).masked_fill(~has, 0.0) for mine, other, has in pairs]
+    of_responses = (gather_rows(values, rows.micro_batches, rows.num_responses) for values in (depends, there))
+    return list(zip(*of_responses, strict=True))

@@ -1,0 +1,146 @@
+"""What contrasts add to the loss and the metrics of one optimizer step.
+
+    L += sum_s  - gamma_s * sum_r w[s,r] * D(own[r], under[r])  -  eta_s * sum_r w[s,r] * H(under[r])
+
+with D of `objective.contrast` and H the entropy under the contrast: PAPO (arXiv 2507.06448; its entropy terms are
+`entropy_coef` and `contrast_entropy_coef` below 0). The gradient goes through both contexts. The own rows come first
+and find under[r] of a pass without gradient by the same weights; then the rows under the contrasts are trained and find
+own[r] as the own rows have left it. So each row has its part of the gradient, and no pair needs to share a row.
+
+Shape legend: S reward streams, E measured segments, R scored tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from megatron_sr1.objective import divergence
+from megatron_sr1.policy import StepResult
+from megatron_sr1.streams import Preset
+from megatron_sr1.training.batches import StreamBatch
+from megatron_sr1.training.contrasts import ContrastScores
+from megatron_sr1.types import LogProbs, MicroBatch
+
+Metrics = dict[str, Tensor]
+_TOKENS = "contrast_tokens/"  # by segment, until the means are taken
+
+
+class ContrastTerms:
+    """Of one optimizer step; micro-batches are scored in order, the own ones first."""
+
+    def __init__(self, batch: StreamBatch, scores: ContrastScores, preset: Preset) -> None:
+        self._batch = batch
+        self._scores = scores
+        self._preset = preset
+        self._left: list[Tensor] = []  # the own rows' log-probs, as they were trained
+
+    @property
+    def micro_batches(self) -> list[MicroBatch]:
+        """To be trained behind the own ones."""
+        return [row for name in self._trained for row, _ in self._rows[name]]
+
+    @cached_property
+    def _trained(self) -> list[str]:
+        named = {stream.contrast for stream in self._preset.streams if stream.trains_contrast}
+        return [contrast.name for contrast in self._preset.contrasts if contrast.name in named]
+
+    @cached_property
+    def _rows(self) -> dict[str, list[tuple[MicroBatch, Tensor]]]:
+        """Of each contrast that is trained: its rows, and their token weights [S, R], 0 in streams of others."""
+        found = {}
+        for name in self._trained:
+            rows, batch = self._batch.contrasts[name], self._batch
+            weights = [tokens.token_weights for tokens in batch.tokens]
+            theirs = rows.from_own(weights, batch.micro_batches, batch.num_responses)
+            users = [stream.contrast == name and stream.trains_contrast for stream in self._preset.streams]
+            chosen = [weight * torch.tensor(users, device=weight.device)[:, None] for weight in theirs]
+            has_bonus = any(
+                stream.contrast == name and stream.contrast_entropy_coef != 0 for stream in self._preset.streams
+            )
+            found[name] = [
+                (replace(row, grad_rows=torch.nonzero(weight.any(0)).squeeze(1), entropy_grad=has_bonus), weight)
+                for row, weight in zip(rows.micro_batches, chosen, strict=True)
+            ]
+        return found
+
+    def own(self, index: int, trainer: Tensor) -> tuple[Tensor, Metrics]:
+        """Of own micro-batch `index`: what its loss is more by, and sums of metrics.
+
+        Args:
+            trainer: [R], with the gradient.
+        """
+        assert index == len(self._left), "own rows come in order, each once"
+        self._left.append(trainer.detach())
+        loss, metrics = trainer.new_zeros(()), self._sums(index, trainer)
+        for row, stream in enumerate(self._preset.streams):
+            if stream.trains_contrast:
+                weight = self._batch.tokens[index].token_weights[row] * self._scores.there[stream.contrast][index]
+                far = (weight * divergence(trainer, self._scores.under[stream.contrast][index])).sum()
+                loss = loss - stream.contrast_coef * far
+                metrics[f"loss/{stream.name}/contrast"] = far.detach()
+                metrics[f"loss/{stream.name}/contrast_entropy"] = trainer.new_zeros(())
+        return loss, metrics
+
+    def other(self, number: int, scored: LogProbs) -> tuple[Tensor, Metrics]:
+        """The same of micro-batch `number` of those under contrasts; its value is in `own`, its gradient here."""
+        name, place = self._places[number]
+        weight = self._rows[name][place][1]  # [S, R]
+        own = self._from_own[name][place]  # [R]
+        under, entropy = scored.logprobs, scored.entropy
+        loss = under.new_zeros(())
+        metrics = {key: torch.zeros_like(value) for key, value in self._sums(0, self._left[0]).items()}
+        for row, stream in enumerate(self._preset.streams):
+            if not stream.trains_contrast:
+                continue
+            metrics[f"loss/{stream.name}/contrast"] = under.new_zeros(())
+            bonus = under.new_zeros(())
+            if stream.contrast == name:
+                far = (weight[row] * divergence(own, under)).sum()
+                loss = loss - stream.contrast_coef * (far - far.detach())
+                if entropy is not None:
+                    bonus = (weight[row] * entropy).sum()
+                    loss = loss - stream.contrast_entropy_coef * bonus
+            metrics[f"loss/{stream.name}/contrast_entropy"] = bonus.detach()
+        return loss, metrics
+
+    @cached_property
+    def _places(self) -> list[tuple[str, int]]:
+        return [(name, place) for name in self._trained for place in range(len(self._rows[name]))]
+
+    @cached_property
+    def _from_own(self) -> dict[str, list[Tensor]]:
+        batch = self._batch
+        return {
+            name: batch.contrasts[name].from_own(self._left, batch.micro_batches, batch.num_responses)
+            for name in self._trained
+        }
+
+    def _sums(self, index: int, trainer: Tensor) -> Metrics:
+        """Of gaps, by contrast and segment, and of the tokens that they are of."""
+        found: Metrics = {}
+        for contrast in self._preset.contrasts:
+            there = self._scores.there[contrast.name][index]
+            own = self._scores.own_of(contrast.name, index, trainer)
+            gap = (own - self._scores.under[contrast.name][index]).masked_fill(~there, 0.0)
+            for segment, mask in zip(self._preset.measured, self._batch.tokens[index].segments, strict=True):
+                name = f"{contrast.name}/{segment}"
+                found[f"dependency/{name}"] = (gap * mask).sum()
+                found[_TOKENS + name] = (mask & there).sum().to(gap.dtype)
+        return found
+
+
+def with_means(result: StepResult) -> StepResult:
+    """`dependency/<contrast>/<segment>` as the mean gap over the tokens, nats; none where there are no tokens."""
+    counts = {name.removeprefix(_TOKENS): v for name, v in result.metrics.items() if name.startswith(_TOKENS)}
+    means = {
+        f"dependency/{name}": result.metrics[f"dependency/{name}"] / count for name, count in counts.items() if count
+    }
+    plain: Mapping[str, float] = {
+        name: value for name, value in result.metrics.items() if not name.startswith((_TOKENS, "dependency/"))
+    }
+    return replace(result, metrics={**plain, **means})

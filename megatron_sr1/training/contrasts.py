@@ -1,0 +1,139 @@
+"""First passes under other contexts: what is asked in them, how it is packed, and what the policy says to it.
+
+The same response ids follow another prompt (`types.Contrast`). A prompt that shows no image, and a response that
+describes nothing where its description is wanted, has no other context: it is not scored, and counts nowhere.
+
+Shape legend: R scored tokens of a row, n response tokens of a sequence, P patches, C values of a patch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_sr1.ahead import Later
+from megatron_sr1.packing import gather_rows, scatter_rows
+from megatron_sr1.processor import Processor
+from megatron_sr1.types import Contrast, EncodedImage, MicroBatch, TokenSequence
+
+
+@dataclass(frozen=True)
+class ContrastRows:
+    """Those of a replica's responses that a contrast has, packed."""
+
+    micro_batches: list[MicroBatch]
+    sequences: list[int]  # which of the replica's responses they are, in the order that was packed
+
+    def onto_own(self, values: Sequence[Tensor], own: Sequence[MicroBatch], number: int) -> tuple[list[Tensor], ...]:
+        """Values of these rows, [R] each, where the same tokens are in the rows of their own context; 0 elsewhere. And
+        whether there is one, bool.
+
+        Args:
+            own: all rows of the `number` responses of the replica.
+        """
+        found = dict(zip(self.sequences, gather_rows(values, self.micro_batches, len(self.sequences)), strict=True))
+        lengths = torch.cat([batch.row_sequence for batch in own]).bincount(minlength=number).tolist()
+        device = own[0].row_sequence.device
+        each = [found.get(index, torch.zeros(length, device=device)) for index, length in enumerate(lengths)]
+        there = [
+            torch.full((length,), index in found, device=device, dtype=torch.bool)
+            for index, length in enumerate(lengths)
+        ]
+        return scatter_rows(each, own), scatter_rows(there, own)
+
+    def from_own(self, values: Sequence[Tensor], own: Sequence[MicroBatch], number: int) -> list[Tensor]:
+        """Values of the rows of their own context, [..., R] each, where the same tokens are in these rows."""
+        each = gather_rows(values, own, number)
+        return scatter_rows([each[index] for index in self.sequences], self.micro_batches)
+
+
+class ContextMaker:
+    """Of a replica's share of one optimizer step."""
+
+    def __init__(self, processor: Processor, seed: int, step: int) -> None:
+        """`seed`, `step`: what is drawn of pixels depends on them, on the prompt and on the contrast alone."""
+        self._media_ids = frozenset(processor.media_ids)
+        self._image_token_id = processor.image_token_id
+        self._seed, self._step = seed, step
+        self._made: dict[tuple[str, int], tuple[EncodedImage, ...]] = {}  # siblings share them
+
+    def sequence(
+        self, contrast: Contrast, sequence: TokenSequence, described: Tensor, key: str, group: int
+    ) -> TokenSequence | None:
+        """The response in its other context; None: there is none.
+
+        Args:
+            sequence: a first pass with images.
+            described: [n] bool: the block that it describes with.
+            key: of its prompt.
+            group: a number that no other prompt and context has; those of one may begin alike.
+        """
+        if contrast.context in ("masked", "noise"):
+            images = self._made.get((contrast.name, group))
+            if images is None:
+                images = tuple(
+                    _changed(image, contrast, self._generator(contrast, key, number))
+                    for number, image in enumerate(sequence.images)
+                )
+                self._made[contrast.name, group] = images
+            return replace(sequence, images=images, group=group)
+        told: list[int] = []
+        if contrast.context == "description":
+            ids = torch.tensor(list(sequence.response_ids))
+            told = [token for token in ids[described].tolist() if token not in self._media_ids]
+            if not told:
+                return None
+        return replace(sequence, prompt_ids=self._told(sequence.prompt_ids, told), images=(), group=group)
+
+    def _told(self, prompt_ids: Sequence[int], text: Sequence[int]) -> list[int]:
+        """The prompt without its images; `text` is where the first of them was."""
+        kept: list[int] = []
+        placed = False
+        for token in prompt_ids:
+            if token not in self._media_ids:
+                kept.append(token)
+            elif token == self._image_token_id and not placed:
+                kept.extend(text)
+                placed = True
+        return kept
+
+    def _generator(self, contrast: Contrast, key: str, image: int) -> Callable[[], torch.Generator]:
+        words = f"{self._seed}/{self._step}/{contrast.name}/{key}/{image}"
+        seed = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big") >> 1
+        return lambda: torch.Generator().manual_seed(seed)
+
+
+def _changed(image: EncodedImage, contrast: Contrast, drawn: Callable[[], torch.Generator]) -> EncodedImage:
+    """The image with some patches black, or with other pixels; its grid, and so its tokens, stay."""
+
+    def make() -> Tensor:
+        patches, generator = image.patches(), drawn()
+        if contrast.context == "noise":
+            return torch.randint(0, 256, patches.shape, generator=generator, dtype=torch.uint8)
+        hidden = torch.rand(len(patches), generator=generator) < contrast.share
+        return patches.masked_fill(hidden[:, None], 0)
+
+    return EncodedImage(image.grid_thw, Later(make), image.normalisation)
+
+
+@dataclass(frozen=True)
+class ContrastScores:
+    """Log-probs of a replica's responses under each contrast, without gradient, where they stand in their own rows."""
+
+    own: Mapping[str, list[Tensor] | None]  # by contrast and micro-batch, [R], of the same weights; None: the trainer's
+    under: Mapping[str, list[Tensor]]  # by contrast and micro-batch, [R]; 0 where it does not have the token
+    there: Mapping[str, list[Tensor]]  # whether it has it, bool
+
+    def own_of(self, name: str, index: int, trainer: Tensor) -> Tensor:
+        """[R] in their own context; `trainer`: the present log-probs."""
+        own = self.own[name]
+        return trainer.detach() if own is None else own[index]
+
+    def joined(self, other: ContrastScores) -> ContrastScores:
+        """These and those of other contrasts."""
+        under, there = {**self.under, **other.under}, {**self.there, **other.there}
+        return ContrastScores({**self.own, **other.own}, under, there)

@@ -1,0 +1,131 @@
+"""A trainer's steps with contrasts, and the loss of the second in plain torch: all logits at once, transformers' models,
+formulas written out response by response, no part of ours but the rollouts and the encoded images."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sr1.processor import Processor
+from megatron_sr1.types import EncodedImage, TokenSequence
+from tests.batch_cases import their_rewards, two_groups
+from tests.trainer_cases import log_softmax
+
+SHARE, LOW, TOP, GAMMA, ETA, ETA_UNDER = 0.6, 0.9, 0.4, 0.02, -0.03, -0.05
+_STEP = (
+    *("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.temperature=0.9", "seed=7"),
+    *("train.batch_size=2", "train.micro_batch_tokens=256", "objective.preset=see_think", "objective.kl_coef=0"),
+    *("objective.max_logprob_gap=1000", "optimizer.clip_grad=1000000"),  # the rollouts are nobody's; whole gradients
+)
+_WEIGHTED = f"contrast: blind, token_weighting: top, token_share: {TOP}, sequence_weight_low: {LOW}"
+_DRIVEN = f"contrast: masked, contrast_coef: {GAMMA}, entropy_coef: {ETA}, contrast_entropy_coef: {ETA_UNDER}"
+VPPO = (
+    *_STEP,
+    "objective.contrast=[{name: blind, context: no_image}]",
+    f"objective.streams=[{{name: answer, {_WEIGHTED}}}]",
+)
+PAPO = (
+    *_STEP,
+    f"objective.contrast=[{{name: masked, context: masked, share: {SHARE}}}]",
+    f"objective.streams=[{{name: answer, {_DRIVEN}}}]",
+)
+
+
+def blind(sequence: TokenSequence, key: str, processor: Processor) -> TokenSequence:
+    """Without its image."""
+    kept = [token for token in sequence.prompt_ids if token not in processor.media_ids]
+    return TokenSequence(kept, sequence.response_ids)
+
+
+def masked(sequence: TokenSequence, key: str, processor: Processor) -> TokenSequence:
+    """With patches of its only image black; the draws are those of seed 7 and step 0."""
+    (image,) = sequence.images
+    digest = hashlib.blake2b(f"7/0/masked/{key}/0".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    patches = image.patches().clone()
+    for patch, drawn in enumerate(torch.rand(len(patches), generator=generator).tolist()):
+        if drawn < SHARE:
+            patches[patch] = 0
+    return replace(sequence, images=(_Shown(image, patches),))  # type: ignore[arg-type]
+
+
+class _Shown:
+    """An image with other patches."""
+
+    def __init__(self, image: EncodedImage, patches: Tensor) -> None:
+        self.grid_thw, self.pixel_values = image.grid_thw, image.normalisation.applied(patches)
+
+
+def responses(processor: Processor) -> list[tuple[TokenSequence, str]]:
+    """The first passes, with the keys of their prompts."""
+    found = []
+    for group in two_groups(processor):
+        images = tuple(processor.encode_image(image) for image in group.prompt.images)
+        for pair in group.pairs:
+            found.append((TokenSequence(pair.first.prompt_ids, pair.first.response_ids, images), group.prompt.key))
+    return found
+
+
+def advantages() -> list[float]:
+    """Of the four first passes: acc + 0.1 fmt within the groups."""
+    rewards = their_rewards()
+    scores = (rewards["acc"] + 0.1 * rewards["fmt"]).view(2, 2)
+    spread = scores.std(1, keepdim=True) + 1e-6
+    return ((scores - scores.mean(1, keepdim=True)) / spread).flatten().tolist()
+
+
+def _chosen(model: torch.nn.Module, sequence: TokenSequence, processor: Processor) -> tuple[Tensor, Tensor]:
+    log_p = log_softmax(model, sequence, processor)
+    ids = torch.tensor(list(sequence.response_ids))[:, None]
+    return log_p.gather(1, ids)[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def vppo_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, dict[str, float]]:
+    """A token mean of -A w m logp', with the tokens m that depend most and the responses' weights w; and the mean
+    gap."""
+    terms, gaps, count = [], 0.0, 0
+    for sequence, key in responses(processor):
+        own, _ = _chosen(model, sequence, processor)
+        with torch.no_grad():
+            under, _ = _chosen(model, blind(sequence, key, processor), processor)
+        gap = [float(a) - float(b) for a, b in zip(own.detach(), under, strict=True)]
+        depends = [math.exp(-one) + one - 1.0 for one in gap]
+        ranked = sorted(range(len(gap)), key=lambda place: -depends[place])[: math.ceil(TOP * len(gap))]
+        terms.append((own, depends, set(ranked)))
+        gaps, count = gaps + sum(gap), count + len(gap)
+    means = [sum(depends) / len(depends) for _, depends, _ in terms]
+    spread = [(mean - min(means)) / (max(means) - min(means)) for mean in means]
+    factors = [LOW + (1.0 - LOW) * one / (sum(spread) / len(spread)) for one in spread]
+    loss = torch.zeros(())
+    for (own, _, kept), factor, advantage in zip(terms, factors, advantages(), strict=True):
+        for place in kept:
+            loss = loss - advantage * factor * (own[place] - own[place].detach()).exp()
+    return loss / count, {"dependency/blind/response": gaps / count}
+
+
+def papo_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, dict[str, float]]:
+    """Token means: -A ratio - gamma k3(own, masked) - eta H(own) - eta' H(masked), gradients through both."""
+    loss, count, sums = torch.zeros(()), 0, {"far": 0.0, "gap": 0.0, "entropy": 0.0}
+    for (sequence, key), advantage in zip(responses(processor), advantages(), strict=True):
+        own, entropy = _chosen(model, sequence, processor)
+        under, entropy_under = _chosen(model, masked(sequence, key, processor), processor)
+        far = (under - own).exp() - (under - own) - 1.0
+        policy_term = -advantage * (own - own.detach()).exp().sum()
+        bonus = ETA * entropy.sum() + ETA_UNDER * entropy_under.sum()
+        loss = loss + policy_term - GAMMA * far.sum() - bonus
+        count += len(own)
+        for name, value in (("far", far), ("gap", own - under), ("entropy", entropy_under)):
+            sums[name] += float(value.detach().sum())
+    return loss / count, {
+        "loss/answer/contrast": sums["far"] / count,
+        "loss/answer/contrast_entropy": sums["entropy"] / count,
+        "dependency/masked/response": sums["gap"] / count,
+    }
+
+
+CASES: dict[str, tuple[tuple[str, ...], Any]] = {"vppo": (VPPO, vppo_loss), "papo": (PAPO, papo_loss)}
