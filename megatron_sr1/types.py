@@ -27,7 +27,11 @@ TemplateName = str  # `prompts` has the templates
 BANNED_LOGIT_BIAS = -100.0  # the strongest that samplers accept
 MAX_ANSWER_CHARACTERS = 512  # that are graded
 MAX_ASPECT = 200  # of an image's sides: transformers' `smart_resize` takes no more
-PresetName = Literal["vision_r1", "see_think", "summed", "gdpo", "vision_sr1", "perception_credit", "external_reasoner"]
+MethodName = Literal["papo", "vppo"]  # of `streams.methods`
+WrittenName = Literal[
+    "vision_r1", "see_think", "summed", "gdpo", "vision_sr1", "perception_credit", "external_reasoner"
+]
+PresetName = Literal[WrittenName, MethodName]
 KlEstimator = Literal["k1", "k2", "k3"]
 KlPlace = Literal["loss", "reward"]
 AdvantageScope = Literal["group", "batch"]

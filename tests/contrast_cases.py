@@ -1,11 +1,12 @@
-"""A trainer's steps with contrasts, and the loss of the second in plain torch: all logits at once, transformers' models,
-formulas written out response by response, no part of ours but the rollouts and the encoded images."""
+"""A trainer's steps with contrasts, and the loss of the second in plain torch: all logits at once, transformers', with
+formulas written out response by response; no part of ours but the rollouts and the encoded images."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,23 +17,19 @@ from megatron_sr1.types import EncodedImage, TokenSequence
 from tests.batch_cases import their_rewards, two_groups
 from tests.trainer_cases import log_softmax
 
-SHARE, LOW, TOP, GAMMA, ETA, ETA_UNDER = 0.6, 0.9, 0.4, 0.02, -0.03, -0.05
+SHARE, LOW, TOP, GAMMA, ETA = 0.6, 0.9, 0.4, 0.01, -0.03  # of the methods' files
 _STEP = (
     *("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.temperature=0.9", "seed=7"),
-    *("train.batch_size=2", "train.micro_batch_tokens=256", "objective.preset=see_think", "objective.kl_coef=0"),
+    *("train.batch_size=2", "train.micro_batch_tokens=256", "objective.kl_coef=0"),
     *("objective.max_logprob_gap=1000", "optimizer.clip_grad=1000000"),  # the rollouts are nobody's; whole gradients
 )
+VPPO, PAPO = ((*_STEP, f"objective.preset={name}") for name in ("vppo", "papo"))
 _WEIGHTED = f"contrast: blind, token_weighting: top, token_share: {TOP}, sequence_weight_low: {LOW}"
-_DRIVEN = f"contrast: masked, contrast_coef: {GAMMA}, entropy_coef: {ETA}, contrast_entropy_coef: {ETA_UNDER}"
-VPPO = (
+BLIND = (
     *_STEP,
+    "objective.preset=see_think",
     "objective.contrast=[{name: blind, context: no_image}]",
     f"objective.streams=[{{name: answer, {_WEIGHTED}}}]",
-)
-PAPO = (
-    *_STEP,
-    f"objective.contrast=[{{name: masked, context: masked, share: {SHARE}}}]",
-    f"objective.streams=[{{name: answer, {_DRIVEN}}}]",
 )
 
 
@@ -85,14 +82,17 @@ def _chosen(model: torch.nn.Module, sequence: TokenSequence, processor: Processo
     return log_p.gather(1, ids)[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
-def vppo_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, dict[str, float]]:
-    """A token mean of -A w m logp', with the tokens m that depend most and the responses' weights w; and the mean
-    gap."""
-    terms, gaps, count = [], 0.0, 0
+def vppo_loss(
+    model: torch.nn.Module, processor: Processor, context: Any = masked, eta: float = -0.06
+) -> tuple[Tensor, dict[str, float]]:
+    """A token mean of -A w m ratio - eta H, with the tokens m that depend most and the responses' weights w; and the
+    mean gap."""
+    terms, gaps, count, entropies = [], 0.0, 0, torch.zeros(())
     for sequence, key in responses(processor):
-        own, _ = _chosen(model, sequence, processor)
+        own, entropy = _chosen(model, sequence, processor)
+        entropies = entropies + entropy.sum()
         with torch.no_grad():
-            under, _ = _chosen(model, blind(sequence, key, processor), processor)
+            under, _ = _chosen(model, context(sequence, key, processor), processor)
         gap = [float(a) - float(b) for a, b in zip(own.detach(), under, strict=True)]
         depends = [math.exp(-one) + one - 1.0 for one in gap]
         ranked = sorted(range(len(gap)), key=lambda place: -depends[place])[: math.ceil(TOP * len(gap))]
@@ -101,22 +101,22 @@ def vppo_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, dic
     means = [sum(depends) / len(depends) for _, depends, _ in terms]
     spread = [(mean - min(means)) / (max(means) - min(means)) for mean in means]
     factors = [LOW + (1.0 - LOW) * one / (sum(spread) / len(spread)) for one in spread]
-    loss = torch.zeros(())
+    loss = -eta * entropies
     for (own, _, kept), factor, advantage in zip(terms, factors, advantages(), strict=True):
         for place in kept:
             loss = loss - advantage * factor * (own[place] - own[place].detach()).exp()
-    return loss / count, {"dependency/blind/response": gaps / count}
+    return loss / count, {f"dependency/{context.__name__}/response": gaps / count}
 
 
 def papo_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, dict[str, float]]:
-    """Token means: -A ratio - gamma k3(own, masked) - eta H(own) - eta' H(masked), gradients through both."""
+    """Token means: -A ratio - gamma k3(own, masked) - eta (H(own) + H(masked)), gradients through both."""
     loss, count, sums = torch.zeros(()), 0, {"far": 0.0, "gap": 0.0, "entropy": 0.0}
     for (sequence, key), advantage in zip(responses(processor), advantages(), strict=True):
         own, entropy = _chosen(model, sequence, processor)
         under, entropy_under = _chosen(model, masked(sequence, key, processor), processor)
         far = (under - own).exp() - (under - own) - 1.0
         policy_term = -advantage * (own - own.detach()).exp().sum()
-        bonus = ETA * entropy.sum() + ETA_UNDER * entropy_under.sum()
+        bonus = ETA * (entropy.sum() + entropy_under.sum())
         loss = loss + policy_term - GAMMA * far.sum() - bonus
         count += len(own)
         for name, value in (("far", far), ("gap", own - under), ("entropy", entropy_under)):
@@ -128,4 +128,8 @@ def papo_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, dic
     }
 
 
-CASES: dict[str, tuple[tuple[str, ...], Any]] = {"vppo": (VPPO, vppo_loss), "papo": (PAPO, papo_loss)}
+CASES: dict[str, tuple[tuple[str, ...], Any]] = {
+    "vppo": (VPPO, vppo_loss),
+    "papo": (PAPO, papo_loss),
+    "blind": (BLIND, partial(vppo_loss, context=blind, eta=0.0)),
+}

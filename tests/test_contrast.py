@@ -21,8 +21,9 @@ LAYOUTS: dict[int, tuple[tuple[str, ...], ...]] = {
 
 def _check_transformers(model_dir: str) -> None:
     """The second of two steps has transformers' gradients, and reports its numbers."""
-    from megatron_sr1.weights import export_hf_weights
     from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from megatron_sr1.weights import export_hf_weights
 
     processor = Processor.from_pretrained(model_dir)
     for name, (overrides, plain) in CASES.items():

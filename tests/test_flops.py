@@ -105,6 +105,21 @@ def test_a_step_has_the_passes_that_its_objective_asks_for() -> None:
     assert double["forward and backward"] == pytest.approx(6 * one, rel=1e-12)
 
 
+def test_contrasts_are_counted() -> None:
+    """Scored once, and three times more where they are trained; weights need the log-probs in their own context."""
+    plain = ("recompute.mode=none", "objective.kl_coef=0", "objective.preset=see_think", "objective.old=generator")
+    blind = "objective.contrast=[{name: blind, context: no_image}]"
+    masked = "objective.contrast=[{name: masked, context: masked}]"
+    used = "objective.streams=[{name: answer, contrast: %s, %s}]"
+    forward = _parts(*plain)["forward and backward"] / 3
+    assert 0 < _parts(*plain, blind)["contrasts"] < forward, "no image is seen"
+    once = _parts(*plain, masked)["contrasts"]
+    assert once >= forward, "a prompt that is shared is there once, but each has its own"
+    assert _parts(*plain, masked, used % ("masked", "contrast_coef: 0.1"))["contrasts"] == 4 * once
+    weighed = _parts(*plain, blind, used % ("blind", "token_weighting: top"))
+    assert weighed["old log-probs"] == forward and "old log-probs" not in _parts(*plain, blind)
+
+
 def test_a_step_s_operations_are_those_of_its_sequences() -> None:
     """512 prompts x 8 samples x 2 passes at the supposed lengths, and 512 square images."""
     config = load_config(RECIPE, ["rollout.prompts_per_step=512", "rollout.samples_per_prompt=8"])

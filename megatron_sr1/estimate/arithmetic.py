@@ -15,7 +15,7 @@ from megatron_sr1.config.rollout import TYPICAL
 from megatron_sr1.estimate.flops import Flops, image_flops, sequence_flops
 from megatron_sr1.platform.precision import shares_prefixes
 from megatron_sr1.policy.architecture import Architecture
-from megatron_sr1.streams import preset_of
+from megatron_sr1.streams import Preset, preset_of
 
 # model operations, measured on one H200 in bf16 with plain layers (benchmarks/results/2026-11-27-nvidia-h200.md: 12
 # layers of width 2048, rows of 8192 tokens); 380 to 400 are published for H100s with Transformer Engine's
@@ -40,11 +40,29 @@ def training_flops(command: Command, config: Config, model: Architecture) -> Map
         parts["recomputed"] = parts.get("recomputed", 0.0) + forward.vision
     if command == "grpo":
         preset, several = preset_of(config), config.rollout.prompts_per_step > config.train.batch_size
-        if config.objective.old == "trainer" and (several or preset.kl_in_reward):
+        own = config.objective.old == "trainer" and (several or preset.kl_in_reward)
+        if own or preset.weighs_contrast:
             parts["old log-probs"] = forward.total
         if preset.needs_reference:
             parts["reference"] = forward.total
+        if preset.contrasts:
+            parts["contrasts"] = _contrasts(config, model, preset)
     return parts
+
+
+def _contrasts(config: Config, model: Architecture, preset: Preset) -> float:
+    """Of the first passes under each contrast: scored, and with their gradient where a stream trains them. Without an
+    image they are taken to be as long as a second pass."""
+    seen, read, image = _passes(config, model)
+    rollout, total = config.rollout, 0.0
+    samples = rollout.prompts_per_step * rollout.samples_per_prompt
+    for contrast in preset.contrasts:
+        one = _times(samples, read)
+        if contrast.context in ("masked", "noise"):
+            one = _times(samples, seen) + _times(rollout.prompts_per_step, image)
+        trained = any(stream.contrast == contrast.name and stream.trains_contrast for stream in preset.streams)
+        total += (4 if trained else 1) * one.total
+    return total
 
 
 def prompts_of_group(config: Config) -> int:
@@ -61,16 +79,23 @@ def prompts_of_group(config: Config) -> int:
     return min(rollout.samples_per_prompt, max(1, parts, replicas))
 
 
-def _forward(command: Command, config: Config, model: Architecture) -> Flops:
+def _passes(config: Config, model: Architecture) -> tuple[Flops, Flops, Flops]:
+    """Of a first pass and of a second, each once, and of an image."""
     rollout = config.rollout
     first, second = typical_tokens(rollout)
     response = TYPICAL * rollout.max_response_tokens
     seen, read = sequence_flops(model, first, response), sequence_flops(model, second, response)
     side = 2 * max(1, round(math.sqrt(max(0.0, first - response)) * PATCHES / 2))
-    image = image_flops(model, (1, side, side))
+    return seen, read, image_flops(model, (1, side, side))
+
+
+def _forward(command: Command, config: Config, model: Architecture) -> Flops:
+    seen, read, image = _passes(config, model)
+    rollout = config.rollout
     if command == "sft":  # half of the demonstrations see an image
         return _times(config.train.batch_size / 2, seen + read + image)
-    prompt = sequence_flops(model, max(0.0, first - response), 0)
+    first, _ = typical_tokens(rollout)
+    prompt = sequence_flops(model, max(0.0, first - TYPICAL * rollout.max_response_tokens), 0)
     seen = seen + _times(prompts_of_group(config) / rollout.samples_per_prompt - 1, prompt)
     preset = preset_of(config)
     samples = rollout.prompts_per_step * rollout.samples_per_prompt

@@ -197,7 +197,7 @@ def _between_tensor_ranks(plan: RunPlan) -> float:
     twice in each pass (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2)."""
     layout, model = plan.config.layout, plan.model
     again = plan.config.recompute.mode == "full"  # of what is recomputed the layers may not be a part
-    counts = {"forward and backward": 2, "recomputed": int(again), "old log-probs": 1, "reference": 1}
+    counts = {"forward and backward": 2, "recomputed": int(again), "old log-probs": 1, "reference": 1, "contrasts": 1}
     passes = sum(counts[name] for name in plan.flops)
     tokens = plan.num_rows * plan.row_tokens / layout.context
     layers = model.num_layers / layout.pipeline

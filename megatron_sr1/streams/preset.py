@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from megatron_sr1.import_path import is_import_path, load_object
 from megatron_sr1.prompts import SHIPPED, Asked, Template, Templates, templates_of
 from megatron_sr1.rewards import find_reward, layout_reward
 from megatron_sr1.streams.contrast import check_contrast, contrast_keys, contrasts_of
+from megatron_sr1.streams.methods import METHODS, read_method
 from megatron_sr1.streams.passes import check_later, later_passes, needs_description
 from megatron_sr1.streams.presets import WRITTEN, Written
 from megatron_sr1.streams.segments import OUTSIDE_DESCRIPTION, REST, WHOLE, other_segments, segments_of
@@ -272,9 +273,12 @@ def preset_from_config(objective: ObjectiveConfig, templates: Templates = SHIPPE
     """
     template: TemplateName = "see_think"
     written: dict[str, dict[str, Any]] = {}
+    contrasts: dict[str, dict[str, Any]] = {}
     if objective.preset is not None:
-        template, preset = WRITTEN[objective.preset](objective.format_weight)
+        template, preset, its_contrasts = _preset(objective.preset, objective.format_weight)
         written = {entry["name"]: dict(entry) for entry in preset}
+        contrasts = {entry["name"]: dict(entry) for entry in its_contrasts}
+    contrasts |= {entry["name"]: entry for entry in objective.contrast}  # one of a preset's name takes its place
     for entry in objective.streams:
         name, is_new = entry["name"], entry["name"] not in written
         known = ", ".join(written) or "none"
@@ -295,10 +299,18 @@ def preset_from_config(objective: ObjectiveConfig, templates: Templates = SHIPPE
         templates,
         later,
         wanted,
-        contrasts_of(objective.contrast),
+        contrasts_of(list(contrasts.values())),
     )
     _check_against_objective(objective, preset)
     return preset
+
+
+def _preset(name: PresetName, alpha: float) -> tuple[TemplateName, Sequence[Written], Sequence[Written]]:
+    """Template, streams and contrasts, as they are written in `objective`."""
+    if name in WRITTEN:
+        return *WRITTEN[name](alpha), []
+    method = read_method(name, alpha)
+    return method.template, method.streams, method.contrast
 
 
 def _stream(entry: Written, objective: ObjectiveConfig) -> RewardStream:
@@ -426,4 +438,6 @@ def own_code(objective: ObjectiveConfig, templates: Templates = SHIPPED) -> dict
     return code
 
 
-PRESETS: Mapping[PresetName, Preset] = {name: preset_from_config(ObjectiveConfig(preset=name)) for name in WRITTEN}
+PRESETS: Mapping[PresetName, Preset] = {
+    name: preset_from_config(ObjectiveConfig(preset=name)) for name in (*WRITTEN, *METHODS)
+}

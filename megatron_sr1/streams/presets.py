@@ -1,4 +1,4 @@
-"""The presets: every variant of the method as a list of reward streams, written as in `objective.streams`.
+"""The presets: every variant of Vision-SR1 as a list of reward streams, written as in `objective.streams`.
 
 A stream credits some tokens of one pass with a weighted sum of named rewards (Vision-SR1, arXiv 2508.19652, eq. 6-9).
 The rewards are those of `rewards/table.py`, the tokens those of `segments.py`.

@@ -205,7 +205,7 @@ class Batcher:
                 )
             )
         micro_batches = self._pack(sequences)
-        keys = [prompts.keys[numbers[group]] for group, _, _ in share] if preset.contrasts else []
+        keys = [prompts.keys[int(numbers[place.group])] for place in share] if preset.contrasts else []
         contrasts = self._contrasts(sequences, responses, keys, preset, step)
         tokens = [row.moved(self._device) for row in into_rows(responses, micro_batches)]
         counts = dict(zip(KINDS, ledger.of_kind.sum((0, 1)).tolist(), strict=True))

@@ -1,0 +1,37 @@
+"""Published methods as files of YAML, each with its formula and its paper.
+
+A file has keys of `objective`: `template`, `streams` and `contrast`. The weight `alpha` of a reward is
+`objective.format_weight`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, cast, get_args
+
+import yaml
+
+from megatron_sr1.types import MethodName, TemplateName
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a preset stands for, as it is written in `objective`."""
+
+    template: TemplateName
+    streams: list[dict[str, Any]]
+    contrast: list[dict[str, Any]]
+
+
+METHODS = cast(tuple[MethodName, ...], get_args(MethodName))
+
+
+def read_method(name: str, alpha: float) -> Method:
+    """The method's file, with `alpha` in the place of its name."""
+    keys = yaml.safe_load(files("megatron_sr1.streams.methods").joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+    assert keys.keys() <= {"template", "streams", "contrast"}, keys
+    for stream in keys["streams"]:
+        weights = {reward: alpha if weight == "alpha" else weight for reward, weight in stream["rewards"].items()}
+        stream["rewards"] = weights
+    return Method(keys["template"], keys["streams"], keys.get("contrast", []))

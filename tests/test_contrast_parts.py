@@ -1,0 +1,265 @@
+"""Contrasts by their parts: weights against a plain reading of their formulas, prompts, pictures, refusals."""
+
+from __future__ import annotations
+
+import math
+import random
+from importlib.resources import files
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from megatron_sr1.config import ConfigError, load_config
+from megatron_sr1.objective import dependency, divergence, response_weights, token_weighting
+from megatron_sr1.processor import Processor
+from megatron_sr1.ranks import ALONE
+from megatron_sr1.streams import PRESETS, methods, preset_from_config, preset_of
+from megatron_sr1.training.batches import Batcher
+from megatron_sr1.training.contrasts import ContextMaker
+from megatron_sr1.types import Contrast, TokenSequence
+from tests.batch_cases import two_groups
+from tests.step_cases import rows_of, trained
+
+
+def test_dependency_is_k3_within_its_bounds() -> None:
+    own = torch.tensor([-1.0, -1.0, -1.0, -0.5, -50.0, 0.0])
+    under = torch.tensor([-1.0, -2.0, -0.5, -0.5, 0.0, -50.0])
+    expected = [0.0, math.exp(-1) + 1 - 1, math.exp(0.5) - 0.5 - 1, 0.0, 10.0, 10.0]
+    assert dependency(own, under).tolist() == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(dependency(own, own), torch.zeros(6)), "a context with itself"
+
+
+def test_divergence_has_both_gradients() -> None:
+    own = torch.tensor([-1.0, -3.0], dtype=torch.float64, requires_grad=True)
+    under = torch.tensor([-2.0, -1.0], dtype=torch.float64, requires_grad=True)
+    value = divergence(own, under)
+    assert value.tolist() == pytest.approx([math.exp(-1.0), math.exp(2.0) - 3.0])
+    value.sum().backward()
+    slopes = [1 - math.exp(-1.0), 1 - math.exp(2.0)]
+    assert own.grad is not None and under.grad is not None
+    assert own.grad.tolist() == pytest.approx(slopes) and under.grad.tolist() == pytest.approx([-x for x in slopes])
+
+
+def test_weights_by_hand() -> None:
+    """Five tokens of which four are credited: D = 3 1 . 0 4, the top half of the four are the last and the first."""
+    depends = torch.tensor([3.0, 1.0, 9.0, 0.0, 4.0])
+    credited = torch.tensor([True, True, False, True, True])
+
+    def weights(kind: Any, share: float = 0.5) -> list[float]:
+        return token_weighting(depends, credited, kind, share).tolist()
+
+    assert weights("none") == [1, 1, 1, 1, 1]
+    assert weights("top") == [1, 0, 1, 0, 1]
+    assert weights("top_conserving") == [2, 0, 1, 0, 2]
+    assert weights("proportional") == [1.5, 0.5, 1, 0, 2]
+    assert weights("top", 0.51) == [1, 1, 1, 0, 1], "three of four: a part of a token counts"
+    assert token_weighting(torch.zeros(3), torch.ones(3).bool(), "top", 0.5).tolist() == [1, 1, 0], "the earlier ones"
+    assert token_weighting(torch.zeros(3), torch.ones(3).bool(), "proportional", 0.5).tolist() == [1, 1, 1]
+    assert token_weighting(depends, torch.zeros(5).bool(), "top", 0.5).tolist() == [1, 1, 1, 1, 1]
+    # m = 1 2 4: z = 0 1/3 1, its mean 4/9
+    assert response_weights(torch.tensor([1.0, 2.0, 4.0]), 0.9).tolist() == pytest.approx([0.9, 0.975, 1.125])
+    assert response_weights(torch.tensor([2.0, 2.0]), 0.9).tolist() == [1, 1]
+    assert response_weights(torch.zeros(0), 0.9).tolist() == []
+
+
+def test_weights_of_random_responses() -> None:
+    """Against loops over tokens; mass is conserved where it says so."""
+    drawn = random.Random(0)
+    for _ in range(200):
+        number, share = drawn.randint(1, 30), drawn.choice([0.1, 0.4, 0.75, 1.0])
+        depends = [drawn.random() ** 3 for _ in range(number)]
+        credited = [drawn.random() < 0.7 for _ in range(number)]
+        places = [place for place in range(number) if credited[place]]
+        best = set(sorted(places, key=lambda place: -depends[place])[: math.ceil(share * len(places))])
+        total = sum(depends[place] for place in places)
+        for kind in ("top", "top_conserving", "proportional"):
+            found = token_weighting(torch.tensor(depends), torch.tensor(credited), kind, share).tolist()
+            for place in range(number):
+                expected = 1.0
+                if credited[place]:
+                    scale = len(places) / len(best) if kind == "top_conserving" else 1.0
+                    expected = scale * (place in best)
+                    expected = len(places) * depends[place] / total if kind == "proportional" else expected
+                assert found[place] == pytest.approx(expected, rel=1e-5), (kind, place)
+            if kind != "top":
+                assert sum(found) == pytest.approx(number, rel=1e-5)
+
+
+def _sequence(processor: Processor, num_images: int = 1, said: str = "hello") -> TokenSequence:
+    images = tuple(
+        processor.encode_image(Image.effect_noise((56, 28 * (1 + number)), 90).convert("RGB"))
+        for number in range(num_images)
+    )
+    ids = processor.prompt_ids("What is it?", num_images)
+    expanded = processor.expand(ids, [image.grid_thw for image in images])
+    return TokenSequence(expanded, processor.response_ids(said), images)
+
+
+def test_what_is_asked_without_an_image(tiny_model_dir: str) -> None:
+    processor = Processor.from_pretrained(tiny_model_dir)
+    make = ContextMaker(processor, 1, 0)
+    sequence = _sequence(processor, 2, "<description> a 3 </description> 3")
+    none = torch.zeros(len(sequence.response_ids), dtype=torch.bool)
+    blind = make.sequence(Contrast("blind"), sequence, none, "a", -1)
+    assert blind is not None and blind.images == () and blind.response_ids == sequence.response_ids
+    assert processor.decode(blind.prompt_ids) == processor.decode(processor.prompt_ids("What is it?", 0))
+    told = Contrast("told", "description")
+    assert make.sequence(told, sequence, none, "a", -1) is None, "nothing is described"
+    described = none.clone()
+    block = processor.text_ids("<description> a 3 </description>")
+    described[: len(block)] = True
+    other = make.sequence(told, sequence, described, "a", -1)
+    assert other is not None and other.images == ()
+    at = next(i for i, token in enumerate(sequence.prompt_ids) if token in processor.media_ids)
+    expected = [*sequence.prompt_ids[:at], *sequence.response_ids[: len(block)]]
+    assert list(other.prompt_ids[: len(expected)]) == expected, "in the place of the first image"
+    assert len(other.prompt_ids) == len(blind.prompt_ids) + len(block), "once"
+
+
+def test_masked_and_other_pixels(tiny_model_dir: str) -> None:
+    """Drawn anew for each step, prompt and image; siblings see the same; what is not masked stays."""
+    processor = Processor.from_pretrained(tiny_model_dir)
+    sequence, none = _sequence(processor, 2), torch.zeros(0)
+
+    def patches(context: Any, step: int = 0, key: str = "a", share: float = 0.5) -> list[torch.Tensor]:
+        other = ContextMaker(processor, 1, step).sequence(Contrast("c", context, share), sequence, none, key, -1)
+        assert other is not None and other.prompt_ids == sequence.prompt_ids
+        return [image.patches() for image in other.images]
+
+    before = [image.patches() for image in sequence.images]
+    for context in ("masked", "noise"):
+        found = patches(context)
+        assert all(torch.equal(a, b) for a, b in zip(found, patches(context), strict=True))
+        for step, key in ((1, "a"), (0, "b")):
+            assert not torch.equal(found[1], patches(context, step, key)[1]), (context, step, key)
+    for old, new in zip(before, patches("masked"), strict=True):
+        hidden = (new == 0).all(1)
+        assert 0 < hidden.sum() < len(new) and torch.equal(new[~hidden], old[~hidden])
+    assert all((new == 0).all() for new in patches("masked", share=1.0))
+    make = ContextMaker(processor, 1, 0)
+    siblings = [make.sequence(Contrast("c", "masked"), sequence, none, "a", -1) for _ in range(2)]
+    assert siblings[0] is not None and siblings[1] is not None and siblings[0].images[0] is siblings[1].images[0]
+
+
+def test_the_image_stays_as_it_is_for_everyone_else(tiny_model_dir: str) -> None:
+    processor = Processor.from_pretrained(tiny_model_dir)
+    sequence = _sequence(processor)
+    before = sequence.images[0].patches().clone()
+    other = ContextMaker(processor, 1, 0).sequence(Contrast("c", "masked"), sequence, torch.zeros(0), "a", -1)
+    assert other is not None and not torch.equal(other.images[0].patches(), before)
+    assert torch.equal(sequence.images[0].patches(), before)
+
+
+def test_rows_of_contrasts(tiny_model_dir: str) -> None:
+    """First passes alone; where one describes nothing, its description is no context; values find their tokens."""
+    contrasts = "[{name: blind, context: no_image}, {name: told, context: description}]"
+    config = load_config(None, [f"objective.contrast={contrasts}", "train.micro_batch_tokens=256"])
+    processor = Processor.from_pretrained(tiny_model_dir)
+    preset = preset_of(config)
+    assert preset.measured == ("response", "description", "think", "answer")
+    rows = rows_of(Batcher(config, processor, ALONE), trained(processor, preset), preset)
+    assert rows.num_responses == 7 and {name: len(o.sequences) for name, o in rows.contrasts.items()} == {
+        "blind": 4,
+        "told": 3,
+    }
+    segments = torch.cat([tokens.segments for tokens in rows.tokens], 1)  # [E, all tokens]
+    pairs = [pair for group in two_groups(processor) for pair in group.pairs]
+    assert segments[0].sum() == sum(len(pair.first.response_ids) for pair in pairs)
+    assert 0 < segments[1].sum() < segments[0].sum() and not (segments[1] & segments[2]).any()
+    for name, other in rows.contrasts.items():
+        ids = [batch.targets.float() for batch in other.micro_batches]
+        found, there = other.onto_own(ids, rows.micro_batches, rows.num_responses)
+        for values, has, batch in zip(found, there, rows.micro_batches, strict=True):
+            assert torch.equal(values, batch.targets.float() * has), name
+        assert sum(int(has.sum()) for has in there) == sum(len(each) for each in ids)
+        back = other.from_own([b.targets.float() for b in rows.micro_batches], rows.micro_batches, rows.num_responses)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(back, ids, strict=True)), name
+
+
+_BLIND = "objective.contrast=[{name: blind, context: no_image}]"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["objective.contrast=[blind]"], r"contrast\[0\]='blind'"),
+        (["objective.contrast=[{context: no_image}]"], r"contrast\[0\].name=None"),
+        (["objective.contrast=[{name: a-b}]"], r"contrast\[0\].name='a-b'"),
+        (["objective.contrast=[{name: a}, {name: a}]"], r"contrast\[1\].name='a'.*no other contrast"),
+        (["objective.contrast=[{name: a, contxt: noise}]"], "contxt is no key of a contrast. Did you mean 'context'"),
+        (["objective.contrast=[{name: a, context: dark}]"], r"\(a\).context='dark'.*no_image, masked"),
+        (["objective.contrast=[{name: a, context: masked, share: 0}]"], r"\(a\).share=0.*greater than 0"),
+        (["objective.contrast=[{name: a, context: masked, share: .nan}]"], r"\(a\).share=nan"),
+        (["objective.contrast=[{name: a, share: 0.5}]"], r"\(a\).share=0.5.*left out where context is not masked"),
+        (["objective.contrast=[{name: a, weights: start}]"], r"\(a\).weights='start'.*policy, reference"),
+        ([_BLIND, "objective.streams=[{name: answer, token_share: 0}]"], r"\(answer\).token_share=0"),
+        ([_BLIND, "objective.streams=[{name: answer, sequence_weight_low: 2}]"], r"sequence_weight_low=2"),
+        ([_BLIND, "objective.streams=[{name: answer, contrast_coef: -1}]"], r"contrast_coef=-1"),
+        ([_BLIND, "objective.streams=[{name: answer, token_weighting: most}]"], r"token_weighting='most'.*top"),
+        ([_BLIND, "objective.streams=[{name: answer, contrast: 3}]"], r"contrast=3"),
+        ([_BLIND, "objective.streams=[{name: answer, token_weighting: top}]"], "names no contrast that it is of"),
+        ([_BLIND, "objective.streams=[{name: answer, contrast: blnd}]"], "'blnd' is not among.*which has blind"),
+        (
+            [_BLIND, "objective.streams=[{name: answer, contrast: blind, token_share: 0.2}]"],
+            "token_share=0.2, which belongs to token_weighting=top",
+        ),
+        ([_BLIND, "objective.streams=[{name: visual, contrast: blind}]"], "the second pass sees none"),
+        (
+            [
+                "objective.contrast=[{name: a, weights: reference}]",
+                "objective.streams=[{name: answer, contrast: a, contrast_coef: 1}]",
+            ],
+            "its weights are the reference's",
+        ),
+        (
+            ["objective.preset=vision_r1", "objective.contrast=[{name: told, context: description}]"],
+            "the template 'cot' asks for none",
+        ),
+        (
+            [
+                _BLIND,
+                "objective.loss=tests/own_loss.py:loss",
+                "objective.streams=[{name: answer, contrast: blind, contrast_coef: 1}]",
+            ],
+            "contrast=blind is of our loss",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises((ConfigError, ValueError), match=message):
+        preset_from_config(load_config(None, words).objective)
+
+
+def test_a_contrast_of_the_start_keeps_it() -> None:
+    plain = ["objective.kl_coef=0", "objective.contrast=[{name: a, weights: %s}]"]
+    for weights, needs in (("policy", False), ("reference", True)):
+        preset = preset_of(load_config(None, [plain[0], plain[1] % weights]))
+        assert preset.needs_reference is needs and not preset.weighs_contrast
+
+
+def test_methods_are_short_files_with_formula_and_paper() -> None:
+    for name in methods.METHODS:
+        text = files(methods).joinpath(f"{name}.yaml").read_text()
+        assert len(text.splitlines()) <= 25 and "arXiv 2" in text and "#   L = " in text, name
+        assert PRESETS[name].name == name and PRESETS[name].contrasts
+    weights = [
+        dict(
+            preset_of(load_config(None, ["objective.preset=papo", f"objective.format_weight={alpha}"]))
+            .streams[0]
+            .rewards
+        )
+        for alpha in (0.1, 0.3)
+    ]
+    assert weights == [{"acc": 1.0, "fmt": 0.1}, {"acc": 1.0, "fmt": 0.3}]
+
+
+def test_a_method_is_changed_as_other_presets_are() -> None:
+    """A contrast of its name takes the place of the preset's; others join; a stream changes by key."""
+    words = ["objective.contrast=[{name: masked, context: no_image}, {name: more, context: noise}]"]
+    changed = preset_of(
+        load_config(None, ["objective.preset=papo", *words, "objective.streams=[{name: answer, contrast_coef: 0.5}]"])
+    )
+    assert [(one.name, one.context) for one in changed.contrasts] == [("masked", "no_image"), ("more", "noise")]
+    assert (changed.streams[0].contrast_coef, changed.streams[0].contrast_entropy_coef) == (0.5, -0.03)
