@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,10 +13,8 @@ from megatron_sr1.types import Prompt
 from tests.benchmark_cases import (
     BENT,
     LETTER,
-    TOOLS,
     build,
     graded,
-    hashes,
     left_out,
     levels,
     load_tool,
@@ -297,56 +293,3 @@ def test_visnumbench(tool: ModuleType, tmp_path: Path) -> None:
     assert left_out(tmp_path / "out", "visnumbench") == [
         ("Real.json, row 1", "unreadable_sample", "a str, not an object")
     ]
-
-
-def hallusion_rows() -> list[dict[str, Any]]:
-    row = {"category": "VS", "subcategory": "chart", "set_id": "0", "sample_note": "x", "gt_answer_details": "y"}
-    asked = {"question_id": "1", "question": "Is China bigger than Russia?"}
-    return [
-        {**row, **asked, "visual_input": "0", "figure_id": "0", "gt_answer": "0", "filename": None},
-        {**row, **asked, "visual_input": "1", "figure_id": "1", "gt_answer": "0", "filename": "./VS/chart/0_1.png"},
-        {**row, **asked, "visual_input": "2", "figure_id": "2", "gt_answer": "1", "filename": "./VS/chart/0_2.png"},
-        {**row, **asked, "visual_input": "1", "figure_id": "3", "gt_answer": "2", "filename": "./VS/chart/0_1.png"},
-        {**row, **asked, "visual_input": "1", "figure_id": "4", "gt_answer": "1", "filename": None},
-    ]
-
-
-def check_hallusion(out: Path, found: Sequence[Prompt]) -> None:
-    assert {sample.problem for sample in found} == {"Is China bigger than Russia?\nAnswer yes or no."}
-    assert {sample.source for sample in found} == {"hallusionbench/VS/chart"}
-    assert [sample.key for sample in found] == [f"hallusionbench/VS/chart/0_{figure}_1" for figure in range(3)]
-    assert [sample.metadata["visual_input"] for sample in found] == ["0", "1", "2"]
-    assert [levels(sample) for sample in found] == [[], [1], [2]]
-    for sample in found[:2]:
-        graded(sample, ["No", "no.", "NO"], ["Yes", "yes", "0"])
-    graded(found[2], ["Yes", "yes"], ["no", "1", "True"])
-    assert [kind for _, kind, _ in left_out(out, "hallusionbench")] == ["field", "placeholders"]
-
-
-def test_hallusionbench_of_the_hub(tool: ModuleType, tmp_path: Path) -> None:
-    """Rows without image are in a file of their own."""
-    rows = [
-        {**row, "image": None if row["filename"] is None else struct(int(row["filename"][-5]))}
-        for row in hallusion_rows()
-    ]
-    for row in rows:
-        row["filename"] = ""
-    write_parquet(tmp_path / "hub/data/image-00000-of-00001.parquet", rows[1:], ["image"])
-    write_parquet(tmp_path / "hub/data/non_image-00000-of-00001.parquet", rows[:1])
-    found = build(tool, "hallusionbench", tmp_path / "hub", tmp_path / "out")
-    check_hallusion(tmp_path / "out", [found[2], *found[:2]])
-    images = build(tool, "hallusionbench", tmp_path / "hub", tmp_path / "images", "--split", "image")
-    assert [len(sample.images) for sample in images] == [1, 1]
-
-
-def test_hallusionbench_of_its_authors_in_processes(tool: ModuleType, tmp_path: Path) -> None:
-    """The script itself, with two worker processes, gives the bytes of this process."""
-    write_images(tmp_path / "hallusion_bench", {"VS/chart/0_1.png": 1, "VS/chart/0_2.png": 2})
-    source = write_json(tmp_path / "HallusionBench.json", hallusion_rows())
-    images = ("--images", str(tmp_path / "hallusion_bench"))
-    check_hallusion(tmp_path / "out", build(tool, "hallusionbench", source, tmp_path / "out", *images))
-    script = [sys.executable, str(TOOLS / "build_benchmark.py"), "hallusionbench", "--input", str(source), *images]
-    command = [*script, "--out", str(tmp_path / "processes"), "--workers", "2"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "left out: 1 field, 1 placeholders" in printed
-    assert hashes(tmp_path / "processes") == hashes(tmp_path / "out")

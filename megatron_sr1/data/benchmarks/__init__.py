@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 from megatron_sr1.data.benchmarks.benchmark import Benchmark
 from megatron_sr1.data.benchmarks.files import open_benchmark
+from megatron_sr1.data.benchmarks.hallucination import AMBER_LABELS, amber, hallusionbench, pope
 from megatron_sr1.data.benchmarks.language import gsm8k, math_500, mmlu_pro, supergpqa
 from megatron_sr1.data.benchmarks.mathematics import math_vision, mathverse
 from megatron_sr1.data.benchmarks.mmmu import NUM_IMAGES, mmmu, mmmu_pro_vision
-from megatron_sr1.data.benchmarks.perception import hallusionbench, realworldqa, visnumbench
+from megatron_sr1.data.benchmarks.perception import realworldqa, visnumbench
 
 
 def _all(*names: str) -> tuple[tuple[str, ...], ...]:
@@ -18,13 +19,15 @@ _MMMU = _all("id", "question", "options", "answer", *(f"image_{number}" for numb
 _MATHVERSE = _all("sample_index", "problem_version", "question", "answer", "question_type")
 _MATH_VISION = (*_all("id", "question", "options", "answer", "subject"), ("decoded_image", "image"))
 _VISNUM = (("question", "text"), ("option",), ("answer",), ("image", "image_path"), ("Attributes", "Major_categories"))
+_POPE = (("question", "text"), ("answer", "label"), *_all("question_id", "category", "image"))
+_AMBER = _all("id", "image", "query", "type", "truth")
 _HALLUSION = _all(
     "category", "subcategory", "visual_input", "set_id", "figure_id", "question_id", "question", "gt_answer"
 )
 _MMLU_PRO = _all("question_id", "question", "options", "answer", "category")
 _SUPERGPQA = _all("uuid", "question", "options", "answer_letter", "discipline")
 
-_PRO = "MMMU/MMMU_Pro"
+_PRO, _AMBER_SET = "MMMU/MMMU_Pro", "junyangwang0410/AMBER"
 BENCHMARKS: Mapping[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
@@ -36,6 +39,8 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         Benchmark("math-vision", "MathLLMs/MathVision", _MATH_VISION, math_vision, "test"),
         Benchmark("realworldqa", "xai-org/RealworldQA", _all("image", "question", "answer"), realworldqa, "test"),
         Benchmark("visnumbench", "GML-FMGroup/VisNumBench", _VISNUM, visnumbench),
+        Benchmark("pope", "lmms-lab/POPE", _POPE, pope, "test"),
+        Benchmark("amber", _AMBER_SET, _AMBER, amber, "query_discriminative.json", labels=AMBER_LABELS),
         Benchmark("hallusionbench", "tianyi-lab/HallusionBench", _HALLUSION, hallusionbench),
         Benchmark("gsm8k", "openai/gsm8k", _all("question", "answer"), gsm8k, "test", "main"),
         Benchmark("math-500", "HuggingFaceH4/MATH-500", _all("problem", "answer", "unique_id"), math_500, "test"),

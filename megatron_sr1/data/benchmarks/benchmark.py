@@ -23,8 +23,9 @@ class Benchmark:
     dataset: str  # who publishes it, for messages
     columns: tuple[tuple[str, ...], ...]  # every one is needed; several names: one of them
     convert: Callable[[SourceRow], Item]  # a function of a module: worker processes import it
-    split: str | None = None  # that is evaluated; file names begin with it. None: all files
+    split: str | None = None  # that is evaluated; file names begin with it, or are it. None: all files
     folder: str = ""  # of the set, where one repository holds several
+    labels: str = ""  # the file with the answers, where questions in JSON come without them, see `labels.py`
 
     @property
     def asked_for(self) -> Collection[str]:

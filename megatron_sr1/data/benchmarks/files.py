@@ -6,6 +6,7 @@ import glob
 from pathlib import Path
 
 from megatron_sr1.data.benchmarks.benchmark import Benchmark
+from megatron_sr1.data.benchmarks.labels import LabelledRows, LabelledSource, find_labels
 from megatron_sr1.data.patterns import matching
 from megatron_sr1.data.sources.json_files import JsonSource
 from megatron_sr1.data.sources.json_lines import JsonlSource
@@ -20,20 +21,26 @@ def open_benchmark(benchmark: Benchmark, path: str, split: str | None, images: s
 
     Args:
         path: a file, a pattern, or a folder: of this set, or of a repository of several sets, see `Benchmark.folder`.
-        split: that file names begin with (`test-00000-of-00001.parquet`), or that a folder is called; None:
-            `Benchmark.split`. It says nothing where `path` is a file or a pattern.
+        split: that file names begin with (`test-00000-of-00001.parquet`), a file's whole name, or that of a folder;
+            None: `Benchmark.split`. It says nothing where `path` is a file or a pattern.
         images: where the paths in JSON files begin; None: beside the file.
 
     Raises:
-        ValueError: no file of the split is there, or `images` is given for Parquet, whose images are inside.
+        ValueError: no file of the split is there, or `images` is given for Parquet, whose images are inside; several
+            files may hold the answers.
     """
     pattern, suffix = _find(benchmark, path, split or benchmark.split)
     if suffix == ".parquet":
         if images is not None:
             raise ValueError(f"--images {images}: the Parquet files of {path} hold their images. Leave it out.")
         return ParquetSource(pattern, benchmark)  # pyright: ignore[reportReturnType]  # a cached property is a property
-    source = JsonlSource if suffix == ".jsonl" else JsonSource
-    return source(pattern, benchmark, images)  # pyright: ignore[reportReturnType]
+    kind = JsonlSource if suffix == ".jsonl" else JsonSource
+    source: Source = kind(pattern, benchmark, images)  # pyright: ignore[reportAssignmentType]
+    labels = find_labels(benchmark.labels, source.files) if benchmark.labels else None
+    if labels is None:
+        return source
+    questions: Source = kind(pattern, LabelledRows(benchmark, labels), images)  # pyright: ignore[reportAssignmentType]
+    return LabelledSource(questions, labels)
 
 
 def _find(benchmark: Benchmark, path: str, split: str | None) -> tuple[str, str]:
@@ -51,7 +58,7 @@ def _find(benchmark: Benchmark, path: str, split: str | None) -> tuple[str, str]
         return path, suffixes.pop()
     if benchmark.folder and (root / benchmark.folder).is_dir():
         root = root / benchmark.folder
-    names = ("*",) if split is None else (f"{split}[-.]*", f"{split}/*")
+    names = ("*",) if split is None else (split, f"{split}[-.]*", f"{split}/*")
     for suffix in LAYOUTS:
         for name in names:
             pattern = f"{glob.escape(str(root))}/**/{name}"

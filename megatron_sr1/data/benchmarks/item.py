@@ -57,3 +57,11 @@ def answer_of(row: SourceRow, *names: str) -> str:
 def some(row: SourceRow, *names: str) -> dict[str, Any]:
     """Those columns that hold something, as metadata."""
     return {name: row[name] for name in names if row.get(name) not in (None, "")}
+
+
+def image_of(row: SourceRow, *names: str) -> object:
+    """The first of these columns that holds something. Raises BadRow where none does."""
+    image = next((row[name] for name in names if row.get(name) not in (None, "")), None)
+    if image is None:
+        raise BadRow("placeholders", f"it has no image in {' or '.join(names)}")
+    return image
