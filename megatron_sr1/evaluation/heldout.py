@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from megatron_sr1.data import Check, Deal, Quarantine, ShardDataset, only_prompts
 from megatron_sr1.data.feed import equal_runs
+from megatron_sr1.data.yes_no import yes_no_of
 from megatron_sr1.ranks import ALONE, Ranks
 from megatron_sr1.types import Prompt, PromptShare
 
@@ -148,6 +149,8 @@ class Heldout:
             return None
         try:
             sample = self._dataset.read(index)
+            if isinstance(sample, Prompt):
+                yes_no_of(sample)
             if self._check is not None:
                 self._check(sample)
         except ValueError as error:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_sr1.data.yes_no import WORDS, YesNo, gold_word, yes_no_of
 from megatron_sr1.prompts import SEE_THINK, Template
-from megatron_sr1.rewards import faithful
+from megatron_sr1.rewards import faithful, grade
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, TemplateName
 
 Element = TypeVar("Element")
@@ -52,6 +53,7 @@ class Sample:
     faithful: bool | None  # None: it is not known what the image shows
     judge: Verdict | None = None
     further: Mapping[str, tuple[Response, ...]] = field(default_factory=dict)  # the other later passes, by name
+    said: str | None = None  # yes, no, or "" for neither, and the gold exactly where acc is 1; None: another question
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Record:
     choices: tuple[str, ...] = ()  # of the prompt
     described: bool = False  # whether a description was asked for; without, there is nothing that could suffice or leak
     second_pass: bool = True  # whether one is asked for where there is a description
+    yes_no: YesNo | None = None  # how its answers are counted, where it is a yes-or-no question
 
 
 def record_of(
@@ -85,9 +88,20 @@ def record_of(
     Args:
         template: of the first pass.
         rewards: one vector per sample of the group.
+
+    Raises:
+        ValueError: as `yes_no_of`.
     """
     prompt = group.prompt
+    yes_no = yes_no_of(prompt)
     pairs = zip(group.pairs, rewards, strict=True)
+    samples = tuple(_sample(pair, prompt, vector) for pair, vector in pairs)
+    if yes_no is not None:
+        texts = zip(samples, group.pairs, strict=True)
+        samples = tuple(
+            replace(sample, said=_said(template.answer_of(pair.first.response_text), prompt, sample.rewards))
+            for sample, pair in texts
+        )
     return Record(
         prompt.key,
         prompt.source,
@@ -95,12 +109,13 @@ def record_of(
         prompt.answer,
         len(prompt.images),
         template.name,
-        tuple(_sample(pair, prompt, vector) for pair, vector in pairs),
+        samples,
         made_of,
         ends_chunk,
         prompt.choices,
         template.describes is not None,
         second_pass,
+        yes_no,
     )
 
 
@@ -194,7 +209,9 @@ def _record(fields: dict[str, Any]) -> Record:
     samples = tuple(map(_read_sample, fields["samples"]))
     described = fields.get("described", fields["template"] == SEE_THINK.name)  # records of earlier releases do not say
     choices = tuple(fields.get("choices", ()))
-    return Record(**{**fields, "samples": samples, "choices": choices, "described": described})
+    yes_no = None if fields.get("yes_no") is None else YesNo(**fields["yes_no"])
+    read = {"samples": samples, "choices": choices, "described": described, "yes_no": yes_no}
+    return Record(**{**fields, **read})
 
 
 def _read_sample(fields: dict[str, Any]) -> Sample:
@@ -219,6 +236,15 @@ def _sample(pair: RolloutPair, prompt: Prompt, rewards: Mapping[str, float]) -> 
         further[reading.pass_name] = (*further.get(reading.pass_name, ()), _response(reading.rollout))
     how = (pair.description, pair.description_cut, second, dict(rewards), truth)
     return Sample(_response(pair.first), *how, further=further)
+
+
+def _said(answer: str | None, prompt: Prompt, rewards: Mapping[str, float]) -> str:
+    """Yes, no, or "" for neither, by the grader that also tells whether it is right."""
+    gold = gold_word(prompt.answer)
+    if rewards["acc"] == 1.0:
+        return gold
+    (other,) = (word for word in WORDS if word != gold)
+    return other if answer is not None and grade(answer, other) else ""
 
 
 def _response(rollout: Rollout) -> Response:

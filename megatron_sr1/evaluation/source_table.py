@@ -20,10 +20,21 @@ _COLUMNS = (  # (number, title)
     ("format", "format"),
     ("first_truncated", "cut"),
 )
+_YES_NO_COLUMNS = (
+    ("accuracy", "accuracy"),
+    ("precision", "precision"),
+    ("recall", "recall"),
+    ("f1", "F1"),
+    ("yes_ratio", "yes"),
+    ("undecided", "neither"),
+    ("question_pair_accuracy", "qAcc"),
+    ("figure_accuracy", "fAcc"),
+)
 
 
 def print_sources(console: Console, summary: Numbers, by_source: Mapping[str, Numbers]) -> None:
-    """Prints accuracy with its 95 % interval, the other shares that were measured, pass@k, tokens and prompts."""
+    """Prints accuracy with its 95 % interval, the other shares that were measured, pass@k, tokens and prompts; and a
+    second table of the sources of yes-or-no questions, if there are any."""
     shares = [(name, title) for name, title in _COLUMNS if summary.get(name) is not None]
     passes = [name for name in summary if name.startswith("pass@") and name != "pass@1"]
     table = Table(title="By source, %", title_justify="left", box=SIMPLE_HEAD)
@@ -42,6 +53,29 @@ def print_sources(console: Console, summary: Numbers, by_source: Mapping[str, Nu
         table.caption = f"mean accuracy of the benchmarks, each counted the same: {_percent(summary['macro_accuracy'])}"
         table.caption_justify = "left"
     console.print(table)
+    asked = {name: numbers for name, numbers in rows.items() if "undecided" in numbers}
+    if asked:
+        console.print(_yes_no_table(asked))
+
+
+def _yes_no_table(rows: Mapping[str, Numbers]) -> Table:
+    table = Table(title="Questions of yes or no, %", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    shown = [
+        (name, title) for name, title in _YES_NO_COLUMNS if any(name in numbers for numbers in rows.values())
+    ]  # also where it is defined nowhere: that tells something, too
+    for _, title in shown:
+        table.add_column(title, justify="right", min_width=len(title))
+    table.add_column("prompts", justify="right")
+    for source, numbers in rows.items():
+        table.add_row(
+            Text(source), *(_percent(numbers.get(name)) for name, _ in shown), f"{numbers['num_prompts']:.0f}"
+        )
+    table.caption = "neither: an answer that is neither yes nor no; it is wrong"
+    if any(name == "precision" for name, _ in shown):
+        table.caption += "\nprecision, recall, F1: of yes in POPE, of no in AMBER"
+    table.caption_justify = "left"
+    return table
 
 
 def _with_interval(numbers: Numbers, name: str) -> str:

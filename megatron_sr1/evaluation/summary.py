@@ -9,6 +9,7 @@
     faithful, leak            see `rewards/description.py`
     format                    the first response follows its layout
     reward/<name>             the mean of a reward of the user's own
+    precision, qAcc ...       of yes-or-no questions, see `yes_no.py`
 
 Of prompts without images, and of templates that ask for no description, only accuracy, format, pass@k and lengths are
 measured: there is no description that could suffice, leak or be faithful. A share that no sample counts for is None.
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable
 
 from megatron_sr1.evaluation.records import Record, Response, Sample
 from megatron_sr1.evaluation.statistics import ks_of, pass_at_k, share_of
+from megatron_sr1.evaluation.yes_no import YesNoTally
 from megatron_sr1.rewards import REWARDS
 
 Hit = bool | None  # None: the sample does not count
@@ -61,6 +63,7 @@ class Tally:
         }
         self._right: list[tuple[int, int]] = []  # (samples, right ones) of each prompt
         self._lengths = {"first": _Lengths(), "second": _Lengths()}
+        self._yes_no = YesNoTally()
         self._unjudged = 0
         self._users: dict[str, list[float]] = {}  # values of the user's rewards, and of other later passes
         self._missing: dict[str, list[float]] = {}  # of these passes, whether they could not be asked
@@ -71,6 +74,7 @@ class Tally:
             hits = [self._hit(name, sample, record) for sample in record.samples]
             known = [hit for hit in hits if hit is not None]
             counts.append((sum(known), len(known)))
+        self._yes_no.add(record)
         self._right.append((len(record.samples), sum(_accuracy(sample, record) is True for sample in record.samples)))
         for sample in record.samples:
             self._lengths["first"].add(sample.first)
@@ -96,6 +100,7 @@ class Tally:
         if fewest > 1:
             for k in ks_of(fewest):
                 numbers[f"pass@{k}"] = _mean([pass_at_k(samples, right, k) for samples, right in self._right])
+        numbers |= self._yes_no.numbers()
         for name, lengths in self._lengths.items():
             numbers |= lengths.numbers(name)
         numbers |= {f"reward/{name}": _mean(values) for name, values in sorted(self._users.items())}
