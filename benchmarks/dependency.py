@@ -30,7 +30,8 @@ from megatron_sr1.config import load_config
 from megatron_sr1.data import ShardDataset, expand_shards
 from megatron_sr1.platform import start_platform
 from megatron_sr1.prompts import SEE_THINK
-from megatron_sr1.types import Contrast, Scoring, TokenSequence
+from megatron_sr1.streams import Contrast
+from megatron_sr1.types import Scoring, TokenSequence
 
 CONTRASTS = (
     Contrast("no image"),

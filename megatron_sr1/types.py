@@ -371,24 +371,6 @@ class LogProbs:
 
 # ---------------------------------------------------------------- the objective
 @dataclass(frozen=True)
-class Contrast:
-    """Another context that the first passes of prompts with images are scored under, token for token as they are.
-
-    context:  no_image     the prompt without its images
-              masked       `share` of the images' patches are black (PAPO, arXiv 2507.06448, section 3.2)
-              noise        every pixel is drawn anew
-              description  the block that this response describes with, in the place of the images (CapPO, 2509.21854)
-    weights:  policy       those that are trained
-              reference    those that the run began with
-    """
-
-    name: str
-    context: ContrastContext = "no_image"
-    share: float = 0.6  # of patches, where they are masked
-    weights: ContrastWeights = "policy"
-
-
-@dataclass(frozen=True)
 class Clip:
     """PPO ratio clipping: [1 - low, 1 + high]; `dual` (> 1) bounds the loss where the advantage is negative."""
 

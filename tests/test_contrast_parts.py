@@ -15,10 +15,10 @@ from megatron_sr1.config import ConfigError, load_config
 from megatron_sr1.objective import dependency, divergence, response_weights, token_weighting
 from megatron_sr1.processor import Processor
 from megatron_sr1.ranks import ALONE
-from megatron_sr1.streams import PRESETS, methods, preset_from_config, preset_of
+from megatron_sr1.streams import PRESETS, Contrast, methods, preset_from_config, preset_of
 from megatron_sr1.training.batches import Batcher
 from megatron_sr1.training.contrasts import ContextMaker
-from megatron_sr1.types import Contrast, TokenSequence
+from megatron_sr1.types import TokenSequence
 from tests.batch_cases import two_groups
 from tests.step_cases import rows_of, trained
 

@@ -1,6 +1,6 @@
 """How much each token depends on what a contrast takes away, and what that is good for.
 
-The same response is scored twice by the same weights, in its own context and in another one (`types.Contrast`):
+The same response is scored twice by the same weights, in its own context and in another one (`streams.Contrast`):
 
     gap[r] = log pi(r | own context) - log pi(r | contrast)                                             nats
     D[r]   = e^-gap + gap - 1      k3 of KL(pi own || pi contrast) from a token drawn from pi own, never negative

@@ -1,5 +1,6 @@
 """Reward streams: which tokens of which pass earn which reward. No torch here, so that a refusal comes at once."""
 
+from megatron_sr1.streams.contrast import Contrast
 from megatron_sr1.streams.preset import PRESETS, Preset, check_objective, own_code, preset_from_config, preset_of
 from megatron_sr1.streams.segments import REST, WHOLE, other_segments, segments_of
 
@@ -7,6 +8,7 @@ __all__ = [
     "PRESETS",
     "REST",
     "WHOLE",
+    "Contrast",
     "Preset",
     "check_objective",
     "other_segments",

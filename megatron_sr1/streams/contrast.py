@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from megatron_sr1.types import Contrast, RewardStream
+from megatron_sr1.types import ContrastContext, ContrastWeights, RewardStream
 
 _OF_CONTRAST = ("token_weighting", "token_share", "sequence_weight_low", "contrast_coef", "contrast_entropy_coef")
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Another context that the first passes of prompts with images are scored under, token for token as they are.
+
+    context:  no_image     the prompt without its images
+              masked       `share` of the images' patches are black (PAPO, arXiv 2507.06448, section 3.2)
+              noise        every pixel is drawn anew
+              description  the block that this response describes with, in the place of the images (CapPO, 2509.21854)
+    weights:  policy       those that are trained
+              reference    those that the run began with
+    """
+
+    name: str
+    context: ContrastContext = "no_image"
+    share: float = 0.6  # of patches, where they are masked
+    weights: ContrastWeights = "policy"
 
 
 def contrasts_of(entries: Sequence[Mapping[str, Any]]) -> tuple[Contrast, ...]:

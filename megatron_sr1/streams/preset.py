@@ -12,7 +12,7 @@ from megatron_sr1.config.rules import require
 from megatron_sr1.import_path import is_import_path, load_object
 from megatron_sr1.prompts import SHIPPED, Asked, Template, Templates, templates_of
 from megatron_sr1.rewards import find_reward, layout_reward
-from megatron_sr1.streams.contrast import check_contrast, contrast_keys, contrasts_of
+from megatron_sr1.streams.contrast import Contrast, check_contrast, contrast_keys, contrasts_of
 from megatron_sr1.streams.methods import METHODS, read_method
 from megatron_sr1.streams.passes import check_later, later_passes, needs_description
 from megatron_sr1.streams.presets import WRITTEN, Written
@@ -21,7 +21,6 @@ from megatron_sr1.streams.spans import find_spans
 from megatron_sr1.types import (
     SECOND,
     Clip,
-    Contrast,
     LaterPass,
     Passes,
     PassName,

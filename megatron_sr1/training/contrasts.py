@@ -1,6 +1,6 @@
 """First passes under other contexts: what is asked in them, how it is packed, and what the policy says to it.
 
-The same response ids follow another prompt (`types.Contrast`). A prompt that shows no image, and a response that
+The same response ids follow another prompt (`streams.Contrast`). A prompt that shows no image, and a response that
 describes nothing where its description is wanted, has no other context: it is not scored, and counts nowhere.
 
 Shape legend: R scored tokens of a row, n response tokens of a sequence, P patches, C values of a patch.
@@ -18,7 +18,8 @@ from torch import Tensor
 from megatron_sr1.ahead import Later
 from megatron_sr1.packing import gather_rows, scatter_rows
 from megatron_sr1.processor import Processor
-from megatron_sr1.types import Contrast, EncodedImage, MicroBatch, TokenSequence
+from megatron_sr1.streams import Contrast
+from megatron_sr1.types import EncodedImage, MicroBatch, TokenSequence
 
 
 @dataclass(frozen=True)
