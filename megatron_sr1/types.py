@@ -9,9 +9,13 @@ Shape legend, used by every tensor file of the project:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+from megatron_sr1.encoded_image import EncodedImage as EncodedImage
+from megatron_sr1.encoded_image import Normalisation as Normalisation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,6 +51,7 @@ MismatchLevel = Literal["token", "sequence"]
 ContrastContext = Literal["no_image", "masked", "noise", "description"]
 ContrastWeights = Literal["policy", "reference"]
 TokenWeighting = Literal["none", "top", "top_conserving", "proportional"]
+ScheduleShape = Literal["linear", "cosine"]
 
 
 # ---------------------------------------------------------------- data -> rollouts
@@ -274,39 +279,6 @@ class RolloutGroup:
 
 
 # ---------------------------------------------------------------- rollouts -> policy
-@dataclass(frozen=True)
-class Normalisation:
-    """What a vision tower's grey levels of 0 to 255 become before it reads them, by channel."""
-
-    rescale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def applied(self, patches: Tensor) -> Tensor:
-        """[P, C] float32 on the same device, of patches [P, C] whose values lie channel after channel."""
-        values = patches.unflatten(1, (len(self.mean), -1)).float() * self.rescale
-        mean, std = (values.new_tensor(levels).unsqueeze(1) for levels in (self.mean, self.std))
-        return values.sub_(mean).div_(std).flatten(1)
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedImage:
-    """An image for the vision tower. Two sequences that hold the same object share one pass through it.
-
-    The grid follows from the image's size; the patches are made when they are started or first asked for, because of
-    all the ranks that plan with the image only one encodes it.
-    """
-
-    grid_thw: tuple[int, int, int]  # patches along time, height, width
-    patches: Later[Tensor]  # [P, C] uint8, resized and cut, not normalised
-    normalisation: Normalisation
-
-    @property
-    def pixel_values(self) -> Tensor:
-        """[P, C] float32, as the model's own processor makes them."""
-        return self.normalisation.applied(self.patches())
-
-
 @dataclass(frozen=True, eq=False)
 class TokenTrack:
     """What is trained of a response: it goes from the rank that has generated it to the replica that trains it."""
@@ -380,6 +352,23 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """Of one coefficient: from `start` at step 0 to `end` at step `steps`, which it keeps."""
+
+    key: str
+    start: float
+    end: float
+    steps: int
+    shape: ScheduleShape = "linear"
+
+    def at(self, step: int) -> float:
+        """The coefficient of a step."""
+        done = min(1.0, step / self.steps)
+        left = 0.5 * (1.0 + math.cos(math.pi * done)) if self.shape == "cosine" else 1.0 - done
+        return self.end + (self.start - self.end) * left
+
+
+@dataclass(frozen=True)
 class RewardStream:
     """A reward stream: which tokens are credited with which reward (Vision-SR1, eq. 6-9), and how."""
 
@@ -406,6 +395,9 @@ class RewardStream:
     sequence_weight_low: float | None = None  # of the response that depends least; None: all weigh the same
     contrast_coef: float = 0.0  # gamma: of the divergence from the contrast, which the loss falls by
     contrast_entropy_coef: float = 0.0  # of the bonus for entropy under the contrast
+    contrast_reward: float = 0.0  # of the mean log-prob gap of a response, which its reward is more by
+    gate: str = ""  # name of a reward: without it in full a response has no advantage
+    schedules: tuple[Schedule, ...] = ()  # of coefficients, which have their largest size here; `at` has a step's
 
     @property
     def kl_loss_coef(self) -> float:
@@ -416,6 +408,10 @@ class RewardStream:
     def is_weighted(self) -> bool:
         """Whether its tokens or responses weigh by how much they depend on what the contrast takes away."""
         return self.token_weighting != "none" or self.sequence_weight_low is not None
+
+    def at(self, step: int) -> RewardStream:
+        """With the coefficients of a step."""
+        return replace(self, schedules=(), **{one.key: one.at(step) for one in self.schedules})
 
     @property
     def trains_contrast(self) -> bool:

@@ -32,6 +32,13 @@ BLIND = (
     f"objective.streams=[{{name: answer, {_WEIGHTED}}}]",
 )
 
+EARNED = (
+    *_STEP,
+    "objective.preset=see_think",
+    "objective.contrast=[{name: blind, context: no_image}]",
+    "objective.streams=[{name: answer, contrast: blind, contrast_reward: 20, advantage: centred}]",
+)
+
 
 def blind(sequence: TokenSequence, key: str, processor: Processor) -> TokenSequence:
     """Without its image."""
@@ -128,8 +135,26 @@ def papo_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, dic
     }
 
 
+def earned_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, dict[str, float]]:
+    """A token mean of -A ratio, where a response earns 20 times its mean gap on top, centred within its group."""
+    rewards = their_rewards()
+    owns, earned = [], (rewards["acc"] + 0.1 * rewards["fmt"]).tolist()
+    for index, (sequence, key) in enumerate(responses(processor)):
+        own, _ = _chosen(model, sequence, processor)
+        with torch.no_grad():
+            under, _ = _chosen(model, blind(sequence, key, processor), processor)
+        earned[index] += 20 * float((own.detach() - under).mean())
+        owns.append(own)
+    loss = torch.zeros(())
+    for index, own in enumerate(owns):
+        mean = (earned[index] + earned[index ^ 1]) / 2
+        loss = loss - (earned[index] - mean) * (own - own.detach()).exp().sum()
+    return loss / sum(map(len, owns)), {}
+
+
 CASES: dict[str, tuple[tuple[str, ...], Any]] = {
     "vppo": (VPPO, vppo_loss),
     "papo": (PAPO, papo_loss),
+    "earned": (EARNED, earned_loss),
     "blind": (BLIND, partial(vppo_loss, context=blind, eta=0.0)),
 }

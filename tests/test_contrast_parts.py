@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from importlib.resources import files
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from PIL import Image
 
-from megatron_sr1.config import ConfigError, load_config
+from megatron_sr1.config import ConfigError, ObjectiveConfig, load_config
 from megatron_sr1.objective import dependency, divergence, response_weights, token_weighting
+from megatron_sr1.policy import Policy
 from megatron_sr1.processor import Processor
 from megatron_sr1.ranks import ALONE
 from megatron_sr1.streams import PRESETS, Contrast, methods, preset_from_config, preset_of
-from megatron_sr1.training.batches import Batcher
+from megatron_sr1.training.batches import Batcher, rollout_advantages
 from megatron_sr1.training.contrasts import ContextMaker
-from megatron_sr1.types import TokenSequence
+from megatron_sr1.training.live_groups import live_groups
+from megatron_sr1.training.trainer import Trainer
+from megatron_sr1.types import RewardStream, Schedule, TokenSequence
 from tests.batch_cases import two_groups
 from tests.step_cases import rows_of, trained
+from tests.test_trainer import Recorder as PolicyOfNobody
 
 
 def test_dependency_is_k3_within_its_bounds() -> None:
@@ -178,12 +183,98 @@ def test_rows_of_contrasts(tiny_model_dir: str) -> None:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(back, ids, strict=True)), name
 
 
+def test_schedules_by_hand() -> None:
+    half = RewardStream(
+        "a",
+        "first",
+        "response",
+        (("acc", 1.0),),
+        kl_coef=0.4,
+        schedules=(Schedule("kl_coef", 0.4, 0.0, 4), Schedule("loss_weight", 0.0, 1.0, 4, "cosine")),
+    )
+    found = [(half.at(step).kl_coef, half.at(step).loss_weight) for step in (0, 1, 2, 4, 9)]
+    quarter = 1 - 0.5 * (1 + math.cos(math.pi / 4))
+    for pair, expected in zip(found, [(0.4, 0.0), (0.3, quarter), (0.2, 0.5), (0.0, 1.0), (0.0, 1.0)], strict=True):
+        assert pair == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_schedule_is_what_a_run_needs_at_some_step() -> None:
+    """Its largest coefficient decides what is kept; a step's is the loss's."""
+    annealed = "{name: answer, kl_coef: {from: 0.0, to: 0.2, steps: 10}}"
+    preset = preset_of(load_config(None, ["objective.kl_coef=0", f"objective.streams=[{annealed}]"]))
+    assert preset.needs_reference and preset.streams[0].kl_coef == 0.2
+    assert [preset.at(step).streams[0].kl_coef for step in (0, 5, 10)] == pytest.approx([0.0, 0.1, 0.2])
+    assert preset.at(5).streams[1] == preset.streams[1] and PRESETS["gdpo"].at(5) is PRESETS["gdpo"]
+
+
+def test_the_trainer_takes_the_coefficients_of_the_step(tiny_model_dir: str) -> None:
+    """At half of the way the KL costs half, and the metrics say so."""
+    words = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "train.batch_size=2", "objective.kl_coef=0"]
+    stream = "{name: answer, kl_coef: {from: 0.4, to: 0.0, steps: 10}, loss_weight: 0}"
+    config = load_config(None, [*words, "objective.preset=see_think", f"objective.streams=[{stream}]"])
+    processor, preset = Processor.from_pretrained(tiny_model_dir), preset_of(config)
+    losses: dict[int, float] = {}
+    for step in (0, 5, 10):
+        policy = Costing()
+        rollouts = replace(trained(processor, preset), step=step)
+        (result,) = Trainer(config, cast(Policy, policy), preset, processor).update(rollouts)
+        assert result.metrics["schedule/answer/kl_coef"] == pytest.approx(0.4 - 0.04 * step, abs=1e-9)
+        losses[step] = policy.loss
+    assert losses[0] > 1e-4 and losses[5] == pytest.approx(losses[0] / 2, rel=1e-5) and losses[10] == 0.0
+
+
+class Costing(PolicyOfNobody):
+    """Adds up the losses of its last step."""
+
+    loss = 0.0
+
+    def __init__(self) -> None:
+        super().__init__(0.0, 0.0)
+
+    def train_step(self, batches: Any, loss_fn: Any, scoring: Any) -> Any:
+        self.loss = sum(float(loss_fn(index, one)[0]) for index, one in enumerate(self._logprobs(batches)))
+        return super().train_step(batches, loss_fn, scoring)
+
+
+def test_a_gate_lets_only_those_learn_that_earn_another_reward(tiny_model_dir: str) -> None:
+    """Rewards of the description within the groups 0 1 | 1 0; acc, the gate, is 1 0 | 1 0."""
+    processor = Processor.from_pretrained(tiny_model_dir)
+    stream = {"name": "told", "tokens": "description", "rewards": {"acc_vis": 1.0}, "advantage": "centred"}
+    for gate, expected in (({}, [-0.5, 0.5, 0.5, -0.5]), ({"gate": "acc"}, [-0.5, 0.0, 0.5, 0.0])):
+        objective = ObjectiveConfig(preset=None, streams=[{**stream, **gate}])
+        preset = preset_from_config(objective)
+        assert preset.rewards == ("acc_vis", *gate.values())
+        ledger = trained(processor, preset).ledger
+        found = rollout_advantages(ledger, ledger.rollout_rewards, preset, 1e-6)
+        assert found.flatten().tolist() == pytest.approx(expected)
+        assert ((found != 0).view(2, 2).any(1) == live_groups(ledger, preset, objective)[0][0]).all()
+
+
 _BLIND = "objective.contrast=[{name: blind, context: no_image}]"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["objective.streams=[{name: answer, kl_coef: {from: 1, to: 0}}]"], r"kl_coef.steps=None.*given"),
+        (["objective.streams=[{name: answer, kl_coef: {from: 1, to: -1, steps: 3}}]"], r"kl_coef.to=-1"),
+        (["objective.streams=[{name: answer, kl_coef: {from: 1, to: 0, steps: 0}}]"], r"kl_coef.steps=0"),
+        (["objective.streams=[{name: answer, kl_coef: {from: 1, to: 0, steps: 2.5}}]"], r"steps=2.5.*whole"),
+        (["objective.streams=[{name: answer, kl_coef: {start: 1, to: 0, steps: 2}}]"], "start is no key of a schedule"),
+        (
+            ["objective.streams=[{name: answer, kl_coef: {from: 1, to: 0, steps: 2, shape: step}}]"],
+            "shape='step'.*linear, cosine",
+        ),
+        (["objective.streams=[{name: answer, clip_low: {from: 1, to: 0, steps: 2}}]"], r"clip_low=\{"),
+        (["objective.streams=[{name: answer, gate: accc}]"], "accc"),
+        (
+            [
+                "objective.preset=gdpo",
+                "objective.contrast=[{name: a}]",
+                "objective.streams=[{name: answer, contrast: a, contrast_reward: 1}]",
+            ],
+            "per_component makes an advantage of each reward",
+        ),
         (["objective.contrast=[blind]"], r"contrast\[0\]='blind'"),
         (["objective.contrast=[{context: no_image}]"], r"contrast\[0\].name=None"),
         (["objective.contrast=[{name: a-b}]"], r"contrast\[0\].name='a-b'"),

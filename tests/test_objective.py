@@ -80,6 +80,8 @@ EXPECTED_PRESETS = {
             ("visual", "first", "description", {"acc_judge": 1}, 0.5, "sum"),
         ],
     ),
+    "papo": ("see_think", False, [("answer", "first", "response", {"acc": 1.0, "fmt": 0.1}, 1.0, "sum")]),
+    "vppo": ("see_think", False, [("answer", "first", "response", {"acc": 1.0, "fmt": 0.1}, 1.0, "sum")]),
 }
 
 

@@ -57,6 +57,7 @@ OTHER: dict[str, Any] = {
     "objective.preset": "gdpo",
     "objective.streams": ([{"name": "visual", "loss_weight": 0.25}], {}),
     "objective.passes": [{"name": "blind", "context": "nothing"}],
+    "objective.contrast": [{"name": "blind", "context": "no_image"}],
     "objective.template": "cot",
     "objective.second_template": "vision_sr1_reasoner",
     "objective.plain_template": "vision_sr1_cot",

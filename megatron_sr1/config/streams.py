@@ -15,6 +15,7 @@ from megatron_sr1.types import (
     KlPlace,
     Normalize,
     RatioLevel,
+    ScheduleShape,
     Surrogate,
     TokenWeighting,
 )
@@ -36,7 +37,10 @@ _NUMBERS = {
     "sequence_weight_low": Range(0, 1),
     "contrast_coef": Range(0, 1000),
     "contrast_entropy_coef": ENTROPY_COEF,
+    "contrast_reward": Range(-1000, 1000),
 }
+SCHEDULED = ("loss_weight", "kl_coef", "entropy_coef", "contrast_coef", "contrast_entropy_coef")
+_SCHEDULE = ("from", "to", "steps", "shape")
 _CHOICES = {
     "kl_estimator": get_args(KlEstimator),
     "kl_in": get_args(KlPlace),
@@ -48,7 +52,7 @@ _CHOICES = {
     "ratio": get_args(RatioLevel),
     "token_weighting": get_args(TokenWeighting),
 }
-KEYS = ("name", "pass", "tokens", "rewards", "enabled", "contrast", *_NUMBERS, *_CHOICES)
+KEYS = ("name", "pass", "tokens", "rewards", "enabled", "contrast", "gate", *_NUMBERS, *_CHOICES)
 _NULLABLE = ("dual_clip", "constant_tokens", "sequence_weight_low")
 _WHOLE = ("constant_tokens",)
 _WEIGHT = Range(-1e6, 1e6)
@@ -76,7 +80,9 @@ def check_streams(streams: Sequence[Any]) -> None:
 
 def _check(where: str, key: str, value: Any) -> None:
     known_key(where, key, KEYS, "stream")
-    if key in _NUMBERS:
+    if key in SCHEDULED and isinstance(value, Mapping):
+        _check_schedule(where, value, _NUMBERS[key])
+    elif key in _NUMBERS:
         if value is not None or key not in _NULLABLE:
             _check_number(where, value, _NUMBERS[key], whole=key in _WHOLE)
     elif key in _CHOICES:
@@ -93,6 +99,19 @@ def _check(where: str, key: str, value: Any) -> None:
         require(isinstance(value, bool), where, value, "true or false", "False takes a preset's stream away.")
     else:
         require(isinstance(value, str) and value != "", where, value, "a word", "Write it in quotes if need be.")
+
+
+def _check_schedule(where: str, value: Mapping[Any, Any], allowed: Range) -> None:
+    example = "Write {from: 0.04, to: 0.0, steps: 200, shape: cosine}."
+    for key, given in value.items():
+        known_key(f"{where}.{key}", str(key), _SCHEDULE, "schedule")
+        if key == "shape":
+            shapes = get_args(ScheduleShape)
+            require(given in shapes, f"{where}.shape", given, "one of " + ", ".join(shapes), example)
+        else:
+            _check_number(f"{where}.{key}", given, COUNT if key == "steps" else allowed, whole=key == "steps")
+    missing = [key for key in ("from", "to", "steps") if key not in value]
+    require(not missing, f"{where}.{''.join(missing[:1])}", None, "given", example)
 
 
 def _check_number(where: str, value: Any, allowed: Range, *, whole: bool = False) -> None:

@@ -41,7 +41,7 @@ def training_flops(command: Command, config: Config, model: Architecture) -> Map
     if command == "grpo":
         preset, several = preset_of(config), config.rollout.prompts_per_step > config.train.batch_size
         own = config.objective.old == "trainer" and (several or preset.kl_in_reward)
-        if own or preset.weighs_contrast:
+        if own or preset.compares_before:
             parts["old log-probs"] = forward.total
         if preset.needs_reference:
             parts["reference"] = forward.total

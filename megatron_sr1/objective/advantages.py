@@ -91,12 +91,14 @@ def stream_advantages(
     group_ids: Tensor,
     eps: float,
     kl: Tensor | None = None,
+    gap: Tensor | None = None,
 ) -> Tensor:
     """Advantages of one stream from its reward components, by its own kind z and scope.
 
         normalize "sum":            A = z(sum_c w_c r_c)
         normalize "per_component":  A = sum_c w_c z(r_c)             GDPO, arXiv 2601.05242
         kl_in "reward":             A = z(sum_c w_c r_c - beta KL)   InstructGPT, arXiv 2203.02155, eq. 2
+        contrast_reward rho:        A = z(sum_c w_c r_c + rho gap)
 
     GDPO ends with one more z-score of the summed advantages over the batch. Each z(r_c) already has mean 0 in every
     group, so that step is one common factor for the whole batch; it is left out, as the weights then keep their
@@ -110,13 +112,37 @@ def stream_advantages(
         eps: added to each standard deviation.
         kl: [B] nats, of the weights that drew the responses to the reference, summed over each response's tokens in the
             stream; needed where the stream's KL is in the reward.
+        gap: [B] nats, the mean log-prob gap to the stream's contrast; needed where there is a contrast_reward.
 
     Returns:
         [B], dtype of the first component.
 
     Raises:
-        ValueError: a component or the KL is missing, or see `group_advantages`.
+        ValueError: a component, the KL or the gap is missing, or see `group_advantages`.
     """
+    _check_components(stream, component_rewards, group_ids)
+    in_reward = stream.kl_in == "reward"
+    if in_reward:
+        _check_kl(stream, kl, group_ids)
+    dtype = component_rewards[stream.rewards[0][0]].dtype
+    weighted = [(weight, component_rewards[name].to(torch.float64)) for name, weight in stream.rewards]
+    how = (stream.scope, stream.advantage)
+    if stream.normalize == "per_component":
+        terms = [weight * group_advantages(reward, group_ids, eps, *how) for weight, reward in weighted]
+        return torch.stack(terms).sum(dim=0).to(dtype)
+    total = torch.stack([weight * reward for weight, reward in weighted]).sum(dim=0)
+    if in_reward and kl is not None:
+        total = total - stream.kl_coef * kl.to(torch.float64)
+    if stream.contrast_reward != 0:
+        if gap is None or gap.shape != group_ids.shape or not bool(torch.isfinite(gap).all()):
+            raise ValueError(
+                f"gap: stream {stream.name!r} has a contrast_reward and needs a finite gap of each rollout."
+            )
+        total = total + stream.contrast_reward * gap.to(torch.float64)
+    return group_advantages(total, group_ids, eps, *how).to(dtype)
+
+
+def _check_components(stream: RewardStream, component_rewards: Mapping[str, Tensor], group_ids: Tensor) -> None:
     missing = [name for name, _ in stream.rewards if name not in component_rewards]
     if missing:
         raise ValueError(
@@ -130,19 +156,15 @@ def stream_advantages(
                 f"component_rewards[{name!r}]: need floating point {tuple(group_ids.shape)}, got {reward.dtype} "
                 f"{tuple(reward.shape)}."
             )
-    in_reward = stream.kl_in == "reward"
-    if in_reward:
-        _check_kl(stream, kl, group_ids)
-    dtype = component_rewards[stream.rewards[0][0]].dtype
-    weighted = [(weight, component_rewards[name].to(torch.float64)) for name, weight in stream.rewards]
-    how = (stream.scope, stream.advantage)
-    if stream.normalize == "per_component":
-        terms = [weight * group_advantages(reward, group_ids, eps, *how) for weight, reward in weighted]
-        return torch.stack(terms).sum(dim=0).to(dtype)
-    total = torch.stack([weight * reward for weight, reward in weighted]).sum(dim=0)
-    if in_reward and kl is not None:
-        total = total - stream.kl_coef * kl.to(torch.float64)
-    return group_advantages(total, group_ids, eps, *how).to(dtype)
+
+
+def _checked_gap(stream: RewardStream, gap: Tensor | None, group_ids: Tensor) -> Tensor:
+    if gap is None or gap.shape != group_ids.shape or not bool(torch.isfinite(gap).all()):
+        raise ValueError(
+            f"gap: stream {stream.name!r} has a contrast_reward, so it needs a finite number for each of "
+            f"{len(group_ids)} rollouts, got {gap}."
+        )
+    return gap
 
 
 def _check_kl(stream: RewardStream, kl: Tensor | None, group_ids: Tensor) -> None:

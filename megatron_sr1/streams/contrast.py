@@ -8,7 +8,10 @@ from typing import Any
 
 from megatron_sr1.types import ContrastContext, ContrastWeights, RewardStream
 
-_OF_CONTRAST = ("token_weighting", "token_share", "sequence_weight_low", "contrast_coef", "contrast_entropy_coef")
+_OF_CONTRAST = (
+    *("token_weighting", "token_share", "sequence_weight_low"),
+    *("contrast_coef", "contrast_entropy_coef", "contrast_reward"),
+)
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ def check_contrast(stream: RewardStream, contrasts: Sequence[Contrast], where: s
         where: the stream is, for messages.
 
     Raises:
-        ValueError: the stream names a contrast that there is not, is of a pass that sees no image, or would train
-            weights that are frozen.
+        ValueError: the stream names a contrast that there is not, is of a pass that sees no image, adds to a sum of
+            rewards that there is not, or would train weights that are frozen.
     """
     if not stream.contrast:
         return
@@ -81,6 +84,11 @@ def check_contrast(stream: RewardStream, contrasts: Sequence[Contrast], where: s
         raise ValueError(
             f"{where}: contrast={stream.contrast!r} takes the image away, and the {stream.trajectory} pass sees none. "
             "Give it to a stream of the first pass."
+        )
+    if stream.contrast_reward != 0 and stream.normalize == "per_component":
+        raise ValueError(
+            f"{where}: contrast_reward adds to one sum of rewards, and normalize=per_component makes an advantage of "
+            "each reward by itself. Set normalize=sum, or leave contrast_reward out."
         )
     if stream.trains_contrast and named[stream.contrast].weights == "reference":
         raise ValueError(

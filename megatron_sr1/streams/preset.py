@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from megatron_sr1.streams.contrast import Contrast, check_contrast, contrast_key
 from megatron_sr1.streams.methods import METHODS, read_method
 from megatron_sr1.streams.passes import check_later, later_passes, needs_description
 from megatron_sr1.streams.presets import WRITTEN, Written
+from megatron_sr1.streams.schedules import with_largest
 from megatron_sr1.streams.segments import OUTSIDE_DESCRIPTION, REST, WHOLE, other_segments, segments_of
 from megatron_sr1.streams.spans import find_spans
 from megatron_sr1.types import (
@@ -87,6 +88,22 @@ class Preset:
         if not self.contrasts:
             return ()
         return tuple(name for name in segments_of(self.asked.first) if name not in (REST, OUTSIDE_DESCRIPTION))
+
+    def at(self, step: int) -> Preset:
+        """With the coefficients of a step."""
+        if not any(stream.schedules for stream in self.streams):
+            return self
+        return replace(self, streams=tuple(stream.at(step) for stream in self.streams))
+
+    @property
+    def rewards_contrast(self) -> bool:
+        """Whether a response of a stream earns by how much it depends on what a contrast takes away."""
+        return any(stream.contrast_reward != 0 for stream in self.streams)
+
+    @property
+    def compares_before(self) -> bool:
+        """Whether the log-probs under contrasts are needed before the optimizer steps."""
+        return self.rewards_contrast or self.weighs_contrast
 
     @property
     def weighs_contrast(self) -> bool:
@@ -165,8 +182,9 @@ class Preset:
 
     @property
     def rewards(self) -> tuple[str, ...]:
-        """Names of the rewards in use, each once, in order of first use."""
-        return tuple(dict.fromkeys(name for stream in self.streams for name, _ in stream.rewards))
+        """Names of the rewards in use, those of gates among them, each once, in order of first use."""
+        earned = [name for stream in self.streams for name, _ in stream.rewards]
+        return tuple(dict.fromkeys([*earned, *(stream.gate for stream in self.streams if stream.gate)]))
 
     def _check_stream(self, stream: RewardStream) -> None:
         where = f"objective {self.name!r}, stream {stream.name!r}"
@@ -312,7 +330,8 @@ def _preset(name: PresetName, alpha: float) -> tuple[TemplateName, Sequence[Writ
     return method.template, method.streams, method.contrast
 
 
-def _stream(entry: Written, objective: ObjectiveConfig) -> RewardStream:
+def _stream(written: Written, objective: ObjectiveConfig) -> RewardStream:
+    entry, schedules = with_largest(written)
     aggregation = entry.get("aggregation", objective.aggregation)
     constant = entry.get("constant_tokens", objective.constant_tokens) if aggregation == "constant" else None
     if entry.get("constant_tokens") is not None and aggregation != "constant":
@@ -343,6 +362,8 @@ def _stream(entry: Written, objective: ObjectiveConfig) -> RewardStream:
             entry.get("dual_clip", objective.dual_clip),
         ),
         **contrast_keys(entry),
+        gate=entry.get("gate", ""),
+        schedules=schedules,
     )
 
 

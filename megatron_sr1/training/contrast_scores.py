@@ -91,6 +91,36 @@ def contrast_weights(
     return scatter_rows(weights, rows.micro_batches)
 
 
+def contrast_gaps(
+    rows: StreamRows, scores: ContrastScores, streams: Sequence[RewardStream], number: int, replicas: Exchange
+) -> Tensor:
+    """[S, number] float64 nats: of each response of the optimizer step the mean log-prob gap, over the tokens that a
+    stream with a `contrast_reward` credits and its contrast has; 0 where there are none. Collective over the replicas.
+
+    Args:
+        number: places of responses, see `ResponseTokens.place`.
+    """
+    means = torch.zeros(number, len(streams), dtype=torch.float64)
+    here = torch.zeros(number, dtype=torch.bool)
+    for index, tokens in enumerate(rows.tokens):
+        place = tokens.place.cpu()
+        here[place] = True
+        for row, stream in enumerate(streams):
+            if stream.contrast_reward == 0:
+                continue
+            own, there = scores.own[stream.contrast], scores.there[stream.contrast][index]
+            assert own is not None, "a reward needs the log-probs in their own context before the step"
+            chosen = ((tokens.token_weights[row] != 0) & there).cpu()
+            gap = (own[index] - scores.under[stream.contrast][index]).cpu().double()
+            counts = torch.zeros(number, dtype=torch.float64).index_add_(0, place[chosen], torch.ones_like(gap[chosen]))
+            sums = torch.zeros(number, dtype=torch.float64).index_add_(0, place[chosen], gap[chosen])
+            means[:, row] += sums / counts.clamp(min=1.0)
+    mine = here.nonzero()  # [b, 1]
+    everyone = replicas.gather_rows(torch.cat([mine.double(), means[mine.squeeze(1)]], 1))
+    whole = torch.zeros_like(means).index_add_(0, everyone[:, 0].long(), everyone[:, 1:])
+    return whole.t().contiguous()
+
+
 def _factors(own: Tensor, everyone: Tensor, low: float) -> Tensor:
     """[b] of this replica's responses among all: a response with the same mean has the same weight, whoever has it."""
     known = everyone[everyone >= 0].sort().values

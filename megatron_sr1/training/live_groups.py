@@ -21,21 +21,27 @@ from megatron_sr1.training.ledger import StepLedger
 from megatron_sr1.training.step_rewards import without_leaks
 
 
-def step_advantages(ledger: StepLedger, preset: Preset, objective: ObjectiveConfig, kl: Tensor | None = None) -> Tensor:
+def step_advantages(
+    ledger: StepLedger,
+    preset: Preset,
+    objective: ObjectiveConfig,
+    kl: Tensor | None = None,
+    gap: Tensor | None = None,
+) -> Tensor:
     """[S, B, M]: those that a policy is trained with, see `rollout_advantages`."""
     rewards = ledger.rollout_rewards
     rewards = without_leaks(rewards, preset) if objective.leak_filter else rewards
-    return rollout_advantages(ledger, rewards, preset, objective.advantage_eps, kl)
+    return rollout_advantages(ledger, rewards, preset, objective.advantage_eps, kl, gap)
 
 
 def live_groups(ledger: StepLedger, preset: Preset, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """Whether each group is alive to each stream, [S, G], and to any that has a weight in the loss, [G].
 
-    By what they earn: a KL in the reward, which tells most apart, is left out. A stream of `loss_weight` 0 is measured
-    and teaches nothing, so it keeps no group alive.
+    By what they earn: a KL or a contrast in the reward, which tells most apart, is left out. A stream of `loss_weight`
+    0 is measured and teaches nothing, so it keeps no group alive.
     """
-    no_kl = torch.zeros(len(preset.streams), ledger.num_groups * ledger.num_samples, preset.most_samples)
-    moves = step_advantages(ledger, preset, objective, no_kl) != 0  # [S, B, M]
+    none = torch.zeros(len(preset.streams), ledger.num_groups * ledger.num_samples, preset.most_samples)
+    moves = step_advantages(ledger, preset, objective, none, none) != 0  # [S, B, M]
     alive = moves.unflatten(1, (ledger.num_groups, ledger.num_samples)).flatten(2).any(2)
     weighted = torch.tensor([stream.loss_weight != 0 for stream in preset.streams])
     return alive, alive[weighted].any(0)

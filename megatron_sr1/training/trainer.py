@@ -15,7 +15,7 @@ from megatron_sr1.processor import Processor
 from megatron_sr1.rewards import RewardError
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.batches import Batcher, StreamRows
-from megatron_sr1.training.contrast_scores import ContrastScorer, contrast_weights
+from megatron_sr1.training.contrast_scores import ContrastScorer, contrast_gaps, contrast_weights
 from megatron_sr1.training.contrast_terms import ContrastTerms, with_means
 from megatron_sr1.training.contrasts import ContrastScores
 from megatron_sr1.training.ledger import StepLedger, slots_of
@@ -26,6 +26,8 @@ from megatron_sr1.training.payload import Payload, share_responses
 from megatron_sr1.training.response_kl import response_kl
 from megatron_sr1.training.step_rollouts import StepRollouts
 from megatron_sr1.types import LogProbs, Scoring
+
+Scored = tuple[list[LogProbs], ContrastScores | None]  # by micro-batch, and of contrasts
 
 
 class NoTrainer:
@@ -66,63 +68,65 @@ class Trainer:
         ledger, places = rollouts.trained
         shares = list(self._shares(places))
         rows = [self._rows(ledger.of(share), rollouts) for share in shares]
-        old: list[list[LogProbs]] = []
-        reference: list[tuple[list[LogProbs], ContrastScores]] = []
-        whose = self._config.objective.old
+        preset, objective, whose = self._preset.at(rollouts.step), self._config.objective, self._config.objective.old
         needs_old = whose == "generator" or (whose == "trainer" and len(shares) > 1)
-        drawn = [self._contrasts.present(row, own=True) for row in rows] if self._preset.weighs_contrast else []
-        if needs_old or self._preset.kl_in_reward:
-            old = (
-                [scores for scores, _ in drawn] if drawn and whose == "trainer" else [self._drawn(row) for row in rows]
-            )
-        kl = None
-        if self._preset.kl_in_reward:
-            reference = [self._contrasts.reference(row) for row in rows]
+        drawn = [self._contrasts.present(row, own=True) for row in rows] if preset.compares_before else []
+        old: list[list[LogProbs]] = []
+        if needs_old or preset.kl_in_reward:
+            old = [scores for scores, _ in drawn] if drawn and whose == "trainer" else list(map(self._drawn, rows))
+        reference: list[Scored] = []
+        if preset.kl_in_reward or preset.rewards_contrast:
+            reference = list(map(self._reference, rows))
+        kl = gap = None  # [S, B, M]
+        if preset.kl_in_reward:
             held = [scores for scores, _ in reference]
-            kls = [self._kl(*each) for each in zip(shares, rows, old, held, strict=True)]
-            kl = torch.cat(kls, 1)  # [S, B, M]
-        advantages = step_advantages(ledger, self._preset, self._config.objective, kl)
+            kl = torch.cat([self._kl(*each) for each in zip(shares, rows, old, held, strict=True)], 1)
+        if preset.rewards_contrast:
+            by = [_joined(mine, theirs) for (_, mine), (_, theirs) in zip(drawn, reference, strict=True)]
+            gap = torch.cat([self._gap(*each) for each in zip(shares, rows, by, strict=True)], 1)
+        advantages = step_advantages(ledger, preset, objective, kl, gap)
         results = []
         for number, share in enumerate(shares):
             row = rows[number]
-            its_reference = reference[number] if reference else self._reference(row)
-            scores = self._under(row, drawn[number][1] if drawn else None, its_reference, is_first=number == 0)
+            held, theirs = reference[number] if reference else self._reference(row)
+            mine = drawn[number][1] if drawn else None
             weights = None
-            if drawn:
-                by = drawn[number][1] if its_reference is None else drawn[number][1].joined(its_reference[1])
-                weights = contrast_weights(row, by, self._preset.streams, self._policy.replicas)
-            batch = self._batcher.streams(row, advantages[:, self._rollouts(share)], self._preset, weights)
+            if preset.weighs_contrast and mine is not None:
+                weights = contrast_weights(row, _joined(mine, theirs), preset.streams, self._policy.replicas)
+            batch = self._batcher.streams(row, advantages[:, self._rollouts(share)], preset, weights)
+            terms = None
+            if preset.contrasts:
+                present = self._present(row, mine, is_first=number == 0)
+                terms = ContrastTerms(batch, _joined(present, theirs), preset)
             before = old[number] if needs_old else None  # of the only step the policy's present ones
             same = number == 0 or whose == "trainer"
-            terms = None if scores is None else ContrastTerms(batch, scores, self._preset)
-            their = (before, None if its_reference is None else its_reference[0], self._preset, self._config.objective)
-            loss = PolicyLoss(batch, *their, measures_gap=same, contrast=terms)
+            loss = PolicyLoss(
+                batch,
+                before,
+                held if theirs is not None else None,
+                preset,
+                objective,
+                measures_gap=same,
+                contrast=terms,
+            )
             more = [] if terms is None else terms.micro_batches
             result = with_means(self._policy.train_step([*batch.micro_batches, *more], loss, self._scoring))
-            results.append(result if kl is None else self._with_penalties(result, kl[:, self._rollouts(share)]))
+            result = self._with_schedules(result, rollouts.step)
+            results.append(self._with_penalties(result, kl if kl is None else kl[:, self._rollouts(share)]))
             if same:
                 check_logprob_gap(result.metrics, self._max_logprob_gap)
         return results
 
-    def _under(
-        self,
-        rows: StreamRows,
-        drawn: ContrastScores | None,
-        reference: tuple[list[LogProbs], ContrastScores] | None,
-        *,
-        is_first: bool,
-    ) -> ContrastScores | None:
-        """Every contrast, by the weights that the step begins with; None where there is none.
+    def _present(self, rows: StreamRows, drawn: ContrastScores | None, *, is_first: bool) -> ContrastScores:
+        """The policy's contrasts by the weights that an optimizer step begins with.
 
         Args:
-            drawn: by the weights that drew the responses, where that is known.
+            drawn: by the weights that drew the responses, where that is known; good enough for what is not trained.
         """
-        if not self._preset.contrasts:
-            return None
         trains = any(stream.trains_contrast for stream in self._preset.streams)
         if drawn is None or (trains and not is_first):
-            _, drawn = self._contrasts.present(rows, own=False)
-        return drawn if reference is None else drawn.joined(reference[1])
+            return self._contrasts.present(rows, own=False)[1]
+        return drawn
 
     def _rows(self, ledger: StepLedger, rollouts: StepRollouts) -> StreamRows:
         """This replica's share of the groups of an optimizer step. Collective."""
@@ -138,9 +142,9 @@ class Trainer:
             return self._policy.logprobs(rows.micro_batches, self._scoring)
         return [LogProbs(tokens.generator_logprobs, None) for tokens in rows.tokens]
 
-    def _reference(self, rows: StreamRows) -> tuple[list[LogProbs], ContrastScores] | None:
-        """None where no stream is held to it, and no contrast is scored by it."""
-        return self._contrasts.reference(rows) if self._preset.needs_reference else None
+    def _reference(self, rows: StreamRows) -> Scored:
+        """Nothing where no stream is held to it, and no contrast is scored by it."""
+        return self._contrasts.reference(rows) if self._preset.needs_reference else ([], None)
 
     def _kl(self, share: slice, rows: StreamRows, old: list[LogProbs], reference: list[LogProbs]) -> Tensor:
         """[S, b, M] of the b rollouts of an optimizer step."""
@@ -149,12 +153,27 @@ class Trainer:
         kl = response_kl(rows, old, reference, self._preset.streams, number, self._policy.replicas)
         return kl.view(len(kl), -1, most)
 
-    def _with_penalties(self, result: StepResult, kl: Tensor) -> StepResult:
+    def _gap(self, share: slice, rows: StreamRows, scores: ContrastScores) -> Tensor:
+        """[S, b, M] of the b rollouts of an optimizer step, see `contrast_gaps`."""
+        rollouts, most = self._rollouts(share), self._preset.most_samples
+        number = (rollouts.stop - rollouts.start) * most
+        gaps = contrast_gaps(rows, scores, self._preset.streams, number, self._policy.replicas)
+        return gaps.view(len(gaps), -1, most)
+
+    def _with_schedules(self, result: StepResult, step: int) -> StepResult:
+        """`schedule/<s>/<key>`: the coefficients of the step."""
+        streams = self._preset.streams
+        now = {f"schedule/{stream.name}/{one.key}": one.at(step) for stream in streams for one in stream.schedules}
+        return replace(result, metrics={**result.metrics, **now})
+
+    def _with_penalties(self, result: StepResult, kl: Tensor | None) -> StepResult:
         """`loss/<s>/kl_in_reward`: what was taken off the reward of a response, mean over the step.
 
         Args:
-            kl: [S, b, M] nats.
+            kl: [S, b, M] nats; None: nothing was.
         """
+        if kl is None:
+            return result
         means = [
             row[:, : self._preset.num_samples(stream.trajectory)].mean().item()
             for row, stream in zip(kl, self._preset.streams, strict=True)
@@ -190,3 +209,7 @@ class Trainer:
                     f"than the policy has replicas, {self._policy.replicas.num_ranks}. See above for why."
                 )
             yield slice(start, end)
+
+
+def _joined(scores: ContrastScores, others: ContrastScores | None) -> ContrastScores:
+    return scores if others is None else scores.joined(others)
