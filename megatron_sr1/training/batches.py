@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -111,6 +112,36 @@ def _per_response(name: str, reward: Tensor, stream: RewardStream, number: int) 
     return reward.flatten() if its_own else per_rollout(reward).repeat_interleave(number)
 
 
+def response_weights(ledger: StepLedger, preset: Preset, max_response_tokens: int) -> Tensor:
+    """[S, B, M]: the weight of each token that a stream credits in a response, see `token_weights`. All responses of a
+    stream's pass count, those that are missing among them.
+
+    Args:
+        ledger: of all groups of the optimizer step.
+        max_response_tokens: what a stream of aggregation "constant" divides by, unless it says another number.
+    """
+    counts = ledger.in_stream.flatten(0, 1).transpose(0, 1).long()  # [S, B, M]
+    weights = torch.zeros(counts.shape)
+    for row, count, stream in zip(weights, counts, preset.streams, strict=True):
+        number = preset.num_samples(stream.trajectory)
+        constant = (stream.constant_tokens or max_response_tokens) if stream.aggregation == "constant" else None
+        found = token_weights(count[:, :number].flatten(), stream.aggregation, constant)
+        row[:, :number] = found.view(-1, number)
+    return weights
+
+
+def optimizer_shares(places: Sequence[int], config: Config) -> list[slice]:
+    """Which groups each optimizer step of a rollout batch trains on: those of the prompts of `train.batch_size`, but
+    for groups that were skipped.
+
+    Args:
+        places: of the groups in the training batch, increasing.
+    """
+    size = config.train.batch_size
+    firsts = range(0, config.rollout.prompts_per_step, size)
+    return [slice(bisect_left(places, first), bisect_left(places, first + size)) for first in firsts]
+
+
 class Batcher:
     """Packs what a policy is trained on."""
 
@@ -184,7 +215,7 @@ class Batcher:
         """
         slots, numbers = slots_of(preset), ledger.number.tolist()
         first_of = {slot.pass_name: number for number, slot in reversed(list(enumerate(slots)))}
-        weights = self._weights(ledger, preset)  # [S, B, M]
+        weights = response_weights(ledger, preset, self._config.rollout.max_response_tokens)  # [S, B, M]
         sequences: list[TokenSequence] = []
         responses: list[ResponseTokens] = []
         encoded: dict[int, tuple[EncodedImage, ...]] = {}  # by group: siblings share them
@@ -242,20 +273,6 @@ class Batcher:
                     others[index] = other
             found[contrast.name] = ContrastRows(self._pack(list(others.values())), list(others))
         return found
-
-    def _weights(self, ledger: StepLedger, preset: Preset) -> Tensor:
-        """[S, B, M]: the weight of each token that a stream credits in a response, see `token_weights`. All responses
-        of a stream's pass count, those that are missing among them."""
-        counts = ledger.in_stream.flatten(0, 1).transpose(0, 1).long()  # [S, B, M]
-        weights = torch.zeros(counts.shape)
-        for row, count, stream in zip(weights, counts, preset.streams, strict=True):
-            number = preset.num_samples(stream.trajectory)
-            row[:, :number] = self._token_weights(count[:, :number].flatten(), stream).view(-1, number)
-        return weights
-
-    def _token_weights(self, num_tokens: Tensor, stream: RewardStream) -> Tensor:
-        constant = stream.constant_tokens or self._config.rollout.max_response_tokens
-        return token_weights(num_tokens, stream.aggregation, constant if stream.aggregation == "constant" else None)
 
     def _with_gradients(
         self, batch: MicroBatch, tokens: ResponseTokens, advantages: Tensor, preset: Preset

@@ -162,7 +162,22 @@ def read_text(path: Path) -> str:
     return data.decode("utf-8", errors="replace")
 
 
+def file_lines(path: Path) -> list[dict[str, Any]]:
+    """All lines of one of `step_files`, as they are. Raises ValueError where it is damaged; the message names the
+    line."""
+    lines = []
+    for number, text in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: {error}. {TORN}") from error
+        if not isinstance(line, dict):
+            raise ValueError(f"{path}, line {number}: it is no sample. {TORN}")
+        lines.append(line)
+    return lines
+
+
 def step_lines(path: Path) -> list[dict[str, Any]]:
     """All lines of a step, as they are, those of samples in the order of groups. Raises ValueError as `step_files`."""
-    lines = [json.loads(line) for file in step_files(path) for line in read_text(file).splitlines()]
-    return sorted(lines, key=lambda line: line["group_id"] if "sample" in line else -1)
+    lines = [line for file in step_files(path) for line in file_lines(file)]
+    return sorted(lines, key=lambda line: line.get("group_id", -1) if "sample" in line else -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -13,7 +12,7 @@ import torch
 
 from megatron_sr1.prompts import OURS, Asked
 from megatron_sr1.ranks import ALONE, Ranks, agreed
-from megatron_sr1.training.rollout_files import PLACE, TORN, read_text, step_files, told_passes
+from megatron_sr1.training.rollout_files import PLACE, TORN, file_lines, step_files, told_passes
 from megatron_sr1.training.step_rewards import Rewards
 from megatron_sr1.types import SECOND, DrawnPrompts, LaterPass, Question, Reading, Rollout, RolloutGroup, RolloutPair
 
@@ -148,12 +147,8 @@ def _read_lines(path: Path, ranks: Ranks) -> _File:
     lines, skipped, rounds = [], {}, {}
     files = step_files(path)
     for file in files[ranks.rank :: ranks.num_ranks]:
-        for number, text in enumerate(read_text(file).splitlines(), start=1):
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file}, line {number}: {error}. {TORN}") from error
-            keys = line.keys() if isinstance(line, dict) else set()
+        for number, line in enumerate(file_lines(file), start=1):
+            keys = line.keys()
             if keys == _SKIPPED_KEYS:
                 skipped[line["group_id"]] = line["skipped"]
             elif file == files[0] and number == 1 and keys == _ROUNDS_KEYS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,11 +34,14 @@ def sample_rewards(vectors: Vectors, preset: Preset) -> Rewards:
     for name in scored_rewards(preset):
         (plain,) = for_prompt([name], has_images=False)
         values = [vector[name] if name in vector else vector[plain] for vector in vectors]
-        number = num_readings(name, preset)
-        rewards[name] = torch.tensor(
-            values if number == 1 else [_padded(value, number) for value in values], dtype=torch.float32
-        )
+        rewards[name] = reward_of(name, values, preset)
     return {**rewards, "format": rewards[_layout(preset)]}
+
+
+def reward_of(name: str, values: Sequence[Value], preset: Preset) -> Tensor:
+    """[K] float32, or [K, m], of what the samples of a group earn by one reward."""
+    number = num_readings(name, preset)
+    return torch.tensor(values if number == 1 else [_padded(value, number) for value in values], dtype=torch.float32)
 
 
 def without_leaks(rewards: Rewards, preset: Preset) -> Rewards:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
 from megatron_sr1.rewards import RewardError
 from megatron_sr1.streams import Preset
-from megatron_sr1.training.batches import Batcher, StreamRows
+from megatron_sr1.training.batches import Batcher, StreamRows, optimizer_shares
 from megatron_sr1.training.contrast_scores import ContrastScorer, contrast_gaps, contrast_weights
 from megatron_sr1.training.contrast_terms import ContrastTerms, with_means
 from megatron_sr1.training.contrasts import ContrastScores
@@ -194,21 +193,16 @@ class Trainer:
         return num_groups * self._config.rollout.samples_per_prompt
 
     def _shares(self, places: Sequence[int]) -> Iterator[slice]:
-        """Which groups each optimizer step trains on: those of the prompts of `train.batch_size`, but for groups that
-        were skipped.
-
-        Args:
-            places: in the training batch, increasing.
-        """
+        """See `optimizer_shares`; each has so many samples that every replica trains one."""
         size = self._config.train.batch_size
-        for first in range(0, self._config.rollout.prompts_per_step, size):
-            start, end = (bisect_left(places, limit) for limit in (first, first + size))
-            if self._num_samples(end - start) < self._policy.replicas.num_ranks:
+        for share in optimizer_shares(places, self._config):
+            num_graded = share.stop - share.start
+            if self._num_samples(num_graded) < self._policy.replicas.num_ranks:
                 raise RewardError(
-                    f"only {end - start} of {size} prompts of an optimizer step are graded, which have fewer samples "
+                    f"only {num_graded} of {size} prompts of an optimizer step are graded, which have fewer samples "
                     f"than the policy has replicas, {self._policy.replicas.num_ranks}. See above for why."
                 )
-            yield slice(start, end)
+            yield share
 
 
 def _joined(scores: ContrastScores, others: ContrastScores | None) -> ContrastScores:
