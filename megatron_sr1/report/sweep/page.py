@@ -12,7 +12,8 @@ from megatron_sr1.report.summary_table import comparison_rows
 from megatron_sr1.report.sweep.bands import band_names, draw_bands
 from megatron_sr1.report.sweep.files import write_sweep_files
 from megatron_sr1.report.sweep.groups import GroupRow, RunGroup, sweep_rows
-from megatron_sr1.report.sweep.tables import TextTable, notes, text_tables
+from megatron_sr1.report.sweep.tables import notes, text_tables
+from megatron_sr1.report.text_table import table_section
 
 
 def write_sweep_report(groups: Sequence[RunGroup], folder: Path, out: Path | None = None) -> list[GroupRow]:
@@ -32,7 +33,7 @@ def write_sweep_report(groups: Sequence[RunGroup], folder: Path, out: Path | Non
         raise ValueError(f"no run of the sweep in {folder} has made a step yet. Start it: megatron-sr1 sweep.")
     firsts = [next(iter(row.runs.values())) for row in rows if row.runs]
     sections = (
-        "".join(_table_section(table) for table in text_tables(rows)),
+        "".join(table_section(table, "sweep") for table in text_tables(rows)),
         "".join(f'<p class="note">{escape(note)}</p>' for note in notes(rows)),
         _curves_section(rows),
         summary_section(comparison_rows(runs), "Every run"),
@@ -44,19 +45,6 @@ def write_sweep_report(groups: Sequence[RunGroup], folder: Path, out: Path | Non
     out.write_text(page(f"sweep {folder.name}", sections), encoding="utf-8")
     write_sweep_files(rows, folder)
     return rows
-
-
-def _table_section(table: TextTable) -> str:
-    head = "".join(f"<th>{escape(title)}</th>" for title in table.head)
-    body = "".join(
-        f"<tr><th>{escape(line[0])}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in line[1:]) + "</tr>"
-        for line in table.lines
-    )
-    title, _, unit = table.title.partition("; ")
-    return (
-        f'<section><h2>{escape(title)}</h2><p class="note">{escape(unit)}</p><div class="scroll">'
-        f'<table id="sweep-{table.key}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>'
-    )
 
 
 def _curves_section(rows: Sequence[GroupRow]) -> str:

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from megatron_sr1.report.sweep.groups import LAST_STEPS, SHARES, GroupRow, Measure, common_start, training_measures
 from megatron_sr1.report.sweep.statistics import Estimate, PairedDifference
+from megatron_sr1.report.text_table import TextTable, print_text_table
 
 UNKNOWN = "–"
-
-
-@dataclass(frozen=True)
-class TextTable:
-    """One table; the first cell of a line is its label."""
-
-    key: str
-    title: str
-    head: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
 
 
 def text_tables(rows: Sequence[GroupRow]) -> list[TextTable]:
@@ -104,16 +91,7 @@ def notes(rows: Sequence[GroupRow]) -> list[str]:
 def print_tables(console: Console, rows: Sequence[GroupRow]) -> None:
     """Prints the tables, and what is not in them."""
     for table in text_tables(rows):
-        console.print(table.title, style="italic", markup=False, highlight=False, soft_wrap=True)
-        drawn = Table(box=SIMPLE_HEAD)
-        for number, title in enumerate(table.head):
-            longest_word = max(
-                [len(word) for line in (table.head, *table.lines) for word in line[number].split()], default=0
-            )
-            drawn.add_column(title, justify="right" if number else "left", no_wrap=not number, min_width=longest_word)
-        for line in table.lines:
-            drawn.add_row(*map(Text, line))
-        console.print(drawn)
+        print_text_table(console, table)
     for note in notes(rows):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
