@@ -24,17 +24,20 @@ _RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")
 _OUTSIDE = re.compile(r"Invalid value '(?P<got>.*)', expected one of \[(?P<allowed>.*)\]")  # of a Literal
 
 
-def load_config(path: str | Path | None, overrides: list[str], defaults: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path | None, overrides: list[str], defaults: Sequence[str] = (), objective: Path | None = None
+) -> Config:
     """Reads YAML with its bases, applies `key=value` overrides, validates.
 
     A text or a number stands for a list of one where a list belongs; a `~` that begins a path is the user's folder.
 
     Args:
         defaults: `key=value` that count where neither file nor overrides name the key.
+        objective: a further file, whose section `objective` counts over that of `path`, and nothing else of it.
 
     Raises:
         ConfigError: no YAML, unknown key, wrong type, a value out of range, or values that do not fit together; a base
-            that is missing or leads back to its own file.
+            that is missing or leads back to its own file; no section `objective` where it is all that counts.
     """
     tree = OmegaConf.merge(OmegaConf.structured(Config), read_overrides(defaults))
     assert isinstance(tree, DictConfig), type(tree)
@@ -43,6 +46,12 @@ def load_config(path: str | Path | None, overrides: list[str], defaults: Sequenc
             raise ConfigError(f"CONFIG={str(path)!r} is not a file. Give the path of a YAML configuration.")
         for file, part in _with_bases(Path(path), ()):
             tree = _merged(tree, part, f"{file}: ")
+    if objective is not None:
+        parts = [(file, part["objective"]) for file, part in _with_bases(objective, ()) if part.get("objective")]
+        if not parts:
+            raise ConfigError(f"{objective} has no section objective, and nothing else of it counts. Give it one.")
+        for file, part in parts:
+            tree = _merged(tree, OmegaConf.create({"objective": part}), f"{file}: ")
     words = read_overrides(overrides)
     refuse_resolvers(words, "an override")
     try:
