@@ -44,8 +44,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     text = "run folders, folders that hold some, or a sweep's YAML file"
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN|SWEEP.yaml", help=text)
     report.add_argument("--out", type=Path, help="the page; default: report.html in the first folder")
+    _add_credit(commands.add_parser("credit", help="which tokens of a saved step two objectives would credit"))
     args, rest = parser.parse_known_args(arguments)
-    if args.command in ("convert", "report", "sweep") or any(word.startswith("-") for word in rest):
+    if args.command in ("convert", "report", "credit", "sweep") or any(word.startswith("-") for word in rest):
         parser.parse_args(arguments)  # ends here where words are left that no option takes
         return args
     args.overrides += rest  # argparse takes overrides that follow an option for unknown words
@@ -97,6 +98,15 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("--jobs", type=int, default=1, help="runs at a time; each has the ranks that nproc says")
     command.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these runs of the sweep alone")
     command.add_argument("--dry-run", action="store_true", help="check everything, print the commands, stop")
+
+
+def _add_credit(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", type=Path, metavar="RUN", help="folder of a GRPO run")
+    command.add_argument("--step", type=int, required=True, metavar="N", help="as in rollouts/step_N and metrics.jsonl")
+    text = "a preset, or a YAML file whose section objective changes the run's; default: the run's own objective"
+    command.add_argument("--preset", metavar="A", help=text)
+    command.add_argument("--against", required=True, metavar="B", help="what it is compared with: the same kinds")
+    command.add_argument("--out", type=Path, help="the page; default: credit.html in the folder")
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""megatron-sr1 sft, grpo, evaluate CONFIG.yaml [key=value ...]; sweep; launch; plan; report; convert."""
+"""megatron-sr1 sft, grpo, evaluate CONFIG.yaml [key=value ...]; sweep; launch; plan; report; credit; convert."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from megatron_sr1.cli.arguments import parse, started_config
 from megatron_sr1.cli.convert import run_convert
+from megatron_sr1.cli.credit import run_credit
 from megatron_sr1.cli.plans import run_plan
 from megatron_sr1.cli.reports import run_report, run_sweep
 from megatron_sr1.cli.runs import start
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_for_mistakes(args.command):
         if args.command == "report":
             run_report(args.runs, args.out)
+        elif args.command == "credit":
+            run_credit(args)
         elif args.command == "convert":
             sys.exit(run_convert(args))
         elif args.command == "plan":

@@ -1,0 +1,1 @@
+"""What two objectives credit of one step: tables and a page."""
