@@ -25,7 +25,7 @@ from megatron_sr1.training.payload import share_responses
 from megatron_sr1.training.saved_step import SavedStep
 from megatron_sr1.types import LossInputs, Prompt, Reading, Rollout, RolloutGroup, RolloutPair
 from tests.batch_cases import GOOD, their_rewards, two_groups
-from tests.credit_cases import SavedRun, Saver, with_text, write
+from tests.credit_cases import SavedRun, Saver, write
 
 ROOT = 1 / math.sqrt(2)  # the z-score of the better of two samples
 EXACT: dict[str, Any] = {"abs": 1e-7, "rel": 1e-4}  # eps is added to a spread
@@ -484,14 +484,3 @@ def test_a_sample_whose_tokens_cancel_has_no_credit() -> None:
     assert found.samples.signs == Signs(0, 0, 0, 0, 1) and found.tokens.signs == Signs(0, 0, 3, 0, 0)
     assert found.masses == (pytest.approx(0.6), 0.0) and found.moved == 1.0
     assert Aligned.of(nothing, nothing).compared().moved == 0.0
-
-
-def test_a_character_of_two_pieces_is_told_once(saver: Saver) -> None:
-    text = "<description> é 三 </description>é<think> 1 </think> \\boxed{10}"
-    groups = two_groups(saver.processor)
-    pairs = tuple(with_text(saver.processor, pair, text) for pair in groups[0].pairs)
-    groups[0] = replace(groups[0], pairs=pairs)
-    run = saver.save("objective.preset=perception_credit", rewards=their_rewards(), groups=groups)
-    shown = [one for one in run.credit("see_think").samples if one.key == "p0"]
-    assert "".join(piece.text for piece in shown[0].responses[0].pieces).startswith(text)
-    assert [response.pass_name for response in shown[0].responses] == ["first"]

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_sr1.cli import main
 from megatron_sr1.report import write_credit
+from megatron_sr1.training.credit_report import credit_pieces
 from tests.batch_cases import their_rewards, two_groups
 from tests.credit_cases import SavedRun, Saver, with_text
 from tests.test_report import EVIL, Page
@@ -106,6 +108,32 @@ def test_tokens_have_the_colour_of_their_credit(saver: Saver) -> None:
     largest = max(abs(piece.credits[0]) for piece in (first, second))
     assert strengths[:2] == [round(100 * (0.14 + 0.56 * abs(piece.credits[0]) / largest)) for piece in (first, second)]
     assert strengths[2:] == [70, 70]
+
+
+def test_a_character_of_two_pieces_is_told_once(saver: Saver) -> None:
+    ids = saver.processor.text_ids("é三")
+    assert len(ids) > 2, "the characters are split"
+    credit = torch.arange(2 * len(ids), dtype=torch.float64).view(2, -1)
+    pieces = list(credit_pieces(saver.processor, ids, credit))
+    assert len(pieces) == len(ids) and "".join(piece.text for piece in pieces) == "é三"
+    assert [piece.credits for piece in pieces] == [tuple(pair) for pair in credit.T.tolist()]
+    assert list(credit_pieces(saver.processor, (), credit[:, :0])) == []
+
+
+def test_a_token_is_of_one_segment(saver: Saver) -> None:
+    """The answer stands within the thought."""
+    groups = two_groups(saver.processor)
+    text = r"<description> 3 7 </description> <think> \boxed{10} </think>"
+    groups = [
+        replace(group, pairs=tuple(with_text(saver.processor, pair, text) for pair in group.pairs)) for group in groups
+    ]
+    run = saver.save("objective.preset=perception_credit", rewards=their_rewards(), groups=groups)
+    report = run.credit("see_think")
+    counts = {region.segment: region.num_tokens for region in report.regions}
+    assert sum(counts.values()) == report.num_tokens and counts.keys() == {"description", "think", "outside"}
+    for side in range(2):
+        parts = sum(region.masses[side] for region in report.regions)
+        assert parts == pytest.approx(report.comparison.masses[side])
 
 
 def test_what_is_equal_says_so(run: SavedRun, capsys: pytest.CaptureFixture[str]) -> None:

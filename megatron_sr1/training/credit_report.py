@@ -314,18 +314,8 @@ class _Texts:
             cut=response.rollout.finish_reason == "length",
             num_tokens=credit.shape[1],
             credits=_pair(credit.sum(1)),
-            pieces=tuple(self._pieces(response.rollout.response_ids, credit)),
+            pieces=tuple(credit_pieces(self._processor, response.rollout.response_ids, credit)),
         )
-
-    def _pieces(self, ids: Sequence[int], credit: Tensor) -> Iterator[Piece]:
-        """A character that two pieces share is the first one's."""
-        text, spans, start = self._processor.decode(ids), self._processor.token_spans(ids), 0
-        values = credit.T.tolist()
-        for place, value in enumerate(values):
-            if place + 1 == len(values) or values[place + 1] != value:
-                end = spans[place][1]
-                yield Piece(text[start:end], (value[0], value[1]))
-                start = max(start, end)
 
     def _segments(self, response: Response) -> dict[str, Tensor]:
         """By name, [n] bool each: what is in two of them is the first one's."""
@@ -350,6 +340,21 @@ class _Texts:
                     later = one.pass_name != "first"
                     found[ResponseKey(number, sample, later, one.pass_name, one.number)] = one
         return found
+
+
+def credit_pieces(processor: Processor, ids: Sequence[int], credit: Tensor) -> Iterator[Piece]:
+    """The text of a response in pieces of one credit. A character that two of them share is the first one's.
+
+    Args:
+        credit: [2, n].
+    """
+    text, spans, start = processor.decode(ids), processor.token_spans(ids), 0
+    values = credit.T.tolist()
+    for place, value in enumerate(values):
+        if place + 1 == len(values) or values[place + 1] != value:
+            end = max(start, spans[place][1])
+            yield Piece(text[start:end], (value[0], value[1]))
+            start = end
 
 
 def _pair(values: Tensor) -> tuple[float, float]:
