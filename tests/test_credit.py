@@ -376,6 +376,7 @@ def test_a_layout_that_was_not_measured_is_graded_from_the_text(saver: Saver) ->
         ("no_preset", r"--against no_preset: neither a preset nor a file. Presets are vision_r1, "),
         ("{kl_in: reward, kl_estimator: k1, kl_coef: 0.1}", r"stream 'answer' has kl_in=reward.*kl_in: loss"),
         ("{passes: [{name: blind, context: nothing}]}", r"the pass 'blind' was another one, or none"),
+        ("vppo", r"vppo: .*stream 'answer' weighs or earns by its contrast 'masked', which takes the weights"),
         ("{loss: 'my.py:loss'}", r"objective.loss='my.py:loss' takes the place of our loss"),
         ("{streams: [{name: answer, tokens: nothing}]}", r"tokens='nothing' is no segment"),
         ("{leak_filtre: true}", r"objective-0.yaml: .*leak_filtre"),
@@ -387,6 +388,14 @@ def test_what_cannot_be_credited_is_refused(saver: Saver, objective: str, messag
     named = objective if objective.isidentifier() else run.objective(objective)
     with pytest.raises(ValueError, match=message):
         run.credit(named)
+
+
+def test_a_schedule_counts_as_at_the_step(saver: Saver) -> None:
+    """Step 0 is where it begins: a weight that rises from 0 credits nothing, whatever it ends at."""
+    run = saver.save(rewards=their_rewards())
+    begins = "{streams: [{name: answer, loss_weight: {from: %s, to: 1.0, steps: 9}}, {name: visual, enabled: false}]}"
+    report = run.credit(run.objective(begins % 0.0), run.objective(begins % 1.0))
+    assert [stream.loss_weight for side in report.sides for stream in side.streams] == [1.0, 0.0]
 
 
 def test_functions_that_look_at_images_are_refused(saver: Saver) -> None:

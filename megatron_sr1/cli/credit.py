@@ -46,10 +46,12 @@ def saved_credit(run: Path, step: int, preset: str | None, against: str) -> Cred
     from megatron_sr1.training.saved_step import SavedStep
 
     config = _run_config(run)
-    objectives = (_objective("--preset", preset, run, config), _objective("--against", against, run, config))
+    first, second = (
+        _objective(option, name, run, config, step) for option, name in (("--preset", preset), ("--against", against))
+    )
     processor = _processor(run, config)
     saved = SavedStep.read(run / "rollouts", step, processor.image_token_id)
-    return credit_report(run, step, saved, objectives, processor, SHOWN)
+    return credit_report(run, step, saved, (first, second), processor, SHOWN)
 
 
 def _run_config(run: Path) -> Config:
@@ -61,9 +63,9 @@ def _run_config(run: Path) -> Config:
     return load_config(run / "config.yaml", [])
 
 
-def _objective(option: str, name: str | None, run: Path, config: Config) -> Objective:
+def _objective(option: str, name: str | None, run: Path, config: Config, step: int) -> Objective:
     """The run's own where there is no name; a preset, with the other keys of the run's objective but not its streams;
-    or the run's, changed by a file.
+    or the run's, changed by a file. With the coefficients of the step.
 
     Raises:
         ValueError: there is no such preset or file, or see `preset_of` and `Objective`; the option stands in front.
@@ -83,7 +85,7 @@ def _objective(option: str, name: str | None, run: Path, config: Config) -> Obje
                     "objective."
                 )
             config = load_config(file, [], objective=Path(name))
-        return Objective(label, preset_of(config), config)
+        return Objective(label, preset_of(config).at(step), config)
     except ValueError as error:
         raise ValueError(f"{option} {label}: {error}") from error
 
