@@ -82,6 +82,16 @@ EXPECTED_PRESETS = {
     ),
     "papo": ("see_think", False, [("answer", "first", "response", {"acc": 1.0, "fmt": 0.1}, 1.0, "sum")]),
     "vppo": ("see_think", False, [("answer", "first", "response", {"acc": 1.0, "fmt": 0.1}, 1.0, "sum")]),
+    "caprl": (
+        "see_think",
+        False,
+        [("caption", "first", "description", {"acc_vis@reader": 1.0, "fmt": 0.1}, 1.0, "sum")],
+    ),
+    "visionary_r1": (
+        "see_think",
+        True,
+        [("answer", "first", "response", {"acc": 1.0, "fmt": 0.1, "acc_vis": 1.0}, 1.0, "sum")],
+    ),
 }
 
 
@@ -96,7 +106,8 @@ def test_preset_is_the_method_table(name: str) -> None:
     assert (preset.name, preset.template, preset.second_pass) == (name, template, second_pass)
     got = [(s.name, s.trajectory, s.tokens, dict(s.rewards), s.loss_weight, s.normalize) for s in preset.streams]
     assert got == streams
-    assert all((s.kl_coef, s.kl_estimator) == (0.01, "k3") for s in preset.streams)
+    beta = 0.04 if name == "visionary_r1" else 0.01  # its first
+    assert all((s.kl_coef, s.kl_estimator) == (beta, "k3") for s in preset.streams)
     assert preset_from_config(ObjectiveConfig(preset=name)) == preset
 
 
@@ -114,7 +125,8 @@ def test_configuration_reaches_every_stream(name: str) -> None:
     config = ObjectiveConfig(preset=name, format_weight=0.25, kl_coef=0.5, kl_estimator="k1")
     preset = preset_from_config(config)
     for stream in preset.streams:
-        assert (stream.kl_coef, stream.kl_estimator) == (0.5, "k1")
+        own = name == "visionary_r1"  # whose KL has a schedule
+        assert (stream.kl_coef, stream.kl_estimator) == (0.04 if own else 0.5, "k1")
         rewards = dict(stream.rewards)
         formats = {weight for component, weight in rewards.items() if component.startswith("fmt")}
         assert formats == {0.25} or "acc_judge" in rewards

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from megatron_sr1.import_path import is_import_path, load_object
 from megatron_sr1.prompts import SHIPPED, Asked, Template, Templates, templates_of
 from megatron_sr1.rewards import find_reward, layout_reward
 from megatron_sr1.streams.contrast import Contrast, check_contrast, contrast_keys, contrasts_of
-from megatron_sr1.streams.methods import METHODS, read_method
+from megatron_sr1.streams.methods import METHODS, Method, read_method
 from megatron_sr1.streams.passes import check_later, later_passes, needs_description
 from megatron_sr1.streams.presets import WRITTEN, Written
 from megatron_sr1.streams.schedules import with_largest
@@ -288,14 +288,10 @@ def preset_from_config(objective: ObjectiveConfig, templates: Templates = SHIPPE
     Raises:
         ValueError: see `Preset`; an entry that takes away or changes a stream that there is not, or lacks its rewards.
     """
-    template: TemplateName = "see_think"
-    written: dict[str, dict[str, Any]] = {}
-    contrasts: dict[str, dict[str, Any]] = {}
-    if objective.preset is not None:
-        template, preset, its_contrasts = _preset(objective.preset, objective.format_weight)
-        written = {entry["name"]: dict(entry) for entry in preset}
-        contrasts = {entry["name"]: dict(entry) for entry in its_contrasts}
-    contrasts |= {entry["name"]: entry for entry in objective.contrast}  # one of a preset's name takes its place
+    method = Method("see_think", [], [], []) if objective.preset is None else _written(objective)
+    written = {entry["name"]: dict(entry) for entry in method.streams}
+    # one of the objective takes the place of the preset's of its name
+    contrasts = {entry["name"]: entry for entry in (*method.contrast, *objective.contrast)}
     for entry in objective.streams:
         name, is_new = entry["name"], entry["name"] not in written
         known = ", ".join(written) or "none"
@@ -306,10 +302,10 @@ def preset_from_config(objective: ObjectiveConfig, templates: Templates = SHIPPE
             )
         written[name] = {**written.get(name, {}), **entry}
     streams = tuple(_stream(entry, objective) for entry in written.values() if entry.get("enabled", True))
-    later, wanted = later_passes(objective.passes)
+    later, wanted = later_passes([*method.passes, *objective.passes])
     preset = Preset(
         objective.name,
-        objective.template or template,
+        objective.template or method.template,
         streams,
         objective.second_template or Preset.second_template,
         objective.plain_template or Preset.plain_template,
@@ -322,12 +318,14 @@ def preset_from_config(objective: ObjectiveConfig, templates: Templates = SHIPPE
     return preset
 
 
-def _preset(name: PresetName, alpha: float) -> tuple[TemplateName, Sequence[Written], Sequence[Written]]:
-    """Template, streams and contrasts, as they are written in `objective`."""
-    if name in WRITTEN:
-        return *WRITTEN[name](alpha), []
-    method = read_method(name, alpha)
-    return method.template, method.streams, method.contrast
+def _written(objective: ObjectiveConfig) -> Method:
+    """What the preset stands for."""
+    name, alpha = objective.preset, objective.format_weight
+    assert name is not None
+    if name not in WRITTEN:
+        return read_method(name, alpha)
+    template, streams = WRITTEN[name](alpha)
+    return Method(template, streams, [], [])
 
 
 def _stream(written: Written, objective: ObjectiveConfig) -> RewardStream:
