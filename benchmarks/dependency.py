@@ -79,7 +79,7 @@ def gaps(policy: Any, processor: Any, config: Any, sequences: Sequence[TokenSequ
         )
         return gather_rows([one.logprobs for one in policy.logprobs(rows, scoring)], rows, len(some))
 
-    own, make, found = scored(sequences), ContextMaker(processor, config.seed, 0), {}
+    own, make, found = scored(sequences), ContextMaker(processor, config, 0), {}
     for contrast in CONTRASTS:
         others = {}
         for index, sequence in enumerate(sequences):

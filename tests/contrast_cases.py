@@ -17,7 +17,8 @@ from megatron_sr1.types import EncodedImage, TokenSequence
 from tests.batch_cases import their_rewards, two_groups
 from tests.trainer_cases import log_softmax
 
-SHARE, LOW, TOP, GAMMA, ETA = 0.6, 0.9, 0.4, 0.01, -0.03  # of the methods' files
+SHARES = {"papo": 0.6, "vppo": 0.5}  # of the methods' files
+LOW, TOP, GAMMA, ETA = 0.9, 0.4, 0.01, -0.03
 _STEP = (
     *("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.temperature=0.9", "seed=7"),
     *("train.batch_size=2", "train.micro_batch_tokens=256", "objective.kl_coef=0"),
@@ -46,16 +47,20 @@ def blind(sequence: TokenSequence, key: str, processor: Processor) -> TokenSeque
     return TokenSequence(kept, sequence.response_ids)
 
 
-def masked(sequence: TokenSequence, key: str, processor: Processor) -> TokenSequence:
+def masked(sequence: TokenSequence, key: str, processor: Processor, share: float = SHARES["papo"]) -> TokenSequence:
     """With patches of its only image black; the draws are those of seed 7 and step 0."""
     (image,) = sequence.images
     digest = hashlib.blake2b(f"7/0/masked/{key}/0".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     patches = image.patches().clone()
     for patch, drawn in enumerate(torch.rand(len(patches), generator=generator).tolist()):
-        if drawn < SHARE:
+        if drawn < share:
             patches[patch] = 0
     return replace(sequence, images=(_Shown(image, patches),))  # type: ignore[arg-type]
+
+
+def half_masked(sequence: TokenSequence, key: str, processor: Processor) -> TokenSequence:
+    return masked(sequence, key, processor, SHARES["vppo"])
 
 
 class _Shown:
@@ -90,7 +95,7 @@ def _chosen(model: torch.nn.Module, sequence: TokenSequence, processor: Processo
 
 
 def vppo_loss(
-    model: torch.nn.Module, processor: Processor, context: Any = masked, eta: float = -0.06
+    model: torch.nn.Module, processor: Processor, context: Any = half_masked, eta: float = -0.06
 ) -> tuple[Tensor, dict[str, float]]:
     """A token mean of -A w m ratio - eta H, with the tokens m that depend most and the responses' weights w; and the
     mean gap."""
@@ -112,7 +117,8 @@ def vppo_loss(
     for (own, _, kept), factor, advantage in zip(terms, factors, advantages(), strict=True):
         for place in kept:
             loss = loss - advantage * factor * (own[place] - own[place].detach()).exp()
-    return loss / count, {f"dependency/{context.__name__}/response": gaps / count}
+    name = "blind" if context is blind else "masked"
+    return loss / count, {f"dependency/{name}/response": gaps / count}
 
 
 def papo_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, dict[str, float]]:

@@ -120,4 +120,4 @@ def rows_of(batcher: Batcher, rollouts: StepRollouts, preset: Preset, ranks: Ran
     ledger = rollouts.ledger
     share = share_responses(ledger, slots_of(preset), ranks.num_ranks, share_prefix=batcher.share_prefix)[ranks.rank]
     tracks = [rollouts.tracks[int(ledger.number[place.group])][place.sample, place.slot] for place in share]
-    return batcher.rows(ledger, share, tracks, rollouts.prompts, preset)
+    return batcher.rows(ledger, share, tracks, rollouts.prompts, preset, rollouts.step)

@@ -14,19 +14,23 @@ from PIL import Image
 
 from megatron_sr1.config import ConfigError, ObjectiveConfig, load_config
 from megatron_sr1.objective import dependency, divergence, response_weights, token_weighting
-from megatron_sr1.policy import Policy
+from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
 from megatron_sr1.ranks import ALONE
 from megatron_sr1.rollout.later import check_metadata
 from megatron_sr1.streams import PRESETS, Contrast, methods, preset_from_config, preset_of
 from megatron_sr1.training.batches import Batcher, rollout_advantages
+from megatron_sr1.training.contrast_scores import of_siblings
 from megatron_sr1.training.contrasts import ContextMaker
 from megatron_sr1.training.live_groups import live_groups
+from megatron_sr1.training.recorder import Recorder
 from megatron_sr1.training.trainer import Trainer
-from megatron_sr1.types import LaterPass, Prompt, RewardStream, Schedule, TokenSequence
+from megatron_sr1.types import LaterPass, Prompt, RewardStream, RolloutGroup, Schedule, TokenSequence
 from tests.batch_cases import two_groups
-from tests.step_cases import rows_of, trained
+from tests.step_cases import rollouts_of, rows_of, trained
 from tests.test_trainer import Recorder as PolicyOfNobody
+
+CONFIG = load_config(None, [])
 
 
 def test_dependency_is_k3_within_its_bounds() -> None:
@@ -105,7 +109,7 @@ def _sequence(processor: Processor, num_images: int = 1, said: str = "hello") ->
 
 def test_what_is_asked_without_an_image(tiny_model_dir: str) -> None:
     processor = Processor.from_pretrained(tiny_model_dir)
-    make = ContextMaker(processor, 1, 0)
+    make = ContextMaker(processor, CONFIG, 0)
     sequence = _sequence(processor, 2, "<description> a 3 </description> 3")
     none = torch.zeros(len(sequence.response_ids), dtype=torch.bool)
     blind = make.sequence(Contrast("blind"), sequence, none, "a", -1)
@@ -130,7 +134,7 @@ def test_masked_and_other_pixels(tiny_model_dir: str) -> None:
     sequence, none = _sequence(processor, 2), torch.zeros(0)
 
     def patches(context: Any, step: int = 0, key: str = "a", share: float = 0.5) -> list[torch.Tensor]:
-        other = ContextMaker(processor, 1, step).sequence(Contrast("c", context, share), sequence, none, key, -1)
+        other = ContextMaker(processor, CONFIG, step).sequence(Contrast("c", context, share), sequence, none, key, -1)
         assert other is not None and other.prompt_ids == sequence.prompt_ids
         return [image.patches() for image in other.images]
 
@@ -144,7 +148,7 @@ def test_masked_and_other_pixels(tiny_model_dir: str) -> None:
         hidden = (new == 0).all(1)
         assert 0 < hidden.sum() < len(new) and torch.equal(new[~hidden], old[~hidden])
     assert all((new == 0).all() for new in patches("masked", share=1.0))
-    make = ContextMaker(processor, 1, 0)
+    make = ContextMaker(processor, CONFIG, 0)
     siblings = [make.sequence(Contrast("c", "masked"), sequence, none, "a", -1) for _ in range(2)]
     assert siblings[0] is not None and siblings[1] is not None and siblings[0].images[0] is siblings[1].images[0]
 
@@ -153,7 +157,7 @@ def test_the_image_stays_as_it_is_for_everyone_else(tiny_model_dir: str) -> None
     processor = Processor.from_pretrained(tiny_model_dir)
     sequence = _sequence(processor)
     before = sequence.images[0].patches().clone()
-    other = ContextMaker(processor, 1, 0).sequence(Contrast("c", "masked"), sequence, torch.zeros(0), "a", -1)
+    other = ContextMaker(processor, CONFIG, 0).sequence(Contrast("c", "masked"), sequence, torch.zeros(0), "a", -1)
     assert other is not None and not torch.equal(other.images[0].patches(), before)
     assert torch.equal(sequence.images[0].patches(), before)
 
@@ -251,6 +255,120 @@ def test_a_gate_lets_only_those_learn_that_earn_another_reward(tiny_model_dir: s
         assert ((found != 0).view(2, 2).any(1) == live_groups(ledger, preset, objective)[0][0]).all()
 
 
+def test_a_description_is_told_as_far_as_one_may_be_and_as_a_row_has_room(tiny_model_dir: str) -> None:
+    processor = Processor.from_pretrained(tiny_model_dir)
+    said = "<description> " + "3 " * 40 + "</description> 3"
+    sequence = _sequence(processor, 1, said)
+    described = torch.zeros(len(sequence.response_ids), dtype=torch.bool)
+    described[: len(processor.text_ids(said)) - 3] = True
+    lengths = {}
+    for most in (8, 1024):
+        config = load_config(None, [f"rollout.max_description_tokens={most}"])
+        other = ContextMaker(processor, config, 0).sequence(
+            Contrast("told", "description"), sequence, described, "a", -1
+        )
+        assert other is not None
+        lengths[most] = len(other.prompt_ids)
+    assert lengths[1024] - lengths[8] == int(described.sum()) - 8
+    room = lengths[8] + len(sequence.response_ids)
+    for tokens, fits in ((room, True), (room - 1, False)):
+        config = load_config(None, ["rollout.max_description_tokens=8", f"train.micro_batch_tokens={tokens}"])
+        make = ContextMaker(processor, config, 0)
+        assert (make.sequence(Contrast("told", "description"), sequence, described, "a", -1) is not None) is fits
+
+
+def test_prompts_of_two_data_sets_may_have_one_key(tiny_model_dir: str) -> None:
+    """Each is masked in its own image: of other sizes here, so that one for both would not even fit."""
+    processor = Processor.from_pretrained(tiny_model_dir)
+    config = load_config(None, ["objective.preset=papo", "train.micro_batch_tokens=512"])
+    preset = preset_of(config)
+    first, second = two_groups(processor)
+    image = Image.new("RGB", (28, 28 * 3), (9, 200, 9))
+    ids = processor.expand(processor.prompt_ids("What?", 1), [processor.grid(image.size)])
+    pairs = tuple(replace(pair, first=replace(pair.first, prompt_ids=ids), second=None) for pair in second.pairs)
+    groups = [first, RolloutGroup(1, replace(first.prompt, images=(image,)), pairs)]
+    made = Recorder.of(preset, 2, processor, "train")
+    rows = rows_of(Batcher(config, processor, ALONE), rollouts_of(groups, None, preset, made), preset)
+    shown = [image.grid_thw for row in rows.contrasts["masked"].micro_batches for image in row.images]
+    assert sorted(shown) == sorted(processor.grid(group.prompt.images[0].size) for group in groups)
+
+
+class Odd(PolicyOfNobody):
+    """Whose first token of a response without an image is as good as banned; it wants finite gradients."""
+
+    def train_step(self, batches: Any, loss_fn: Any, scoring: Any) -> StepResult:
+        scores = self._logprobs(batches)
+        for batch, one in zip(batches, scores, strict=True):
+            one.logprobs[(batch.row_offset == 0) & (len(batch.images) == 0)] = -111.0
+            one.logprobs.requires_grad_()
+        found = [loss_fn(index, one) for index, one in enumerate(scores)]
+        metrics = {name: sum(float(each[name]) for _, each in found) for name in found[0][1]}
+        loss, leaves = sum(each for each, _ in found), [one.logprobs for one in scores]
+        assert isinstance(loss, torch.Tensor)
+        for gradient in torch.autograd.grad(loss, leaves, allow_unused=True):
+            assert gradient is None or bool(gradient.isfinite().all())
+        return StepResult(metrics, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("preset_name", ["papo", "vppo"])
+def test_what_a_contrast_does_not_have_is_no_part_of_it(tiny_model_dir: str, preset_name: str) -> None:
+    """A prompt without an image beside one that has some, with a token of almost no probability."""
+    words = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "train.batch_size=2", "objective.kl_coef=0"]
+    more = [f"objective.preset={preset_name}", "objective.max_logprob_gap=1000", "train.micro_batch_tokens=256"]
+    config = load_config(None, [*words, *more])
+    processor, preset = Processor.from_pretrained(tiny_model_dir), preset_of(config)
+    first, second = two_groups(processor)
+    ids = processor.prompt_ids("What?", 0)
+    pairs = tuple(replace(pair, first=replace(pair.first, prompt_ids=ids), second=None) for pair in second.pairs)
+    groups = [first, RolloutGroup(1, replace(second.prompt, images=()), pairs)]
+    rollouts = rollouts_of(groups, None, preset, Recorder.of(preset, 2, processor, "train"))
+    policy = Odd(0.0, 0.0)
+    rows = rows_of(Batcher(config, processor, ALONE), rollouts, preset)
+    assert len(rows.contrasts["masked"].sequences) == 2 and len(rows.micro_batches) > 1
+    (result,) = Trainer(config, cast(Policy, policy), preset, processor).update(rollouts)
+    assert all(math.isfinite(value) for value in result.metrics.values()), result.metrics
+    assert any(row.images == () for row in rows.micro_batches), "or no token is so unlikely"
+
+
+def test_a_response_without_another_context_earns_what_its_siblings_do() -> None:
+    nan = math.nan
+    gaps = torch.tensor([[1.0, 3.0, nan], [nan, nan, nan], [0.5, 0.5, 0.5]], dtype=torch.float64)
+    assert of_siblings(gaps).tolist() == [[1.0, 3.0, 2.0], [0.0, 0.0, 0.0], [0.5, 0.5, 0.5]]
+
+
+def test_a_kl_in_the_reward_may_be_annealed_to_nothing(tiny_model_dir: str) -> None:
+    """What is taken off is that of the step's coefficient."""
+    annealed = "{name: answer, kl_in: reward, kl_estimator: k1, kl_coef: {from: 0.4, to: 0.0, steps: 10}}"
+    words = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "train.batch_size=2"]
+    config = load_config(None, [*words, "objective.preset=see_think", f"objective.streams=[{annealed}]"])
+    processor, preset = Processor.from_pretrained(tiny_model_dir), preset_of(config)
+    taken = {}
+    for step in (0, 5, 10):
+        rollouts = replace(trained(processor, preset), step=step)
+        (result,) = Trainer(config, cast(Policy, PolicyOfNobody(0.0, 0.0)), preset, processor).update(rollouts)
+        taken[step] = result.metrics["loss/answer/kl_in_reward"]
+    assert abs(taken[0]) > 1e-3 and taken[5] == pytest.approx(taken[0] / 2, rel=1e-6) and taken[10] == 0.0
+
+
+def test_own_log_probs_are_taken_where_a_contrast_of_the_policy_needs_them(tiny_model_dir: str) -> None:
+    """A contrast of the start has those of the reference's pass."""
+    words = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "train.batch_size=2", "objective.kl_coef=0"]
+    processor = Processor.from_pretrained(tiny_model_dir)
+    for weights, passes in (("policy", 1), ("reference", 0)):
+        contrast = f"objective.contrast=[{{name: a, weights: {weights}}}]"
+        stream = "objective.streams=[{name: answer, contrast: a, contrast_reward: 1, sequence_weight_low: 0.5}]"
+        config = load_config(None, [*words, "objective.preset=see_think", contrast, stream])
+        preset, policy = preset_of(config), PolicyOfNobody(0.0, 0.0)
+        Trainer(config, cast(Policy, policy), preset, processor).update(trained(processor, preset))
+        assert (preset.compares_before, policy.scored) == (bool(passes), passes), weights
+
+
+def test_a_method_s_weighting_can_be_taken_away() -> None:
+    for kind in ("none", "proportional"):
+        entry = f"objective.streams=[{{name: answer, token_weighting: {kind}}}]"
+        assert preset_of(load_config(None, ["objective.preset=vppo", entry])).streams[0].token_weighting == kind
+
+
 _BLIND = "objective.contrast=[{name: blind, context: no_image}]"
 
 
@@ -278,6 +396,8 @@ _BLIND = "objective.contrast=[{name: blind, context: no_image}]"
         ),
         (["objective.contrast=[blind]"], r"contrast\[0\]='blind'"),
         (["objective.contrast=[{context: no_image}]"], r"contrast\[0\].name=None"),
+        (["objective.contrast=[{name: _}]"], r"contrast\[0\].name='_'"),
+        ([_BLIND, "objective.streams=[{name: answer, contrast: blind}]"], "makes nothing of it"),
         (["objective.contrast=[{name: a-b}]"], r"contrast\[0\].name='a-b'"),
         (["objective.contrast=[{name: a}, {name: a}]"], r"contrast\[1\].name='a'.*no other contrast"),
         (["objective.contrast=[{name: a, contxt: noise}]"], "contxt is no key of a contrast. Did you mean 'context'"),
@@ -292,12 +412,15 @@ _BLIND = "objective.contrast=[{name: blind, context: no_image}]"
         ([_BLIND, "objective.streams=[{name: answer, token_weighting: most}]"], r"token_weighting='most'.*top"),
         ([_BLIND, "objective.streams=[{name: answer, contrast: 3}]"], r"contrast=3"),
         ([_BLIND, "objective.streams=[{name: answer, token_weighting: top}]"], "names no contrast that it is of"),
-        ([_BLIND, "objective.streams=[{name: answer, contrast: blnd}]"], "'blnd' is not among.*which has blind"),
+        (
+            [_BLIND, "objective.streams=[{name: answer, contrast: blnd, contrast_reward: 1}]"],
+            "'blnd' is not among.*which has blind",
+        ),
         (
             [_BLIND, "objective.streams=[{name: answer, contrast: blind, token_share: 0.2}]"],
             "token_share=0.2, which belongs to token_weighting=top",
         ),
-        ([_BLIND, "objective.streams=[{name: visual, contrast: blind}]"], "the second pass sees none"),
+        ([_BLIND, "objective.streams=[{name: visual, contrast: blind, contrast_reward: 1}]"], "second pass sees none"),
         (
             [
                 "objective.contrast=[{name: a, weights: reference}]",

@@ -57,7 +57,7 @@ def by_gradient(saver: Saver, run: SavedRun) -> dict[ResponseKey, torch.Tensor]:
         part, each = ledger.of(share), ledger.num_samples
         own = share_responses(part, slots, 1)[0]
         tracks = [run.rollouts.tracks[int(part.number[place.group])][place.sample, place.slot] for place in own]
-        rows = batcher.rows(part, own, tracks, run.rollouts.prompts, run.preset)
+        rows = batcher.rows(part, own, tracks, run.rollouts.prompts, run.preset, 0)
         batch = batcher.streams(rows, advantages[:, share.start * each : share.stop * each], run.preset)
         gradients = []
         for micro, tokens, advantage in zip(batch.micro_batches, batch.tokens, batch.advantages, strict=True):

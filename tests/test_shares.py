@@ -99,7 +99,7 @@ def test_a_rank_decodes_what_its_engine_and_its_replica_need(
             shares = share_responses(ledger, slots_of(PRESET), 2)
             mine = shares[replicas.rank]
             tracks = Payload(ranks, [0, 0, 1, 1]).fetch(ledger, shares, held)
-            rows = Batcher(config, processor, replicas).rows(ledger, mine, tracks, prompts, PRESET)
+            rows = Batcher(config, processor, replicas).rows(ledger, mine, tracks, prompts, PRESET, 0)
             ahead = set(stream.reads) - own
             assert len(ahead) <= 1 and not ahead & set(wanted), "no other's before it is needed"
             images = [image for row in rows.micro_batches for image in row.images]

@@ -25,7 +25,7 @@ def check_contrasts(contrasts: Sequence[Any]) -> None:
         where = f"objective.contrast[{index}]"
         require(isinstance(entry, Mapping), where, entry, "keys with values", _EXAMPLE)
         name = entry.get("name")
-        is_name = isinstance(name, str) and name.isidentifier() and name.isascii()
+        is_name = isinstance(name, str) and name.isidentifier() and name.isascii() and name[0] != "_"
         require(is_name, f"{where}.name", name, "a word of letters, digits and _ that begins with a letter", _EXAMPLE)
         require(name not in names, f"{where}.name", name, "a name that no other contrast has", "Streams name theirs.")
         names.append(str(name))

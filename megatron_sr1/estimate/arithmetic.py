@@ -50,6 +50,12 @@ def training_flops(command: Command, config: Config, model: Architecture) -> Map
     return parts
 
 
+def num_contrast_passes(preset: Preset) -> int:
+    """Passes through the layers that first passes take under contrasts: one to score, two more to train."""
+    trained = {stream.contrast for stream in preset.streams if stream.trains_contrast}
+    return sum(3 if contrast.name in trained else 1 for contrast in preset.contrasts)
+
+
 def _contrasts(config: Config, model: Architecture, preset: Preset) -> float:
     """Of the first passes under each contrast: scored, and with their gradient where a stream trains them. Without an
     image they are taken to be as long as a second pass."""

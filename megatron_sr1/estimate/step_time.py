@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from megatron_sr1.config import kv_token_bytes, typical_tokens
 from megatron_sr1.config.rollout import TYPICAL
-from megatron_sr1.estimate.arithmetic import FLOPS_PER_SECOND, PATCHES
+from megatron_sr1.estimate.arithmetic import FLOPS_PER_SECOND, PATCHES, num_contrast_passes
 from megatron_sr1.estimate.engine import engine_parameters
 from megatron_sr1.estimate.flops import image_flops, sequence_flops
 from megatron_sr1.estimate.plan import RunPlan
@@ -197,7 +197,8 @@ def _between_tensor_ranks(plan: RunPlan) -> float:
     twice in each pass (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2)."""
     layout, model = plan.config.layout, plan.model
     again = plan.config.recompute.mode == "full"  # of what is recomputed the layers may not be a part
-    counts = {"forward and backward": 2, "recomputed": int(again), "old log-probs": 1, "reference": 1, "contrasts": 1}
+    counts = {"forward and backward": 2, "recomputed": int(again), "old log-probs": 1, "reference": 1}
+    counts["contrasts"] = num_contrast_passes(preset_of(plan.config))
     passes = sum(counts[name] for name in plan.flops)
     tokens = plan.num_rows * plan.row_tokens / layout.context
     layers = model.num_layers / layout.pipeline

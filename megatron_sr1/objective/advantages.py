@@ -134,11 +134,7 @@ def stream_advantages(
     if in_reward and kl is not None:
         total = total - stream.kl_coef * kl.to(torch.float64)
     if stream.contrast_reward != 0:
-        if gap is None or gap.shape != group_ids.shape or not bool(torch.isfinite(gap).all()):
-            raise ValueError(
-                f"gap: stream {stream.name!r} has a contrast_reward and needs a finite gap of each rollout."
-            )
-        total = total + stream.contrast_reward * gap.to(torch.float64)
+        total = total + stream.contrast_reward * _checked_gap(stream, gap, group_ids).to(torch.float64)
     return group_advantages(total, group_ids, eps, *how).to(dtype)
 
 

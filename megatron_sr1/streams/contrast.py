@@ -45,7 +45,8 @@ def contrast_keys(entry: Mapping[str, Any]) -> dict[str, Any]:
     """What an entry of `objective.streams` says of its contrast, as fields of `RewardStream`.
 
     Raises:
-        ValueError: a share of tokens without a weighting of the top ones; keys of a contrast without its name.
+        ValueError: a share of tokens without a weighting of the top ones; keys of a contrast without its name, or its
+            name without any.
     """
     where, weighting = f"objective.streams: {entry['name']!r}", entry.get("token_weighting", "none")
     if "token_share" in entry and not weighting.startswith("top"):
@@ -58,6 +59,11 @@ def contrast_keys(entry: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"{where} has {', '.join(found)}, and names no contrast that it is of. Add contrast: <a name of "
             "objective.contrast>."
+        )
+    if "contrast" in entry and not found:
+        raise ValueError(
+            f"{where} has contrast={entry['contrast']!r} and makes nothing of it. Add one of "
+            f"{', '.join(_OF_CONTRAST)}; what objective.contrast has is measured without it."
         )
     return found | ({"contrast": entry["contrast"]} if "contrast" in entry else {})
 

@@ -102,8 +102,10 @@ class Preset:
 
     @property
     def compares_before(self) -> bool:
-        """Whether the log-probs under contrasts are needed before the optimizer steps."""
-        return self.rewards_contrast or self.weighs_contrast
+        """Whether the policy's log-probs under its contrasts, and beside them its own, are needed before the optimizer
+        steps."""
+        users = {stream.contrast for stream in self.streams if stream.is_weighted or stream.contrast_reward != 0}
+        return any(contrast.weights == "policy" and contrast.name in users for contrast in self.contrasts)
 
     @property
     def weighs_contrast(self) -> bool:
@@ -205,7 +207,6 @@ class Preset:
                 f"{where}: advantage={stream.advantage} centres each group and divides by the spread of the whole "
                 "batch, so scope=batch contradicts it. Set scope=group, or advantage=z_score."
             )
-        _check_kl_in_reward(where, stream)
         if stream.surrogate != "ppo" and (stream.ratio == "sequence" or stream.clip.dual is not None):
             found = "ratio=sequence" if stream.ratio == "sequence" else f"dual_clip={stream.clip.dual}"
             raise ValueError(
@@ -302,6 +303,8 @@ def preset_from_config(objective: ObjectiveConfig, templates: Templates = SHIPPE
             )
         written[name] = {**written.get(name, {}), **entry}
     streams = tuple(_stream(entry, objective) for entry in written.values() if entry.get("enabled", True))
+    for stream in streams:
+        _check_kl_in_reward(f"objective {objective.name!r}, stream {stream.name!r}", stream)
     later, wanted = later_passes([*method.passes, *objective.passes])
     preset = Preset(
         objective.name,

@@ -54,8 +54,8 @@ class StreamRows:
     tokens: list[ResponseTokens]  # of each micro-batch
     num_tokens: int  # of these responses, the whole step's, all replicas
     num_of_kind: Mapping[str, int]  # the same by `token_kinds`, those alone that occur
-    num_responses: int = 0  # of this replica
-    contrasts: Mapping[str, ContrastRows] = field(default_factory=dict)  # by name
+    num_responses: int  # of this replica
+    contrasts: Mapping[str, ContrastRows]  # by name
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Batcher:
         tracks: Sequence[TokenTrack],
         prompts: DrawnPrompts,
         preset: Preset,
-        step: int = 0,
+        step: int,
     ) -> StreamRows:
         """The responses that this replica trains, packed, with the weight of each token in every stream.
 
@@ -240,39 +240,47 @@ class Batcher:
                 )
             )
         micro_batches = self._pack(sequences)
-        keys = [prompts.keys[int(numbers[place.group])] for place in share] if preset.contrasts else []
-        contrasts = self._contrasts(sequences, responses, keys, preset, step)
+        keys = [prompts.keys[int(number)] for number in numbers] if preset.contrasts else []  # of the groups
+        make = ContextMaker(self._processor, self._config, step)
+        contrasts = {
+            contrast.name: self._contrast(
+                place, sequences, responses, [group for group, _, _ in share], keys, preset, make
+            )
+            for place, contrast in enumerate(preset.contrasts)
+        }
         tokens = [row.moved(self._device) for row in into_rows(responses, micro_batches)]
         counts = dict(zip(KINDS, ledger.of_kind.sum((0, 1)).tolist(), strict=True))
         num_of_kind = {name: count for name, count in counts.items() if count > 0}
         num_tokens = int(ledger.response_tokens[..., [slot.scored for slot in slots]].sum())
         return StreamRows(micro_batches, tokens, num_tokens, num_of_kind, len(sequences), contrasts)
 
-    def _contrasts(
+    def _contrast(
         self,
+        place: int,
         sequences: Sequence[TokenSequence],
         responses: Sequence[ResponseTokens],
+        groups: Sequence[int],
         keys: Sequence[str],
         preset: Preset,
-        step: int,
-    ) -> dict[str, ContrastRows]:
-        """Of a replica's share: the responses under every contrast that they have."""
-        make, found = ContextMaker(self._processor, self._config.seed, step), {}
-        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-        describes = preset.asked.first.describes
-        for place, contrast in enumerate(preset.contrasts):
-            others: dict[int, TokenSequence] = {}
-            for index, sequence in enumerate(sequences):
-                if not sequence.images:
-                    continue
-                block = preset.measured.index(describes) if contrast.context == "description" and describes else None
+        make: ContextMaker,
+    ) -> ContrastRows:
+        """Those of a replica's responses that the contrast at `place` has.
+
+        Args:
+            groups: of each response.
+            keys: of each group's prompt, which two of them may share.
+        """
+        contrast, describes = preset.contrasts[place], preset.asked.first.describes
+        block = preset.measured.index(describes) if contrast.context == "description" and describes else None
+        others: dict[int, TokenSequence] = {}
+        for index, (sequence, group) in enumerate(zip(sequences, groups, strict=True)):
+            if sequence.images:
                 told = torch.zeros(0) if block is None else responses[index].segments[block]
-                group = -1 - place * len(numbers) - numbers[keys[index]]  # of no other prompt, nor of another context
-                other = make.sequence(contrast, sequence, told, keys[index], group)
+                number = -1 - place * len(keys) - group  # of no other prompt, nor of another context
+                other = make.sequence(contrast, sequence, told, keys[group], number)
                 if other is not None:
                     others[index] = other
-            found[contrast.name] = ContrastRows(self._pack(list(others.values())), list(others))
-        return found
+        return ContrastRows(self._pack(list(others.values())), list(others))
 
     def _with_gradients(
         self, batch: MicroBatch, tokens: ResponseTokens, advantages: Tensor, preset: Preset

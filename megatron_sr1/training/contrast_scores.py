@@ -95,12 +95,14 @@ def contrast_gaps(
     rows: StreamRows, scores: ContrastScores, streams: Sequence[RewardStream], number: int, replicas: Exchange
 ) -> Tensor:
     """[S, number] float64 nats: of each response of the optimizer step the mean log-prob gap, over the tokens that a
-    stream with a `contrast_reward` credits and its contrast has; 0 where there are none. Collective over the replicas.
+    stream with a `contrast_reward` credits and its contrast has; NaN where there are none. Collective over the
+    replicas.
 
     Args:
         number: places of responses, see `ResponseTokens.place`.
     """
     means = torch.zeros(number, len(streams), dtype=torch.float64)
+    known = torch.zeros(number, len(streams), dtype=torch.float64)
     here = torch.zeros(number, dtype=torch.bool)
     for index, tokens in enumerate(rows.tokens):
         place = tokens.place.cpu()
@@ -115,10 +117,21 @@ def contrast_gaps(
             counts = torch.zeros(number, dtype=torch.float64).index_add_(0, place[chosen], torch.ones_like(gap[chosen]))
             sums = torch.zeros(number, dtype=torch.float64).index_add_(0, place[chosen], gap[chosen])
             means[:, row] += sums / counts.clamp(min=1.0)
+            known[:, row] += counts > 0
     mine = here.nonzero()  # [b, 1]
-    everyone = replicas.gather_rows(torch.cat([mine.double(), means[mine.squeeze(1)]], 1))
-    whole = torch.zeros_like(means).index_add_(0, everyone[:, 0].long(), everyone[:, 1:])
-    return whole.t().contiguous()
+    found = torch.cat([means, known], 1)  # [number, 2 S]
+    everyone = replicas.gather_rows(torch.cat([mine.double(), found[mine.squeeze(1)]], 1))
+    whole = torch.zeros_like(found).index_add_(0, everyone[:, 0].long(), everyone[:, 1:])
+    sums, counts = whole.t().chunk(2)
+    return torch.where(counts > 0, sums, torch.nan)
+
+
+def of_siblings(gaps: Tensor) -> Tensor:
+    """[..., K] with what is NaN replaced by the mean of the others, or 0 where there is none: a response that has no
+    other context neither gains nor loses by that."""
+    known = ~gaps.isnan()
+    mean = gaps.nan_to_num().sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(known, gaps, mean)
 
 
 def _factors(own: Tensor, everyone: Tensor, low: float) -> Tensor:

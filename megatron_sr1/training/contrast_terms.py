@@ -80,7 +80,7 @@ class ContrastTerms:
         for row, stream in enumerate(self._preset.streams):
             if stream.trains_contrast:
                 weight = self._batch.tokens[index].token_weights[row] * self._scores.there[stream.contrast][index]
-                far = (weight * divergence(trainer, self._scores.under[stream.contrast][index])).sum()
+                far = _weighed(weight, trainer, self._scores.under[stream.contrast][index])
                 loss = loss - stream.contrast_coef * far
                 metrics[f"loss/{stream.name}/contrast"] = far.detach()
                 metrics[f"loss/{stream.name}/contrast_entropy"] = trainer.new_zeros(())
@@ -100,10 +100,10 @@ class ContrastTerms:
             metrics[f"loss/{stream.name}/contrast"] = under.new_zeros(())
             bonus = under.new_zeros(())
             if stream.contrast == name:
-                far = (weight[row] * divergence(own, under)).sum()
+                far = _weighed(weight[row], own, under)
                 loss = loss - stream.contrast_coef * (far - far.detach())
                 if entropy is not None:
-                    bonus = (weight[row] * entropy).sum()
+                    bonus = (weight[row] * entropy).masked_fill(weight[row] == 0, 0.0).sum()
                     loss = loss - stream.contrast_entropy_coef * bonus
             metrics[f"loss/{stream.name}/contrast_entropy"] = bonus.detach()
         return loss, metrics
@@ -132,6 +132,12 @@ class ContrastTerms:
                 found[f"dependency/{name}"] = (gap * mask).sum()
                 found[_TOKENS + name] = (mask & there).sum().to(gap.dtype)
         return found
+
+
+def _weighed(weight: Tensor, own: Tensor, under: Tensor) -> Tensor:
+    """sum w D; what has no weight is no part of it, whatever its log-probs are, nor of the gradient."""
+    own, under = (torch.where(weight != 0, each, 0.0) for each in (own, under))
+    return (weight * divergence(own, under)).sum()
 
 
 def with_means(result: StepResult) -> StepResult:

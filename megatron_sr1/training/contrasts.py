@@ -1,7 +1,8 @@
 """First passes under other contexts: what is asked in them, how it is packed, and what the policy says to it.
 
 The same response ids follow another prompt (`streams.Contrast`). A prompt that shows no image, and a response that
-describes nothing where its description is wanted, has no other context: it is not scored, and counts nowhere.
+describes nothing where its description is wanted, or with it is too long for a row, has no other context: it is not
+scored.
 
 Shape legend: R scored tokens of a row, n response tokens of a sequence, P patches, C values of a patch.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_sr1.ahead import Later
+from megatron_sr1.config import Config, row_tokens
 from megatron_sr1.packing import gather_rows, scatter_rows
 from megatron_sr1.processor import Processor
 from megatron_sr1.streams import Contrast
@@ -55,11 +57,13 @@ class ContrastRows:
 class ContextMaker:
     """Of a replica's share of one optimizer step."""
 
-    def __init__(self, processor: Processor, seed: int, step: int) -> None:
-        """`seed`, `step`: what is drawn of pixels depends on them, on the prompt and on the contrast alone."""
+    def __init__(self, processor: Processor, config: Config, step: int) -> None:
+        """`step`: what is drawn of pixels depends on it, the run's seed, the prompt and the contrast alone."""
         self._media_ids = frozenset(processor.media_ids)
         self._image_token_id = processor.image_token_id
-        self._seed, self._step = seed, step
+        self._seed, self._step = config.seed, step
+        self._most_told = config.rollout.max_description_tokens
+        self._room, self._multiple = row_tokens(config), config.sequence_multiple
         self._made: dict[tuple[str, int], tuple[EncodedImage, ...]] = {}  # siblings share them
 
     def sequence(
@@ -69,7 +73,7 @@ class ContextMaker:
 
         Args:
             sequence: a first pass with images.
-            described: [n] bool: the block that it describes with.
+            described: [n] bool: the block that it describes with; as much of it as a description may have is told.
             key: of its prompt.
             group: a number that no other prompt and context has; those of one may begin alike.
         """
@@ -85,10 +89,14 @@ class ContextMaker:
         told: list[int] = []
         if contrast.context == "description":
             ids = torch.tensor(list(sequence.response_ids))
-            told = [token for token in ids[described].tolist() if token not in self._media_ids]
+            told = [token for token in ids[described].tolist() if token not in self._media_ids][: self._most_told]
             if not told:
                 return None
-        return replace(sequence, prompt_ids=self._told(sequence.prompt_ids, told), images=(), group=group)
+        prompt_ids = self._told(sequence.prompt_ids, told)
+        num_tokens = len(prompt_ids) + len(sequence.response_ids)
+        if num_tokens + -num_tokens % self._multiple > self._room:
+            return None
+        return replace(sequence, prompt_ids=prompt_ids, images=(), group=group)
 
     def _told(self, prompt_ids: Sequence[int], text: Sequence[int]) -> list[int]:
         """The prompt without its images; `text` is where the first of them was."""

@@ -3,9 +3,9 @@
     credit[r] = sum_s lambda_s * A_s * w[s, r]
 
 That is minus the gradient of the policy terms of `objective.losses` where no weight has moved yet: all probability
-ratios are 1, and nothing is clipped. Terms for a KL or for entropy are no credit. Importance weights, those of
-`objective.mismatch`, hang on the trainer's weights: they are left out. A sum whose terms cancel down to the rounding of
-float32 is 0.
+ratios are 1, and nothing is clipped. Terms for a KL, for entropy or for a contrast are no credit. Importance weights,
+those of `objective.mismatch`, hang on the trainer's weights: they are left out. A sum whose terms cancel down to the
+rounding of float32 is 0.
 
 Shape legend: S streams, B rollouts, M as in `ledger.py`, n tokens of one response, T of all, N samples.
 """

@@ -14,7 +14,7 @@ from megatron_sr1.processor import Processor
 from megatron_sr1.rewards import RewardError
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.batches import Batcher, StreamRows, optimizer_shares
-from megatron_sr1.training.contrast_scores import ContrastScorer, contrast_gaps, contrast_weights
+from megatron_sr1.training.contrast_scores import ContrastScorer, contrast_gaps, contrast_weights, of_siblings
 from megatron_sr1.training.contrast_terms import ContrastTerms, with_means
 from megatron_sr1.training.contrasts import ContrastScores
 from megatron_sr1.training.ledger import StepLedger, slots_of
@@ -70,6 +70,7 @@ class Trainer:
         preset, objective, whose = self._preset.at(rollouts.step), self._config.objective, self._config.objective.old
         needs_old = whose == "generator" or (whose == "trainer" and len(shares) > 1)
         drawn = [self._contrasts.present(row, own=True) for row in rows] if preset.compares_before else []
+        mine = [scores for _, scores in drawn] or [None] * len(rows)
         old: list[list[LogProbs]] = []
         if needs_old or preset.kl_in_reward:
             old = [scores for scores, _ in drawn] if drawn and whose == "trainer" else list(map(self._drawn, rows))
@@ -81,21 +82,20 @@ class Trainer:
             held = [scores for scores, _ in reference]
             kl = torch.cat([self._kl(*each) for each in zip(shares, rows, old, held, strict=True)], 1)
         if preset.rewards_contrast:
-            by = [_joined(mine, theirs) for (_, mine), (_, theirs) in zip(drawn, reference, strict=True)]
+            by = [_joined(*each) for each in zip(mine, (theirs for _, theirs in reference), strict=True)]
             gap = torch.cat([self._gap(*each) for each in zip(shares, rows, by, strict=True)], 1)
         advantages = step_advantages(ledger, preset, objective, kl, gap)
         results = []
         for number, share in enumerate(shares):
             row = rows[number]
             held, theirs = reference[number] if reference else self._reference(row)
-            mine = drawn[number][1] if drawn else None
             weights = None
-            if preset.weighs_contrast and mine is not None:
-                weights = contrast_weights(row, _joined(mine, theirs), preset.streams, self._policy.replicas)
+            if preset.weighs_contrast:
+                weights = contrast_weights(row, _joined(mine[number], theirs), preset.streams, self._policy.replicas)
             batch = self._batcher.streams(row, advantages[:, self._rollouts(share)], preset, weights)
             terms = None
             if preset.contrasts:
-                present = self._present(row, mine, is_first=number == 0)
+                present = self._present(row, mine[number], is_first=number == 0)
                 terms = ContrastTerms(batch, _joined(present, theirs), preset)
             before = old[number] if needs_old else None  # of the only step the policy's present ones
             same = number == 0 or whose == "trainer"
@@ -111,7 +111,7 @@ class Trainer:
             more = [] if terms is None else terms.micro_batches
             result = with_means(self._policy.train_step([*batch.micro_batches, *more], loss, self._scoring))
             result = self._with_schedules(result, rollouts.step)
-            results.append(self._with_penalties(result, kl if kl is None else kl[:, self._rollouts(share)]))
+            results.append(self._with_penalties(result, preset, None if kl is None else kl[:, self._rollouts(share)]))
             if same:
                 check_logprob_gap(result.metrics, self._max_logprob_gap)
         return results
@@ -157,7 +157,8 @@ class Trainer:
         rollouts, most = self._rollouts(share), self._preset.most_samples
         number = (rollouts.stop - rollouts.start) * most
         gaps = contrast_gaps(rows, scores, self._preset.streams, number, self._policy.replicas)
-        return gaps.view(len(gaps), -1, most)
+        groups = gaps.view(len(gaps), -1, self._config.rollout.samples_per_prompt * most)
+        return of_siblings(groups).view(len(gaps), -1, most)
 
     def _with_schedules(self, result: StepResult, step: int) -> StepResult:
         """`schedule/<s>/<key>`: the coefficients of the step."""
@@ -165,19 +166,20 @@ class Trainer:
         now = {f"schedule/{stream.name}/{one.key}": one.at(step) for stream in streams for one in stream.schedules}
         return replace(result, metrics={**result.metrics, **now})
 
-    def _with_penalties(self, result: StepResult, kl: Tensor | None) -> StepResult:
+    def _with_penalties(self, result: StepResult, preset: Preset, kl: Tensor | None) -> StepResult:
         """`loss/<s>/kl_in_reward`: what was taken off the reward of a response, mean over the step.
 
         Args:
+            preset: with the coefficients of the step.
             kl: [S, b, M] nats; None: nothing was.
         """
         if kl is None:
             return result
         means = [
-            row[:, : self._preset.num_samples(stream.trajectory)].mean().item()
-            for row, stream in zip(kl, self._preset.streams, strict=True)
+            row[:, : preset.num_samples(stream.trajectory)].mean().item()
+            for row, stream in zip(kl, preset.streams, strict=True)
         ]
-        pairs = zip(self._preset.streams, means, strict=True)
+        pairs = zip(preset.streams, means, strict=True)
         taken = {
             f"loss/{stream.name}/kl_in_reward": stream.kl_coef * mean
             for stream, mean in pairs
@@ -205,5 +207,6 @@ class Trainer:
             yield share
 
 
-def _joined(scores: ContrastScores, others: ContrastScores | None) -> ContrastScores:
-    return scores if others is None else scores.joined(others)
+def _joined(scores: ContrastScores | None, others: ContrastScores | None) -> ContrastScores:
+    none = ContrastScores({}, {}, {})
+    return (scores or none).joined(others or none)
