@@ -23,6 +23,7 @@ from tests.judge_server import serve
 from tests.workspace import PHASES, REPOSITORY, RUN_TIMEOUT, Workspace, untimed
 
 START_TIMEOUT = 300  # seconds
+PARTS = ("response", "description", "think", "answer")
 
 
 def test_the_cold_start_learned_the_layouts(finished: Workspace) -> None:
@@ -47,6 +48,12 @@ def test_the_parts_of_a_step_are_the_phases_that_are_planned(finished: Workspace
     timed = {name.removeprefix("seconds/") for entry in entries for name in entry if name.startswith("seconds/")}
     assert timed - {"first_pass", "second_pass"} == PHASES.keys(), "the passes run within the rollout"
     assert all("seconds/save" in entry for entry in entries[1:]) and "seconds/save" not in entries[0]
+
+
+def test_what_masking_the_image_changes_is_measured_in_every_step(finished: Workspace) -> None:
+    """Little: so short a cold start has not learned to read digits. What others draw is compared below."""
+    gaps = {part: [entry[f"dependency/masked/{part}"] for entry in finished.metrics("whole")] for part in PARTS}
+    assert all(len(set(values)) == 8 and all(0 < abs(value) < 1 for value in values) for values in gaps.values()), gaps
 
 
 def test_trainer_and_generator_agree_after_every_update(finished: Workspace) -> None:

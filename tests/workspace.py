@@ -36,6 +36,8 @@ class Workspace:
             *(f"data.{part}=[{data}/{part}-*.tar]" for part in ("train", "heldout", "cold_start")),
             *("rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "train.batch_size=4"),
             *("train.micro_batch_tokens=1024", "optimizer.lr=2e-4", "evaluate.verify_export=0"),
+            # drawn anew for each step, so that whoever resumes or replays must draw the same
+            *(["objective.contrast=[{name: masked, context: masked}]"] if name == "grpo" else []),
             *overrides,
         ]
 
