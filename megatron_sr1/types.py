@@ -65,6 +65,7 @@ class Prompt:
     images: tuple[Image, ...] = ()  # RGB, decoded
     source: str = ""  # the kind of question; evaluation reports by source
     metadata: Mapping[str, Any] = field(default_factory=dict)  # e.g. {"facts": ["3", "7"]}
+    given: str | None = None  # a description that is there already, in place of images
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -177,6 +178,8 @@ class Passes(NamedTuple):
 
     def of(self, prompt: Prompt) -> Passes:
         """Those of a prompt, where these are of one with images: without an image there is nothing to describe."""
+        if prompt.given is not None:
+            return self._replace(template=self.second_template, later=())
         return self if prompt.images else self._replace(template=self.plain_template, later=())
 
     def template_of(self, later: LaterPass) -> TemplateName:
@@ -196,6 +199,7 @@ class Sampling:
     later: tuple[LaterPass, ...] = (SECOND,)
     second_template: TemplateName = "caption_reasoner"
     plain_template: TemplateName = "cot"
+    reader: Reader = "policy"  # whose weights answer first passes: the policy's, or the reference's
 
     def passes_of(self, prompt: Prompt) -> Passes:
         """What a prompt is asked, see `Passes.of`."""

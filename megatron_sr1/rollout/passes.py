@@ -12,15 +12,14 @@ the same number has one. A pass that the starting weights read waits until the e
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import TYPE_CHECKING
 
+from megatron_sr1.data.shown import digest_of_images
 from megatron_sr1.rollout.later import OpenReading, ask_later
 from megatron_sr1.rollout.plan import PassPrompt, Planner, check_same_ids
 from megatron_sr1.rollout.pool import PromptPool
@@ -38,9 +37,6 @@ from megatron_sr1.types import (
     RolloutPair,
     Sampling,
 )
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 SUBMITTED_AT_A_TIME = 64  # requests, between two steps of the engine: enough to fill it soon
 PLANS_AT_A_TIME = 16  # of these requests, which wait for their images
@@ -340,7 +336,7 @@ class PassRequests:
 
     def _shown_by(self, group: int) -> str:
         if group not in self._shown:
-            self._shown[group] = _digest(self._prompts[group].images)
+            self._shown[group] = digest_of_images(self._prompts[group].images)
         return self._shown[group]
 
     def _read(self, place: tuple[int, int], asked: OpenReading, rollout: Rollout) -> None:
@@ -392,15 +388,6 @@ class PassRequests:
             queued_at=self._queued.pop(request.request_id),
             finished_at=time.perf_counter() - self._start,
         )
-
-
-def _digest(images: Sequence[Image]) -> str:
-    """Of what a prompt shows: two questions about one image show the same."""
-    digest = hashlib.blake2b()
-    for image in images:
-        digest.update(repr(image.size).encode())
-        digest.update(image.tobytes())
-    return digest.hexdigest()
 
 
 def _first_draws(keys: Sequence[str], num_samples: int) -> list[int]:

@@ -28,17 +28,18 @@ class PassPrompt:
 
 
 def plan_first(processor: Processor, prompt: Prompt, template: Template) -> PassPrompt:
-    """The first pass: question and images.
+    """The first pass: question and images, or a description in their place.
 
     Raises:
         ValueError: `template` is not one of a first pass; the model's chat template does not suit it.
     """
-    if template.reads_description:
+    if template.reads_description and prompt.given is None:
         raise ValueError(
             f"sampling.template={template.name!r} is not a first-pass template: no description is there to be read. "
             "Those without {description} are, such as see_think, cot."
         )
-    ids = processor.turn_ids(template.render(prompt.problem, len(prompt.images)), num_images=len(prompt.images))
+    turn = template.render(prompt.problem, len(prompt.images), prompt.given)
+    ids = processor.turn_ids(turn, num_images=len(prompt.images))
     grids = [processor.grid(image.size) for image in prompt.images]
     return PassPrompt(prompt.key, "first", ids, processor.expand(ids, grids), prompt.images)
 

@@ -119,7 +119,7 @@ class TwoPassGenerator:
         if not self._compared:
             with_images = [prompt for prompt in own if prompt.images][:NUM_COMPARED]
             self._compare_pixels([self._planner.first(prompt, sampling.template) for prompt in with_images])
-        self._take_back()
+        self._give_weights(sampling)
         takers = (on_group, on_question, on_first) if self._hands_on else (None, None, None)
         begins, pool = self._shared(prompts, sampling)
         requests = PassRequests(self._planner, begins, sampling, step, *takers, **self._how(sampling), pool=pool)
@@ -150,7 +150,7 @@ class TwoPassGenerator:
         if not self._compared:
             found = [prompt for place in own[:NUM_COMPARED] if (prompt := read(place)) is not None and prompt.images]
             self._compare_pixels([self._planner.first(prompt, sampling.template) for prompt in found])
-        self._take_back()
+        self._give_weights(sampling)
         order, draw = list(own), itertools.count().__next__
         if self._counter is not None and len(prompts.shares) > 1:
             self._begin_counter(self._counter)
@@ -228,6 +228,13 @@ class TwoPassGenerator:
         assert self._start_weights is not None
         self._replaced = self._engine.weight_version
         self._engine.update_weights(self._start_weights(), 0)
+
+    def _give_weights(self, sampling: Sampling) -> None:
+        """The engine gets the weights that are to answer, where it has others. Collective."""
+        if sampling.reader == "policy" or self._start_weights is None:
+            self._take_back()
+        elif self._replaced is None:
+            self._replace()
 
     def _take_back(self) -> None:
         """The engine writes with the policy's weights again. Collective."""
