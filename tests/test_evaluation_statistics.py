@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from megatron_sr1.evaluation import ks_of, pass_at_k, share_of, wilson
+from megatron_sr1.evaluation.statistics import difference_of
 
 
 @pytest.mark.parametrize(
@@ -103,3 +104,60 @@ def test_the_interval_covers_the_truth_in_95_of_100_cases() -> None:
         assert share is not None
         covered += share.low <= 0.4 <= share.high
     assert 0.93 <= covered / 1500 <= 0.97
+
+
+# ---------------------------------------------------------------- differences of paired shares
+def _table(both: int, only_first: int, only_second: int, neither: int) -> list[tuple[int, int, int]]:
+    return [(1, 1, 1)] * both + [(1, 0, 1)] * only_first + [(0, 1, 1)] * only_second + [(0, 0, 1)] * neither
+
+
+@pytest.mark.parametrize("cells", [(20, 12, 2, 16), (3, 5, 0, 2), (0, 7, 9, 4), (1, 1, 1, 1)])
+def test_a_difference_is_newcombe_s_of_its_fourfold_table(cells: tuple[int, int, int, int]) -> None:
+    """Written out with the table's phi coefficient and scipy's Wilson intervals."""
+    a, b, c, d = cells
+    n = sum(cells)
+    intervals = [binomtest(right, n).proportion_ci(method="wilson") for right in (a + b, a + c)]
+    (p, low_p, high_p), (q, low_q, high_q) = (
+        (right / n, interval.low, interval.high) for right, interval in zip((a + b, a + c), intervals, strict=True)
+    )
+    phi = (a * d - b * c) / math.sqrt((a + b) * (c + d) * (a + c) * (b + d))
+    low = p - q - math.sqrt((p - low_p) ** 2 - 2 * phi * (p - low_p) * (high_q - q) + (high_q - q) ** 2)
+    high = p - q + math.sqrt((high_p - p) ** 2 - 2 * phi * (high_p - p) * (q - low_q) + (q - low_q) ** 2)
+    found = difference_of(_table(*cells))
+    assert (found.value, found.low, found.high) == pytest.approx(((b - c) / n, low, high), abs=1e-12)
+    assert found.num_samples == n
+
+
+def test_a_difference_turned_round_has_the_interval_turned_round() -> None:
+    one = difference_of(_table(4, 9, 3, 5))
+    other = difference_of([(y, x, m) for x, y, m in _table(4, 9, 3, 5)])
+    assert (one.value, one.low, one.high) == pytest.approx((-other.value, -other.high, -other.low), abs=1e-12)
+
+
+def test_a_difference_stays_in_its_range_and_is_never_certain() -> None:
+    for cells in ((0, 8, 0, 0), (8, 0, 0, 0), (0, 0, 0, 8), (0, 0, 8, 0), (5, 0, 0, 5), (0, 1, 0, 0)):
+        found = difference_of(_table(*cells))
+        assert -1 <= found.low <= found.value <= found.high <= 1, (cells, found)
+    alike = difference_of(_table(5, 0, 0, 5))
+    assert (alike.value, alike.low) == (0.0, -alike.high), "no sample tells them apart"
+    nobody = difference_of(_table(0, 8, 0, 0))
+    assert nobody.value == 1.0 and nobody.low < 0.8, "of eight samples"
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_a_difference_covers_the_truth_as_often_as_it_says(samples: int) -> None:
+    """Second passes of chance z + 0.3 and priors of chance z, whose z is the prompt's, in its samples alike."""
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(800):
+        chances = random.choice([0.1, 0.6], 60)
+        x, y = random.binomial(samples, chances + 0.3), random.binomial(samples, chances)
+        found = difference_of([(int(a), int(b), samples) for a, b in zip(x, y, strict=True)])
+        covered += found.low <= 0.3 <= found.high
+    assert 0.93 <= covered / 800 <= 0.985
+
+
+def test_copies_of_a_sample_tell_nothing_more() -> None:
+    once = difference_of(_table(6, 9, 2, 8))
+    copied = difference_of([(4 * x, 4 * y, 4 * m) for x, y, m in _table(6, 9, 2, 8)])
+    assert (copied.low, copied.high) == pytest.approx((once.low, once.high), abs=1e-12)

@@ -1,4 +1,4 @@
-"""Shares with their uncertainty, and pass@k."""
+"""Shares and their differences with their uncertainty, and pass@k."""
 
 from __future__ import annotations
 
@@ -88,3 +88,34 @@ def share_of(counts: Sequence[tuple[int, int]]) -> Share | None:
         variance = spread / num_samples**2
         effective = num_samples if variance == 0 else min(num_samples, value * (1.0 - value) / variance)
     return Share(value, *wilson(value, effective), num_samples)
+
+
+def difference_of(counts: Sequence[tuple[int, int, int]]) -> Share:
+    """The difference p - q of two shares of the same samples, with a 95 % interval that knows that they are paired.
+
+    Newcombe's square-and-add interval (Statistics in Medicine 17 (1998) 2635), from the two shares' own intervals
+    [l_p, u_p] and [l_q, u_q], which are those of `share_of`:
+
+        low  = p - q - sqrt((p - l_p)^2 - 2 phi (p - l_p) (u_q - q) + (u_q - q)^2)
+        high = p - q + sqrt((u_p - p)^2 - 2 phi (u_p - p) (q - l_q) + (q - l_q)^2)
+
+    phi is the correlation of the two over prompts, of x_i - p m_i and y_i - q m_i; with one sample a prompt that is the
+    phi coefficient of the fourfold table. It is 0 where one of the two does not vary.
+
+    Args:
+        counts: (hits x_i, hits y_i, samples m_i > 0) of each prompt; at least one.
+    """
+    first = share_of([(x, m) for x, _, m in counts])
+    second = share_of([(y, m) for _, y, m in counts])
+    assert first is not None and second is not None
+    p, q = first.value, second.value
+    apart = [(x - p * m, y - q * m) for x, y, m in counts]
+    both = math.fsum(r * r for r, _ in apart) * math.fsum(s * s for _, s in apart)
+    phi = math.fsum(r * s for r, s in apart) / math.sqrt(both) if both > 0 else 0.0
+
+    def reach(one: float, other: float) -> float:
+        return math.sqrt(max(0.0, one * one - 2 * phi * one * other + other * other))
+
+    low = p - q - reach(p - first.low, second.high - q)
+    high = p - q + reach(first.high - p, q - second.low)
+    return Share(p - q, low, high, first.num_samples)
