@@ -104,6 +104,30 @@ def test_records_and_summary_agree(whole: Evaluations) -> None:
     assert [json.loads(line)["key"] for line in quarantine.read_text().splitlines()] == ["broken"]
 
 
+def test_controls_are_asked_of_the_same_samples(whole: Evaluations) -> None:
+    """Counted a second time, too; who lends and what is known are those of the data."""
+    records = list(read_records(whole.file("whole-evaluation", "evaluate.jsonl")))
+    summary = _tree(whole, "whole-evaluation")["summary"]
+    seen, same = [(s, r) for r in records[:12] for s in r.samples], []
+    assert not any(s.controls for r in records[12:] for s in r.samples)
+    for name in ("prior", "shuffled", "gold"):
+        answers = [(s.controls[name], r) for s, r in seen]
+        assert all(answer.right == _right(answer.response.text, r) for answer, r in answers if answer.response)
+        assert summary[f"{name}_accuracy"] == sum(answer.right for answer, _ in answers) / 24
+        assert summary[f"{name}_samples"] == 24
+    by_key = {r.key: r for r in records}
+    for number, (sample, record) in enumerate(seen):
+        answer = sample.controls["shuffled"]
+        lender = by_key[answer.lent_by]
+        assert lender.material.shown != record.material.shown and lender.samples[number % 2].description is not None
+        assert answer.same_question == (lender.problem == record.problem)
+        same.append(answer.same_question)
+    assert summary["shuffled_same_question"] == sum(same) / 24 > 0
+    second, prior = summary["second_pass_accuracy"], summary["prior_accuracy"]
+    assert summary["sufficiency"] == pytest.approx(second - prior)
+    assert len({s.controls["prior"].response.text for s, _ in seen}) > 2, "samples are drawn"
+
+
 def _right(text: str, record: Record) -> bool:
     _, box, rest = text.rpartition("\\boxed{")
     return bool(box) and grade(rest.partition("}")[0], record.answer)

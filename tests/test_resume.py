@@ -56,6 +56,7 @@ OTHER: dict[str, Any] = {
     "objective.constant_tokens": 1024,
     "objective.preset": "gdpo",
     "objective.streams": ([{"name": "visual", "loss_weight": 0.25}], {}),
+    "evaluate.controls": ("prior",),
     "objective.passes": [{"name": "blind", "context": "nothing"}],
     "objective.contrast": [{"name": "blind", "context": "no_image"}],
     "objective.template": "cot",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from megatron_sr1.config.judge import JUDGE_NUMBERS, Endpoint
 from megatron_sr1.config.rules import COUNT, COUNT_OR_NONE, Range, check_numbers, require
 
+ControlName = Literal["prior", "shuffled", "gold", "reference", "other_question"]
+CONTROLS: tuple[ControlName, ...] = get_args(ControlName)  # in the order in which they are kept and shown
 _NUMBERS = {
     "max_prompts": COUNT_OR_NONE,
     "examples": COUNT_OR_NONE,
@@ -35,6 +37,11 @@ class EvaluateConfig:
     temperature: float = 0.0  # 0: greedy
     rounded_decimals: bool = False  # true: 0.33 counts for 1/3 (two digits or more); training never counts it
     chunk_prompts: int = 512  # that passes which wait for other prompts are answered with; then a progress line
+    # of the second pass: prior, shuffled, gold, reference, other_question (docs/evaluation.md); each is a text-only
+    # answer more for every sample. Empty: none
+    controls: tuple[str, ...] = ("prior", "shuffled", "gold")
+    gold_field: str = "facts"  # field of the metadata that the control gold reads: a text, or a list
+    other_questions: str = ""  # field of the metadata that the control other_question asks first, as a pass' `question`
     judge_url: str = ""  # for example http://127.0.0.1:8000/v1; empty: no judge
     judge_model: str = ""  # the name that the endpoint knows it by
     judge_api_key_env: str = ""  # NAME of the environment variable that holds the key; empty: the endpoint needs none
@@ -48,6 +55,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_numbers("evaluate", self, _NUMBERS)
+        self._check_controls()
         require(
             self.samples == 1 or self.temperature > 0,
             "evaluate.temperature",
@@ -64,6 +72,19 @@ class EvaluateConfig:
         )
         if self.judge_url:
             self.judge.check()
+
+    def _check_controls(self) -> None:
+        unknown = [name for name in self.controls if name not in CONTROLS]
+        require(
+            not unknown and len(set(self.controls)) == len(self.controls),
+            "evaluate.controls",
+            list(self.controls),
+            f"some of {', '.join(CONTROLS)}, each once",
+            "Set it to [] for none.",
+        )
+        require(
+            bool(self.gold_field), "evaluate.gold_field", self.gold_field, "a field's name", "facts is the common one."
+        )
 
     @property
     def judge(self) -> Endpoint:

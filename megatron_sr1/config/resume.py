@@ -111,6 +111,9 @@ RULES: Mapping[str, Rule] = {
     "evaluate.temperature": "refused",
     "evaluate.rounded_decimals": "refused",
     "evaluate.verify_export": "takes effect",
+    "evaluate.controls": "takes effect",
+    "evaluate.gold_field": "takes effect",
+    "evaluate.other_questions": "takes effect",
     "track": "free",
 }
 _STEP = re.compile(r"step_(\d{6,})")

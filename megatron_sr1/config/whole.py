@@ -78,6 +78,15 @@ class Config:
             f"a divisor of the {stage_ranks} ranks of a pipeline stage",
             "Experts are shared by the ranks of one stage.",
         )
+        require(
+            "reference" not in self.evaluate.controls
+            or not self.model.megatron_dir
+            or bool(self.objective.reference_dir),
+            "model.megatron_dir",
+            self.model.megatron_dir,
+            "empty where evaluate.controls has reference, which the starting weights read, those of model.hf_dir",
+            "Convert it with megatron-sr1 convert megatron-to-hf, and name the folder in objective.reference_dir.",
+        )
         each = self.rollout.samples_per_prompt
         require(
             self.train.batch_size * each >= self.data_ranks,

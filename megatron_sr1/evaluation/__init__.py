@@ -1,5 +1,6 @@
 """Evaluation: records of what was answered, their numbers with confidence intervals, and the judge."""
 
+from megatron_sr1.evaluation.control_table import print_controls
 from megatron_sr1.evaluation.identity import (
     Identity,
     check_identity,
@@ -43,6 +44,7 @@ __all__ = [
     "ks_of",
     "model_digest",
     "pass_at_k",
+    "print_controls",
     "print_sources",
     "read_records",
     "record_of",

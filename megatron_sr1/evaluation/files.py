@@ -43,9 +43,15 @@ class EvaluationFiles:
         """The folder of what is not finished, see `parts.py`."""
         return self.run_folder / "eval" / "parts" / self.label
 
+    @property
+    def control_parts(self) -> Path:
+        """The folder of answers to controls that are not in the records yet, see `control_parts.py`."""
+        return self.run_folder / "eval" / "parts" / f"{self.label}.controls"
+
     def remove(self) -> None:
-        """All of them, and the verdicts that are not in the records yet."""
-        RecordParts(self.parts).remove()
+        """All of them, and the verdicts and answers that are not in the records yet."""
+        for folder in (self.parts, self.control_parts):
+            RecordParts(folder).remove()
         for path in (self.summary, self.records, self.records.with_suffix(".verdicts.jsonl"), self.identity):
             path.unlink(missing_ok=True)
 
@@ -68,7 +74,7 @@ def write_summary(
 ) -> tuple[Numbers, Mapping[str, Numbers]]:
     """Writes `eval/<label>.json` from the records and returns its numbers, overall and by source."""
     judge = settings.judge_model if settings.judge_url else ""
-    summary, by_source = summarise_records(read_records(files.records), judge)
+    summary, by_source = summarise_records(read_records(files.records), judge, settings.controls)
     prompts = heldout.first(settings.examples)
     (files.run_folder / "eval" / "images").mkdir(parents=True, exist_ok=True)
     shown = enumerate(zip(prompts, read_records(files.records), strict=False))
@@ -78,6 +84,7 @@ def write_summary(
         "summary": summary,
         "by_source": by_source,
         "judge": judge or None,
+        "controls": list(settings.controls),
         "made_of": dict(identity),
         "examples": [_example(files.run_folder, index, *pair) for index, pair in shown],
     }

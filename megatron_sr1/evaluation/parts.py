@@ -40,7 +40,11 @@ class PartWriter:
 
     def add(self, index: int, record: Record) -> None:
         """Appends a line; after a kill it is there."""
-        line = json_line({"index": index, "record": asdict(record)})
+        self.write({"index": index, "record": asdict(record)})
+
+    def write(self, fields: Mapping[str, Any]) -> None:
+        """The same for a line of anything else."""
+        line = json_line(fields)
         with self._lock:
             self._file.write(line)
             self._file.flush()

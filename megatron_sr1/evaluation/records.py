@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from megatron_sr1.data.yes_no import WORDS, YesNo, gold_word, yes_no_of
 from megatron_sr1.prompts import SEE_THINK, Template
 from megatron_sr1.rewards import faithful, grade
-from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, TemplateName
+from megatron_sr1.types import Prompt, Question, Rollout, RolloutGroup, RolloutPair, TemplateName
 
 Element = TypeVar("Element")
 
@@ -40,6 +40,26 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class ControlAnswer:
+    """What a control of the second pass led to, see `controls.py`."""
+
+    response: Response | None  # None: the engine does not take it, or the gold text is longer than a description may be
+    right: bool
+    lent_by: str = ""  # key of the sample whose description was read, or whose question was asked
+    same_question: bool | None = None  # whether it has described for this question; None: no description was lent
+    reader: str = ""  # model directory of the start, where that has read; "": the policy has
+
+
+@dataclass(frozen=True)
+class Material:
+    """What controls need of a prompt beyond its record."""
+
+    shown: str  # digest of its images
+    gold: str | None = None  # what the metadata says that they show
+    questions: tuple[Question, ...] = ()  # others about them, of the metadata
+
+
+@dataclass(frozen=True)
 class Sample:
     """One sample of a prompt. `second` and `judge` are None where there is none, whatever the reason."""
 
@@ -54,6 +74,7 @@ class Sample:
     judge: Verdict | None = None
     further: Mapping[str, tuple[Response, ...]] = field(default_factory=dict)  # the other later passes, by name
     said: str | None = None  # yes, no, or "" for neither, and the gold exactly where acc is 1; None: another question
+    controls: Mapping[str, ControlAnswer] = field(default_factory=dict)  # by name
 
 
 @dataclass(frozen=True)
@@ -73,6 +94,7 @@ class Record:
     described: bool = False  # whether a description was asked for; without, there is nothing that could suffice or leak
     second_pass: bool = True  # whether one is asked for where there is a description
     yes_no: YesNo | None = None  # how its answers are counted, where it is a yes-or-no question
+    material: Material | None = None  # None: no second pass, or a record of an earlier release
 
 
 def record_of(
@@ -83,6 +105,7 @@ def record_of(
     ends_chunk: bool,
     *,
     second_pass: bool = True,
+    material: Material | None = None,
 ) -> Record:
     """
     Args:
@@ -116,6 +139,7 @@ def record_of(
         template.describes is not None,
         second_pass,
         yes_no,
+        material,
     )
 
 
@@ -150,7 +174,7 @@ def read_records(path: Path) -> Iterator[Record]:
     Raises:
         ValueError: another line is not a record; the message names file and line.
     """
-    for record, _ in whole_lines(path, _record):
+    for record, _ in whole_lines(path, read_record):
         yield record
 
 
@@ -164,7 +188,7 @@ def drop_unfinished(path: Path, made_of: str) -> list[str]:
         return []
     keys: list[str] = []
     num_kept = end_kept = 0
-    for record, end in whole_lines(path, _record):
+    for record, end in whole_lines(path, read_record):
         if record.made_of != made_of:
             raise ValueError(other_evaluation(path, record.key, record.made_of, made_of))
         keys.append(record.key)
@@ -205,12 +229,14 @@ def whole_lines(path: Path, read: Callable[[Any], Element]) -> Iterator[tuple[El
             yield found, end
 
 
-def _record(fields: dict[str, Any]) -> Record:
+def read_record(fields: dict[str, Any]) -> Record:
+    """Of the JSON of its line. Raises ValueError, KeyError or TypeError where it is none."""
     samples = tuple(map(_read_sample, fields["samples"]))
     described = fields.get("described", fields["template"] == SEE_THINK.name)  # records of earlier releases do not say
     choices = tuple(fields.get("choices", ()))
     yes_no = None if fields.get("yes_no") is None else YesNo(**fields["yes_no"])
     read = {"samples": samples, "choices": choices, "described": described, "yes_no": yes_no}
+    read["material"] = _read_material(fields.get("material"))
     return Record(**{**fields, **read})
 
 
@@ -224,8 +250,22 @@ def _read_sample(fields: dict[str, Any]) -> Sample:
             name: tuple(Response(**response) for response in responses)
             for name, responses in fields.get("further", {}).items()
         },
+        "controls": {name: read_control(answer) for name, answer in fields.get("controls", {}).items()},
     }
     return Sample(**{**fields, **parts})
+
+
+def _read_material(fields: dict[str, Any] | None) -> Material | None:
+    if fields is None:
+        return None
+    asked = (Question(one["problem"], one["answer"], tuple(one["choices"])) for one in fields["questions"])
+    return Material(**{**fields, "questions": tuple(asked)})
+
+
+def read_control(fields: dict[str, Any]) -> ControlAnswer:
+    """Of the JSON that `asdict` makes of it."""
+    response = fields["response"]
+    return ControlAnswer(**{**fields, "response": None if response is None else Response(**response)})
 
 
 def _sample(pair: RolloutPair, prompt: Prompt, rewards: Mapping[str, float]) -> Sample:

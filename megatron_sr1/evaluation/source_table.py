@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_sr1.evaluation.percent import percent, with_interval
 from megatron_sr1.evaluation.summary import Numbers
 
 _COLUMNS = (  # (number, title)
@@ -44,13 +45,13 @@ def print_sources(console: Console, summary: Numbers, by_source: Mapping[str, Nu
     rows = {**{source or "(no source)": numbers for source, numbers in by_source.items()}, "all": summary}
     for name, numbers in rows.items():
         cells = [
-            _with_interval(numbers, share) if share == "accuracy" else _percent(numbers[share]) for share, _ in shares
+            with_interval(numbers, share) if share == "accuracy" else percent(numbers[share]) for share, _ in shares
         ]
         tokens = "–" if numbers["first_tokens"] is None else f"{numbers['first_tokens']:.0f}"
-        passing = [_percent(numbers.get(share)) for share in passes]
+        passing = [percent(numbers.get(share)) for share in passes]
         table.add_row(Text(name), *cells, *passing, tokens, f"{numbers['num_prompts']:.0f}")
     if summary["macro_accuracy"] is not None and sum("/" not in source for source in by_source) > 1:
-        table.caption = f"mean accuracy of the benchmarks, each counted the same: {_percent(summary['macro_accuracy'])}"
+        table.caption = f"mean accuracy of the benchmarks, each counted the same: {percent(summary['macro_accuracy'])}"
         table.caption_justify = "left"
     console.print(table)
     asked = {name: numbers for name, numbers in rows.items() if "undecided" in numbers}
@@ -68,19 +69,9 @@ def _yes_no_table(rows: Mapping[str, Numbers]) -> Table:
         table.add_column(title, justify="right", min_width=len(title))
     table.add_column("prompts", justify="right")
     for source, numbers in rows.items():
-        table.add_row(
-            Text(source), *(_percent(numbers.get(name)) for name, _ in shown), f"{numbers['num_prompts']:.0f}"
-        )
+        table.add_row(Text(source), *(percent(numbers.get(name)) for name, _ in shown), f"{numbers['num_prompts']:.0f}")
     table.caption = "neither: an answer that is neither yes nor no; it is wrong"
     if any(name == "precision" for name, _ in shown):
         table.caption += "\nprecision, recall, F1: of yes in POPE, of no in AMBER"
     table.caption_justify = "left"
     return table
-
-
-def _with_interval(numbers: Numbers, name: str) -> str:
-    return f"{_percent(numbers[name])} [{_percent(numbers[f'{name}_low'])}, {_percent(numbers[f'{name}_high'])}]"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"

@@ -10,6 +10,7 @@
     format                    the first response follows its layout
     reward/<name>             the mean of a reward of the user's own
     precision, qAcc ...       of yes-or-no questions, see `yes_no.py`
+    prior_accuracy, sufficiency ...   of controls, see `control_tally.py`
 
 Of prompts without images, and of templates that ask for no description, only accuracy, format, pass@k and lengths are
 measured: there is no description that could suffice, leak or be faithful. A share that no sample counts for is None.
@@ -18,8 +19,9 @@ measured: there is no description that could suffice, leak or be faithful. A sha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
+from megatron_sr1.evaluation.control_tally import ControlTally
 from megatron_sr1.evaluation.records import Record, Response, Sample
 from megatron_sr1.evaluation.statistics import ks_of, pass_at_k, share_of
 from megatron_sr1.evaluation.yes_no import YesNoTally
@@ -29,7 +31,9 @@ Hit = bool | None  # None: the sample does not count
 Numbers = dict[str, float | None]
 
 
-def summarise_records(records: Iterable[Record], judge_model: str = "") -> tuple[Numbers, dict[str, Numbers]]:
+def summarise_records(
+    records: Iterable[Record], judge_model: str = "", controls: Sequence[str] = ()
+) -> tuple[Numbers, dict[str, Numbers]]:
     """The numbers of all records and of each source, sources sorted.
 
     A source may have parts, as in `mmmu/Art`; then `mmmu` has numbers too, of all its parts. `macro_accuracy` is the
@@ -37,13 +41,14 @@ def summarise_records(records: Iterable[Record], judge_model: str = "") -> tuple
 
     Args:
         judge_model: whose verdicts count; empty: there is no judge, and its numbers are left out.
+        controls: whose answers count.
     """
-    everything, by_source = Tally(judge_model), {}
+    everything, by_source = Tally(judge_model, controls), {}
     for record in records:
         everything.add(record)
         parts = record.source.split("/")
         for depth in range(1, len(parts) + 1):
-            by_source.setdefault("/".join(parts[:depth]), Tally(judge_model)).add(record)
+            by_source.setdefault("/".join(parts[:depth]), Tally(judge_model, controls)).add(record)
     numbers = {source: by_source[source].numbers() for source in sorted(by_source)}
     benchmarks = [values["accuracy"] for source, values in numbers.items() if "/" not in source]
     known = [accuracy for accuracy in benchmarks if accuracy is not None]
@@ -56,7 +61,7 @@ _LATER = "acc_vis."  # a later pass is right: rewards are shown so
 class Tally:
     """Counts the samples of some prompts; what it holds does not grow with their texts."""
 
-    def __init__(self, judge_model: str = "") -> None:
+    def __init__(self, judge_model: str = "", controls: Sequence[str] = ()) -> None:
         self._judge_model = judge_model
         self._hits: dict[str, list[tuple[int, int]]] = {
             name: [] for name in [*_SHARES, *(_JUDGED if judge_model else ())]
@@ -64,6 +69,7 @@ class Tally:
         self._right: list[tuple[int, int]] = []  # (samples, right ones) of each prompt
         self._lengths = {"first": _Lengths(), "second": _Lengths()}
         self._yes_no = YesNoTally()
+        self._controls = ControlTally(controls)
         self._unjudged = 0
         self._users: dict[str, list[float]] = {}  # values of the user's rewards, and of other later passes
         self._missing: dict[str, list[float]] = {}  # of these passes, whether they could not be asked
@@ -75,6 +81,7 @@ class Tally:
             known = [hit for hit in hits if hit is not None]
             counts.append((sum(known), len(known)))
         self._yes_no.add(record)
+        self._controls.add(record)
         self._right.append((len(record.samples), sum(_accuracy(sample, record) is True for sample in record.samples)))
         for sample in record.samples:
             self._lengths["first"].add(sample.first)
@@ -101,6 +108,7 @@ class Tally:
             for k in ks_of(fewest):
                 numbers[f"pass@{k}"] = _mean([pass_at_k(samples, right, k) for samples, right in self._right])
         numbers |= self._yes_no.numbers()
+        numbers |= self._controls.numbers()
         for name, lengths in self._lengths.items():
             numbers |= lengths.numbers(name)
         numbers |= {f"reward/{name}": _mean(values) for name, values in sorted(self._users.items())}

@@ -16,7 +16,9 @@ from megatron_sr1.evaluation import read_records, record_of, replace_lines
 from megatron_sr1.evaluation.files import EvaluationFiles
 from megatron_sr1.evaluation.heldout import Heldout
 from megatron_sr1.evaluation.parts import PartWriter, RecordParts
+from megatron_sr1.evaluation.records import Material
 from megatron_sr1.import_path import is_import_path
+from megatron_sr1.loops.control_material import material_of
 from megatron_sr1.loops.generation import engine_ranks
 from megatron_sr1.loops.run import Run
 from megatron_sr1.rewards import (
@@ -34,7 +36,7 @@ from megatron_sr1.rewards.judged import JudgedRewards
 from megatron_sr1.rewards.reading import EndpointReadings
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.streams import Preset, preset_of
-from megatron_sr1.types import SECOND, Generator, OnQuestion, RolloutGroup, Sampling
+from megatron_sr1.types import SECOND, Generator, OnQuestion, Prompt, RolloutGroup, Sampling
 
 _WAITING = 64  # groups that are graded or wait for it
 _THREADS = 4  # that grade; also of what waits for an endpoint
@@ -211,10 +213,20 @@ class Grading:
             return
         assert not isinstance(whole, Ungraded)
         template, second = self._preset.asked.of(group.prompt).first, {"second_pass": self._second_pass}
-        record = record_of(whole, template, _shown(graded), self._made_of, ends_chunk=False, **second)
+        material = self._material(group.prompt)
+        record = record_of(
+            whole, template, _shown(graded), self._made_of, ends_chunk=False, material=material, **second
+        )
         self._writer.add(group.group_id, record)
         if self._readings is not None:
             self._readings.forget(group.group_id)
+
+    def _material(self, prompt: Prompt) -> Material | None:
+        """For controls; None where there is no second pass."""
+        settings = self._settings
+        if not (prompt.images and self._preset.described and self._second_pass):
+            return None
+        return material_of(prompt, settings.gold_field, settings.other_questions)
 
     def _graded(self, group: RolloutGroup) -> Vectors | Ungraded:
         """By our rewards, whatever is trained on, and by those of the user's own that are."""

@@ -25,6 +25,7 @@ from megatron_sr1.evaluation import (
     judge_records,
     keep_identity,
     model_digest,
+    print_controls,
     print_sources,
 )
 from megatron_sr1.evaluation.best import best_step, measured
@@ -34,6 +35,8 @@ from megatron_sr1.evaluation.parts import RecordParts
 from megatron_sr1.import_path import is_import_path, source_digest
 from megatron_sr1.judge import Judge
 from megatron_sr1.loops.answering import answer, evaluation_sampling
+from megatron_sr1.loops.control_material import check_material
+from megatron_sr1.loops.controls import ask_controls, chosen_controls
 from megatron_sr1.loops.generation import build_generator, engine_ranks, prompt_check
 from megatron_sr1.loops.run import Run, open_run
 from megatron_sr1.platform import Platform
@@ -44,9 +47,10 @@ from megatron_sr1.rewards import (
 )
 from megatron_sr1.rollout import deal_prompts
 from megatron_sr1.streams import Preset, own_code, preset_of
-from megatron_sr1.types import SECOND, Generator, RolloutGroup
+from megatron_sr1.types import SECOND, Generator, Prompt, RolloutGroup, SftSample
 
 _RECORDED = ("max_prompts", "samples", "temperature", "chunk_prompts", "rounded_decimals")
+_FIELDS = {"gold_field": "facts", "other_questions": ""}  # with what earlier releases would have read
 _PIXELS = ("min_pixels", "max_pixels")
 _LOG_WIDTH = 120  # characters of a table in a file
 
@@ -74,13 +78,17 @@ def run_evaluate(config: Config, platform: Platform, *, restart: bool = False) -
         run.accept()
         engines = functools.cache(lambda: build_generator(run))  # not where all is answered
         answer(run, engines, heldout, files, digest_of(identity), 0, recorded, parts)
+        reader = config.objective.reference_dir
+        ask_controls(run, engines, files, 0, reader)
         if platform.is_main:  # the others are done: no collective may wait for a judge
             if settings.judge_url:
                 _judge(run, files, settings)
+            settings = replace(settings, controls=chosen_controls(config, reader))
             summary, by_source = write_summary(files, identity, heldout, settings, 0)
             console = Console() if Console().is_terminal else Console(width=_LOG_WIDTH)
             print_table(console, summary_rows(run.folder))
             print_sources(console, summary, by_source)
+            print_controls(console, summary, by_source)
 
 
 class Evaluations:
@@ -156,6 +164,7 @@ def evaluate(run: Run, generator: Generator, heldout: Heldout, *, label: str, st
         files.remove()
         keep_identity(files.identity, identity)
     answers = answer(run, lambda: generator, heldout, files, digest_of(identity), step)
+    ask_controls(run, lambda: generator, files, step, run.config.objective.reference_dir or run.config.model.hf_dir)
     if run.platform.is_main:
         write_summary(files, identity, heldout, replace(run.config.evaluate, judge_url=""), step)
     return answers
@@ -172,7 +181,13 @@ def heldout_prompts(run: Run) -> Heldout:
     dataset = open_dataset(config.data, "heldout", quarantine)
     preset = preset_of(config)
     run.planner.check(preset.passes)
-    check = prompt_check(run.planner, preset.passes.of)
+    fits, fields = prompt_check(run.planner, preset.passes.of), [getattr(config.evaluate, name) for name in _FIELDS]
+
+    def check(sample: Prompt | SftSample) -> None:
+        fits(sample)
+        if isinstance(sample, Prompt):
+            check_material(sample, *fields)
+
     heldout = Heldout(dataset, quarantine, config.evaluate.max_prompts, check, ranks=run.platform.ranks)
     heldout.divide(engine_ranks(run), partial(deal_prompts, run.processor, evaluation_sampling(config, preset)))
     heldout.check_images(config.rollout.max_images)
@@ -211,6 +226,7 @@ def _identity(config: Config, heldout: Heldout, model: str) -> Identity:
         "rollout.max_response_tokens": rollout.max_response_tokens,
         "rollout.max_description_tokens": rollout.max_description_tokens,
         **{f"evaluate.{name}": getattr(settings, name) for name in _RECORDED},
+        **{f"evaluate.{name}": value for name in _FIELDS if (value := getattr(settings, name)) != _FIELDS[name]},
     }
 
 
