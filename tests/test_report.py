@@ -136,6 +136,25 @@ def test_table_has_before_then_after_with_differences(page) -> None:
     assert page.tables["sources"][1] == ["sum<2>", "50.0", "75.0", "40"]
 
 
+def test_controls_have_a_table_where_they_were_asked(page, run_dir, tmp_path) -> None:
+    assert "controls" not in page.tables
+    path = run_dir / "eval" / "after.json"
+    tree = json.loads(path.read_text())
+    tree["summary"] |= {
+        "prior_accuracy": 0.125,
+        "sufficiency": 0.125,
+        "sufficiency_low": -0.01,
+        "sufficiency_high": 0.26,
+        "shuffled_accuracy": 0.2,
+        "shuffled_same_question": 1.0,
+    }
+    path.write_text(json.dumps(tree))
+    write_report([run_dir], tmp_path / "r.html")
+    head, after = Page((tmp_path / "r.html").read_text(encoding="utf-8")).tables["controls"]
+    assert head == ["", "second pass", "prior", "sufficiency", "shuffled", "same question"]
+    assert after == ["after step 30", "25.0", "12.5", "12.5 -1.0 – 26.0", "20.0", "100.0"]
+
+
 def test_page_needs_nothing_from_outside(page) -> None:
     addresses = [a["src"] for a in page.of("img")] + [a["srcset"] for a in page.of("source")]
     assert addresses and all(address.startswith("data:image/png;base64,") for address in addresses)

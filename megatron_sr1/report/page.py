@@ -7,6 +7,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from megatron_sr1.report.controls_section import controls_section
 from megatron_sr1.report.examples import examples_section
 from megatron_sr1.report.plots import CHARTS, Chart, draw_chart
 from megatron_sr1.report.runs import ReportedRun, read_run
@@ -27,7 +28,8 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> list[SummaryRow]:
         raise ValueError("a report needs at least one run folder.")
     runs = [read_run(path) for path in run_dirs]
     rows = comparison_rows(runs)
-    sections = (summary_section(rows), _sources_section(rows), _curves_section(runs), examples_section(runs))
+    tables = (summary_section(rows), controls_section(rows), _sources_section(rows))
+    sections = (*tables, _curves_section(runs), examples_section(runs))
     title = " · ".join(run.name for run in runs)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page(title, (*sections, config_section(runs))), encoding="utf-8")
