@@ -89,7 +89,7 @@ class Evaluated:
         for group in generator(engine, max_description).generate(whole(prompts), sampling(num_samples=num_samples), 0):
             shows, asked = bool(group.prompt.images), OURS.of(group.prompt)
             material = material_of(group.prompt, *fields) if shows else None
-            rewards = score_group(group, own_rewards(shows), asked=asked)
+            rewards: Any = score_group(group, own_rewards(shows), asked=asked)
             records.append(record_of(group, asked.first, rewards, MADE_OF, False, material=material))
         self.files.records.parent.mkdir(parents=True)
         replace_records(self.files.records, records)

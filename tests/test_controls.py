@@ -19,6 +19,7 @@ from megatron_sr1.evaluation import Record, print_controls, read_records, replac
 from megatron_sr1.evaluation.controls import ControlTasks
 from megatron_sr1.evaluation.records import ControlAnswer, Material, Response
 from megatron_sr1.loops.control_material import check_material, gold_text, material_of
+from megatron_sr1.loops.evaluate import _identity
 from megatron_sr1.types import Prompt, Question
 
 from .control_cases import Evaluated, Reader
@@ -101,6 +102,22 @@ def test_each_control_reads_and_asks_what_its_name_says(evaluated: tuple[Evaluat
     assert bare == before, "nothing else of a record has changed"
 
 
+def test_the_same_image_lends_no_description_and_the_same_question_no_question(tmp_path: Path) -> None:
+    """a, b and d show one image; of them a and b ask the same, as c does of another."""
+    engine = Reader(lambda given, problem: "1", lambda request_id: SEEN.format(request_id))
+    prompts = [
+        shown("a", b"1"),
+        shown("b", b"1"),
+        shown("c", b"2"),
+        replace(shown("d", b"1"), problem="Red?", answer="red"),
+    ]
+    records = Evaluated(tmp_path, prompts, engine, ALL).ask(engine, reader="start")
+    lent = {key: (one.lent_by, one.same_question) for key, one in _answers(records, "shuffled").items() if one}
+    assert lent == {"a": ("c", True), "b": ("c", True), "c": ("a", True), "d": ("c", False)}
+    asked = {key: one.lent_by for key, one in _answers(records, "other_question").items() if one}
+    assert asked == {"a": "d", "b": "d", "d": "a"}
+
+
 def test_the_numbers_are_those_counted_by_hand(evaluated: tuple[Evaluated, Reader]) -> None:
     evaluation, engine = evaluated
     records = evaluation.ask(engine, reader="start")
@@ -128,7 +145,7 @@ def test_the_numbers_are_those_counted_by_hand(evaluated: tuple[Evaluated, Reade
 def test_the_table_has_a_row_per_source_that_was_asked(evaluated: tuple[Evaluated, Reader]) -> None:
     evaluation, engine = evaluated
     records = evaluation.ask(engine, "evaluate.controls=[prior,shuffled,gold]")
-    numbers = summarise_records(records[:4], controls=("prior", "shuffled", "gold"))
+    numbers: Any = summarise_records(records[:4], controls=("prior", "shuffled", "gold"))
     by_source = {"x": numbers[0], "y": summarise_records(records[5:])[0]}
     console = Console(width=120, record=True, file=io.StringIO())
     print_controls(console, numbers[0], by_source)
@@ -144,7 +161,7 @@ def test_the_table_has_a_row_per_source_that_was_asked(evaluated: tuple[Evaluate
 def test_the_starting_weights_read_last_and_the_policy_reads_the_rest(tmp_path: Path) -> None:
     engine = Reader(_reads, _first)
     evaluation = Evaluated(tmp_path, _prompts(), engine, "evaluate.controls=[reference,prior]")
-    weights = {"weights": {"policy": 9}.items, "start_weights": {"start": 0}.items}
+    weights: dict[str, Any] = {"weights": {"policy": 9}.items, "start_weights": {"start": 0}.items}
     records = evaluation.ask(engine, reader="begun/with", **weights)
     assert engine.versions == [9] * 5 + [0] * 4 and [given for given, _ in engine.asked[:5]] == [None] * 5
     answers = [one for one in _answers(records, "reference").values() if one is not None]
@@ -354,6 +371,18 @@ def test_material_comes_back_as_it_went(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- the configuration
+def test_an_evaluation_is_another_by_the_fields_of_its_records_and_not_by_its_controls() -> None:
+    class Data:
+        fingerprint = "f"
+
+    def identity(*words: str) -> dict[str, Any]:
+        return dict(_identity(load_config(None, list(words)), Data(), "m"))  # type: ignore[arg-type]
+
+    assert identity(ALL) == identity("evaluate.controls=[]") == identity(), "as earlier releases kept it"
+    other = identity("evaluate.gold_field=seen", "evaluate.other_questions=others")
+    assert other == {**identity(), "evaluate.gold_field": "seen", "evaluate.other_questions": "others"}
+
+
 @pytest.mark.parametrize(
     ("words", "refused"),
     [

@@ -6,15 +6,18 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_sr1.config import Config, ConfigError, load_config
-from megatron_sr1.evaluation import digest_of, record_of
-from megatron_sr1.evaluation.records import read_records
+from megatron_sr1.evaluation import digest_of, record_of, replace_records
+from megatron_sr1.evaluation.files import EvaluationFiles
+from megatron_sr1.evaluation.records import Material, read_records
 from megatron_sr1.evaluation.summary import summarise_records
 from megatron_sr1.evaluation.verdicts import judge_records
+from megatron_sr1.loops.controls import ask_controls
 from megatron_sr1.loops.evaluate import _identity
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import COT, OURS, SEE_THINK, templates_of
@@ -41,6 +44,7 @@ from megatron_sr1.types import (
     Sampling,
     SftSample,
 )
+from tests.control_cases import OnThreads
 from tests.data_cases import picture
 from tests.evaluation_cases import append_records
 from tests.scripted_engine import IMAGE, Letters, ScriptedEngine, prompt
@@ -236,6 +240,31 @@ def test_an_evaluation_knows_its_templates(config: Config) -> None:
     assert len(digests) == 3
     default = dict(_identity(Config(), Data(), "m"))  # type: ignore[arg-type]
     assert "the templates" not in default and "model.system_prompt" not in default, "as earlier releases kept it"
+
+
+def test_controls_are_asked_and_read_by_the_templates(config: Config, preset: Preset, tmp_path: Path) -> None:
+    """The plain one answers on its last line, the second as JSON; the first's answers are in a tag."""
+    settings = replace(config.evaluate, controls=("prior", "gold"))
+    small = replace(config.rollout, max_response_tokens=90, max_description_tokens=50, max_model_tokens=1000)
+    engine = ScriptedEngine(lambda request_id: AGAIN if engine.prompts[request_id].startswith("S: ") else PLAIN)
+    made = group()
+    vectors: Any = score_group(made, own_rewards(described=True), asked=preset.asked)
+    material = Material("shown", "7 and 3")
+    files = EvaluationFiles(tmp_path, "evaluate")
+    files.records.parent.mkdir()
+    replace_records(
+        files.records, [record_of(made, preset.asked.first, vectors, "m", ends_chunk=True, material=material)]
+    )
+    run: Any = SimpleNamespace(
+        config=replace(config, evaluate=settings, rollout=small),
+        platform=OnThreads(),
+        planner=Planner(Letters(), Limits(90, 1000, 50), templates_of(config)),  # type: ignore[arg-type]
+        say=lambda text: None,
+    )
+    ask_controls(run, lambda: TwoPassGenerator(engine, run.planner, slots=1), files, 0, "")
+    assert set(engine.prompts.values()) == {"S: 7 and 3 Q: 3 + 7?", "[Look well.]Q: 3 + 7? Look."}
+    (kept,) = read_records(files.records)
+    assert {name: answer.right for name, answer in kept.samples[0].controls.items()} == {"prior": True, "gold": True}
 
 
 def test_records_say_whether_a_description_was_asked_for(preset: Preset, tmp_path: Path) -> None:

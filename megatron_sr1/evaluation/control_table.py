@@ -37,6 +37,8 @@ def print_controls(console: Console, summary: Numbers, by_source: Mapping[str, N
     table.caption = "sufficiency: second pass minus prior"
     if "shuffled" in asked:
         table.caption += "; same question: of the descriptions that shuffled read"
+    if {"reference", "other_question"} & set(asked):
+        table.caption += "\nsecond reader, other question: of the samples that describe something"
     table.caption_justify = "left"
     console.print(table)
 
