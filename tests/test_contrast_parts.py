@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from megatron_sr1.config import ConfigError, ObjectiveConfig, load_config
+from megatron_sr1.loops.generation import contrast_check
 from megatron_sr1.objective import dependency, divergence, response_weights, token_weighting
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
@@ -277,6 +278,43 @@ def test_a_description_is_told_as_far_as_one_may_be_and_as_a_row_has_room(tiny_m
         assert (make.sequence(Contrast("told", "description"), sequence, described, "a", -1) is not None) is fits
 
 
+class Listening(PolicyOfNobody):
+    """Keeps what it is asked to score."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0, 0.0)
+        self.asked: list[Any] = []
+
+    def logprobs(self, batches: Any, scoring: Any) -> Any:
+        self.asked += batches
+        return super().logprobs(batches, scoring)
+
+
+def test_the_metadata_may_stand_for_the_image(tiny_model_dir: str) -> None:
+    """Each prompt's own text, where its image was; a prompt without an image needs none."""
+    words = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "train.batch_size=2", "objective.kl_coef=0"]
+    gold = "objective.contrast=[{name: gold, context: metadata, field: facts}]"
+    config = load_config(None, [*words, "objective.preset=see_think", gold, "objective.max_logprob_gap=9"])
+    processor, preset = Processor.from_pretrained(tiny_model_dir), preset_of(config)
+    groups = [
+        replace(group, prompt=replace(group.prompt, metadata={"facts": facts}))
+        for group, facts in zip(two_groups(processor), (["3", "7"], ["9", "1"]), strict=True)
+    ]
+    made, policy = Recorder.of(preset, 2, processor, "train"), Listening()
+    rollouts = rollouts_of(groups, None, preset, made)
+    Trainer(config, cast(Policy, policy), preset, processor).update(rollouts)
+    text = "".join(processor.decode(batch.input_ids.tolist()) for batch in policy.asked)
+    assert text.count("3, 7") == 1 and text.count("9, 1") == 1, "of two siblings each, who share it"
+    assert not any(batch.images for batch in policy.asked)
+    check = contrast_check(preset, lambda sample: None)
+    for group in groups:
+        check(group.prompt)
+        check(replace(group.prompt, images=(), metadata={}))
+        for bad in ({}, {"facts": []}, {"facts": " "}, {"facts": [3]}):
+            with pytest.raises(ValueError, match=rf"sample '{group.prompt.key}': the contrast 'gold' reads.*'facts'"):
+                check(replace(group.prompt, metadata=bad))
+
+
 def test_prompts_of_two_data_sets_may_have_one_key(tiny_model_dir: str) -> None:
     """Each is masked in its own image: of other sizes here, so that one for both would not even fit."""
     processor = Processor.from_pretrained(tiny_model_dir)
@@ -396,6 +434,9 @@ _BLIND = "objective.contrast=[{name: blind, context: no_image}]"
         ),
         (["objective.contrast=[blind]"], r"contrast\[0\]='blind'"),
         (["objective.contrast=[{context: no_image}]"], r"contrast\[0\].name=None"),
+        (["objective.contrast=[{name: a, context: metadata}]"], r"\(a\).field=None.*given where context is metadata"),
+        (["objective.contrast=[{name: a, context: noise, field: facts}]"], r"\(a\).field='facts'.*nowhere else"),
+        (["objective.contrast=[{name: a, context: metadata, field: 3}]"], r"\(a\).field=3"),
         (["objective.contrast=[{name: _}]"], r"contrast\[0\].name='_'"),
         ([_BLIND, "objective.streams=[{name: answer, contrast: blind}]"], "makes nothing of it"),
         (["objective.contrast=[{name: a-b}]"], r"contrast\[0\].name='a-b'"),

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from megatron_sr1.config.rules import Range, known_key, require
 from megatron_sr1.types import ContrastContext, ContrastWeights
 
-KEYS = ("name", "context", "share", "weights")
+KEYS = ("name", "context", "share", "field", "weights")
 _EXAMPLE = "Write {name: blind, context: no_image}."
 _SHARE = Range(0, 1, above=True)
 
@@ -18,7 +18,7 @@ def check_contrasts(contrasts: Sequence[Any]) -> None:
     """
     Raises:
         ConfigError: an entry is no mapping, has no name or the name of another, an unknown key, a value that is not
-            allowed, or a share without patches that are masked.
+            allowed, a share without patches that are masked, or a field without metadata that are the context.
     """
     names: list[str] = []
     for index, entry in enumerate(contrasts):
@@ -38,6 +38,13 @@ def check_contrasts(contrasts: Sequence[Any]) -> None:
             "left out where context is not masked, for it is the share of patches that are",
             "Write {name: masked, context: masked, share: 0.6}.",
         )
+        require(
+            ("field" in entry) == (entry.get("context") == "metadata"),
+            f"{where} ({name}).field",
+            entry.get("field"),
+            "the metadata's field that is the context, given where context is metadata and nowhere else",
+            "Write {name: gold, context: metadata, field: facts}.",
+        )
 
 
 def _check(where: str, key: str, value: Any) -> None:
@@ -49,3 +56,7 @@ def _check(where: str, key: str, value: Any) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         fits = is_number and math.isfinite(value) and value in _SHARE
         require(fits, where, value, f"a number, {_SHARE}", "PAPO has 0.6.")
+    elif key == "field":
+        require(
+            isinstance(value, str) and value != "", where, value, "a field's name", "Write it in quotes if need be."
+        )

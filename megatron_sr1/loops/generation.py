@@ -126,6 +126,16 @@ def prompt_check(planner: Planner, passes: Callable[[Prompt], Passes], *, leaves
     return check
 
 
+def contrast_check(preset: Preset, check: Check) -> Check:
+    """And has what the contrasts read of it."""
+
+    def both(sample: Prompt | SftSample) -> None:
+        preset.told_of(sample.prompt if isinstance(sample, SftSample) else sample)
+        check(sample)
+
+    return both
+
+
 def _canary_image() -> Image:
     """Noise, the same on every rank: no part of it looks like another."""
     from PIL import Image

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_sr1.config import Config
 from megatron_sr1.data import SampleFeed, StepPrompts
 from megatron_sr1.loops.evaluate import Evaluations, NoEvaluations, check_heldout, heldout_prompts
-from megatron_sr1.loops.generation import build_generator, engine_ranks, prompt_check, training_sampling
+from megatron_sr1.loops.generation import build_generator, contrast_check, engine_ranks, prompt_check, training_sampling
 from megatron_sr1.loops.preemption import watch_for_stop
 from megatron_sr1.loops.run import Run, check_verification, metrics_of, open_run
 from megatron_sr1.metrics.clock import Clock
@@ -46,7 +46,8 @@ def run_grpo(
     preset = preset_of(config)
     with open_run(config, platform) as run:
         sampling = training_sampling(config, preset)
-        feed = run.feed("train", prompt_check(run.planner, preset.passes.of, leaves_out=True))
+        fits = prompt_check(run.planner, preset.passes.of, leaves_out=True)
+        feed = run.feed("train", contrast_check(preset, fits))
         feed.divide(engine_ranks(run), partial(deal_prompts, run.processor, sampling))
         heldout = heldout_prompts(run)
         check_heldout(run, heldout)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sr1.prompts import is_text, metadata_text
 from megatron_sr1.types import LaterPass, Prompt, Question
 
 
@@ -42,14 +43,7 @@ def metadata_context(prompt: Prompt, later: LaterPass) -> str:
     Raises:
         ValueError: the sample has no such text.
     """
-    value = prompt.metadata.get(later.field)
-    parts = [value] if isinstance(value, str) else value
-    if not isinstance(parts, Sequence) or not parts or not all(map(_is_text, parts)):
-        raise ValueError(
-            f"sample {prompt.key!r}: the pass {later.name!r} reads the metadata's {later.field!r}, which is {value!r}: "
-            "it must be a text or a list of texts. Correct the sample, or take the pass out of objective.passes."
-        )
-    return ", ".join(parts)
+    return metadata_text(prompt, later.field, f"the pass {later.name!r}", "take the pass out of objective.passes")
 
 
 def other_questions(prompt: Prompt, later: LaterPass) -> list[Question]:
@@ -90,8 +84,4 @@ def _is_question(entry: Any) -> bool:
     if isinstance(choices, str) or not isinstance(choices, Sequence):
         return False
     texts = [entry.get("problem"), entry.get("answer"), *choices]
-    return all(map(_is_text, texts))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.strip() != ""
+    return all(map(is_text, texts))

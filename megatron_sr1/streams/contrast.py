@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sr1.types import ContrastContext, ContrastWeights, RewardStream
+from megatron_sr1.prompts import metadata_text
+from megatron_sr1.types import ContrastContext, ContrastWeights, Prompt, RewardStream
 
 _OF_CONTRAST = (
     *("token_weighting", "token_share", "sequence_weight_low"),
@@ -22,6 +23,7 @@ class Contrast:
               masked       `share` of the images' patches are black (PAPO, arXiv 2507.06448, section 3.2)
               noise        every pixel is drawn anew
               description  the block that this response describes with, in the place of the images (CapPO, 2509.21854)
+              metadata     the sample's `metadata[field]`, a text, in the place of the images
     weights:  policy       those that are trained
               reference    those that the run began with
     """
@@ -29,7 +31,16 @@ class Contrast:
     name: str
     context: ContrastContext = "no_image"
     share: float = 0.6  # of patches, where they are masked
+    field: str = ""  # of the metadata, where the context is there
     weights: ContrastWeights = "policy"
+
+    def text_of(self, prompt: Prompt) -> str:
+        """The metadata's, for a prompt with images.
+
+        Raises:
+            ValueError: the sample has no such text.
+        """
+        return metadata_text(prompt, self.field, f"the contrast {self.name!r}", "take it out of objective.contrast")
 
 
 def contrasts_of(entries: Sequence[Mapping[str, Any]]) -> tuple[Contrast, ...]:

@@ -26,6 +26,7 @@ from megatron_sr1.types import (
     Passes,
     PassName,
     PresetName,
+    Prompt,
     RewardStream,
     TemplateName,
 )
@@ -81,6 +82,15 @@ class Preset:
                     f"image, and the template {self.template!r} asks for none. Set objective.template=see_think, or "
                     "another context."
                 )
+
+    def told_of(self, prompt: Prompt) -> dict[str, str]:
+        """By contrast, the text that stands for a prompt's images.
+
+        Raises:
+            ValueError: a sample with images has no such text.
+        """
+        reading = [contrast for contrast in self.contrasts if contrast.context == "metadata" and prompt.images]
+        return {contrast.name: contrast.text_of(prompt) for contrast in reading}
 
     @property
     def measured(self) -> tuple[str, ...]:

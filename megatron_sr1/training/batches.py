@@ -203,6 +203,7 @@ class Batcher:
         prompts: DrawnPrompts,
         preset: Preset,
         step: int,
+        texts: Mapping[int, Mapping[str, str]] | None = None,
     ) -> StreamRows:
         """The responses that this replica trains, packed, with the weight of each token in every stream.
 
@@ -212,6 +213,7 @@ class Batcher:
             tracks: of the responses of the share.
             prompts: of all groups, by number. Only whoever encodes an image has it decoded.
             step: what a contrast draws of pixels depends on it.
+            texts: by group of the share, those of contrasts, see `Preset.told_of`.
         """
         slots, numbers = slots_of(preset), ledger.number.tolist()
         first_of = {slot.pass_name: number for number, slot in reversed(list(enumerate(slots)))}
@@ -241,7 +243,7 @@ class Batcher:
             )
         micro_batches = self._pack(sequences)
         keys = [prompts.keys[int(number)] for number in numbers] if preset.contrasts else []  # of the groups
-        make = ContextMaker(self._processor, self._config, step)
+        make = ContextMaker(self._processor, self._config, step, texts)
         contrasts = {
             contrast.name: self._contrast(
                 place, sequences, responses, [group for group, _, _ in share], keys, preset, make
@@ -277,7 +279,7 @@ class Batcher:
             if sequence.images:
                 told = torch.zeros(0) if block is None else responses[index].segments[block]
                 number = -1 - place * len(keys) - group  # of no other prompt, nor of another context
-                other = make.sequence(contrast, sequence, told, keys[group], number)
+                other = make.sequence(contrast, sequence, told, keys[group], number, group)
                 if other is not None:
                     others[index] = other
         return ContrastRows(self._pack(list(others.values())), list(others))

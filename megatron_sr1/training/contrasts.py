@@ -57,8 +57,15 @@ class ContrastRows:
 class ContextMaker:
     """Of a replica's share of one optimizer step."""
 
-    def __init__(self, processor: Processor, config: Config, step: int) -> None:
-        """`step`: what is drawn of pixels depends on it, the run's seed, the prompt and the contrast alone."""
+    def __init__(
+        self, processor: Processor, config: Config, step: int, texts: Mapping[int, Mapping[str, str]] | None = None
+    ) -> None:
+        """
+        Args:
+            step: what is drawn of pixels depends on it, the run's seed, the prompt and the contrast alone.
+            texts: by group and contrast, see `Preset.told_of`.
+        """
+        self._processor, self._texts = processor, texts or {}
         self._media_ids = frozenset(processor.media_ids)
         self._image_token_id = processor.image_token_id
         self._seed, self._step = config.seed, step
@@ -67,7 +74,7 @@ class ContextMaker:
         self._made: dict[tuple[str, int], tuple[EncodedImage, ...]] = {}  # siblings share them
 
     def sequence(
-        self, contrast: Contrast, sequence: TokenSequence, described: Tensor, key: str, group: int
+        self, contrast: Contrast, sequence: TokenSequence, described: Tensor, key: str, group: int, of: int = 0
     ) -> TokenSequence | None:
         """The response in its other context; None: there is none.
 
@@ -76,6 +83,7 @@ class ContextMaker:
             described: [n] bool: the block that it describes with; as much of it as a description may have is told.
             key: of its prompt.
             group: a number that no other prompt and context has; those of one may begin alike.
+            of: the group that `texts` are of.
         """
         if contrast.context in ("masked", "noise"):
             images = self._made.get((contrast.name, group))
@@ -92,6 +100,8 @@ class ContextMaker:
             told = [token for token in ids[described].tolist() if token not in self._media_ids][: self._most_told]
             if not told:
                 return None
+        if contrast.context == "metadata":
+            told = list(self._processor.text_ids(self._texts[of][contrast.name]))
         prompt_ids = self._told(sequence.prompt_ids, told)
         num_tokens = len(prompt_ids) + len(sequence.response_ids)
         if num_tokens + -num_tokens % self._multiple > self._room:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_sr1.config import Config
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
+from megatron_sr1.ranks import agreed
 from megatron_sr1.rewards import RewardError
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.batches import Batcher, StreamRows, optimizer_shares
@@ -21,10 +22,10 @@ from megatron_sr1.training.ledger import StepLedger, slots_of
 from megatron_sr1.training.live_groups import step_advantages
 from megatron_sr1.training.logprob_gap import check_logprob_gap, max_logprob_gap
 from megatron_sr1.training.losses import PolicyLoss
-from megatron_sr1.training.payload import Payload, share_responses
+from megatron_sr1.training.payload import Payload, Place, share_responses
 from megatron_sr1.training.response_kl import response_kl
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.types import LogProbs, Scoring
+from megatron_sr1.types import DrawnPrompts, LogProbs, Scoring
 
 Scored = tuple[list[LogProbs], ContrastScores | None]  # by micro-batch, and of contrasts
 
@@ -131,8 +132,21 @@ class Trainer:
         """This replica's share of the groups of an optimizer step. Collective."""
         replicas, once = self._policy.replicas.num_ranks, self._batcher.share_prefix
         shares = share_responses(ledger, slots_of(self._preset), replicas, share_prefix=once)
-        tracks = self._payload.fetch(ledger, shares, rollouts.tracks)
-        return self._batcher.rows(ledger, shares[self._replica], tracks, rollouts.prompts, self._preset, rollouts.step)
+        tracks, share = self._payload.fetch(ledger, shares, rollouts.tracks), shares[self._replica]
+        texts = self._texts(ledger, share, rollouts.prompts)
+        return self._batcher.rows(ledger, share, tracks, rollouts.prompts, self._preset, rollouts.step, texts)
+
+    def _texts(
+        self, ledger: StepLedger, share: Sequence[Place], prompts: DrawnPrompts
+    ) -> dict[int, Mapping[str, str]] | None:
+        """By group of the share, the texts that stand for its images; None where no contrast has one. Collective."""
+        if all(contrast.context != "metadata" for contrast in self._preset.contrasts):
+            return None
+        numbers, groups = ledger.number.tolist(), {place.group for place in share}
+        return agreed(
+            self._policy.platform.ranks,
+            lambda: {group: self._preset.told_of(prompts.read(numbers[group])) for group in sorted(groups)},
+        )
 
     def _drawn(self, rows: StreamRows) -> list[LogProbs]:
         """Per micro-batch, of the weights that drew the responses: the policy's, before it is trained, or those that
