@@ -11,11 +11,20 @@ import torch
 from megatron_sr1.processor import Processor
 from tests import trainer_cases
 from tests.contrast_cases import CASES
+from tests.model_zoo import create_family
 from tests.policy_cases import LEARNING_RATE, STEP_TOLERANCE, TOLERANCE, built, relative_error
 from tests.ranks import run_ranks
 
-LAYOUTS: dict[int, tuple[tuple[str, ...], ...]] = {
-    2: ((), ("layout.tensor=2", "layout.sequence_parallel=true"), ("layout.pipeline=2",), ("layout.context=2",)),
+LAYOUTS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("layout.tensor=2", "layout.sequence_parallel=true"),
+    ("layout.pipeline=2",),
+    ("layout.context=2",),
+)
+# of two ranks, too: experts of several replicas, which meet in every row; the chunks of an interleaved pipeline
+FAMILIES = {
+    "qwen3_vl_moe": ("layout.expert=2",),
+    "qwen3_vl": ("layout.pipeline=2", "layout.virtual=2", "recompute.mode=full"),
 }
 
 
@@ -55,25 +64,33 @@ def _steps(model_dir: str, overrides: tuple[str, ...]) -> trainer_cases.Steps:
         return trainer_cases.two_updates(policy, config, Processor.from_pretrained(model_dir))
 
 
+def _check(found: trainer_cases.Steps, expected: trainer_cases.Steps, where: Any) -> None:
+    assert found.second.metrics.keys() == expected.second.metrics.keys(), where
+    assert found.second.metrics == pytest.approx(expected.second.metrics, rel=1e-3, abs=1e-6), where
+    assert found.second.grad_norm == pytest.approx(expected.second.grad_norm, rel=TOLERANCE), where
+    for key, weight in found.between.items():
+        gap = (weight - expected.between[key]).abs().max().item()
+        assert gap < STEP_TOLERANCE * LEARNING_RATE, (where, key, gap)
+
+
 def _walk(rank: int, num_ranks: int, model_dir: str, folder: str) -> None:
+    steps = [(name, model_dir, overrides, LAYOUTS) for name, (overrides, _) in CASES.items()]
+    papo = (*CASES["papo"][0], "train.micro_batch_tokens=512")  # their tokenizers know less
+    steps += [(family, f"{folder}/{family}", papo, (layout,)) for family, layout in FAMILIES.items()]
     if num_ranks == 1:
         _check_transformers(model_dir)
-    for name, (overrides, _) in CASES.items():
+    for name, place, overrides, layouts in steps:
         if num_ranks == 1:
-            torch.save(_steps(model_dir, overrides), f"{folder}/{name}.pt")
+            torch.save(_steps(place, overrides), f"{folder}/{name}.pt")
             continue
         expected = torch.load(f"{folder}/{name}.pt", weights_only=False)
-        for layout in LAYOUTS[num_ranks]:
-            found = _steps(model_dir, (*overrides, "train.micro_batch_tokens=512", *layout))
-            where = (name, layout)
-            assert found.second.metrics.keys() == expected.second.metrics.keys(), where
-            assert found.second.metrics == pytest.approx(expected.second.metrics, rel=1e-3, abs=1e-6), where
-            assert found.second.grad_norm == pytest.approx(expected.second.grad_norm, rel=TOLERANCE), where
-            for key, weight in found.between.items():
-                gap = (weight - expected.between[key]).abs().max().item()
-                assert gap < STEP_TOLERANCE * LEARNING_RATE, (where, key, gap)
+        for layout in layouts:
+            found = _steps(place, (*overrides, "train.micro_batch_tokens=1024", *layout))
+            _check(found, expected, (name, layout))
 
 
 def test_a_step_is_that_of_transformers_in_every_layout(tiny_model_dir: str, tmp_path: Path) -> None:
+    for family in FAMILIES:
+        create_family(tmp_path / family, family)
     for num_ranks in (1, 2):
         run_ranks(num_ranks, _walk, tiny_model_dir, str(tmp_path))
