@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from megatron_sr1.config.rules import Range, known_key, require
+from megatron_sr1.config.rules import Range, known_key, require, require_number
 from megatron_sr1.types import ContrastContext, ContrastWeights
 
 KEYS = ("name", "context", "share", "field", "weights")
@@ -53,9 +52,7 @@ def _check(where: str, key: str, value: Any) -> None:
         allowed = get_args(ContrastContext if key == "context" else ContrastWeights)
         require(value in allowed, where, value, "one of " + ", ".join(allowed), "Set it to one of them.")
     elif key == "share":
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = is_number and math.isfinite(value) and value in _SHARE
-        require(fits, where, value, f"a number, {_SHARE}", "PAPO has 0.6.")
+        require_number(where, value, _SHARE, remedy="PAPO has 0.6.")
     elif key == "field":
         require(
             isinstance(value, str) and value != "", where, value, "a field's name", "Write it in quotes if need be."

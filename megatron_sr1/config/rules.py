@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -62,6 +63,15 @@ def check_numbers(section: str, config: Any, ranges: Mapping[str, Range]) -> Non
             if isinstance(number, int | float) and not isinstance(number, bool):
                 key = f"{section}.{name}" if section else name
                 require(number in ranges[name], key, number, str(ranges[name]), f"Set {key} to such a number.")
+
+
+def require_number(
+    key: str, value: Any, allowed: Range, *, whole: bool = False, remedy: str = "Set it to such a number."
+) -> None:
+    """Raises ConfigError for what is no number, or one outside its range, where any value may be written."""
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    fits = is_number and math.isfinite(value) and value in allowed
+    require(fits, key, value, f"a {'whole ' if whole else ''}number, {allowed}", remedy)
 
 
 def one_of(key: str, value: str, allowed: Sequence[str]) -> None:

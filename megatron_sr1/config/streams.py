@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from megatron_sr1.config.rules import COUNT, Range, known_key, require
+from megatron_sr1.config.rules import COUNT, Range, known_key, require, require_number
 from megatron_sr1.types import (
     AdvantageKind,
     AdvantageScope,
@@ -84,7 +83,7 @@ def _check(where: str, key: str, value: Any) -> None:
         _check_schedule(where, value, _NUMBERS[key])
     elif key in _NUMBERS:
         if value is not None or key not in _NULLABLE:
-            _check_number(where, value, _NUMBERS[key], whole=key in _WHOLE)
+            require_number(where, value, _NUMBERS[key], whole=key in _WHOLE)
     elif key in _CHOICES:
         allowed = _CHOICES[key]
         require(value in allowed, where, value, "one of " + ", ".join(allowed), "Set it to one of them.")
@@ -93,7 +92,7 @@ def _check(where: str, key: str, value: Any) -> None:
         require(isinstance(value, Mapping) and len(value) > 0, where, value, "rewards with their weights", example)
         for name, weight in value.items():
             require(isinstance(name, str), where, name, "a reward's name or import path", example)
-            _check_number(f"{where}[{name!r}]", weight, _WEIGHT)
+            require_number(f"{where}[{name!r}]", weight, _WEIGHT)
             require(weight != 0, f"{where}[{name!r}]", weight, "another weight than 0", "Leave the reward out.")
     elif key == "enabled":
         require(isinstance(value, bool), where, value, "true or false", "False takes a preset's stream away.")
@@ -109,12 +108,6 @@ def _check_schedule(where: str, value: Mapping[Any, Any], allowed: Range) -> Non
             shapes = get_args(ScheduleShape)
             require(given in shapes, f"{where}.shape", given, "one of " + ", ".join(shapes), example)
         else:
-            _check_number(f"{where}.{key}", given, COUNT if key == "steps" else allowed, whole=key == "steps")
+            require_number(f"{where}.{key}", given, COUNT if key == "steps" else allowed, whole=key == "steps")
     missing = [key for key in ("from", "to", "steps") if key not in value]
     require(not missing, f"{where}.{''.join(missing[:1])}", None, "given", example)
-
-
-def _check_number(where: str, value: Any, allowed: Range, *, whole: bool = False) -> None:
-    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    fits = is_number and math.isfinite(value) and value in allowed
-    require(fits, where, value, f"a {'whole ' if whole else ''}number, {allowed}", "Set it to such a number.")
