@@ -19,6 +19,7 @@ from megatron_sr1.ranks import Exchange
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.batches import StreamRows
 from megatron_sr1.training.contrasts import ContrastScores
+from megatron_sr1.training.response_kl import over_replicas
 from megatron_sr1.types import LogProbs, MicroBatch, RewardStream, Scoring
 
 _Score = Callable[[Sequence[MicroBatch], Scoring], list[LogProbs]]
@@ -101,8 +102,7 @@ def contrast_gaps(
     Args:
         number: places of responses, see `ResponseTokens.place`.
     """
-    means = torch.zeros(number, len(streams), dtype=torch.float64)
-    known = torch.zeros(number, len(streams), dtype=torch.float64)
+    sums, counts = torch.zeros(2, number, len(streams), dtype=torch.float64)
     here = torch.zeros(number, dtype=torch.bool)
     for index, tokens in enumerate(rows.tokens):
         place = tokens.place.cpu()
@@ -114,16 +114,10 @@ def contrast_gaps(
             assert own is not None, "a reward needs the log-probs in their own context before the step"
             chosen = ((tokens.token_weights[row] != 0) & there).cpu()
             gap = (own[index] - scores.under[stream.contrast][index]).cpu().double()
-            counts = torch.zeros(number, dtype=torch.float64).index_add_(0, place[chosen], torch.ones_like(gap[chosen]))
-            sums = torch.zeros(number, dtype=torch.float64).index_add_(0, place[chosen], gap[chosen])
-            means[:, row] += sums / counts.clamp(min=1.0)
-            known[:, row] += counts > 0
-    mine = here.nonzero()  # [b, 1]
-    found = torch.cat([means, known], 1)  # [number, 2 S]
-    everyone = replicas.gather_rows(torch.cat([mine.double(), found[mine.squeeze(1)]], 1))
-    whole = torch.zeros_like(found).index_add_(0, everyone[:, 0].long(), everyone[:, 1:])
-    sums, counts = whole.t().chunk(2)
-    return torch.where(counts > 0, sums, torch.nan)
+            sums[:, row].index_add_(0, place[chosen], gap[chosen])
+            counts[:, row].index_add_(0, place[chosen], torch.ones_like(gap[chosen]))
+    sums, counts = over_replicas(torch.cat([sums, counts], 1), here, replicas).t().chunk(2)
+    return sums / counts  # 0 / 0 is NaN
 
 
 def of_siblings(gaps: Tensor) -> Tensor:

@@ -52,8 +52,17 @@ def response_kl(
         place = tokens.place.cpu()
         here[place] = True
         sums.index_add_(0, place, kl.masked_fill(~credited, 0.0))
+    return over_replicas(sums, here, replicas).t().contiguous()
+
+
+def over_replicas(sums: Tensor, here: Tensor, replicas: Exchange) -> Tensor:
+    """[B, W] sums of all replicas, from each one's own. Collective over the replicas, which send those that they have:
+    W numbers and a place each.
+
+    Args:
+        sums: [B, W] float64 on the CPU.
+        here: [B] bool: what this replica has a part of; the passes of a sample may be on two replicas.
+    """
     mine = here.nonzero()  # [b, 1]
     everyone = replicas.gather_rows(torch.cat([mine.double(), sums[mine.squeeze(1)]], 1))
-    # the passes of a sample may be on two replicas
-    whole = torch.zeros_like(sums).index_add_(0, everyone[:, 0].long(), everyone[:, 1:])
-    return whole.t().contiguous()
+    return torch.zeros_like(sums).index_add_(0, everyone[:, 0].long(), everyone[:, 1:])
