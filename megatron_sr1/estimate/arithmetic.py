@@ -52,8 +52,7 @@ def training_flops(command: Command, config: Config, model: Architecture) -> Map
 
 def num_contrast_passes(preset: Preset) -> int:
     """Passes through the layers that first passes take under contrasts: one to score, two more to train."""
-    trained = {stream.contrast for stream in preset.streams if stream.trains_contrast}
-    return sum(3 if contrast.name in trained else 1 for contrast in preset.contrasts)
+    return len(preset.contrasts) + 2 * len(preset.trained_contrasts)
 
 
 def _contrasts(config: Config, model: Architecture, preset: Preset) -> float:
@@ -66,8 +65,7 @@ def _contrasts(config: Config, model: Architecture, preset: Preset) -> float:
         one = _times(samples, read)
         if contrast.context in ("masked", "noise"):
             one = _times(samples, seen) + _times(rollout.prompts_per_step, image)
-        trained = any(stream.contrast == contrast.name and stream.trains_contrast for stream in preset.streams)
-        total += (4 if trained else 1) * one.total
+        total += (4 if contrast.name in preset.trained_contrasts else 1) * one.total
     return total
 
 

@@ -106,6 +106,12 @@ class Preset:
         return replace(self, streams=tuple(stream.at(step) for stream in self.streams))
 
     @property
+    def trained_contrasts(self) -> tuple[str, ...]:
+        """Names of the contrasts under which the loss has a gradient, too."""
+        named = {stream.contrast for stream in self.streams if stream.trains_contrast}
+        return tuple(contrast.name for contrast in self.contrasts if contrast.name in named)
+
+    @property
     def rewards_contrast(self) -> bool:
         """Whether a response of a stream earns by how much it depends on what a contrast takes away."""
         return any(stream.contrast_reward != 0 for stream in self.streams)

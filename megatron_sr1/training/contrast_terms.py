@@ -42,18 +42,13 @@ class ContrastTerms:
     @property
     def micro_batches(self) -> list[MicroBatch]:
         """To be trained behind the own ones."""
-        return [row for name in self._trained for row, _ in self._rows[name]]
-
-    @cached_property
-    def _trained(self) -> list[str]:
-        named = {stream.contrast for stream in self._preset.streams if stream.trains_contrast}
-        return [contrast.name for contrast in self._preset.contrasts if contrast.name in named]
+        return [row for name in self._preset.trained_contrasts for row, _ in self._rows[name]]
 
     @cached_property
     def _rows(self) -> dict[str, list[tuple[MicroBatch, Tensor]]]:
         """Of each contrast that is trained: its rows, and their token weights [S, R], 0 in streams of others."""
         found = {}
-        for name in self._trained:
+        for name in self._preset.trained_contrasts:
             rows, batch = self._batch.contrasts[name], self._batch
             weights = [tokens.token_weights for tokens in batch.tokens]
             theirs = rows.from_own(weights, batch.micro_batches, batch.num_responses)
@@ -87,37 +82,34 @@ class ContrastTerms:
         return loss, metrics
 
     def other(self, number: int, scored: LogProbs) -> tuple[Tensor, Metrics]:
-        """The same of micro-batch `number` of those under contrasts; its value is in `own`, its gradient here."""
+        """The same of micro-batch `number` of those under contrasts, with what it adds to the metrics of `own`, where
+        the divergence has its value; here it has its gradient alone."""
         name, place = self._places[number]
         weight = self._rows[name][place][1]  # [S, R]
         own = self._from_own[name][place]  # [R]
         under, entropy = scored.logprobs, scored.entropy
-        loss = under.new_zeros(())
-        metrics = {key: torch.zeros_like(value) for key, value in self._sums(0, self._left[0]).items()}
+        loss, metrics = under.new_zeros(()), {}
         for row, stream in enumerate(self._preset.streams):
-            if not stream.trains_contrast:
+            if not stream.trains_contrast or stream.contrast != name:
                 continue
-            metrics[f"loss/{stream.name}/contrast"] = under.new_zeros(())
-            bonus = under.new_zeros(())
-            if stream.contrast == name:
-                far = _weighed(weight[row], own, under)
-                loss = loss - stream.contrast_coef * (far - far.detach())
-                if entropy is not None:
-                    bonus = (weight[row] * entropy).masked_fill(weight[row] == 0, 0.0).sum()
-                    loss = loss - stream.contrast_entropy_coef * bonus
-            metrics[f"loss/{stream.name}/contrast_entropy"] = bonus.detach()
+            far = _weighed(weight[row], own, under)
+            loss = loss - stream.contrast_coef * (far - far.detach())
+            if entropy is not None:
+                bonus = (weight[row] * entropy).masked_fill(weight[row] == 0, 0.0).sum()
+                loss = loss - stream.contrast_entropy_coef * bonus
+                metrics[f"loss/{stream.name}/contrast_entropy"] = bonus.detach()
         return loss, metrics
 
     @cached_property
     def _places(self) -> list[tuple[str, int]]:
-        return [(name, place) for name in self._trained for place in range(len(self._rows[name]))]
+        return [(name, place) for name, rows in self._rows.items() for place in range(len(rows))]
 
     @cached_property
     def _from_own(self) -> dict[str, list[Tensor]]:
         batch = self._batch
         return {
             name: batch.contrasts[name].from_own(self._left, batch.micro_batches, batch.num_responses)
-            for name in self._trained
+            for name in self._preset.trained_contrasts
         }
 
     def _sums(self, index: int, trainer: Tensor) -> Metrics:

@@ -49,7 +49,7 @@ class PolicyLoss:
             contrast: what contrasts add; its micro-batches come behind those of the batch.
         """
         self._contrast = contrast
-        self._names: list[str] = []  # of the metrics of the batch's own rows
+        self._names: list[str] = []  # of the metrics, which every micro-batch reports
         self._batch, self._old, self._reference, self._preset = batch, old, reference, preset
         self._is_trainers, self._measures_gap = objective.old == "trainer", measures_gap
         fits = all(is_fused(stream) for stream in preset.streams)
@@ -67,8 +67,9 @@ class PolicyLoss:
             return loss, {**dict.fromkeys(self._names, loss.new_zeros(())), **metrics}
         loss, metrics = self._of_batch(index, logprobs)
         more, theirs = self._contrast.own(index, logprobs.logprobs)
+        metrics = {**metrics, **theirs}
         self._names = list(metrics)
-        return loss + more, {**metrics, **theirs}
+        return loss + more, metrics
 
     def _of_batch(self, index: int, logprobs: LogProbs) -> tuple[Tensor, Mapping[str, Tensor]]:
         micro_batch, tokens, trainer = self._batch.micro_batches[index], self._batch.tokens[index], logprobs.logprobs

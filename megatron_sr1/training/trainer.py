@@ -123,8 +123,7 @@ class Trainer:
         Args:
             drawn: by the weights that drew the responses, where that is known; good enough for what is not trained.
         """
-        trains = any(stream.trains_contrast for stream in self._preset.streams)
-        if drawn is None or (trains and not is_first):
+        if drawn is None or (self._preset.trained_contrasts and not is_first):
             return self._contrasts.present(rows, own=False)[1]
         return drawn
 
