@@ -62,15 +62,15 @@ def ask_controls(run: Run, generator: Callable[[], Generator], files: Evaluation
     if left:
         run.say(f"asking {len(left)} questions of controls: {', '.join(names)}")
         _answer(run, generator, files.control_parts, asked, left, step, reader)
-    merged = platform.on_main(lambda: _merge(files))
-    missing = sum(answer.response is None for answer in merged)
+    missing = platform.on_main(lambda: _merge(files))
     if missing:
         run.say(f"{missing} questions of controls do not fit: the engine's limit, or rollout.max_description_tokens")
 
 
-def _merge(files: EvaluationFiles) -> list[ControlAnswer]:
+def _merge(files: EvaluationFiles) -> int:
+    """How many of the answers say that what was to be asked does not fit."""
     answers = merge_answers(files.control_parts, files.records)
-    return [replace(answer, response=None) for answer in answers if answer.response is None]
+    return sum(answer.response is None for answer in answers)
 
 
 def _answer(
