@@ -5,28 +5,25 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
-from importlib.resources import files
 from typing import Any, cast
 
 import pytest
 import torch
 from PIL import Image
 
-from megatron_sr1.config import ConfigError, ObjectiveConfig, load_config
+from megatron_sr1.config import ConfigError, load_config
 from megatron_sr1.loops.generation import contrast_check
 from megatron_sr1.objective import dependency, divergence, response_weights, token_weighting
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
 from megatron_sr1.ranks import ALONE
-from megatron_sr1.rollout.later import check_metadata
-from megatron_sr1.streams import PRESETS, Contrast, methods, preset_from_config, preset_of
-from megatron_sr1.training.batches import Batcher, rollout_advantages
+from megatron_sr1.streams import Contrast, preset_from_config, preset_of
+from megatron_sr1.training.batches import Batcher
 from megatron_sr1.training.contrast_scores import of_siblings
 from megatron_sr1.training.contrasts import ContextMaker
-from megatron_sr1.training.live_groups import live_groups
 from megatron_sr1.training.recorder import Recorder
 from megatron_sr1.training.trainer import Trainer
-from megatron_sr1.types import LaterPass, Prompt, RewardStream, RolloutGroup, Schedule, TokenSequence
+from megatron_sr1.types import RolloutGroup, TokenSequence
 from tests.batch_cases import two_groups
 from tests.step_cases import rollouts_of, rows_of, trained
 from tests.test_trainer import Recorder as PolicyOfNobody
@@ -189,73 +186,6 @@ def test_rows_of_contrasts(tiny_model_dir: str) -> None:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(back, ids, strict=True)), name
 
 
-def test_schedules_by_hand() -> None:
-    half = RewardStream(
-        "a",
-        "first",
-        "response",
-        (("acc", 1.0),),
-        kl_coef=0.4,
-        schedules=(Schedule("kl_coef", 0.4, 0.0, 4), Schedule("loss_weight", 0.0, 1.0, 4, "cosine")),
-    )
-    found = [(half.at(step).kl_coef, half.at(step).loss_weight) for step in (0, 1, 2, 4, 9)]
-    quarter = 1 - 0.5 * (1 + math.cos(math.pi / 4))
-    for pair, expected in zip(found, [(0.4, 0.0), (0.3, quarter), (0.2, 0.5), (0.0, 1.0), (0.0, 1.0)], strict=True):
-        assert pair == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_schedule_is_what_a_run_needs_at_some_step() -> None:
-    """Its largest coefficient decides what is kept; a step's is the loss's."""
-    annealed = "{name: answer, kl_coef: {from: 0.0, to: 0.2, steps: 10}}"
-    preset = preset_of(load_config(None, ["objective.kl_coef=0", f"objective.streams=[{annealed}]"]))
-    assert preset.needs_reference and preset.streams[0].kl_coef == 0.2
-    assert [preset.at(step).streams[0].kl_coef for step in (0, 5, 10)] == pytest.approx([0.0, 0.1, 0.2])
-    assert preset.at(5).streams[1] == preset.streams[1] and PRESETS["gdpo"].at(5) is PRESETS["gdpo"]
-
-
-def test_the_trainer_takes_the_coefficients_of_the_step(tiny_model_dir: str) -> None:
-    """At half of the way the KL costs half, and the metrics say so."""
-    words = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "train.batch_size=2", "objective.kl_coef=0"]
-    stream = "{name: answer, kl_coef: {from: 0.4, to: 0.0, steps: 10}, loss_weight: 0}"
-    config = load_config(None, [*words, "objective.preset=see_think", f"objective.streams=[{stream}]"])
-    processor, preset = Processor.from_pretrained(tiny_model_dir), preset_of(config)
-    losses: dict[int, float] = {}
-    for step in (0, 5, 10):
-        policy = Costing()
-        rollouts = replace(trained(processor, preset), step=step)
-        (result,) = Trainer(config, cast(Policy, policy), preset, processor).update(rollouts)
-        assert result.metrics["schedule/answer/kl_coef"] == pytest.approx(0.4 - 0.04 * step, abs=1e-9)
-        losses[step] = policy.loss
-    assert losses[0] > 1e-4 and losses[5] == pytest.approx(losses[0] / 2, rel=1e-5) and losses[10] == 0.0
-
-
-class Costing(PolicyOfNobody):
-    """Adds up the losses of its last step."""
-
-    loss = 0.0
-
-    def __init__(self) -> None:
-        super().__init__(0.0, 0.0)
-
-    def train_step(self, batches: Any, loss_fn: Any, scoring: Any) -> Any:
-        self.loss = sum(float(loss_fn(index, one)[0]) for index, one in enumerate(self._logprobs(batches)))
-        return super().train_step(batches, loss_fn, scoring)
-
-
-def test_a_gate_lets_only_those_learn_that_earn_another_reward(tiny_model_dir: str) -> None:
-    """Rewards of the description within the groups 0 1 | 1 0; acc, the gate, is 1 0 | 1 0."""
-    processor = Processor.from_pretrained(tiny_model_dir)
-    stream = {"name": "told", "tokens": "description", "rewards": {"acc_vis": 1.0}, "advantage": "centred"}
-    for gate, expected in (({}, [-0.5, 0.5, 0.5, -0.5]), ({"gate": "acc"}, [-0.5, 0.0, 0.5, 0.0])):
-        objective = ObjectiveConfig(preset=None, streams=[{**stream, **gate}])
-        preset = preset_from_config(objective)
-        assert preset.rewards == ("acc_vis", *gate.values())
-        ledger = trained(processor, preset).ledger
-        found = rollout_advantages(ledger, ledger.rollout_rewards, preset, 1e-6)
-        assert found.flatten().tolist() == pytest.approx(expected)
-        assert ((found != 0).view(2, 2).any(1) == live_groups(ledger, preset, objective)[0][0]).all()
-
-
 def test_a_description_is_told_as_far_as_one_may_be_and_as_a_row_has_room(tiny_model_dir: str) -> None:
     processor = Processor.from_pretrained(tiny_model_dir)
     said = "<description> " + "3 " * 40 + "</description> 3"
@@ -374,20 +304,6 @@ def test_a_response_without_another_context_earns_what_its_siblings_do() -> None
     assert of_siblings(gaps).tolist() == [[1.0, 3.0, 2.0], [0.0, 0.0, 0.0], [0.5, 0.5, 0.5]]
 
 
-def test_a_kl_in_the_reward_may_be_annealed_to_nothing(tiny_model_dir: str) -> None:
-    """What is taken off is that of the step's coefficient."""
-    annealed = "{name: answer, kl_in: reward, kl_estimator: k1, kl_coef: {from: 0.4, to: 0.0, steps: 10}}"
-    words = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "train.batch_size=2"]
-    config = load_config(None, [*words, "objective.preset=see_think", f"objective.streams=[{annealed}]"])
-    processor, preset = Processor.from_pretrained(tiny_model_dir), preset_of(config)
-    taken = {}
-    for step in (0, 5, 10):
-        rollouts = replace(trained(processor, preset), step=step)
-        (result,) = Trainer(config, cast(Policy, PolicyOfNobody(0.0, 0.0)), preset, processor).update(rollouts)
-        taken[step] = result.metrics["loss/answer/kl_in_reward"]
-    assert abs(taken[0]) > 1e-3 and taken[5] == pytest.approx(taken[0] / 2, rel=1e-6) and taken[10] == 0.0
-
-
 def test_own_log_probs_are_taken_where_a_contrast_of_the_policy_needs_them(tiny_model_dir: str) -> None:
     """A contrast of the start has those of the reference's pass."""
     words = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "train.batch_size=2", "objective.kl_coef=0"]
@@ -399,12 +315,6 @@ def test_own_log_probs_are_taken_where_a_contrast_of_the_policy_needs_them(tiny_
         preset, policy = preset_of(config), PolicyOfNobody(0.0, 0.0)
         Trainer(config, cast(Policy, policy), preset, processor).update(trained(processor, preset))
         assert (preset.compares_before, policy.scored) == (bool(passes), passes), weights
-
-
-def test_a_method_s_weighting_can_be_taken_away() -> None:
-    for kind in ("none", "proportional"):
-        entry = f"objective.streams=[{{name: answer, token_weighting: {kind}}}]"
-        assert preset_of(load_config(None, ["objective.preset=vppo", entry])).streams[0].token_weighting == kind
 
 
 _BLIND = "objective.contrast=[{name: blind, context: no_image}]"
@@ -493,49 +403,3 @@ def test_a_contrast_of_the_start_keeps_it() -> None:
     for weights, needs in (("policy", False), ("reference", True)):
         preset = preset_of(load_config(None, [plain[0], plain[1] % weights]))
         assert preset.needs_reference is needs and not preset.weighs_contrast
-
-
-def test_methods_are_short_files_with_formula_and_paper() -> None:
-    for name in methods.METHODS:
-        text = files(methods).joinpath(f"{name}.yaml").read_text()
-        assert len(text.splitlines()) <= 25 and "arXiv 2" in text and "#   L = " in text, name
-        assert PRESETS[name].name == name
-    weights = [
-        dict(
-            preset_of(load_config(None, ["objective.preset=papo", f"objective.format_weight={alpha}"]))
-            .streams[0]
-            .rewards
-        )
-        for alpha in (0.1, 0.3)
-    ]
-    assert weights == [{"acc": 1.0, "fmt": 0.1}, {"acc": 1.0, "fmt": 0.3}]
-
-
-def test_caprl_asks_its_reader_what_the_metadata_ask() -> None:
-    """By the weights of the start, unless a pass of that name says otherwise."""
-    reader = PRESETS["caprl"].later_pass("reader")
-    assert reader == LaterPass("reader", question="questions", samples=4, reader="reference")
-    assert reader in PRESETS["caprl"].passes.later
-    entry = "objective.passes=[{name: reader, question: asked, samples: 2, reader: endpoint}]"
-    changed = preset_of(load_config(None, ["objective.preset=caprl", entry]))
-    assert changed.later_pass("reader") == LaterPass("reader", question="asked", samples=2, reader="endpoint")
-    prompt = Prompt("p", "?", "1", metadata={})
-    with pytest.raises(ValueError, match=r"sample 'p'.*metadata's 'questions'.*list of"):
-        check_metadata(prompt, PRESETS["caprl"].passes.later)
-
-
-def test_visionary_r1_anneals_its_kl() -> None:
-    """Half of it at half of the way, by a cosine; the weights of the start are kept to the end."""
-    preset = PRESETS["visionary_r1"]
-    found = [preset.at(step).streams[0].kl_coef for step in (0, 100, 200, 900)]
-    assert found == pytest.approx([0.04, 0.02, 0.0, 0.0], abs=1e-12) and preset.needs_reference
-
-
-def test_a_method_is_changed_as_other_presets_are() -> None:
-    """A contrast of its name takes the place of the preset's; others join; a stream changes by key."""
-    words = ["objective.contrast=[{name: masked, context: no_image}, {name: more, context: noise}]"]
-    changed = preset_of(
-        load_config(None, ["objective.preset=papo", *words, "objective.streams=[{name: answer, contrast_coef: 0.5}]"])
-    )
-    assert [(one.name, one.context) for one in changed.contrasts] == [("masked", "no_image"), ("more", "noise")]
-    assert (changed.streams[0].contrast_coef, changed.streams[0].contrast_entropy_coef) == (0.5, -0.03)
