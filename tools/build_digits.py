@@ -5,6 +5,9 @@
 writes OUT/data/{train,heldout,cold_start}-*.tar, OUT/base/ (Hugging Face format) and OUT/manifest.json. Nothing is
 downloaded: the scans come with scikit-learn. A second call with the same arguments has nothing to do.
 
+With --questions 3 each picture is asked about in three prompts, of five kinds, and every prompt's metadata hold all the
+others as `questions`: for passes and controls that ask another one (docs/study.md).
+
 With --published the demonstrations are of the published Vision-SR1 prompts; train and evaluate with these by
 
     objective.template=vision_sr1 objective.second_template=vision_sr1_reasoner objective.plain_template=vision_sr1_cot
@@ -28,7 +31,7 @@ from rich.table import Table
 import megatron_sr1.digits
 import megatron_sr1.prompts
 from megatron_sr1.data import write_shards
-from megatron_sr1.digits import make_demonstrations, make_prompts
+from megatron_sr1.digits import ALL_KINDS, make_demonstrations, make_prompts
 from megatron_sr1.prompts import SHIPPED
 from megatron_sr1.types import SftSample, TemplateName
 
@@ -48,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "demonstrations": args.demonstrations,
         "seed": args.seed,
         "published": args.published,
+        "questions": args.questions,
         "builder": _builder_digest(),
     }
     if is_complete(args.out, wanted):
@@ -73,12 +77,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=4000, help="prompts for reinforcement learning")
     parser.add_argument("--heldout", type=int, default=400, help="prompts for evaluation, on scans used nowhere else")
     parser.add_argument("--demonstrations", type=int, default=8000, help="cold-start samples, half for either pass")
+    parser.add_argument("--questions", type=int, default=1, help="about each picture; above 1 of more kinds")
     parser.add_argument("--published", action="store_true", help="demonstrations of the published Vision-SR1 prompts")
     parser.add_argument("--seed", type=int, default=1, help="of the data and of the model's weights")
     args = parser.parse_args(arguments)
     for name in ("train", "heldout", "demonstrations"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: it must be 1 or more.")
+    if not 1 <= args.questions <= len(ALL_KINDS):
+        parser.error(f"--questions {args.questions}: it must be 1 ... {len(ALL_KINDS)}, a kind each.")
     if args.seed < 0:
         parser.error(f"--seed {args.seed}: it must be 0 or more.")
     return args
@@ -93,12 +100,12 @@ def _build(args: argparse.Namespace, wanted: dict[str, Any], console: Console) -
             plain = PUBLISHED["cot"] if args.published else "cot"
             files += _build_model(demonstrations, args.out / "base", args.seed, plain)
         elif part == "cold_start":
-            demonstrations = make_demonstrations(args.demonstrations, args.seed)
+            demonstrations = make_demonstrations(args.demonstrations, args.seed, args.questions)
             if args.published:
                 demonstrations = [replace(sample, template=PUBLISHED[sample.template]) for sample in demonstrations]
             files += write_shards(demonstrations, args.out / "data", part, SAMPLES_PER_SHARD)
         else:
-            prompts = make_prompts(part, wanted[part], args.seed)
+            prompts = make_prompts(part, wanted[part], args.seed, args.questions)
             files += write_shards(prompts, args.out / "data", part, SAMPLES_PER_SHARD)
     sizes = {str(path.relative_to(args.out)): path.stat().st_size for path in files}
     temporary = args.out / (MANIFEST + ".tmp")
