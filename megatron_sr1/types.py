@@ -31,7 +31,7 @@ TemplateName = str  # `prompts` has the templates
 BANNED_LOGIT_BIAS = -100.0  # the strongest that samplers accept
 MAX_ANSWER_CHARACTERS = 512  # that are graded
 MAX_ASPECT = 200  # of an image's sides: transformers' `smart_resize` takes no more
-MethodName = Literal["papo", "vppo", "caprl", "visionary_r1"]  # of `streams.methods`
+MethodName = Literal["papo", "vppo", "caprl", "visionary_r1", "pgpo", "cappo"]  # of `streams.methods`
 WrittenName = Literal[
     "vision_r1", "see_think", "summed", "gdpo", "vision_sr1", "perception_credit", "external_reasoner"
 ]
@@ -50,7 +50,8 @@ MismatchKind = Literal["none", "truncate", "mask"]
 MismatchLevel = Literal["token", "sequence"]
 ContrastContext = Literal["no_image", "masked", "noise", "description", "metadata"]
 ContrastWeights = Literal["policy", "reference"]
-TokenWeighting = Literal["none", "top", "top_conserving", "proportional"]
+TokenWeighting = Literal["none", "top", "top_conserving", "proportional", "gated"]
+SequenceWeightFor = Literal["dependent", "consistent"]
 ScheduleShape = Literal["linear", "cosine"]
 
 
@@ -396,8 +397,10 @@ class RewardStream:
     contrast: str = ""  # name of the one that the following are of
     token_weighting: TokenWeighting = "none"  # by each token's dependency, see `objective.contrast`
     token_share: float = 0.4  # of a response's tokens in the stream, that are the top
-    sequence_weight_low: float | None = None  # of the response that depends least; None: all weigh the same
-    contrast_coef: float = 0.0  # gamma: of the divergence from the contrast, which the loss falls by
+    token_threshold: float = 0.1  # nats of dependency that open the gate
+    sequence_weight_low: float | None = None  # of the response that weighs least; None: all weigh the same
+    sequence_weight_for: SequenceWeightFor = "dependent"  # who weighs more: who depends more, or less
+    contrast_coef: float = 0.0  # gamma: of the divergence from the contrast, which the loss falls by; < 0: grows
     contrast_entropy_coef: float = 0.0  # of the bonus for entropy under the contrast
     contrast_reward: float = 0.0  # of the mean log-prob gap of a response, which its reward is more by
     gate: str = ""  # name of a reward: without it in full a response has no advantage

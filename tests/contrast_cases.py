@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_sr1.processor import Processor
 from megatron_sr1.types import EncodedImage, TokenSequence
-from tests.batch_cases import their_rewards, two_groups
+from tests.batch_cases import GOOD, their_rewards, two_groups
 from tests.trainer_cases import log_softmax
 
 SHARES = {"papo": 0.6, "vppo": 0.5}  # of the methods' files
@@ -24,7 +24,8 @@ _STEP = (
     *("train.batch_size=2", "train.micro_batch_tokens=256", "objective.kl_coef=0"),
     *("objective.max_logprob_gap=1000", "optimizer.clip_grad=1000000"),  # the rollouts are nobody's; whole gradients
 )
-VPPO, PAPO = ((*_STEP, f"objective.preset={name}") for name in ("vppo", "papo"))
+VPPO, PAPO, PGPO, CAPPO = ((*_STEP, f"objective.preset={name}") for name in ("vppo", "papo", "pgpo", "cappo"))
+THRESHOLD, TOGETHER = 0.005, 1.0  # a new model depends on little; more than the file has, so that it is seen
 _WEIGHTED = f"contrast: blind, token_weighting: top, token_share: {TOP}, sequence_weight_low: {LOW}"
 BLIND = (
     *_STEP,
@@ -141,6 +142,67 @@ def papo_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, dic
     }
 
 
+def pgpo_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, dict[str, float]]:
+    """A token mean of -A w ratio, where a token weighs n g / sum g with g = 1 + D from the threshold on."""
+    loss, count, gaps = torch.zeros(()), 0, 0.0
+    for (sequence, key), advantage in zip(responses(processor), advantages(), strict=True):
+        own, _ = _chosen(model, sequence, processor)
+        with torch.no_grad():
+            under, _ = _chosen(model, blind(sequence, key, processor), processor)
+        gap = [float(a) - float(b) for a, b in zip(own.detach(), under, strict=True)]
+        depends = [math.exp(-one) + one - 1.0 for one in gap]
+        gates = [1.0 + depend if depend >= THRESHOLD else 1.0 for depend in depends]
+        assert 1 < sum(gate > 1 for gate in gates) < len(gates)
+        for place, gate in enumerate(gates):
+            weight = len(gates) * gate / sum(gates)
+            loss = loss - advantage * weight * (own[place] - own[place].detach()).exp()
+        gaps, count = gaps + sum(gap), count + len(gap)
+    return loss / count, {"dependency/blind/response": gaps / count}
+
+
+def told(sequence: TokenSequence, processor: Processor) -> tuple[TokenSequence, int] | None:
+    """With the block that it describes with in the place of its image, and how many ids that has."""
+    block = processor.text_ids(GOOD[: GOOD.index("</description>") + len("</description>")])
+    if tuple(sequence.response_ids[: len(block)]) != tuple(block):
+        return None
+    at = next(place for place, token in enumerate(sequence.prompt_ids) if token in processor.media_ids)
+    before, behind = (
+        [token for token in part if token not in processor.media_ids]
+        for part in (sequence.prompt_ids[:at], sequence.prompt_ids[at:])
+    )
+    return TokenSequence([*before, *block, *behind], sequence.response_ids), len(block)
+
+
+def cappo_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, dict[str, float]]:
+    """Half of two token means, each over its own tokens, and k3 on the reasoning, gradients through both; the
+    nearer the two contexts are, the more a response's reasoning weighs."""
+    found, means = [], []
+    for sequence, _ in responses(processor):
+        own, _ = _chosen(model, sequence, processor)
+        other = told(sequence, processor)
+        if other is None:
+            found.append((own, 0, torch.zeros(len(own))))
+            continue
+        under, _ = _chosen(model, other[0], processor)
+        far = (under - own).exp() - (under - own) - 1.0
+        far[: other[1]] = 0.0
+        found.append((own, other[1], far))
+        means.append(float(far[other[1] :].detach().clamp(max=10.0).mean()))
+    near = [(max(means) - mean) / (max(means) - min(means)) for mean in means]
+    factors = [LOW + (1.0 - LOW) * one * len(near) / sum(near) for one in near]
+    reasons = sum(len(own) - start for own, start, _ in found)
+    describes = sum(start for _, start, _ in found)
+    loss, distance = torch.zeros(()), 0.0
+    for index, (own, start, far) in enumerate(found):
+        ratio = (own - own.detach()).exp()
+        factor = factors[index] if start else 1.0  # the three that describe come first
+        loss = loss - 0.5 * advantages()[index] * factor * ratio[start:].sum() / reasons
+        loss = loss - 0.5 * advantages()[index] * ratio[:start].sum() / describes
+        loss = loss + TOGETHER * far.sum() / reasons
+        distance += float(far.detach().sum())
+    return loss, {"loss/answer/contrast": distance / reasons}
+
+
 def earned_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, dict[str, float]]:
     """A token mean of -A ratio, where a response earns 20 times its mean gap on top, centred within its group."""
     rewards = their_rewards()
@@ -161,6 +223,8 @@ def earned_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, d
 CASES: dict[str, tuple[tuple[str, ...], Any]] = {
     "vppo": (VPPO, vppo_loss),
     "papo": (PAPO, papo_loss),
+    "pgpo": ((*PGPO, f"objective.streams=[{{name: answer, token_threshold: {THRESHOLD}}}]"), pgpo_loss),
+    "cappo": ((*CAPPO, f"objective.streams=[{{name: answer, contrast_coef: -{TOGETHER}}}]"), cappo_loss),
     "earned": (EARNED, earned_loss),
     "blind": (BLIND, partial(vppo_loss, context=blind, eta=0.0)),
 }

@@ -56,20 +56,22 @@ def test_weights_by_hand() -> None:
     credited = torch.tensor([True, True, False, True, True])
 
     def weights(kind: Any, share: float = 0.5) -> list[float]:
-        return token_weighting(depends, credited, kind, share).tolist()
+        return token_weighting(depends, credited, kind, share, 0.1).tolist()
 
     assert weights("none") == [1, 1, 1, 1, 1]
     assert weights("top") == [1, 0, 1, 0, 1]
     assert weights("top_conserving") == [2, 0, 1, 0, 2]
     assert weights("proportional") == [1.5, 0.5, 1, 0, 2]
     assert weights("top", 0.51) == [1, 1, 1, 0, 1], "three of four: a part of a token counts"
-    assert token_weighting(torch.zeros(3), torch.ones(3).bool(), "top", 0.5).tolist() == [1, 1, 0], "the earlier ones"
-    assert token_weighting(torch.zeros(3), torch.ones(3).bool(), "proportional", 0.5).tolist() == [1, 1, 1]
-    assert token_weighting(depends, torch.zeros(5).bool(), "top", 0.5).tolist() == [1, 1, 1, 1, 1]
+    zeros, everything = torch.zeros(3), torch.ones(3).bool()
+    assert token_weighting(zeros, everything, "top", 0.5, 0.1).tolist() == [1, 1, 0], "the earlier ones"
+    assert token_weighting(zeros, everything, "proportional", 0.5, 0.1).tolist() == [1, 1, 1]
+    assert token_weighting(depends, torch.zeros(5).bool(), "top", 0.5, 0.1).tolist() == [1, 1, 1, 1, 1]
     # m = 1 2 4: z = 0 1/3 1, its mean 4/9
-    assert response_weights(torch.tensor([1.0, 2.0, 4.0]), 0.9).tolist() == pytest.approx([0.9, 0.975, 1.125])
-    assert response_weights(torch.tensor([2.0, 2.0]), 0.9).tolist() == [1, 1]
-    assert response_weights(torch.zeros(0), 0.9).tolist() == []
+    found = response_weights(torch.tensor([1.0, 2.0, 4.0]), 0.9, "dependent").tolist()
+    assert found == pytest.approx([0.9, 0.975, 1.125])
+    assert response_weights(torch.tensor([2.0, 2.0]), 0.9, "dependent").tolist() == [1, 1]
+    assert response_weights(torch.zeros(0), 0.9, "dependent").tolist() == []
 
 
 def test_weights_of_random_responses() -> None:
@@ -83,7 +85,7 @@ def test_weights_of_random_responses() -> None:
         best = set(sorted(places, key=lambda place: -depends[place])[: math.ceil(share * len(places))])
         total = sum(depends[place] for place in places)
         for kind in ("top", "top_conserving", "proportional"):
-            found = token_weighting(torch.tensor(depends), torch.tensor(credited), kind, share).tolist()
+            found = token_weighting(torch.tensor(depends), torch.tensor(credited), kind, share, 0.1).tolist()
             for place in range(number):
                 expected = 1.0
                 if credited[place]:
@@ -359,7 +361,7 @@ _BLIND = "objective.contrast=[{name: blind, context: no_image}]"
         (["objective.contrast=[{name: a, weights: start}]"], r"\(a\).weights='start'.*policy, reference"),
         ([_BLIND, "objective.streams=[{name: answer, token_share: 0}]"], r"\(answer\).token_share=0"),
         ([_BLIND, "objective.streams=[{name: answer, sequence_weight_low: 2}]"], r"sequence_weight_low=2"),
-        ([_BLIND, "objective.streams=[{name: answer, contrast_coef: -1}]"], r"contrast_coef=-1"),
+        ([_BLIND, "objective.streams=[{name: answer, contrast_coef: -1001}]"], r"contrast_coef=-1001"),
         ([_BLIND, "objective.streams=[{name: answer, token_weighting: most}]"], r"token_weighting='most'.*top"),
         ([_BLIND, "objective.streams=[{name: answer, contrast: 3}]"], r"contrast=3"),
         ([_BLIND, "objective.streams=[{name: answer, token_weighting: top}]"], "names no contrast that it is of"),
@@ -370,6 +372,21 @@ _BLIND = "objective.contrast=[{name: blind, context: no_image}]"
         (
             [_BLIND, "objective.streams=[{name: answer, contrast: blind, token_share: 0.2}]"],
             "token_share=0.2, which belongs to token_weighting=top",
+        ),
+        (
+            [_BLIND, "objective.streams=[{name: answer, contrast: blind, token_weighting: top, token_threshold: 0.2}]"],
+            "token_threshold=0.2, which belongs to token_weighting=gated, and its token_weighting is top",
+        ),
+        ([_BLIND, "objective.streams=[{name: answer, token_threshold: -0.1}]"], r"token_threshold=-0.1.*at least 0"),
+        ([_BLIND, "objective.streams=[{name: answer, token_threshold: .nan}]"], r"token_threshold=nan"),
+        ([_BLIND, "objective.streams=[{name: answer, token_threshold: 11}]"], r"token_threshold=11.*at most 10"),
+        (
+            [_BLIND, "objective.streams=[{name: answer, contrast: blind, sequence_weight_for: consistent}]"],
+            "sequence_weight_for=consistent, and no sequence_weight_low",
+        ),
+        (
+            [_BLIND, "objective.streams=[{name: answer, sequence_weight_for: all}]"],
+            "weight_for='all'.*dependent, consistent",
         ),
         ([_BLIND, "objective.streams=[{name: visual, contrast: blind, contrast_reward: 1}]"], "second pass sees none"),
         (

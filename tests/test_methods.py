@@ -62,3 +62,10 @@ def test_a_method_s_weighting_can_be_taken_away() -> None:
     for kind in ("none", "proportional"):
         entry = f"objective.streams=[{{name: answer, token_weighting: {kind}}}]"
         assert preset_of(load_config(None, ["objective.preset=vppo", entry])).streams[0].token_weighting == kind
+
+
+def test_weights_for_consistent_responses_can_be_taken_away() -> None:
+    """By null, which leaves whom they would be for without a meaning."""
+    entry = "objective.streams=[{name: answer, sequence_weight_low: null}]"
+    answer = preset_of(load_config(None, ["objective.preset=cappo", entry])).streams[0]
+    assert not answer.is_weighted and answer.contrast_coef == -0.01

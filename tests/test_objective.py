@@ -92,6 +92,15 @@ EXPECTED_PRESETS = {
         True,
         [("answer", "first", "response", {"acc": 1.0, "fmt": 0.1, "acc_vis": 1.0}, 1.0, "sum")],
     ),
+    "pgpo": ("see_think", False, [("answer", "first", "response", {"acc": 1.0, "fmt": 0.1}, 1.0, "sum")]),
+    "cappo": (
+        "see_think",
+        False,
+        [
+            ("answer", "first", "reasoning", {"acc": 1.0, "fmt": 0.1}, 0.5, "sum"),
+            ("caption", "first", "description", {"acc": 1.0, "fmt": 0.1}, 0.5, "sum"),
+        ],
+    ),
 }
 
 

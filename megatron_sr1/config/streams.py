@@ -15,6 +15,7 @@ from megatron_sr1.types import (
     Normalize,
     RatioLevel,
     ScheduleShape,
+    SequenceWeightFor,
     Surrogate,
     TokenWeighting,
 )
@@ -33,8 +34,9 @@ _NUMBERS = {
     "clip_high": RATIO,
     "dual_clip": DUAL_CLIP,
     "token_share": _SHARE,
+    "token_threshold": Range(0, 10),  # dependency is held at 10
     "sequence_weight_low": Range(0, 1),
-    "contrast_coef": Range(0, 1000),
+    "contrast_coef": Range(-1000, 1000),  # below 0 both contexts are drawn together
     "contrast_entropy_coef": ENTROPY_COEF,
     "contrast_reward": Range(-1000, 1000),
 }
@@ -50,6 +52,7 @@ _CHOICES = {
     "surrogate": get_args(Surrogate),
     "ratio": get_args(RatioLevel),
     "token_weighting": get_args(TokenWeighting),
+    "sequence_weight_for": get_args(SequenceWeightFor),
 }
 KEYS = ("name", "pass", "tokens", "rewards", "enabled", "contrast", "gate", *_NUMBERS, *_CHOICES)
 _NULLABLE = ("dual_clip", "constant_tokens", "sequence_weight_low")

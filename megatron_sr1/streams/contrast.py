@@ -10,7 +10,7 @@ from megatron_sr1.prompts import metadata_text
 from megatron_sr1.types import ContrastContext, ContrastWeights, Prompt, RewardStream
 
 _OF_CONTRAST = (
-    *("token_weighting", "token_share", "sequence_weight_low"),
+    *("token_weighting", "token_share", "token_threshold", "sequence_weight_low", "sequence_weight_for"),
     *("contrast_coef", "contrast_entropy_coef", "contrast_reward"),
 )
 
@@ -56,14 +56,20 @@ def contrast_keys(entry: Mapping[str, Any]) -> dict[str, Any]:
     """What an entry of `objective.streams` says of its contrast, as fields of `RewardStream`.
 
     Raises:
-        ValueError: a share of tokens without a weighting of the top ones; keys of a contrast without its name, or its
-            name without any.
+        ValueError: a share or threshold of tokens without its weighting; whom weights are for without any; keys of a
+            contrast without its name, or its name without any.
     """
     where, weighting = f"objective.streams: {entry['name']!r}", entry.get("token_weighting", "none")
-    if "token_share" in entry and not weighting.startswith("top"):
+    for key, kind in (("token_share", "top"), ("token_threshold", "gated")):
+        if key in entry and not weighting.startswith(kind):
+            raise ValueError(
+                f"{where} has {key}={entry[key]}, which belongs to token_weighting={kind}, and its "
+                f"token_weighting is {weighting}. Leave it out, or set token_weighting={kind}."
+            )
+    if "sequence_weight_for" in entry and "sequence_weight_low" not in entry:  # null takes a preset's weights away
         raise ValueError(
-            f"{where} has token_share={entry['token_share']}, which belongs to token_weighting=top, and its "
-            f"token_weighting is {weighting}. Leave it out, or set token_weighting=top."
+            f"{where} has sequence_weight_for={entry['sequence_weight_for']}, and no sequence_weight_low, without "
+            "which all responses weigh the same. Leave it out, or set sequence_weight_low=0.9."
         )
     found = {key: entry[key] for key in _OF_CONTRAST if key in entry}
     if found and "contrast" not in entry:

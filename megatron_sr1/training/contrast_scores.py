@@ -79,14 +79,15 @@ def contrast_weights(
             chosen = credited[index][row] & there
             if chosen.any():
                 means[index, row] = depends[chosen].double().mean().item()
-                weights[index][row] = token_weighting(depends, chosen, stream.token_weighting, stream.token_share)
+                how = (stream.token_weighting, stream.token_share, stream.token_threshold)
+                weights[index][row] = token_weighting(depends, chosen, *how)
     everyone = replicas.gather_rows(means)  # [B, S]
     for row, stream in enumerate(streams):
         if stream.sequence_weight_low is None:
             continue
         place = means[:, row] >= 0
         factors = torch.ones(number, dtype=torch.float64)
-        factors[place] = _factors(means[place, row], everyone[:, row], stream.sequence_weight_low)
+        factors[place] = _factors(means[place, row], everyone[:, row], stream)
         for index, factor in enumerate(factors.tolist()):
             weights[index][row] *= factor
     return scatter_rows(weights, rows.micro_batches)
@@ -128,10 +129,12 @@ def of_siblings(gaps: Tensor) -> Tensor:
     return torch.where(known, gaps, mean)
 
 
-def _factors(own: Tensor, everyone: Tensor, low: float) -> Tensor:
+def _factors(own: Tensor, everyone: Tensor, stream: RewardStream) -> Tensor:
     """[b] of this replica's responses among all: a response with the same mean has the same weight, whoever has it."""
     known = everyone[everyone >= 0].sort().values
-    return response_weights(known, low)[torch.searchsorted(known, own)]
+    assert stream.sequence_weight_low is not None
+    weights = response_weights(known, stream.sequence_weight_low, stream.sequence_weight_for)
+    return weights[torch.searchsorted(known, own)]
 
 
 def _dependencies(rows: StreamRows, scores: ContrastScores, name: str) -> list[tuple[Tensor, Tensor]]:
