@@ -13,12 +13,16 @@ token of the first kind has a larger gap than one of the second (Hanley and McNe
     second pass   tokens with a digit against the others, of responses that see no image: there is nothing to take
                   away, so every gap is 0 and the AUC is 0.5
 
-The model should be the one that has written the responses: those of step 0 are the cold start's. One process.
+The model should be the one that has written the responses: those of step 0 are the cold start's. With --measures the
+numbers of the first contrast go into RUN/measures.json, which reports of sweeps show. One process.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +66,14 @@ def digit_tokens(processor: Any, ids: Sequence[int], text: str) -> tuple[np.ndar
     return digit, inside, behind
 
 
-def gaps(policy: Any, processor: Any, config: Any, sequences: Sequence[TokenSequence], keys: Sequence[str]) -> Any:
+def gaps(
+    policy: Any,
+    processor: Any,
+    config: Any,
+    sequences: Sequence[TokenSequence],
+    keys: Sequence[str],
+    contrasts: Sequence[Contrast],
+) -> Any:
     """By contrast, the gap [n] of each response; None where it has no other context."""
     from megatron_sr1.packing import gather_rows, pack
     from megatron_sr1.training.contrasts import ContextMaker
@@ -80,7 +91,7 @@ def gaps(policy: Any, processor: Any, config: Any, sequences: Sequence[TokenSequ
         return gather_rows([one.logprobs for one in policy.logprobs(rows, scoring)], rows, len(some))
 
     own, make, found = scored(sequences), ContextMaker(processor, config, 0), {}
-    for contrast in CONTRASTS:
+    for contrast in contrasts:
         others = {}
         for index, sequence in enumerate(sequences):
             text = processor.decode(sequence.response_ids)
@@ -95,12 +106,42 @@ def gaps(policy: Any, processor: Any, config: Any, sequences: Sequence[TokenSequ
     return found
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart/grpo"), help="whose rollouts are read")
     parser.add_argument("--model", default="runs/quickstart/sft/hf", help="a Hugging Face folder")
     parser.add_argument("--step", type=int, default=0)
-    options = parser.parse_args()
+    parser.add_argument("--contrasts", nargs="+", choices=[c.name for c in CONTRASTS], default=[], help="default: all")
+    parser.add_argument("--measures", action="store_true", help="write RUN/measures.json")
+    options = parser.parse_args(arguments)
+    contrasts = [c for c in CONTRASTS if not options.contrasts or c.name in options.contrasts]
+    processor, config, policy, lines = load(options.run, options.model, options.step)
+    sequences, keys = responses(config, processor, lines)
+    print(f"step {options.step} of {options.run}: {len(lines)} responses, model {options.model}")
+    print(f"{'contrast':<14}{'gap of digits':>15}{'of others':>11}{'AUC digits':>12}{'in block':>10}{'repeated':>10}")
+    kinds = [digit_tokens(processor, s.response_ids, processor.decode(s.response_ids)) for s in sequences]
+    found = {}
+    for name, each in gaps(policy, processor, config, sequences, keys, contrasts).items():
+        row = graded(each, kinds)
+        found[name] = row
+        print(f"{name:<14}{row['digits']:>15.3f}{row['others']:>11.3f}", end="")
+        print(f"{row['auc']:>12.3f}{row['auc_in_description']:>10.3f}{row['auc_repeated']:>10.3f}")
+    if options.measures:
+        row = found[contrasts[0].name]
+        write_measures(options.run, {f"dependency_{key}": row[key] for key in ("auc", "auc_in_description")})
+    second = [line["second"] for line in lines if line.get("second")]
+    if not second:
+        return
+    digit = np.concatenate(
+        [digit_tokens(processor, s["response_ids"], processor.decode(s["response_ids"]))[0] for s in second]
+    )
+    print(
+        f"second pass: {len(digit)} tokens without a context to take away, AUC {auc(np.zeros(len(digit)), digit):.3f}"
+    )
+
+
+def load(run: Path, model: str, step: int) -> tuple[Any, Any, Any, list[dict[str, Any]]]:
+    """Processor, configuration for one process, policy with a model's weights, and the samples of a saved step."""
     platform = start_platform()
     from megatron_sr1.policy.scorer import Scorer
     from megatron_sr1.processor import Processor
@@ -108,35 +149,45 @@ def main() -> None:
 
     alone = [f"layout.{key}=1" for key in ("tensor", "pipeline", "context", "expert", "virtual")]
     alone += ["layout.sequence_parallel=false", "rollout.engine_tensor=1", "nproc=1"]
-    config = load_config(options.run / "config.yaml", [*alone, f"model.hf_dir={options.model}"])
-    policy, processor = Scorer(config, platform), Processor.from_pretrained(options.model)
+    config = load_config(run / "config.yaml", [*alone, f"model.hf_dir={model}"])
+    lines = [line for line in step_lines(rollouts_file(run / "rollouts", step)) if "sample" in line]
+    return Processor.from_pretrained(model), config, Scorer(config, platform), lines
+
+
+def responses(config: Any, processor: Any, lines: Sequence[Any]) -> tuple[list[TokenSequence], list[str]]:
+    """First passes with the images that they were written to, and the keys of their prompts."""
     dataset = ShardDataset(expand_shards(config.data.train, "data.train"))
     prompts: dict[str, Any] = {prompt.key: prompt for prompt in map(dataset.read, range(len(dataset)))}
-    lines = [line for line in step_lines(rollouts_file(options.run / "rollouts", options.step)) if "sample" in line]
-    sequences, keys = [], []
+    sequences = []
     for line in lines:
         images = tuple(processor.encode_image(image) for image in prompts[line["key"]].images)
-        first = line["first"]
-        sequences.append(TokenSequence(first["prompt_ids"], first["response_ids"], images))
-        keys.append(line["key"])
-    print(f"step {options.step} of {options.run}: {len(lines)} responses, model {options.model}")
-    print(f"{'contrast':<14}{'gap of digits':>15}{'of others':>11}{'AUC digits':>12}{'in block':>10}{'repeated':>10}")
-    kinds = [digit_tokens(processor, s.response_ids, processor.decode(s.response_ids)) for s in sequences]
-    for name, each in gaps(policy, processor, config, sequences, keys).items():
-        there = [index for index, gap in enumerate(each) if gap is not None]
-        gap = np.concatenate([each[index] for index in there])
-        digit, inside, behind = (np.concatenate([kinds[index][k] for index in there]) for k in range(3))
-        wanted = digit & inside
-        row = (auc(gap, wanted), auc(gap[inside], digit[inside]), auc(gap[behind], digit[behind]))
-        means = f"{gap[wanted].mean():>15.3f}{gap[~wanted].mean():>11.3f}"
-        print(f"{name:<14}{means}{row[0]:>12.3f}{row[1]:>10.3f}{row[2]:>10.3f}")
-    second = [line["second"] for line in lines if line.get("second")]
-    digit = np.concatenate(
-        [digit_tokens(processor, s["response_ids"], processor.decode(s["response_ids"]))[0] for s in second]
-    )
-    print(
-        f"second pass: {len(digit)} tokens without a context to take away, AUC {auc(np.zeros(len(digit)), digit):.3f}"
-    )
+        sequences.append(TokenSequence(line["first"]["prompt_ids"], line["first"]["response_ids"], images))
+    return sequences, [line["key"] for line in lines]
+
+
+def graded(each: Sequence[Any], kinds: Sequence[Any]) -> dict[str, float]:
+    """Mean gaps of the two kinds of tokens in nats, and the AUCs; of the responses that have another context."""
+    there = [index for index, gap in enumerate(each) if gap is not None]
+    gap = np.concatenate([each[index] for index in there])
+    digit, inside, behind = (np.concatenate([kinds[index][k] for index in there]) for k in range(3))
+    wanted = digit & inside
+    return {
+        "digits": float(gap[wanted].mean()),
+        "others": float(gap[~wanted].mean()),
+        "auc": auc(gap, wanted),
+        "auc_in_description": auc(gap[inside], digit[inside]),
+        "auc_repeated": auc(gap[behind], digit[behind]),
+    }
+
+
+def write_measures(run: Path, numbers: dict[str, float]) -> None:
+    """Adds them to RUN/measures.json; a number that is none, of a kind of tokens that there is not, is null there."""
+    path = run / "measures.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    known |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(known, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from html import escape
 
 from megatron_sr1.report.summary_table import SummaryRow, percent
 
-_COLUMNS = (  # (number, title, meaning)
+CONTROL_COLUMNS = (  # (number, title, meaning)
     ("second_pass_accuracy", "second pass", "the description alone leads to the correct answer"),
     ("prior_accuracy", "prior", "the question alone does"),
     ("sufficiency", "sufficiency", "second pass minus prior: what the descriptions add to the questions"),
@@ -21,10 +21,10 @@ _COLUMNS = (  # (number, title, meaning)
 
 def controls_section(rows: Sequence[SummaryRow]) -> str:
     """A row for each evaluation that has asked controls; empty where none has."""
-    asked = [row for row in rows if any(row.values.get(name) is not None for name, _, _ in _COLUMNS[1:])]
+    asked = [row for row in rows if any(row.values.get(name) is not None for name, _, _ in CONTROL_COLUMNS[1:])]
     if not asked:
         return ""
-    shown = [column for column in _COLUMNS if any(row.values.get(column[0]) is not None for row in asked)]
+    shown = [column for column in CONTROL_COLUMNS if any(row.values.get(column[0]) is not None for row in asked)]
     head = "".join(f'<th title="{escape(meaning)}">{escape(title)}</th>' for _, title, meaning in shown)
     body = "".join(
         f"<tr><th>{escape(row.label)} <small>step {row.step}</small></th>"

@@ -1,17 +1,18 @@
-"""Reads what a run leaves in its folder: config.yaml, metrics.jsonl, eval/<label>.json and eval/images/."""
+"""Reads what a run leaves in its folder: config.yaml, metrics.jsonl, eval/<label>.json and eval/images/; and
+measures.json, where something else has measured the run: {name: number}."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_sr1.config import load_config
 
 Kind = TypeVar("Kind")
-METRICS_FILE, CONFIG_FILE, EVAL_FOLDER = "metrics.jsonl", "config.yaml", "eval"
+METRICS_FILE, CONFIG_FILE, EVAL_FOLDER, MEASURES_FILE = "metrics.jsonl", "config.yaml", "eval", "measures.json"
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,15 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """One run folder. `metrics` are the lines of metrics.jsonl; `evaluations` are in order of step."""
+    """One run folder. `metrics` are the lines of metrics.jsonl; `evaluations` are in order of step; `measures` are the
+    numbers of measures.json by name."""
 
     path: Path
     preset: str
     config_text: str
     metrics: tuple[Mapping[str, float | None], ...]
     evaluations: tuple[Evaluation, ...]
+    measures: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -94,7 +97,16 @@ def read_run(path: Path) -> ReportedRun:
         config_text=config_file.read_text(encoding="utf-8") if config_file.is_file() else "",
         metrics=tuple(_read_metrics(metrics_file)) if metrics_file.is_file() else (),
         evaluations=tuple(sorted(evaluations, key=lambda e: (e.step, e.label != "before", e.label))),
+        measures=_read_measures(path / MEASURES_FILE),
     )
+
+
+def _read_measures(path: Path) -> dict[str, float | None]:
+    values = _parse(path, 1, _text(path)) if path.is_file() else {}
+    wrong = next((name for name, value in values.items() if not _is_number(value)), None)
+    if wrong is not None:
+        raise ValueError(f"{path} has {wrong}={values[wrong]!r}, which is no number. Repair or remove it.")
+    return values
 
 
 def _read_metrics(path: Path) -> list[dict[str, float | None]]:

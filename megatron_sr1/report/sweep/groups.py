@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sr1.config import load_config
+from megatron_sr1.report.controls_section import CONTROL_COLUMNS
 from megatron_sr1.report.runs import CONFIG_FILE, Evaluation, ReportedRun, read_run
 from megatron_sr1.report.summary_table import COLUMNS
 from megatron_sr1.report.sweep.statistics import Estimate, PairedDifference, estimate, paired_difference
 
+MEASURED = "measures/"  # before the names of measures.json
 LAST_STEPS = 10  # training numbers are means over as many steps, the last
 AVERAGED = ("first/response_tokens", "second/response_tokens", "loss/sft/nll")  # of them, beside the rewards
 # of a step, in a row
@@ -67,6 +69,11 @@ class GroupRow:
 
 
 SHARES = tuple(Measure(column.key, column.title, column.meaning, scale=100, digits=1) for column in COLUMNS)
+CONTROLS = tuple(
+    Measure(key, title, meaning, scale=100, digits=1)
+    for key, title, meaning in CONTROL_COLUMNS
+    if key not in [measure.key for measure in SHARES]
+)
 LENGTHS_AND_TIME = (
     Measure("first/response_tokens", "first pass, tokens", "length of the first response", digits=1),
     Measure("second/response_tokens", "second pass, tokens", "length of the second response", digits=1),
@@ -115,22 +122,26 @@ def sweep_rows(groups: Sequence[RunGroup]) -> list[GroupRow]:
 
 def measured(run: ReportedRun) -> dict[str, float]:
     """The numbers of a finished run by key of their measure: the evaluation after training; means over the last
-    LAST_STEPS steps of rewards and lengths; the median step's seconds."""
+    LAST_STEPS steps of rewards and lengths; the median step's seconds; measures.json, as `measures/<name>`."""
     last = run.metrics[-LAST_STEPS:]
     names = {name for entry in last for name in entry if name.startswith("reward/") or name in AVERAGED}
     values = {name: [value for entry in last if (value := entry.get(name)) is not None] for name in sorted(names)}
     seconds = [sum(entry.get(stage) or 0.0 for stage in STAGES) for entry in run.metrics]
     means = {name: statistics.fmean(found) for name, found in values.items() if found}
-    return {**_shares(_evaluation(run, "after")), **means, "seconds/step": statistics.median(seconds)}
+    others = {f"{MEASURED}{name}": value for name, value in run.measures.items() if value is not None}
+    return {**_shares(_evaluation(run, "after")), **means, "seconds/step": statistics.median(seconds), **others}
 
 
 def training_measures(rows: Sequence[GroupRow]) -> list[Measure]:
-    """What the rows know of the last training steps: total reward and loss first, its components, lengths, time."""
+    """What the rows know of the last training steps: total reward and loss first, its components, lengths, time; then
+    what else was measured of the runs."""
     known = {key for row in rows for values in row.per_seed.values() for key in values}
     rewards = sorted((key for key in known if key.startswith("reward/")), key=lambda key: (key != "reward/total", key))
     measures = [Measure(key, key, f"mean {key.partition('/')[2]} reward of the rollouts") for key in rewards]
+    others = sorted(key for key in known if key.startswith(MEASURED))
+    outside = [Measure(key, key.removeprefix(MEASURED), "of measures.json in the run's folder") for key in others]
     loss = Measure("loss/sft/nll", "loss", "negative log-likelihood of the demonstrations, nats per token")
-    return [measure for measure in (loss, *measures, *LENGTHS_AND_TIME) if measure.key in known]
+    return [measure for measure in (loss, *measures, *LENGTHS_AND_TIME, *outside) if measure.key in known]
 
 
 def common_start(rows: Sequence[GroupRow]) -> bool:
@@ -151,7 +162,7 @@ def _evaluation(run: ReportedRun, label: str) -> Evaluation | None:
 
 def _shares(evaluation: Evaluation | None) -> dict[str, float]:
     summary = {} if evaluation is None else evaluation.summary
-    return {m.key: value for m in SHARES if (value := summary.get(m.key)) is not None}
+    return {m.key: value for m in (*SHARES, *CONTROLS) if (value := summary.get(m.key)) is not None}
 
 
 def _estimates(per_seed: Mapping[int, Mapping[str, float]]) -> dict[str, Estimate]:

@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
-from megatron_sr1.report.sweep.groups import LAST_STEPS, SHARES, GroupRow, Measure, common_start, training_measures
+from megatron_sr1.report.sweep.groups import (
+    CONTROLS,
+    LAST_STEPS,
+    SHARES,
+    GroupRow,
+    Measure,
+    common_start,
+    training_measures,
+)
 from megatron_sr1.report.sweep.statistics import Estimate, PairedDifference
 from megatron_sr1.report.text_table import TextTable, print_text_table
 
@@ -14,23 +22,30 @@ UNKNOWN = "–"
 
 
 def text_tables(rows: Sequence[GroupRow]) -> list[TextTable]:
-    """Held-out evaluation, last training steps, and paired differences to the first row; without empty ones."""
+    """Held-out evaluation, controls of its second pass, last training steps, and paired differences to the first row;
+    without empty ones."""
     spread = "mean ± sample standard deviation over the seeds"
-    shares = [measure for measure in SHARES if any(measure.key in row.after for row in rows)]
+    shares, controls = (
+        [measure for measure in measures if any(measure.key in row.after for row in rows)]
+        for measures in (SHARES, CONTROLS)
+    )
     training = training_measures(rows)
     finished = [row for row in rows if row.per_seed]
     last = [(row.label, len(row.per_seed), _estimates(row.after, training)) for row in finished]
     tables = [
         _across("evaluation", f"Held-out evaluation, % of prompts; {spread}", shares, _evaluation_lines(rows, shares)),
+        _across("controls", f"Controls of the second pass, %; {spread}", controls, _evaluation_lines(rows, controls)),
         _down("training", f"Training, the last {LAST_STEPS} steps; {spread}", training, last),
     ]
     compared = [(row, max(d.num for d in row.differences.values())) for row in finished if row.differences]
     if compared:
         title, spread = f"Paired differences to {rows[0].label}", "over common seeds, mean ± standard error"
         points = [(row.label, num, _differences(row.differences, shares)) for row, num in compared]
+        asked = [(row.label, num, _differences(row.differences, controls)) for row, num in compared]
         others = [(row.label, num, _differences(row.differences, training)) for row, num in compared]
         tables += [
             _across("paired", f"{title}, points; {spread}", shares, points),
+            _across("paired-controls", f"{title}, controls, points; {spread}", controls, asked),
             _down("paired-training", f"{title}, the last {LAST_STEPS} steps; {spread}", training, others),
         ]
     return [table for table in tables if table.lines]
