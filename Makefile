@@ -160,6 +160,12 @@ ablation: $(COLD_START) ## GRPO with and without the self-reward, two seeds each
 	@echo
 	@echo "Next: open $(RUNS)/ablation/report.html, read examples/quickstart/ablation.yaml"
 
+.PHONY: study
+study: setup ## nine objectives, three seeds each, and what a step of each costs: three hours on two cores; goes on if stopped
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.study --jobs 2
+	@echo
+	@echo "Next: open $(RUNS)/study/runs/report.html, read docs/study.md"
+
 # In the environment for cards where there is one.
 GPU_PYTHON := $(wildcard .venv-gpu/bin/python)
 .PHONY: gpu-check

@@ -172,12 +172,16 @@ def graded(each: Sequence[Any], kinds: Sequence[Any]) -> dict[str, float]:
     digit, inside, behind = (np.concatenate([kinds[index][k] for index in there]) for k in range(3))
     wanted = digit & inside
     return {
-        "digits": float(gap[wanted].mean()),
-        "others": float(gap[~wanted].mean()),
+        "digits": _mean(gap[wanted]),
+        "others": _mean(gap[~wanted]),
         "auc": auc(gap, wanted),
         "auc_in_description": auc(gap[inside], digit[inside]),
         "auc_repeated": auc(gap[behind], digit[behind]),
     }
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
 
 
 def write_measures(run: Path, numbers: dict[str, float]) -> None:

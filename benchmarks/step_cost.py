@@ -32,16 +32,19 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 from megatron_sr1.config import load_config
+from megatron_sr1.platform.fork_server import end_with_parent
 
 WARM_UP = 2  # steps that are not counted
 READER = "reader"  # the name that the server knows its model by
 POLL_SECONDS = 0.1
 READY_SECONDS = 300.0
+_STOPPED_WITH_THIS = partial(end_with_parent, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -105,19 +108,19 @@ def measure(config: str, preset: str, steps: int, overrides: Sequence[str], root
     command = [sys.executable, "-m", "megatron_sr1.cli", "grpo", config, *words, *overrides]
     try:
         with (folder / "log").open("wb") as log:
-            run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_STOPPED_WITH_THIS)
         watch = Watch([run.pid, *roots])
-        marks, looks = {}, 0
+        marks, looks = {}, 0  # lines of metrics.jsonl -> when that many were first seen, and the CPU seconds by then
         while run.poll() is None:
             cpu, looks = watch.look(memory=looks % 10 == 0), looks + 1
-            done = _num_lines(folder / "run" / "metrics.jsonl")
-            marks.setdefault(done, (time.monotonic(), cpu))
+            marks.setdefault(_num_lines(folder / "run" / "metrics.jsonl"), (time.monotonic(), cpu))
             time.sleep(POLL_SECONDS)
-        if run.returncode != 0 or not {WARM_UP, steps} <= marks.keys():
+        counted = sorted(number for number in marks if number >= WARM_UP)
+        if run.returncode != 0 or len(counted) < 2:
             tail = (folder / "log").read_text(errors="replace")[-3000:]
             raise RuntimeError(f"{' '.join(command)} ended with status {run.returncode}:\n{tail}")
-        (start, cpu_start), (end, cpu_end) = marks[WARM_UP], marks[steps]
-        number = steps - WARM_UP
+        (start, cpu_start), (end, cpu_end) = marks[counted[0]], marks[counted[-1]]
+        number = counted[-1] - counted[0]
         return Cost((end - start) / number, (cpu_end - cpu_start) / number, watch.memory, watch.processes)
     finally:
         shutil.rmtree(folder)
@@ -144,6 +147,7 @@ def reader_server(model: str) -> Iterator[tuple[str, int]]:
             stderr=subprocess.STDOUT,
             env=os.environ | alone,
             start_new_session=True,
+            preexec_fn=_STOPPED_WITH_THIS,  # it ends its own processes on SIGTERM
         )
         try:
             address = f"http://127.0.0.1:{port}/v1"

@@ -19,7 +19,7 @@ LONG = (
     *("end_to_end", "layouts", "preemption", "sweep", "launch", "evaluation_run", "vision", "convert"),
     *("triton_logprob", "weight_sync", "cpu_capabilities", "logprob_memory", "config", "checkpoint", "cli"),
     *("fused_loss", "precision", "offload", "rollout", "families", "engine_ranks", "linear_logprob", "policy"),
-    "shared_prefix",
+    *("shared_prefix", "study"),
 )
 
 # As in a terminal, for the commands that are started here: a shell's background jobs ignore Ctrl-C.

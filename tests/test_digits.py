@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from megatron_sr1.data import ShardDataset, expand_shards
-from megatron_sr1.digits import KINDS, compose, describe, load_scans, make_demonstrations, make_prompts
+from megatron_sr1.digits import ALL_KINDS, KINDS, compose, describe, load_scans, make_demonstrations, make_prompts
 from megatron_sr1.digits.tiny_model import SPECIAL_TOKENS, create_tiny_model, train_tokenizer
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.processor import Processor
@@ -27,6 +27,9 @@ GOLD = {
     "difference": lambda digits: max(digits) - min(digits),
     "number": lambda digits: "".join(str(digit) for digit in digits),
 }
+
+
+GOLD_OF_ALL = {**GOLD, "largest": max, "leftmost": lambda digits: digits[0]}
 
 
 def digest(image: Image.Image) -> str:
@@ -122,7 +125,43 @@ def test_a_split_draws_from_its_scans_only(monkeypatch: pytest.MonkeyPatch) -> N
     assert set(used) == {"train"}
 
 
+@pytest.mark.parametrize("questions", [2, 3, 5])
+def test_a_picture_is_asked_several_kinds_and_every_prompt_names_the_others(questions: int) -> None:
+    prompts = make_prompts("train", 60, seed=3, questions=questions)
+    assert Counter(prompt.source for prompt in prompts) == dict.fromkeys(GOLD_OF_ALL, 12)
+    assert len({prompt.key for prompt in prompts}) == 60
+    problems = {kind.problem: name for name, kind in ALL_KINDS.items()}
+    for first in range(0, 60, questions):
+        about = prompts[first : first + questions]
+        assert len({digest(prompt.images[0]) for prompt in about}) == 1
+        assert len({prompt.source for prompt in about}) == questions
+        for prompt in about:
+            assert prompt.answer == str(GOLD_OF_ALL[prompt.source](facts(prompt)))
+            assert prompt.metadata["description"] == describe(facts(prompt))
+            others = {problems[one["problem"]]: one["answer"] for one in prompt.metadata["questions"]}
+            assert others.keys() == ALL_KINDS.keys() - {prompt.source}
+            assert others == {name: str(GOLD_OF_ALL[name](facts(prompt))) for name in others}
+    assert len({digest(prompt.images[0]) for prompt in prompts}) == 60 // questions
+
+
+def test_one_question_a_picture_is_what_it_was_and_a_wrong_number_is_refused() -> None:
+    assert all("questions" not in prompt.metadata for prompt in make_prompts("train", 6, 1))
+    assert make_prompts("train", 6, 1, questions=1)[5].answer == make_prompts("train", 6, 1)[5].answer
+    for wrong in (0, len(ALL_KINDS) + 1):
+        with pytest.raises(ValueError, match=f"questions={wrong} is not allowed: it must be 1 ... 5"):
+            make_prompts("train", 1, 1, questions=wrong)
+
+
 # ---------------------------------------------------------------- demonstrations
+def test_demonstrations_of_several_questions_are_of_all_kinds() -> None:
+    samples = make_demonstrations(40, seed=2, questions=3)
+    assert Counter((sample.template, sample.prompt.source) for sample in samples) == {
+        (template, kind): 4 for template in ("see_think", "caption_reasoner") for kind in GOLD_OF_ALL
+    }
+    for sample in samples:
+        check_demonstration(sample)
+
+
 def test_demonstrations_keep_the_strict_layout_and_reason_correctly() -> None:
     samples = make_demonstrations(48, seed=2)
     assert Counter((sample.template, sample.prompt.source) for sample in samples) == {
@@ -134,7 +173,7 @@ def test_demonstrations_keep_the_strict_layout_and_reason_correctly() -> None:
 
 def check_demonstration(sample: SftSample) -> None:
     prompt, digits = sample.prompt, facts(sample.prompt)
-    assert prompt.answer == str(GOLD[prompt.source](digits))
+    assert prompt.answer == str(GOLD_OF_ALL[prompt.source](digits))
     parsed = SHIPPED.by_name[sample.template].parse(sample.response)
     assert parsed is not None and parsed.answer == prompt.answer
     assert re.findall(r"\d+", parsed.blocks["think"])[-1] == prompt.answer

@@ -145,6 +145,32 @@ def test_every_file_has_the_same_numbers(groups: list[RunGroup], tmp_path: Path)
     assert "| reward/acc_vis | – | 0.500 ± 0.000 |" in text and "vision_sr1-seed5 (7 of 20 steps)" in text
 
 
+def test_controls_and_what_else_was_measured_are_shown(groups: list[RunGroup], tmp_path: Path) -> None:
+    for number, path in enumerate([*groups[0].runs.values(), *groups[1].runs.values()]):
+        after = path / "eval" / "after.json"
+        if not after.is_file():
+            continue
+        tree = json.loads(after.read_text())
+        tree["summary"] |= {"prior_accuracy": 0.1 * number, "sufficiency": 0.5 - 0.1 * number, "gold_accuracy": None}
+        after.write_text(json.dumps(tree))
+        (path / "measures.json").write_text(json.dumps({"auc": 0.9 + 0.01 * number, "unknown": None}))
+    rows = write_sweep_report(groups, tmp_path / "out")
+    assert rows[0].after["sufficiency"].mean == pytest.approx(0.4)
+    assert rows[0].after["measures/auc"].mean == pytest.approx(0.91) and "measures/unknown" not in rows[0].after
+    text = (tmp_path / "out" / "sweep.md").read_text()
+    assert "| see_think | 3 | 10.0 ± 10.0 | 40.0 ± 10.0 |" in text, "prior and sufficiency; gold was asked nowhere"
+    assert "Controls of the second pass" in text and "| auc | 0.910 ± 0.010 |" in text
+    assert "| vision_sr1 | 2 | +30.0 ± 0.0 | -30.0 ± 0.0 |" in text, "paired over seeds 1 and 2"
+
+
+@pytest.mark.parametrize("text", ['{"auc": "high"}', '{"auc": true}', "[1]", "{"])
+def test_damaged_measures_are_named(groups: list[RunGroup], tmp_path: Path, text: str) -> None:
+    path = groups[0].runs[1] / "measures.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"measures\.json"):
+        write_sweep_report(groups, tmp_path / "out")
+
+
 def test_page_has_the_tables_the_bands_and_the_runs(groups: list[RunGroup], tmp_path: Path) -> None:
     write_sweep_report(groups, tmp_path / "out")
     page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))

@@ -59,10 +59,10 @@ def without_collecting() -> Iterator[None]:
         gc.enable()
 
 
-def end_with_parent() -> None:
-    """This process is killed when the one that started it ends. On Linux; nothing elsewhere."""
+def end_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
+    """This process gets the signal when the one that started it ends. On Linux; nothing elsewhere."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
 
 
 @contextmanager
