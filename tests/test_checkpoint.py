@@ -202,13 +202,20 @@ def _check_damage(rank: int, checkpoints: Any) -> None:
         (".metadata", 0.5),
         ("progress.json", 0.0),
         (".metadata", None),
+        (largest, "flipped"),
+        ("checksums.json", 0.5),
+        ("checksums.json", "flipped"),
     ):
         kept = (newest / name).read_bytes()
         torch.distributed.barrier()
         if rank == 0 and part is None:
             (newest / name).unlink()
+        elif rank == 0 and part == "flipped":
+            place = len(kept) // 2
+            (newest / name).write_bytes(kept[:place] + bytes([kept[place] ^ 4]) + kept[place + 1 :])
         elif rank == 0:
-            (newest / name).write_bytes(kept[: int(len(kept) * part)])
+            (newest / name).write_bytes(kept[: int(len(kept) * float(part))])
+        torch.distributed.barrier()
         assert checkpoints.newest().step == 2, name
         torch.distributed.barrier()
         if rank == 0:

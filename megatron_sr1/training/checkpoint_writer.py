@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed import ProcessGroup
 
 from megatron_sr1.platform.megatron_private import read_results_in_process
+from megatron_sr1.training.checksums import Checksums, checksums_of
 
 read_results_in_process()
 
@@ -72,6 +73,7 @@ class BegunSave:
         self._finishing = request.finalize_fns
         self._further = further
         self._failure: str | None = "its thread ended early"
+        self.checksums: Checksums = {}  # of this rank's files, when they are written
         self._transforms, self._buckets, self._results = [], [], None
         if request.async_fn is not None:  # else this rank has nothing to write
             _, buckets, self._results = request.async_fn_args
@@ -104,6 +106,7 @@ class BegunSave:
 
     def _write(self) -> None:
         written: dict[int, Any] | Exception = {}
+        files = [Path(path) for path, _, _ in self._buckets]
         for number, bucket in enumerate(self._buckets):
             answers, counts = queue.Queue[Any](), queue.Queue[int]()
             counts.put(number)  # which it takes when it is done
@@ -117,6 +120,8 @@ class BegunSave:
         if self._results is not None:
             self._results.put(written)
         try:
+            if not isinstance(written, Exception):
+                self.checksums = checksums_of(files)
             if self._further is not None:
                 self._further()
             self._failure = None

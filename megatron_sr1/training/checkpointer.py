@@ -29,6 +29,7 @@ from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.ranks import agreed
 from megatron_sr1.training.checkpoint_writer import BegunSave, CheckpointPlan
+from megatron_sr1.training.checksums import Checksums, check_checksums, write_checksums
 from megatron_sr1.weights import ForeignCode, HfShare, check_megatron_dir, copy_side_files
 
 _POLL_SECONDS = 1.0
@@ -149,7 +150,8 @@ class Checkpointer:
         except (CheckpointException, ValueError) as error:  # the first holds the tracebacks of its writers
             reason = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
             raise ValueError(self._refusal(begun, reason)) from error
-        self.platform.on_main(lambda: self._complete(begun))
+        checksums = dict(self.platform.ranks.gather(list(begun.writing.checksums.items())))
+        self.platform.on_main(lambda: self._complete(begun, checksums))
         self.last = begun.progress.step
 
     def prune(self) -> None:
@@ -176,7 +178,7 @@ class Checkpointer:
             "Make room, or allow larger files; the same command goes on from the checkpoint before."
         )
 
-    def _complete(self, begun: _Begun) -> None:
+    def _complete(self, begun: _Begun, checksums: Checksums) -> None:
         final = self._path(begun.progress.step)
         try:
             if begun.hf is not None and begun.source is not None:
@@ -186,6 +188,7 @@ class Checkpointer:
                 file.write(json.dumps(asdict(begun.progress), indent=1) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+            write_checksums(begun.partial, checksums)
             shutil.rmtree(final, ignore_errors=True)
             begun.partial.rename(final)
         except OSError as error:
@@ -203,29 +206,46 @@ class Checkpointer:
 
     def newest(self) -> Progress | None:
         """The progress of the newest checkpoint that is whole, without its weights; None where there is none. One that
-        is broken is named on standard error, and the one before is looked at. Collective.
+        is broken is named on standard error, and the one before is looked at. Every rank reads its share of the files.
+        Collective.
 
         Raises:
             ValueError: there are checkpoints, and all are broken; one asks for code that no checkpoint has.
         """
-        return self.platform.on_main(self._newest)  # the others must come to the same
+        broken: dict[int, str] = {}  # step -> what is wrong; the main rank's alone is complete
+        while True:
+            progress = self.platform.on_main(lambda: self._newest(broken))  # the others must come to the same
+            if progress is None:
+                return None
+            wrong = check_checksums(self._path(progress.step), self.platform.ranks)
+            if not wrong:
+                return progress
+            self._leave_out(progress.step, "; ".join(wrong), broken)
 
-    def _newest(self) -> Progress | None:
-        broken = []
+    def _newest(self, broken: dict[int, str]) -> Progress | None:
+        """Of those that are not known to be broken."""
         for step in reversed(self.steps()):
+            if step in broken:
+                continue
             try:
                 progress = self._progress(step)
                 check_megatron_dir(self._path(step))
             except ForeignCode:
                 raise
             except ValueError as error:
-                broken.append(str(error))
-                print(f"{self._path(step)} is broken and left out: {error}", file=sys.stderr)
+                self._leave_out(step, str(error), broken)
             else:
                 return progress
         if not broken:
             return None
-        raise ValueError(f"no checkpoint in {self.folder} can be read: {'; '.join(broken)}. Choose another run_dir.")
+        raise ValueError(
+            f"no checkpoint in {self.folder} can be read: {'; '.join(broken.values())}. Choose another run_dir."
+        )
+
+    def _leave_out(self, step: int, wrong: str, broken: dict[int, str]) -> None:
+        broken[step] = wrong
+        if self.platform.is_main:
+            print(f"{self._path(step)} is broken and left out: {wrong}", file=sys.stderr)
 
     def restore(self, policy: Policy, progress: Progress) -> None:
         """Loads the weights and the optimizer's state of what `newest` has found.
