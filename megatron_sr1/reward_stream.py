@@ -76,6 +76,7 @@ class RewardStream:
     contrast_coef: float = 0.0  # gamma: of the divergence from the contrast, which the loss falls by; < 0: grows
     contrast_entropy_coef: float = 0.0  # of the bonus for entropy under the contrast
     contrast_reward: float = 0.0  # of the mean log-prob gap of a response, which its reward is more by
+    contrast_entropy_reward: float = 0.0  # the same of the entropy that the contrast has more
     gate: str = ""  # name of a reward: without it in full a response has no advantage
     schedules: tuple[Schedule, ...] = ()  # of coefficients, which have their largest size here; `at` has a step's
 
@@ -88,6 +89,11 @@ class RewardStream:
     def is_weighted(self) -> bool:
         """Whether its tokens or responses weigh by how much they depend on what the contrast takes away."""
         return self.token_weighting != "none" or self.sequence_weight_low is not None
+
+    @property
+    def earns_by_contrast(self) -> bool:
+        """Whether a response is rewarded for how much it depends on what the contrast takes away."""
+        return self.contrast_reward != 0 or self.contrast_entropy_reward != 0
 
     def at(self, step: int) -> RewardStream:
         """With the coefficients of a step."""

@@ -24,7 +24,9 @@ _STEP = (
     *("train.batch_size=2", "train.micro_batch_tokens=256", "objective.kl_coef=0"),
     *("objective.max_logprob_gap=1000", "optimizer.clip_grad=1000000"),  # the rollouts are nobody's; whole gradients
 )
-VPPO, PAPO, PGPO, CAPPO = ((*_STEP, f"objective.preset={name}") for name in ("vppo", "papo", "pgpo", "cappo"))
+VPPO, PAPO, PGPO, CAPPO, VES = (
+    (*_STEP, f"objective.preset={name}") for name in ("vppo", "papo", "pgpo", "cappo", "ves_rft")
+)
 THRESHOLD, TOGETHER = 0.005, 1.0  # a new model depends on little; more than the file has, so that it is seen
 _WEIGHTED = f"contrast: blind, token_weighting: top, token_share: {TOP}, sequence_weight_low: {LOW}"
 BLIND = (
@@ -40,6 +42,11 @@ EARNED = (
     "objective.contrast=[{name: blind, context: no_image}]",
     "objective.streams=[{name: answer, contrast: blind, contrast_reward: 20, advantage: centred}]",
 )
+
+
+# centred: of two responses the z-score has but a sign
+SURER = 10.0
+VES_RFT = (*VES, f"objective.streams=[{{name: answer, contrast_entropy_reward: {SURER}, advantage: centred}}]")
 
 
 def blind(sequence: TokenSequence, key: str, processor: Processor) -> TokenSequence:
@@ -220,11 +227,32 @@ def earned_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, d
     return loss / sum(map(len, owns)), {}
 
 
+def entropy_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, dict[str, float]]:
+    """A token mean of -A ratio, where a response earns SURER times its mean entropy without the image minus with it on
+    top, centred within its group."""
+    rewards = their_rewards()
+    owns, earned, surer = [], (rewards["acc"] + 0.1 * rewards["fmt"]).tolist(), torch.zeros(())
+    for index, (sequence, key) in enumerate(responses(processor)):
+        own, entropy = _chosen(model, sequence, processor)
+        with torch.no_grad():
+            _, other = _chosen(model, blind(sequence, key, processor), processor)
+        earned[index] += SURER * float((other - entropy.detach()).double().mean())
+        surer = surer + (other - entropy.detach()).sum()
+        owns.append(own)
+    loss = torch.zeros(())
+    for index, own in enumerate(owns):
+        mean = (earned[index] + earned[index ^ 1]) / 2
+        loss = loss - (earned[index] - mean) * (own - own.detach()).exp().sum()
+    count = sum(map(len, owns))
+    return loss / count, {"dependency/blind/entropy_gap": float(surer) / count}
+
+
 CASES: dict[str, tuple[tuple[str, ...], Any]] = {
     "vppo": (VPPO, vppo_loss),
     "papo": (PAPO, papo_loss),
     "pgpo": ((*PGPO, f"objective.streams=[{{name: answer, token_threshold: {THRESHOLD}}}]"), pgpo_loss),
     "cappo": ((*CAPPO, f"objective.streams=[{{name: answer, contrast_coef: -{TOGETHER}}}]"), cappo_loss),
     "earned": (EARNED, earned_loss),
+    "ves_rft": (VES_RFT, entropy_loss),
     "blind": (BLIND, partial(vppo_loss, context=blind, eta=0.0)),
 }

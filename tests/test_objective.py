@@ -101,6 +101,7 @@ EXPECTED_PRESETS = {
             ("caption", "first", "description", {"acc": 1.0, "fmt": 0.1}, 0.5, "sum"),
         ],
     ),
+    "ves_rft": ("see_think", False, [("answer", "first", "response", {"acc": 1.0, "fmt": 0.1}, 1.0, "sum")]),
 }
 
 

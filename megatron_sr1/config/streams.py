@@ -39,6 +39,7 @@ _NUMBERS = {
     "contrast_coef": Range(-1000, 1000),  # below 0 both contexts are drawn together
     "contrast_entropy_coef": ENTROPY_COEF,
     "contrast_reward": Range(-1000, 1000),
+    "contrast_entropy_reward": Range(-1000, 1000),
 }
 SCHEDULED = ("loss_weight", "kl_coef", "entropy_coef", "contrast_coef", "contrast_entropy_coef")
 _SCHEDULE = ("from", "to", "steps", "shape")

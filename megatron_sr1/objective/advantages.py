@@ -91,14 +91,14 @@ def stream_advantages(
     group_ids: Tensor,
     eps: float,
     kl: Tensor | None = None,
-    gap: Tensor | None = None,
+    earned: Tensor | None = None,
 ) -> Tensor:
     """Advantages of one stream from its reward components, by its own kind z and scope.
 
         normalize "sum":            A = z(sum_c w_c r_c)
         normalize "per_component":  A = sum_c w_c z(r_c)             GDPO, arXiv 2601.05242
         kl_in "reward":             A = z(sum_c w_c r_c - beta KL)   InstructGPT, arXiv 2203.02155, eq. 2
-        contrast_reward rho:        A = z(sum_c w_c r_c + rho gap)
+        a contrast in the reward:   A = z(sum_c w_c r_c + e)
 
     GDPO ends with one more z-score of the summed advantages over the batch. Each z(r_c) already has mean 0 in every
     group, so that step is one common factor for the whole batch; it is left out, as the weights then keep their
@@ -112,13 +112,13 @@ def stream_advantages(
         eps: added to each standard deviation.
         kl: [B] nats, of the weights that drew the responses to the reference, summed over each response's tokens in the
             stream; needed where the stream's KL is in the reward.
-        gap: [B] nats, the mean log-prob gap to the stream's contrast; needed where there is a contrast_reward.
+        earned: [B], e: what each response earns by the stream's contrast; needed where it earns by one.
 
     Returns:
         [B], dtype of the first component.
 
     Raises:
-        ValueError: a component, the KL or the gap is missing, or see `group_advantages`.
+        ValueError: a component, the KL or what a contrast is worth is missing, or see `group_advantages`.
     """
     _check_components(stream, component_rewards, group_ids)
     in_reward = stream.kl_in == "reward"
@@ -133,8 +133,8 @@ def stream_advantages(
     total = torch.stack([weight * reward for weight, reward in weighted]).sum(dim=0)
     if in_reward and kl is not None:
         total = total - stream.kl_coef * kl.to(torch.float64)
-    if stream.contrast_reward != 0:
-        total = total + stream.contrast_reward * _checked_gap(stream, gap, group_ids).to(torch.float64)
+    if stream.earns_by_contrast:
+        total = total + _checked_earned(stream, earned, group_ids).to(torch.float64)
     return group_advantages(total, group_ids, eps, *how).to(dtype)
 
 
@@ -154,13 +154,13 @@ def _check_components(stream: RewardStream, component_rewards: Mapping[str, Tens
             )
 
 
-def _checked_gap(stream: RewardStream, gap: Tensor | None, group_ids: Tensor) -> Tensor:
-    if gap is None or gap.shape != group_ids.shape or not bool(torch.isfinite(gap).all()):
+def _checked_earned(stream: RewardStream, earned: Tensor | None, group_ids: Tensor) -> Tensor:
+    if earned is None or earned.shape != group_ids.shape or not bool(torch.isfinite(earned).all()):
         raise ValueError(
-            f"gap: stream {stream.name!r} has a contrast_reward, so it needs a finite number for each of "
-            f"{len(group_ids)} rollouts, got {gap}."
+            f"earned: stream {stream.name!r} earns by its contrast, so it needs a finite number for each of "
+            f"{len(group_ids)} rollouts, got {earned}."
         )
-    return gap
+    return earned
 
 
 def _check_kl(stream: RewardStream, kl: Tensor | None, group_ids: Tensor) -> None:

@@ -11,7 +11,7 @@ from megatron_sr1.types import ContrastContext, ContrastWeights, Prompt, RewardS
 
 _OF_CONTRAST = (
     *("token_weighting", "token_share", "token_threshold", "sequence_weight_low", "sequence_weight_for"),
-    *("contrast_coef", "contrast_entropy_coef", "contrast_reward"),
+    *("contrast_coef", "contrast_entropy_coef", "contrast_reward", "contrast_entropy_reward"),
 )
 
 
@@ -108,10 +108,11 @@ def check_contrast(stream: RewardStream, contrasts: Sequence[Contrast], where: s
             f"{where}: contrast={stream.contrast!r} takes the image away, and the {stream.trajectory} pass sees none. "
             "Give it to a stream of the first pass."
         )
-    if stream.contrast_reward != 0 and stream.normalize == "per_component":
+    if stream.earns_by_contrast and stream.normalize == "per_component":
+        key = "contrast_reward" if stream.contrast_reward != 0 else "contrast_entropy_reward"
         raise ValueError(
-            f"{where}: contrast_reward adds to one sum of rewards, and normalize=per_component makes an advantage of "
-            "each reward by itself. Set normalize=sum, or leave contrast_reward out."
+            f"{where}: {key} adds to one sum of rewards, and normalize=per_component makes an advantage of "
+            f"each reward by itself. Set normalize=sum, or leave {key} out."
         )
     if stream.trains_contrast and named[stream.contrast].weights == "reference":
         raise ValueError(

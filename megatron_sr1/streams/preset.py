@@ -114,13 +114,13 @@ class Preset:
     @property
     def rewards_contrast(self) -> bool:
         """Whether a response of a stream earns by how much it depends on what a contrast takes away."""
-        return any(stream.contrast_reward != 0 for stream in self.streams)
+        return any(stream.earns_by_contrast for stream in self.streams)
 
     @property
     def compares_before(self) -> bool:
         """Whether the policy's log-probs under its contrasts, and beside them its own, are needed before the optimizer
         steps."""
-        users = {stream.contrast for stream in self.streams if stream.is_weighted or stream.contrast_reward != 0}
+        users = {stream.contrast for stream in self.streams if stream.is_weighted or stream.earns_by_contrast}
         return any(contrast.weights == "policy" and contrast.name in users for contrast in self.contrasts)
 
     @property

@@ -71,7 +71,7 @@ def rollout_advantages(
     preset: Preset,
     eps: float,
     kl: Tensor | None = None,
-    gap: Tensor | None = None,
+    earned: Tensor | None = None,
 ) -> Tensor:
     """Advantages of a whole rollout batch, before it is cut into mini-batches: scope "batch" means all of it
     (Vision-SR1, arXiv 2508.19652, eq. 6).
@@ -79,7 +79,7 @@ def rollout_advantages(
     Args:
         rewards: those of the ledger, or what a filter has left of them.
         eps: see `group_advantages`.
-        kl, gap: [S, B, M], see `stream_advantages`; needed where a stream's KL, or its contrast, is in its reward.
+        kl, earned: [S, B, M], see `stream_advantages`; needed where a stream's KL, or its contrast, is in its reward.
 
     Returns:
         [S, B, M]: of the m samples of a stream's pass, each compared with those of all siblings; M is the largest m,
@@ -98,7 +98,7 @@ def rollout_advantages(
             continue
         number = preset.num_samples(stream.trajectory)
         own = {name: _per_response(name, rewards[name][asked], stream, number) for name, _ in stream.rewards}
-        more = [None if each is None else each[index, asked, :number].flatten() for each in (kl, gap)]
+        more = [None if each is None else each[index, asked, :number].flatten() for each in (kl, earned)]
         found = stream_advantages(stream, own, group_ids[asked].repeat_interleave(number), eps, *more)
         if stream.gate:
             found = found * (_per_response(stream.gate, rewards[stream.gate][asked], stream, number) >= 1.0)

@@ -53,10 +53,12 @@ class ContrastScorer:
         theirs = [next(found) for _ in first]
         under, there = {}, {}
         for name, other in zip(names, others, strict=True):
-            values = [next(found).logprobs for _ in other.micro_batches]
-            under[name], there[name] = other.onto_own(values, rows.micro_batches, rows.num_responses)
-        held = [each.logprobs for each in theirs] if own else None
-        return theirs, ContrastScores(dict.fromkeys(names, held), under, there)
+            values = [next(found) for _ in other.micro_batches]
+            place = (rows.micro_batches, rows.num_responses)
+            logprobs, there[name] = other.onto_own([each.logprobs for each in values], *place)
+            entropies, _ = other.onto_own([_entropy(each) for each in values], *place)
+            under[name] = [LogProbs(*pair) for pair in zip(logprobs, entropies, strict=True)]
+        return theirs, ContrastScores(dict.fromkeys(names, theirs if own else None), under, there)
 
 
 def contrast_weights(
@@ -93,12 +95,15 @@ def contrast_weights(
     return scatter_rows(weights, rows.micro_batches)
 
 
-def contrast_gaps(
+def contrast_rewards(
     rows: StreamRows, scores: ContrastScores, streams: Sequence[RewardStream], number: int, replicas: Exchange
 ) -> Tensor:
-    """[S, number] float64 nats: of each response of the optimizer step the mean log-prob gap, over the tokens that a
-    stream with a `contrast_reward` credits and its contrast has; NaN where there are none. Collective over the
-    replicas.
+    """[S, number] float64: what each response of the optimizer step earns by a stream's contrast,
+
+        contrast_reward * mean (log pi(own) - log pi(contrast)) + contrast_entropy_reward * mean (H(contrast) - H(own))
+
+    in nats, over the tokens that the stream credits and its contrast has; NaN where there are none, and in streams that
+    have neither. The entropies are of whole distributions. Collective over the replicas.
 
     Args:
         number: places of responses, see `ResponseTokens.place`.
@@ -109,24 +114,30 @@ def contrast_gaps(
         place = tokens.place.cpu()
         here[place] = True
         for row, stream in enumerate(streams):
-            if stream.contrast_reward == 0:
+            if not stream.earns_by_contrast:
                 continue
             own, there = scores.own[stream.contrast], scores.there[stream.contrast][index]
             assert own is not None, "a reward needs the log-probs in their own context before the step"
             chosen = ((tokens.token_weights[row] != 0) & there).cpu()
-            gap = (own[index] - scores.under[stream.contrast][index]).cpu().double()
-            sums[:, row].index_add_(0, place[chosen], gap[chosen])
-            counts[:, row].index_add_(0, place[chosen], torch.ones_like(gap[chosen]))
+            gap, surer = (each.cpu().double() for each in scores.gaps(stream.contrast, index, own[index]))
+            earned = stream.contrast_reward * gap + stream.contrast_entropy_reward * surer
+            sums[:, row].index_add_(0, place[chosen], earned[chosen])
+            counts[:, row].index_add_(0, place[chosen], torch.ones_like(earned[chosen]))
     sums, counts = over_replicas(torch.cat([sums, counts], 1), here, replicas).t().chunk(2)
     return sums / counts  # 0 / 0 is NaN
 
 
-def of_siblings(gaps: Tensor) -> Tensor:
+def _entropy(scores: LogProbs) -> Tensor:
+    assert scores.entropy is not None, "the policy's head gives it"
+    return scores.entropy
+
+
+def of_siblings(earned: Tensor) -> Tensor:
     """[..., K] with what is NaN replaced by the mean of the others, or 0 where there is none: a response that has no
     other context neither gains nor loses by that."""
-    known = ~gaps.isnan()
-    mean = gaps.nan_to_num().sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(known, gaps, mean)
+    known = ~earned.isnan()
+    mean = earned.nan_to_num().sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(known, earned, mean)
 
 
 def _factors(own: Tensor, everyone: Tensor, stream: RewardStream) -> Tensor:
@@ -142,6 +153,6 @@ def _dependencies(rows: StreamRows, scores: ContrastScores, name: str) -> list[t
     own, there = scores.own[name], scores.there[name]
     assert own is not None, "weights need the log-probs in their own context of the same moment"
     pairs = zip(own, scores.under[name], there, strict=True)
-    depends = [dependency(mine, other).masked_fill(~has, 0.0) for mine, other, has in pairs]
+    depends = [dependency(mine.logprobs, other.logprobs).masked_fill(~has, 0.0) for mine, other, has in pairs]
     of_responses = (gather_rows(values, rows.micro_batches, rows.num_responses) for values in (depends, there))
     return list(zip(*of_responses, strict=True))

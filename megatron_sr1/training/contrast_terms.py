@@ -28,6 +28,7 @@ from megatron_sr1.types import LogProbs, MicroBatch
 
 Metrics = dict[str, Tensor]
 _TOKENS = "contrast_tokens/"  # by segment, until the means are taken
+_ENTROPY = "entropy_gap"  # beside the segments
 
 
 class ContrastTerms:
@@ -63,19 +64,20 @@ class ContrastTerms:
             ]
         return found
 
-    def own(self, index: int, trainer: Tensor) -> tuple[Tensor, Metrics]:
+    def own(self, index: int, scored: LogProbs) -> tuple[Tensor, Metrics]:
         """Of own micro-batch `index`: what its loss is more by, and sums of metrics.
 
         Args:
-            trainer: [R], with the gradient.
+            scored: [R], with the gradient.
         """
         assert index == len(self._left), "own rows come in order, each once"
+        trainer = scored.logprobs
         self._left.append(trainer.detach())
-        loss, metrics = trainer.new_zeros(()), self._sums(index, trainer)
+        loss, metrics = trainer.new_zeros(()), self._sums(index, scored)
         for row, stream in enumerate(self._preset.streams):
             if stream.trains_contrast:
                 weight = self._batch.tokens[index].token_weights[row] * self._scores.there[stream.contrast][index]
-                far = _weighed(weight, trainer, self._scores.under[stream.contrast][index])
+                far = _weighed(weight, trainer, self._scores.under[stream.contrast][index].logprobs)
                 loss = loss - stream.contrast_coef * far
                 metrics[f"loss/{stream.name}/contrast"] = far.detach()
                 metrics[f"loss/{stream.name}/contrast_entropy"] = trainer.new_zeros(())
@@ -112,16 +114,16 @@ class ContrastTerms:
             for name in self._preset.trained_contrasts
         }
 
-    def _sums(self, index: int, trainer: Tensor) -> Metrics:
-        """Of gaps, by contrast and segment, and of the tokens that they are of."""
+    def _sums(self, index: int, trainer: LogProbs) -> Metrics:
+        """Of gaps, by contrast and segment, and of the tokens that they are of; of entropies' gaps over all tokens."""
         found: Metrics = {}
         for contrast in self._preset.contrasts:
             there = self._scores.there[contrast.name][index]
-            own = self._scores.own_of(contrast.name, index, trainer)
-            gap = (own - self._scores.under[contrast.name][index]).masked_fill(~there, 0.0)
-            for segment, mask in zip(self._preset.measured, self._batch.tokens[index].segments, strict=True):
-                name = f"{contrast.name}/{segment}"
-                found[f"dependency/{name}"] = (gap * mask).sum()
+            gap, surer = self._scores.gaps(contrast.name, index, trainer)
+            parts = list(zip(self._preset.measured, self._batch.tokens[index].segments, strict=True))
+            for part, mask, value in (*((name, mask, gap) for name, mask in parts), (_ENTROPY, there, surer)):
+                name = f"{contrast.name}/{part}"
+                found[f"dependency/{name}"] = (value * mask).sum()
                 found[_TOKENS + name] = (mask & there).sum().to(gap.dtype)
         return found
 
@@ -133,7 +135,8 @@ def _weighed(weight: Tensor, own: Tensor, under: Tensor) -> Tensor:
 
 
 def with_means(result: StepResult) -> StepResult:
-    """`dependency/<contrast>/<segment>` as the mean gap over the tokens, nats; none where there are no tokens."""
+    """`dependency/<contrast>/<segment>` as the mean gap over the tokens, nats, and `.../entropy_gap` as that of the
+    entropies; none where there are no tokens."""
     counts = {name.removeprefix(_TOKENS): v for name, v in result.metrics.items() if name.startswith(_TOKENS)}
     means = {
         f"dependency/{name}": result.metrics[f"dependency/{name}"] / count for name, count in counts.items() if count

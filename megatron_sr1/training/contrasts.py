@@ -21,7 +21,7 @@ from megatron_sr1.config import Config, row_tokens
 from megatron_sr1.packing import gather_rows, scatter_rows
 from megatron_sr1.processor import Processor
 from megatron_sr1.streams import Contrast
-from megatron_sr1.types import EncodedImage, MicroBatch, TokenSequence
+from megatron_sr1.types import EncodedImage, LogProbs, MicroBatch, TokenSequence
 
 
 @dataclass(frozen=True)
@@ -141,16 +141,25 @@ def _changed(image: EncodedImage, contrast: Contrast, drawn: Callable[[], torch.
 
 @dataclass(frozen=True)
 class ContrastScores:
-    """Log-probs of a replica's responses under each contrast, without gradient, where they stand in their own rows."""
+    """Log-probs and entropies of a replica's responses under each contrast, without gradient, where they stand in
+    their own rows."""
 
-    own: Mapping[str, list[Tensor] | None]  # by contrast and micro-batch, [R], of the same weights; None: the trainer's
-    under: Mapping[str, list[Tensor]]  # by contrast and micro-batch, [R]; 0 where it does not have the token
+    own: Mapping[str, list[LogProbs] | None]  # by contrast and micro-batch, [R], same weights; None: the trainer's
+    under: Mapping[str, list[LogProbs]]  # by contrast and micro-batch, [R]; 0 where it does not have the token
     there: Mapping[str, list[Tensor]]  # whether it has it, bool
 
-    def own_of(self, name: str, index: int, trainer: Tensor) -> Tensor:
-        """[R] in their own context; `trainer`: the present log-probs."""
+    def own_of(self, name: str, index: int, trainer: LogProbs) -> LogProbs:
+        """[R] in their own context; `trainer`: the present scores."""
         own = self.own[name]
-        return trainer.detach() if own is None else own[index]
+        return trainer if own is None else own[index]
+
+    def gaps(self, name: str, index: int, trainer: LogProbs) -> tuple[Tensor, Tensor]:
+        """How much likelier a token is in its own context, log pi(own) - log pi(contrast), and how much surer the
+        policy is there, H(contrast) - H(own): [R] nats each, without gradient; 0 where the contrast lacks the token."""
+        own, under, there = self.own_of(name, index, trainer), self.under[name][index], self.there[name][index]
+        assert own.entropy is not None and under.entropy is not None, "the policy's head gives both"
+        pairs = (own.logprobs - under.logprobs, under.entropy - own.entropy)
+        return pairs[0].detach().masked_fill(~there, 0.0), pairs[1].detach().masked_fill(~there, 0.0)
 
     def joined(self, other: ContrastScores) -> ContrastScores:
         """These and those of other contrasts."""

@@ -71,7 +71,7 @@ class Objective:
                     f"the stream {stream.name!r} has kl_in=reward, so its advantages hang on log-probs of the weights, "
                     "which saved rollouts do not have. Compare an objective with kl_in: loss."
                 )
-            if stream.is_weighted or stream.contrast_reward != 0:
+            if stream.is_weighted or stream.earns_by_contrast:
                 raise ValueError(
                     f"the stream {stream.name!r} weighs or earns by its contrast {stream.contrast!r}, which takes the "
                     "weights to score, and saved rollouts do not have them. Compare an objective without."

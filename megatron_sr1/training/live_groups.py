@@ -26,12 +26,12 @@ def step_advantages(
     preset: Preset,
     objective: ObjectiveConfig,
     kl: Tensor | None = None,
-    gap: Tensor | None = None,
+    earned: Tensor | None = None,
 ) -> Tensor:
     """[S, B, M]: those that a policy is trained with, see `rollout_advantages`."""
     rewards = ledger.rollout_rewards
     rewards = without_leaks(rewards, preset) if objective.leak_filter else rewards
-    return rollout_advantages(ledger, rewards, preset, objective.advantage_eps, kl, gap)
+    return rollout_advantages(ledger, rewards, preset, objective.advantage_eps, kl, earned)
 
 
 def live_groups(ledger: StepLedger, preset: Preset, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,7 @@ class PolicyLoss:
             loss, metrics = self._contrast.other(number, logprobs)
             return loss, {**dict.fromkeys(self._names, loss.new_zeros(())), **metrics}
         loss, metrics = self._of_batch(index, logprobs)
-        more, theirs = self._contrast.own(index, logprobs.logprobs)
+        more, theirs = self._contrast.own(index, logprobs)
         metrics = {**metrics, **theirs}
         self._names = list(metrics)
         return loss + more, metrics

@@ -15,7 +15,7 @@ from megatron_sr1.ranks import agreed
 from megatron_sr1.rewards import RewardError
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.batches import Batcher, StreamRows, optimizer_shares
-from megatron_sr1.training.contrast_scores import ContrastScorer, contrast_gaps, contrast_weights, of_siblings
+from megatron_sr1.training.contrast_scores import ContrastScorer, contrast_rewards, contrast_weights, of_siblings
 from megatron_sr1.training.contrast_terms import ContrastTerms, with_means
 from megatron_sr1.training.contrasts import ContrastScores
 from megatron_sr1.training.ledger import StepLedger, slots_of
@@ -78,14 +78,14 @@ class Trainer:
         reference: list[Scored] = []
         if preset.kl_in_reward or preset.rewards_contrast:
             reference = list(map(self._reference, rows))
-        kl = gap = None  # [S, B, M]
+        kl = earned = None  # [S, B, M]
         if preset.kl_in_reward:
             held = [scores for scores, _ in reference]
             kl = torch.cat([self._kl(*each) for each in zip(shares, rows, old, held, strict=True)], 1)
         if preset.rewards_contrast:
             by = [_joined(*each) for each in zip(mine, (theirs for _, theirs in reference), strict=True)]
-            gap = torch.cat([self._gap(*each) for each in zip(shares, rows, by, strict=True)], 1)
-        advantages = step_advantages(ledger, preset, objective, kl, gap)
+            earned = torch.cat([self._earned(*each) for each in zip(shares, rows, by, strict=True)], 1)
+        advantages = step_advantages(ledger, preset, objective, kl, earned)
         results = []
         for number, share in enumerate(shares):
             row = rows[number]
@@ -165,13 +165,13 @@ class Trainer:
         kl = response_kl(rows, old, reference, self._preset.streams, number, self._policy.replicas)
         return kl.view(len(kl), -1, most)
 
-    def _gap(self, share: slice, rows: StreamRows, scores: ContrastScores) -> Tensor:
-        """[S, b, M] of the b rollouts of an optimizer step, see `contrast_gaps`."""
+    def _earned(self, share: slice, rows: StreamRows, scores: ContrastScores) -> Tensor:
+        """[S, b, M] of the b rollouts of an optimizer step, see `contrast_rewards`."""
         rollouts, most = self._rollouts(share), self._preset.most_samples
         number = (rollouts.stop - rollouts.start) * most
-        gaps = contrast_gaps(rows, scores, self._preset.streams, number, self._policy.replicas)
-        groups = gaps.view(len(gaps), -1, self._config.rollout.samples_per_prompt * most)
-        return of_siblings(groups).view(len(gaps), -1, most)
+        earned = contrast_rewards(rows, scores, self._preset.streams, number, self._policy.replicas)
+        groups = earned.view(len(earned), -1, self._config.rollout.samples_per_prompt * most)
+        return of_siblings(groups).view(len(earned), -1, most)
 
     def _with_schedules(self, result: StepResult, step: int) -> StepResult:
         """`schedule/<s>/<key>`: the coefficients of the step."""
