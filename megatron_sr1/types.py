@@ -44,7 +44,7 @@ TemplateName = str  # `prompts` has the templates
 BANNED_LOGIT_BIAS = -100.0  # the strongest that samplers accept
 MAX_ANSWER_CHARACTERS = 512  # that are graded
 MAX_ASPECT = 200  # of an image's sides: transformers' `smart_resize` takes no more
-MethodName = Literal["papo", "vppo", "caprl", "visionary_r1", "pgpo", "cappo", "ves_rft"]  # of `streams.methods`
+MethodName = Literal["papo", "vppo", "caprl", "visionary_r1", "pgpo", "cappo", "ves_rft", "car"]  # of `streams.methods`
 WrittenName = Literal[
     "vision_r1", "see_think", "summed", "gdpo", "vision_sr1", "perception_credit", "external_reasoner"
 ]

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
+import torch
 
 from megatron_sr1.config import load_config
+from megatron_sr1.objective import stream_advantages
+from megatron_sr1.rewards import score_group
 from megatron_sr1.rollout.later import check_metadata
 from megatron_sr1.streams import PRESETS, methods, preset_of
-from megatron_sr1.types import LaterPass, Prompt
+from megatron_sr1.types import SECOND, LaterPass, Prompt, Reading, Rollout, RolloutGroup, RolloutPair
 
 
 def test_methods_are_short_files_with_formula_and_paper() -> None:
     for name in methods.METHODS:
         text = files(methods).joinpath(f"{name}.yaml").read_text()
         assert (
-            len(text.splitlines()) <= 25
-            and ("arXiv 2" in text or "(CVPR 2026, https://" in text)
-            and "#   L = " in text
+            len(text.splitlines()) <= 25 and ("arXiv 2" in text or "2026, https://" in text) and "#   L = " in text
         ), name
         assert PRESETS[name].name == name
     weights = [
@@ -73,3 +76,32 @@ def test_weights_for_consistent_responses_can_be_taken_away() -> None:
     entry = "objective.streams=[{name: answer, sequence_weight_low: null}]"
     answer = preset_of(load_config(None, ["objective.preset=cappo", entry])).streams[0]
     assert not answer.is_weighted and answer.contrast_coef == -0.01
+
+
+def test_car_rewards_what_a_description_adds_to_the_question_alone() -> None:
+    """It mends a wrong answer, changes nothing, spoils a right one, is not there: gains of 1, 0, -1 and -1, whose mean
+    is -0.25 and whose spread the root of 2.75 / 3; each has the layout of the second pass but the last."""
+    preset = PRESETS["car"]
+    assert preset.later_pass("direct") == LaterPass("direct", context="nothing") and preset.second_pass
+    assert preset.passes.later == (SECOND, LaterPass("direct", context="nothing"))
+
+    def answer(value: str, name: str) -> Rollout:
+        text = rf"<think> so </think> \boxed{{{value}}}"
+        return Rollout(f"0/p/0/{name}", (1,), (2, 3), text, (-0.1, -0.2), "stop", 0)
+
+    pairs = []
+    for sample, (told, direct) in enumerate((("10", "9"), ("10", "10"), ("9", "10"), (None, "10"))):
+        further = (Reading("direct", 0, answer(direct, "direct"), None),)
+        second = None if told is None else answer(told, "second")
+        pairs.append(RolloutPair(sample, answer("10", "first"), second, told and "3 7", further=further))
+    caption = preset.streams[1]
+    names = [name for name, _ in caption.rewards]
+    vectors = score_group(RolloutGroup(0, Prompt("p", "Sum?", "10"), tuple(pairs)), names)
+    rewards = {name: torch.tensor([vector[name] for vector in vectors], dtype=torch.float64) for name in names}
+    assert (rewards["acc_vis"] - rewards["acc_vis@direct"]).tolist() == [1, 0, -1, -1]
+    assert rewards["fmt_vis"].tolist() == [1, 1, 1, 0]
+    centred = replace(caption, advantage="centred", rewards=caption.rewards[:2])
+    found = stream_advantages(centred, rewards, torch.zeros(4, dtype=torch.int64), 1e-6)
+    assert found.tolist() == [1.25, 0.25, -0.75, -0.75]
+    scaled = stream_advantages(replace(centred, advantage="z_score"), rewards, torch.zeros(4, dtype=torch.int64), 1e-9)
+    assert scaled.tolist() == pytest.approx([each / math.sqrt(2.75 / 3) for each in (1.25, 0.25, -0.75, -0.75)])

@@ -102,6 +102,21 @@ EXPECTED_PRESETS = {
         ],
     ),
     "ves_rft": ("see_think", False, [("answer", "first", "response", {"acc": 1.0, "fmt": 0.1}, 1.0, "sum")]),
+    "car": (
+        "see_think",
+        True,
+        [
+            ("answer", "first", "reasoning", {"acc": 1.0, "fmt": 0.1}, 0.5, "sum"),
+            (
+                "caption",
+                "first",
+                "description",
+                {"acc_vis": 1.0, "acc_vis@direct": -1.0, "fmt_vis": 0.1},
+                0.5,
+                "sum",
+            ),
+        ],
+    ),
 }
 
 
