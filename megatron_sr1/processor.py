@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
@@ -105,6 +105,7 @@ class Processor:
         self.media_ids: tuple[int, ...] = tuple(vocabulary[token] for token in MEDIA_TOKENS if token in vocabulary)
         self.vocab_len: int = len(tokenizer)  # ids the tokenizer knows; the model's matrices may have more rows
         self.merge_size: int = image_processor.merge_size
+        self.num_frames: int = image_processor.temporal_patch_size  # that a still image is repeated in
         self._frame(1, False, system_prompt is not None)  # what is wrong with it is told before anything else is made
 
     @classmethod
@@ -265,6 +266,10 @@ class Processor:
             _, (_, oldest) = self._encoded.popitem(last=False)
             self._num_kept -= math.prod(oldest.grid_thw)
         return known[1]
+
+    def changed(self, image: EncodedImage, change: Callable[[Tensor], Tensor]) -> EncodedImage:
+        """Another image on the same grid, whose patches `change` makes of the image's, ahead or when first needed."""
+        return EncodedImage(image.grid_thw, Later(lambda: change(image.patches()), self._pool), image.normalisation)
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """Ids of `text` as data: no special id, whatever it spells."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from megatron_sr1.schedule import Schedule
 
 PassName = str  # "first", "second", or a later pass of objective.passes
 KlEstimator = Literal["k1", "k2", "k3"]
@@ -17,7 +18,6 @@ RatioLevel = Literal["token", "sequence"]
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 TokenWeighting = Literal["none", "top", "top_conserving", "proportional", "gated"]
 SequenceWeightFor = Literal["dependent", "consistent"]
-ScheduleShape = Literal["linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,6 @@ class Clip:
     low: float = 0.2
     high: float = 0.2
     dual: float | None = None
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Of one coefficient: from `start` at step 0 to `end` at step `steps`, which it keeps."""
-
-    key: str
-    start: float
-    end: float
-    steps: int
-    shape: ScheduleShape = "linear"
-
-    def at(self, step: int) -> float:
-        """The coefficient of a step."""
-        done = min(1.0, step / self.steps)
-        left = 0.5 * (1.0 + math.cos(math.pi * done)) if self.shape == "cosine" else 1.0 - done
-        return self.end + (self.start - self.end) * left
 
 
 @dataclass(frozen=True)

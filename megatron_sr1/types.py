@@ -25,11 +25,11 @@ from megatron_sr1.reward_stream import Normalize as Normalize
 from megatron_sr1.reward_stream import PassName as PassName
 from megatron_sr1.reward_stream import RatioLevel as RatioLevel
 from megatron_sr1.reward_stream import RewardStream as RewardStream
-from megatron_sr1.reward_stream import Schedule as Schedule
-from megatron_sr1.reward_stream import ScheduleShape as ScheduleShape
 from megatron_sr1.reward_stream import SequenceWeightFor as SequenceWeightFor
 from megatron_sr1.reward_stream import Surrogate as Surrogate
 from megatron_sr1.reward_stream import TokenWeighting as TokenWeighting
+from megatron_sr1.schedule import Schedule as Schedule
+from megatron_sr1.schedule import ScheduleShape as ScheduleShape
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,7 +44,8 @@ TemplateName = str  # `prompts` has the templates
 BANNED_LOGIT_BIAS = -100.0  # the strongest that samplers accept
 MAX_ANSWER_CHARACTERS = 512  # that are graded
 MAX_ASPECT = 200  # of an image's sides: transformers' `smart_resize` takes no more
-MethodName = Literal["papo", "vppo", "caprl", "visionary_r1", "pgpo", "cappo", "ves_rft", "car"]  # of `streams.methods`
+# of `streams.methods`
+MethodName = Literal["papo", "vppo", "caprl", "visionary_r1", "pgpo", "cappo", "ves_rft", "car", "noisy_rollout"]
 WrittenName = Literal[
     "vision_r1", "see_think", "summed", "gdpo", "vision_sr1", "perception_credit", "external_reasoner"
 ]
@@ -191,6 +192,19 @@ class Passes(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Distorted:
+    """The last `samples` siblings of a prompt with images are drawn from a noisy copy of these, and trained as the
+    others are, on the images themselves (NoisyRollout, arXiv 2504.13055)."""
+
+    samples: int
+    strength: float | Schedule  # 0 to 1, see `rollout.distortion`
+
+    def at(self, step: int) -> float:
+        """The strength of a step."""
+        return self.strength.at(step) if isinstance(self.strength, Schedule) else self.strength
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How a generator draws responses. temperature 0 is greedy."""
 
@@ -203,6 +217,7 @@ class Sampling:
     second_template: TemplateName = "caption_reasoner"
     plain_template: TemplateName = "cot"
     reader: Reader = "policy"  # whose weights answer first passes: the policy's, or the reference's
+    distorted: Distorted | None = None  # None: every first pass sees the images as they are
 
     def passes_of(self, prompt: Prompt) -> Passes:
         """What a prompt is asked, see `Passes.of`."""
@@ -262,6 +277,7 @@ class RolloutPair:
     description: str | None  # what the second pass was given
     description_cut: bool = False  # it was longer than a description may be
     further: tuple[Reading, ...] = ()  # of all other later passes, and the further samples of `second`
+    distorted: bool = False  # the first pass was drawn from noisy images, see `Distorted`
 
     def readings(self, pass_name: PassName) -> tuple[Reading, ...]:
         """The responses of a later pass, in order; () where it could not be asked."""
@@ -361,7 +377,7 @@ class LossInputs:
     token_weights: Tensor  # [S, R]
     streams: tuple[RewardStream, ...]
     row_sequence: Tensor | None = None  # [R] int64, the response that each token is of, for ratios of whole responses
-    generator_logprobs: Tensor | None = None  # [R], of whoever drew the tokens; for losses of a user's own
+    generator_logprobs: Tensor | None = None  # [R], of whoever drew the tokens, and what it saw; for a user's own loss
     entropy: Tensor | None = None  # [R] nats; carries a gradient where a stream has an entropy_coef, and only there
 
 

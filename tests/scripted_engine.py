@@ -34,6 +34,7 @@ class Letters:
     end_of_turn_id = EOT
     media_ids = (IMAGE, 3)
     merge_size = 2
+    num_frames = 1
 
     def turn_ids(self, turn: Turn, num_images: int) -> tuple[int, ...]:
         system = "" if turn.system is None else f"[{turn.system}]"
@@ -54,6 +55,9 @@ class Letters:
 
     def encode_image(self, image: Any) -> EncodedImage:
         return EncodedImage((1, 2, 6), Later(lambda: PATCHES.byte()), Normalisation(1.0, (0.0,), (1.0,)))
+
+    def changed(self, image: EncodedImage, change: Callable[[torch.Tensor], torch.Tensor]) -> EncodedImage:
+        return EncodedImage(image.grid_thw, Later(lambda: change(image.patches())), image.normalisation)
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         return tuple(ord(letter) for letter in text)

@@ -40,7 +40,9 @@ def test_ranks_share_the_files_and_all_hear_what_is_wrong(folder: Path, number: 
     heard = on_threads(number, lambda ranks: check_checksums(folder, ranks))
     assert all(sorted(one) == sorted(heard[0]) for one in heard) and len(heard[0]) == 3
     text = "\n".join(heard[0])
-    assert "a.distcp is not what was written: CRC-32 " in text and "b.distcp is not what was written: 5 bytes in" in text
+    assert (
+        "a.distcp is not what was written: CRC-32 " in text and "b.distcp is not what was written: 5 bytes in" in text
+    )
     assert ".metadata cannot be read (No such file or directory)" in text
 
 

@@ -34,7 +34,7 @@ def test_every_key_is_there_with_a_meaning(tool: ModuleType) -> None:
     by_key = {key: row for key, *row in rows}
     assert by_key["objective.preset"][:2] == [
         "`vision_r1`, `see_think`, `summed`, `gdpo`, `vision_sr1`, `perception_credit`, `external_reasoner`, `papo`, "
-        "`vppo`, `caprl`, `visionary_r1`, `pgpo`, `cappo`, `ves_rft`, `car`, `null`",
+        "`vppo`, `caprl`, `visionary_r1`, `pgpo`, `cappo`, `ves_rft`, `car`, `noisy_rollout`, `null`",
         '`"vision_sr1"`',
     ]
     assert by_key["optimizer.lr"] == ["number", "`1e-06`", "the highest, after the warm-up"]

@@ -117,6 +117,7 @@ EXPECTED_PRESETS = {
             ),
         ],
     ),
+    "noisy_rollout": ("cot", False, [("answer", "first", "response", {"acc": 1.0, "fmt_cot": 0.1}, 1.0, "sum")]),
 }
 
 

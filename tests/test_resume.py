@@ -59,6 +59,7 @@ OTHER: dict[str, Any] = {
     "evaluate.controls": ("prior",),
     "objective.passes": [{"name": "blind", "context": "nothing"}],
     "objective.contrast": [{"name": "blind", "context": "no_image"}],
+    "objective.distorted": ({"samples": 2, "strength": 0.5}, {}),
     "objective.template": "cot",
     "objective.second_template": "vision_sr1_reasoner",
     "objective.plain_template": "vision_sr1_cot",

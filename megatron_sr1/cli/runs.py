@@ -50,9 +50,11 @@ def check_run(command: Command, config: Config) -> list[str]:
     check_command(command, config)
     templates = templates_of(config)
     if command != "sft":
-        from megatron_sr1.streams import check_objective
+        from megatron_sr1.streams import check_objective, check_siblings, preset_of
 
         check_objective(config.objective, config.rewards, config.model.megatron_dir, templates=templates)
+        if command == "grpo":
+            check_siblings(preset_of(config).distorted, config)
     if command != "evaluate":
         check_folders(config)
         check_resume(config)

@@ -33,6 +33,7 @@ _FREE_FORM = (
     "data.cold_start_columns",
     "data.heldout_columns",
     "evaluate.judge_parameters",
+    "objective.distorted",
     "rewards.judge.parameters",
     "rollout.engine",
     "templates",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from megatron_sr1.config.rules import COUNT, Range, known_key, require, require_number
+from megatron_sr1.config.schedules import check_schedule
 from megatron_sr1.types import (
     AdvantageKind,
     AdvantageScope,
@@ -14,7 +15,6 @@ from megatron_sr1.types import (
     KlPlace,
     Normalize,
     RatioLevel,
-    ScheduleShape,
     SequenceWeightFor,
     Surrogate,
     TokenWeighting,
@@ -42,7 +42,7 @@ _NUMBERS = {
     "contrast_entropy_reward": Range(-1000, 1000),
 }
 SCHEDULED = ("loss_weight", "kl_coef", "entropy_coef", "contrast_coef", "contrast_entropy_coef")
-_SCHEDULE = ("from", "to", "steps", "shape")
+_SCHEDULE = "Write {from: 0.04, to: 0.0, steps: 200, shape: cosine}."
 _CHOICES = {
     "kl_estimator": get_args(KlEstimator),
     "kl_in": get_args(KlPlace),
@@ -84,7 +84,7 @@ def check_streams(streams: Sequence[Any]) -> None:
 def _check(where: str, key: str, value: Any) -> None:
     known_key(where, key, KEYS, "stream")
     if key in SCHEDULED and isinstance(value, Mapping):
-        _check_schedule(where, value, _NUMBERS[key])
+        check_schedule(where, value, _NUMBERS[key], _SCHEDULE)
     elif key in _NUMBERS:
         if value is not None or key not in _NULLABLE:
             require_number(where, value, _NUMBERS[key], whole=key in _WHOLE)
@@ -102,16 +102,3 @@ def _check(where: str, key: str, value: Any) -> None:
         require(isinstance(value, bool), where, value, "true or false", "False takes a preset's stream away.")
     else:
         require(isinstance(value, str) and value != "", where, value, "a word", "Write it in quotes if need be.")
-
-
-def _check_schedule(where: str, value: Mapping[Any, Any], allowed: Range) -> None:
-    example = "Write {from: 0.04, to: 0.0, steps: 200, shape: cosine}."
-    for key, given in value.items():
-        known_key(f"{where}.{key}", str(key), _SCHEDULE, "schedule")
-        if key == "shape":
-            shapes = get_args(ScheduleShape)
-            require(given in shapes, f"{where}.shape", given, "one of " + ", ".join(shapes), example)
-        else:
-            require_number(f"{where}.{key}", given, COUNT if key == "steps" else allowed, whole=key == "steps")
-    missing = [key for key in ("from", "to", "steps") if key not in value]
-    require(not missing, f"{where}.{''.join(missing[:1])}", None, "given", example)

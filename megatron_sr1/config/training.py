@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from megatron_sr1.config.contrast import check_contrasts
+from megatron_sr1.config.distorted import check_distorted
 from megatron_sr1.config.passes import check_passes
 from megatron_sr1.config.rules import COUNT, COUNT_OR_NONE, Range, check_numbers, one_of, require
 from megatron_sr1.config.streams import DUAL_CLIP, ENTROPY_COEF, KL_COEF, RATIO, check_streams
@@ -89,6 +90,8 @@ class ObjectiveConfig:
     passes: list[Any] = field(default_factory=list)
     # other contexts that first passes are scored under, which streams name: {name: blind, context: no_image}
     contrast: list[Any] = field(default_factory=list)
+    # siblings that are drawn from noisy images and trained on the images themselves: {samples: 4, strength: 0.5}
+    distorted: dict[str, Any] = field(default_factory=dict)
     # the folder of the weights that passes of `reader: reference` are read by; empty: those that the run begins with
     reference_dir: str = ""
     template: str | None = None  # of the first pass, see `templates`; null: the preset's, else see_think
@@ -131,6 +134,7 @@ class ObjectiveConfig:
         check_streams(self.streams)
         check_passes(self.passes)
         check_contrasts(self.contrast)
+        check_distorted(self.distorted)
         one_of("objective.advantage", self.advantage, get_args(AdvantageKind))
         one_of("objective.kl_estimator", self.kl_estimator, get_args(KlEstimator))
         one_of("objective.kl_in", self.kl_in, get_args(KlPlace))

@@ -156,8 +156,9 @@ def _prompt_flops(plan: RunPlan, passes: int) -> float:
     first, second = typical_tokens(rollout)
     response = TYPICAL * rollout.max_response_tokens
     own = sequence_flops(plan.model, first - response, 0) + image_flops(plan.model, _grid(plan))
+    seen = 1 if preset_of(plan.config).distorted is None else 2  # siblings with noisy images share another prompt
     read = sequence_flops(plan.model, second - response, 0)
-    return own.total + passes * rollout.samples_per_prompt * read.total
+    return seen * own.total + passes * rollout.samples_per_prompt * read.total
 
 
 def _grid(plan: RunPlan) -> tuple[int, int, int]:

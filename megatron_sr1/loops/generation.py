@@ -13,7 +13,7 @@ from megatron_sr1.loops.run import Run
 from megatron_sr1.platform import TeamCounter, TeamRanks
 from megatron_sr1.policy.read import open_tensors, read_architecture
 from megatron_sr1.rollout import Engine, EngineLimits, Planner, TwoPassGenerator, stale_vision_canary
-from megatron_sr1.streams import Preset
+from megatron_sr1.streams import Preset, check_siblings
 from megatron_sr1.types import NamedTensors, Passes, Prompt, Sampling, SftSample
 from megatron_sr1.weights import check_values
 
@@ -94,7 +94,8 @@ def _weights_of(hf_dir: str) -> NamedTensors:
 
 
 def training_sampling(config: Config, preset: Preset) -> Sampling:
-    """How the responses that are trained on are drawn."""
+    """How the responses that are trained on are drawn. Raises ConfigError as `check_siblings`."""
+    check_siblings(preset.distorted, config)
     rollout = config.rollout
     return Sampling(
         num_samples=rollout.samples_per_prompt,
@@ -105,6 +106,7 @@ def training_sampling(config: Config, preset: Preset) -> Sampling:
         later=preset.passes.later,
         second_template=preset.second_template,
         plain_template=preset.plain_template,
+        distorted=preset.distorted,
     )
 
 

@@ -47,12 +47,15 @@ def expected_tokens(processor: Processor, sample: IndexedSample, sampling: Sampl
     """Tokens that an engine is expected to compute for all samples of a prompt.
 
         prompt + K * passes * max_response / 2, and K * text again for each later pass
+        and prompt again where some siblings see noisy images
 
     The siblings share the first pass' prompt through the prefix cache; each has later prompts of its own, whose
     description counts as part of the response it came from. What an endpoint reads costs nothing here.
     """
-    later = sampling.later if len(sample.extensions) > 1 else ()  # one member is the text
+    shown = len(sample.extensions) > 1  # one member is the text
+    later = sampling.later if shown else ()
+    seen = 2 if shown and sampling.distorted is not None else 1
     passes = 1 + sum(one.samples for one in later if one.reader != "endpoint")
     text = prompt_tokens(processor, replace(sample, image_sizes=None))
     responses = sampling.num_samples * passes * sampling.max_response_tokens // 2
-    return prompt_tokens(processor, sample) + sampling.num_samples * (passes - 1) * text + responses
+    return seen * prompt_tokens(processor, sample) + sampling.num_samples * (passes - 1) * text + responses

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 from megatron_sr1.data.shown import digest_of_images
+from megatron_sr1.rollout.distortion import Distortion
 from megatron_sr1.rollout.later import OpenReading, ask_later
 from megatron_sr1.rollout.plan import PassPrompt, Planner, check_same_ids
 from megatron_sr1.rollout.pool import PromptPool
@@ -27,6 +28,7 @@ from megatron_sr1.rollout.request import Draw, EngineFault, Generation, TokenEng
 from megatron_sr1.rollout.seeds import request_seed
 from megatron_sr1.types import (
     SECOND,
+    EncodedImage,
     LaterPass,
     OnQuestion,
     Prompt,
@@ -49,6 +51,7 @@ class _Request:
     sample: int
     plan: PassPrompt
     asked: OpenReading | None = None  # of a later pass
+    distorted: bool = False  # it sees noisy images
 
     @property
     def request_id(self) -> str:
@@ -57,6 +60,11 @@ class _Request:
     @property
     def place(self) -> tuple[int, int]:
         return self.group, self.sample
+
+    @property
+    def seen(self) -> tuple[int, bool]:
+        """The same of requests that share a prompt and its images."""
+        return id(self.plan), self.distorted
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,7 @@ class PassRequests:
         self._num_prompts = len(prompts.keys)
         self._sampling = sampling
         self._step = step
+        self._distortion = Distortion(planner.processor, sampling, step)
         self._streamed = streamed
         self._on_group = on_group
         self._on_question = on_question
@@ -191,7 +200,9 @@ class PassRequests:
     def _begin(self, group: int, prompt: Prompt) -> list[_Request]:
         """The first passes of a prompt are open from now on."""
         plan = self._planner.first(prompt, self._sampling.passes_of(prompt).template)
-        requests = [_Request(group, sample, plan) for sample in range(self._sampling.num_samples)]
+        noisy = self._distortion.samples(prompt)
+        siblings = range(self._sampling.num_samples)
+        requests = [_Request(group, sample, plan, distorted=sample in noisy) for sample in siblings]
         self._prompts[group] = prompt
         self._turns[group] = self._num_turns
         self._num_turns += 1
@@ -211,28 +222,25 @@ class PassRequests:
             if taken is None:
                 return
             requests = self._begin(*taken)
-            waiting.append(requests)
+            waiting.extend(_by_what_they_see(requests))
             num_open, num_waiting = num_open + len(requests), num_waiting + len(requests)
 
     def _draw(self, place: tuple[int, int]) -> int:
         return self._first_draw[place[0]] + place[1]
 
     def _possible(self) -> deque[list[_Request]]:
-        """Everything that is open, or behind a barrier the first passes alone while there are some; the requests of a
-        plan together."""
+        """Everything that is open, or behind a barrier the first passes alone while there are some; those together that
+        share a prompt and its images."""
         requests = list(self._open.values())
         firsts = [request for request in requests if request.asked is None]
-        siblings: dict[int, list[_Request]] = {}
-        for request in firsts if firsts and not self._streamed else requests:
-            siblings.setdefault(id(request.plan), []).append(request)
-        return deque(siblings.values())
+        return deque(_by_what_they_see(firsts if firsts and not self._streamed else requests))
 
     def _submit_some(self, engine: TokenEngine, waiting: deque[list[_Request]]) -> None:
         """The next ones, so that the engine decodes while images are prepared. How many does not depend on what is
         ready: the ranks of an engine must submit the same before a step."""
         for first, *_ in islice(waiting, PREPARED_AHEAD):
-            for image in first.plan.images:
-                self._processor.encode_image(image).patches.start()
+            for image in self._images(first):
+                image.patches.start()
         submitted = plans = 0
         while waiting and submitted < SUBMITTED_AT_A_TIME and plans < PLANS_AT_A_TIME:
             requests = waiting.popleft()
@@ -241,12 +249,18 @@ class PassRequests:
 
     def _submit_all(self, engine: TokenEngine, requests: Sequence[_Request]) -> None:
         """Requests of one plan, which share its images."""
-        plan = requests[0].plan
-        images = [self._processor.encode_image(image) for image in plan.images]
+        images = self._images(requests[0], last=True)
         with _engine_call():
-            prepared = engine.prepare(plan.expanded_ids, images)
+            prepared = engine.prepare(requests[0].plan.expanded_ids, images)
         for request in requests:
             self._submit(engine, request, prepared)
+
+    def _images(self, request: _Request, *, last: bool = False) -> list[EncodedImage]:
+        """What a request sees. `last`: nobody asks again; noisy images would be made anew, to the same bits."""
+        if request.distorted:
+            of_prompt = self._distortion.take if last else self._distortion.begin
+            return of_prompt(request.plan, self._first_draw[request.group])
+        return [self._processor.encode_image(image) for image in request.plan.images]
 
     def _submit(self, engine: TokenEngine, request: _Request, prepared: object) -> None:
         plan = request.plan
@@ -285,7 +299,8 @@ class PassRequests:
         whole = rollout.finish_reason == "stop"
         written = self._planner.template(passes.template).find_description(rollout.response_text) if whole else None
         description = None if written is None else self._planner.cut(written)
-        self._pairs[place] = RolloutPair(request.sample, rollout, None, description, description != written)
+        is_cut, distorted = description != written, request.distorted
+        self._pairs[place] = RolloutPair(request.sample, rollout, None, description, is_cut, distorted=distorted)
         if self._on_first is not None:
             self._on_first(RolloutGroup(request.group, prompt, (self._pairs[place],)))
         self._missing[place] = 1  # until all have been asked
@@ -388,6 +403,13 @@ class PassRequests:
             queued_at=self._queued.pop(request.request_id),
             finished_at=time.perf_counter() - self._start,
         )
+
+
+def _by_what_they_see(requests: Sequence[_Request]) -> list[list[_Request]]:
+    together: dict[tuple[int, bool], list[_Request]] = {}
+    for request in requests:
+        together.setdefault(request.seen, []).append(request)
+    return list(together.values())
 
 
 def _first_draws(keys: Sequence[str], num_samples: int) -> list[int]:

@@ -13,6 +13,7 @@ from megatron_sr1.import_path import is_import_path, load_object
 from megatron_sr1.prompts import SHIPPED, Asked, Template, Templates, templates_of
 from megatron_sr1.rewards import find_reward, layout_reward
 from megatron_sr1.streams.contrast import Contrast, check_contrast, contrast_keys, contrasts_of
+from megatron_sr1.streams.distorted import distorted_of
 from megatron_sr1.streams.methods import METHODS, Method, read_method
 from megatron_sr1.streams.passes import check_later, later_passes, needs_description
 from megatron_sr1.streams.presets import WRITTEN, Written
@@ -22,6 +23,7 @@ from megatron_sr1.streams.spans import find_spans
 from megatron_sr1.types import (
     SECOND,
     Clip,
+    Distorted,
     LaterPass,
     Passes,
     PassName,
@@ -56,6 +58,7 @@ class Preset:
     later: tuple[LaterPass, ...] = (SECOND,)  # that may follow; the second one alone does only where it is needed
     wanted: tuple[PassName, ...] = ()  # of `later`, those that are wanted for themselves
     contrasts: tuple[Contrast, ...] = ()  # that first passes are scored under
+    distorted: Distorted | None = None  # siblings that are drawn from noisy images
 
     def __post_init__(self) -> None:
         _ = self.asked
@@ -332,6 +335,7 @@ def preset_from_config(objective: ObjectiveConfig, templates: Templates = SHIPPE
         later,
         wanted,
         contrasts_of(list(contrasts.values())),
+        distorted_of({**method.distorted, **objective.distorted}),
     )
     _check_against_objective(objective, preset)
     return preset

@@ -1,4 +1,4 @@
-"""Coefficients of a stream that change over the steps of a run."""
+"""Numbers that change over the steps of a run, such as coefficients of a stream."""
 
 from __future__ import annotations
 
@@ -20,7 +20,17 @@ def with_largest(entry: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Schedu
     for key in SCHEDULED:
         value = entry.get(key)
         if isinstance(value, Mapping):
-            ends = (float(value["from"]), float(value["to"]))
-            schedules.append(Schedule(key, *ends, value["steps"], value.get("shape", "linear")))
-            plain[key] = max(ends, key=abs)
+            found = schedule_of(key, value)
+            schedules.append(found)
+            plain[key] = max((found.start, found.end), key=abs)
     return plain, tuple(schedules)
+
+
+def schedule_of(key: str, written: Mapping[str, Any]) -> Schedule:
+    """Of the number that is called `key`.
+
+    Args:
+        written: checked by `config.schedules`.
+    """
+    more = {name: written[name] for name in ("shape", "slope", "middle") if name in written}
+    return Schedule(key, float(written["from"]), float(written["to"]), written["steps"], **more)

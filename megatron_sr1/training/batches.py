@@ -19,8 +19,8 @@ from megatron_sr1.ranks import Exchange, agreed
 from megatron_sr1.rewards import find_reward
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.contrasts import ContextMaker, ContrastRows
-from megatron_sr1.training.ledger import KINDS, StepLedger, slots_of
-from megatron_sr1.training.payload import FIRST, Place
+from megatron_sr1.training.ledger import FIRST, KINDS, Slot, StepLedger, slots_of
+from megatron_sr1.training.payload import Place
 from megatron_sr1.training.recorder import image_distance, segment_masks, stream_masks
 from megatron_sr1.training.step_rewards import per_rollout
 from megatron_sr1.training.tokens import ResponseTokens, into_rows
@@ -53,6 +53,7 @@ class StreamRows:
     micro_batches: list[MicroBatch]
     tokens: list[ResponseTokens]  # of each micro-batch
     num_tokens: int  # of these responses, the whole step's, all replicas
+    num_compared: int  # of these the ones whose engine saw what the trainer sees: those of no distorted first pass
     num_of_kind: Mapping[str, int]  # the same by `token_kinds`, those alone that occur
     num_responses: int  # of this replica
     contrasts: Mapping[str, ContrastRows]  # by name
@@ -218,6 +219,7 @@ class Batcher:
         slots, numbers = slots_of(preset), ledger.number.tolist()
         first_of = {slot.pass_name: number for number, slot in reversed(list(enumerate(slots)))}
         weights = response_weights(ledger, preset, self._config.rollout.max_response_tokens)  # [S, B, M]
+        distorted = ledger.distorted.tolist()
         sequences: list[TokenSequence] = []
         responses: list[ResponseTokens] = []
         encoded: dict[int, tuple[EncodedImage, ...]] = {}  # by group: siblings share them
@@ -239,6 +241,7 @@ class Batcher:
                     image_distance=image_distance(track, self._processor.image_token_id),
                     place=torch.full((len(track.response_ids),), place),
                     segments=segment_masks(track, preset),
+                    compared=torch.full((len(track.response_ids),), slot != FIRST or not distorted[group][sample]),
                 )
             )
         micro_batches = self._pack(sequences)
@@ -251,10 +254,7 @@ class Batcher:
             for place, contrast in enumerate(preset.contrasts)
         }
         tokens = [row.moved(self._device) for row in into_rows(responses, micro_batches)]
-        counts = dict(zip(KINDS, ledger.of_kind.sum((0, 1)).tolist(), strict=True))
-        num_of_kind = {name: count for name, count in counts.items() if count > 0}
-        num_tokens = int(ledger.response_tokens[..., [slot.scored for slot in slots]].sum())
-        return StreamRows(micro_batches, tokens, num_tokens, num_of_kind, len(sequences), contrasts)
+        return StreamRows(micro_batches, tokens, *_counts(ledger, slots), len(sequences), contrasts)
 
     def _contrast(
         self,
@@ -312,3 +312,11 @@ class Batcher:
         turn = template.render(sample.prompt.problem, len(images), sample.description)
         ids = self._processor.expand(self._processor.turn_ids(turn, len(images)), [image.grid_thw for image in images])
         return TokenSequence(ids, self._processor.response_ids(sample.response), images)
+
+
+def _counts(ledger: StepLedger, slots: Sequence[Slot]) -> tuple[int, int, dict[str, int]]:
+    """`num_tokens`, `num_compared` and `num_of_kind` of `StreamRows`."""
+    counts = dict(zip(KINDS, ledger.of_kind.sum((0, 1)).tolist(), strict=True))
+    num_tokens = int(ledger.response_tokens[..., [slot.scored for slot in slots]].sum())
+    num_distorted = int(ledger.response_tokens[..., FIRST][ledger.distorted].sum())
+    return num_tokens, num_tokens - num_distorted, {name: count for name, count in counts.items() if count > 0}

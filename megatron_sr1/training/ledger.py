@@ -23,6 +23,7 @@ from megatron_sr1.streams import Preset
 from megatron_sr1.training.step_rewards import Rewards, all_rewards, num_readings
 from megatron_sr1.types import PassName
 
+FIRST = 0  # the slot whose prompt all samples of a group share
 KINDS = tuple(token_kinds(torch.zeros(1), torch.zeros(1)))
 
 
@@ -50,6 +51,7 @@ class StepLedger:
     num_images: Tensor  # [G] int32: of its prompt
     described: Tensor  # [G, K] bool
     description_cut: Tensor  # [G, K] bool
+    distorted: Tensor  # [G, K] bool: the engine saw noisy images in the first pass, see `types.Distorted`
     faithful: Tensor  # [G, K] float32: whether the description says what the image shows; NaN: nobody knows
     answered: Tensor  # [G, K, N] bool: the response is there
     cut: Tensor  # [G, K, N] bool: by the token limit
@@ -57,7 +59,7 @@ class StepLedger:
     response_tokens: Tensor  # [G, K, N] int32; 0 where an endpoint has answered
     seconds: Tensor  # [G, K, N] float32, from the queue to the answer
     in_stream: Tensor  # [G, K, S, M] int32: tokens that a stream credits in each sample of its pass
-    of_kind: Tensor  # [G, K, C] int32: tokens of the scored responses by kind
+    of_kind: Tensor  # [G, K, C] int32: tokens by kind of the scored responses whose engine saw what the trainer sees
     rewards: Mapping[str, Tensor]  # [G, K] float32 each, of passes with m > 1 samples [G, K, m]
 
     @classmethod
@@ -75,6 +77,7 @@ class StepLedger:
             num_images=none(dtype=torch.int32),
             described=none(*sample, dtype=torch.bool),
             description_cut=none(*sample, dtype=torch.bool),
+            distorted=none(*sample, dtype=torch.bool),
             faithful=none(*sample, dtype=torch.float32),
             answered=none(*each, dtype=torch.bool),
             cut=none(*each, dtype=torch.bool),

@@ -79,6 +79,9 @@ class PolicyLoss:
         weights, bounded = importance_weights(
             drawing, tokens.generator_logprobs, micro_batch.row_sequence, self._mismatch
         )
+        # what was drawn from a noisy image has a gap that is no error of the engine, and is learned from in full
+        compared = tokens.compared
+        weights, bounded = weights.masked_fill(~compared, 1.0), bounded & compared
         entropy = logprobs.entropy
         if entropy is not None and not self._preset.has_entropy_bonus:
             entropy = entropy.detach()  # the head gives it no gradient then
@@ -95,14 +98,13 @@ class PolicyLoss:
                 entropy=entropy,
             )
         )
-        per_token = {} if logprobs.entropy is None else {"entropy": logprobs.entropy}
-        gap = (drawing.detach() - tokens.generator_logprobs).abs()
-        if self._measures_gap:
-            per_token["logprob_gap"] = gap
+        means = {} if logprobs.entropy is None else {"entropy": logprobs.entropy.sum() / self._batch.num_tokens}
+        gap = (drawing.detach() - tokens.generator_logprobs).abs() * compared
+        to_engine = {"logprob_gap": gap} if self._measures_gap else {}
         if self._mismatch.kind != "none":
-            per_token |= {"mismatch/weight": weights, "mismatch/bounded": bounded}
-        sums = {name: value.sum() / self._batch.num_tokens for name, value in per_token.items()}
-        return loss, {**metrics, **sums, **(self._gaps(index, gap) if self._measures_gap else {})}
+            to_engine |= {"mismatch/weight": weights * compared, "mismatch/bounded": bounded}
+        means |= {name: value.sum() / self._batch.num_compared for name, value in to_engine.items()}
+        return loss, {**metrics, **means, **(self._gaps(index, gap) if self._measures_gap else {})}
 
     def _gaps(self, index: int, gap: Tensor) -> dict[str, Tensor]:
         """Mean |log-prob gap| to the generator, by kind of token."""

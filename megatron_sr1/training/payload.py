@@ -16,11 +16,9 @@ from torch import Tensor
 
 from megatron_sr1.packing import Family, split_groups
 from megatron_sr1.ranks import Exchange
-from megatron_sr1.training.ledger import Slot, StepLedger
+from megatron_sr1.training.ledger import FIRST, Slot, StepLedger
 from megatron_sr1.training.recorder import GroupTracks
 from megatron_sr1.types import TokenTrack
-
-FIRST = 0  # the slot whose prompt all samples of a group share
 
 
 class Place(NamedTuple):

@@ -13,7 +13,7 @@ from megatron_sr1.processor import Processor
 from megatron_sr1.ranks import Exchange, agreed
 from megatron_sr1.rewards import faithful
 from megatron_sr1.streams import Preset
-from megatron_sr1.training.ledger import KINDS, StepLedger, slots_of
+from megatron_sr1.training.ledger import FIRST, KINDS, StepLedger, slots_of
 from megatron_sr1.training.segments import Response, response_masks, scored_responses
 from megatron_sr1.training.step_rewards import Rewards
 from megatron_sr1.types import CutResponses, Rollout, RolloutGroup, RolloutPair, TokenTrack
@@ -111,6 +111,7 @@ class Recorder:
             num_images=torch.tensor([len(group.prompt.images) for group in groups], dtype=torch.int32),
             described=of_pairs(lambda pair: pair.description is not None),
             description_cut=of_pairs(lambda pair: pair.description_cut),
+            distorted=of_pairs(lambda pair: pair.distorted),
             faithful=torch.tensor([[_number(truth) for truth in group] for group in truths]),
             answered=of_rollouts(lambda rollout: rollout is not _NONE, none.answered),
             cut=of_rollouts(lambda rollout: rollout.finish_reason == "length", none.cut),
@@ -118,7 +119,7 @@ class Recorder:
             response_tokens=of_rollouts(lambda rollout: len(rollout.response_ids), none.response_tokens),
             seconds=of_rollouts(lambda rollout: rollout.finished_at - rollout.queued_at, none.seconds),
             in_stream=torch.stack([self._in_stream(tracks[group.group_id]) for group in groups]),
-            of_kind=torch.stack([self._of_kind(tracks[group.group_id]) for group in groups]),
+            of_kind=torch.stack([self._of_kind(group, tracks[group.group_id]) for group in groups]),
             rewards={name: torch.stack([each[name] for each in rewards]) for name in none.rewards},
         )
 
@@ -136,12 +137,14 @@ class Recorder:
             counts[sample, :, self._slots[slot].number] += stream_masks(track, len(self.preset.streams)).sum(1)
         return counts
 
-    def _of_kind(self, tracks: GroupTracks) -> Tensor:
+    def _of_kind(self, group: RolloutGroup, tracks: GroupTracks) -> Tensor:
         """[K, C] int32"""
         lengths = torch.tensor([len(track.response_ids) for track in tracks.values()])
+        others = [slot == FIRST and group.pairs[sample].distorted for sample, slot in tracks]  # saw other images
         distance = torch.cat([image_distance(track, self._image_token_id) for track in tracks.values()])
         offset = torch.cat([torch.arange(length, dtype=torch.float32) for length in lengths.tolist()])
         kinds = torch.stack(list(token_kinds(distance, offset).values()), 1).to(torch.int32)  # [tokens, C]
+        kinds[torch.tensor(others).repeat_interleave(lengths)] = 0
         samples = torch.tensor([sample for sample, _ in tracks]).repeat_interleave(lengths)
         return torch.zeros(self.num_samples, len(KINDS), dtype=torch.int32).index_add_(0, samples, kinds)
 

@@ -108,6 +108,7 @@ def _lines(
                 **same,
                 "first": vars(pair.first),
                 "second": None if pair.second is None else vars(pair.second),
+                **({"distorted": True} if pair.distorted else {}),
                 **({"further": [_reading_fields(reading) for reading in pair.further]} if pair.further else {}),
             }
 

@@ -165,7 +165,8 @@ def _pair(path: Path, line: dict[str, Any]) -> RolloutPair:
     first, second = _rollout(path, line["first"]), line["second"]
     second = None if second is None else _rollout(path, second)
     further = tuple(_reading(path, fields) for fields in line.get("further", ()))
-    return RolloutPair(line["sample"], first, second, line["description"], line["description_cut"], further)
+    described, distorted = (line["description"], line["description_cut"]), line.get("distorted", False)
+    return RolloutPair(line["sample"], first, second, *described, further, distorted)
 
 
 def _reading(path: Path, fields: dict[str, Any]) -> Reading:

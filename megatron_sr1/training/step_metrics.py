@@ -13,7 +13,7 @@ from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.policy import StepResult
 from megatron_sr1.rewards import find_reward
 from megatron_sr1.streams import Preset
-from megatron_sr1.training.ledger import StepLedger, slots_of
+from megatron_sr1.training.ledger import FIRST, StepLedger, slots_of
 from megatron_sr1.training.live_groups import live_groups
 from megatron_sr1.training.step_rewards import per_rollout
 from megatron_sr1.training.step_rollouts import StepRollouts
@@ -47,6 +47,7 @@ def step_metrics(
         if value is not None and (name not in _OF_SECOND or SECOND.name in asked):
             log.add(name, value)
     _log_rewards(log, rollouts.trained[0], preset)
+    _log_siblings(log, ledger, preset, rollouts.step)
     _log_responses(log, ledger, preset)
     log.add("tokens_per_second", int(ledger.response_tokens.sum()) / clock.seconds["seconds/rollout"])
     for result in results:
@@ -102,6 +103,21 @@ def _log_rewards(log: MetricLog, ledger: StepLedger, preset: Preset) -> None:
             log.add(f"reward/{find_reward(name).shown}", values.mean().item())
     earned = [weight * rewards[name].mean().item() for stream in preset.streams for name, weight in stream.rewards]
     log.add("reward/total", sum(earned))
+
+
+def _log_siblings(log: MetricLog, ledger: StepLedger, preset: Preset, step: int) -> None:
+    """Of the groups that have siblings drawn from noisy images, both kinds beside each other."""
+    if preset.distorted is not None:
+        log.add("schedule/distorted/strength", preset.distorted.at(step))
+    mixed = ledger.distorted.any(1)
+    if not mixed.any():
+        return
+    named = {name: per_rollout(reward).view(ledger.distorted.shape) for name, reward in ledger.rollout_rewards.items()}
+    earned = sum(weight * named[name] for stream in preset.streams for name, weight in stream.rewards)
+    of_samples = {"accuracy": named["acc"], "reward": earned, "response_tokens": ledger.response_tokens[..., FIRST]}
+    for kind, chosen in (("clean", ~ledger.distorted), ("distorted", ledger.distorted)):
+        for name, value in of_samples.items():
+            log.add(f"siblings/{kind}/{name}", value[mixed][chosen[mixed]].double().mean().item())
 
 
 def _log_responses(log: MetricLog, ledger: StepLedger, preset: Preset) -> None:

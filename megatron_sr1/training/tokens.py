@@ -24,6 +24,7 @@ class ResponseTokens:
     image_distance: Tensor  # [n]: tokens since the prompt's last visual token, -1 without images
     place: Tensor  # [n] int64: of the response among the B * M of the optimizer step: b * M + its number in its pass
     segments: Tensor  # [E, n] bool: which of `Preset.measured` has the token
+    compared: Tensor  # [n] bool: the engine saw what the trainer sees, so their log-probs are of one context
 
     def moved(self, device: torch.device) -> ResponseTokens:
         """The same on `device`."""
@@ -33,6 +34,7 @@ class ResponseTokens:
             self.image_distance.to(device),
             self.place.to(device),
             self.segments.to(device),
+            self.compared.to(device),
         )
 
     def matters(self, streams: Sequence[RewardStream], advantages: Tensor) -> Tensor:
@@ -58,5 +60,6 @@ def into_rows(responses: Sequence[ResponseTokens], rows: Sequence[MicroBatch]) -
         scatter_rows([response.image_distance for response in responses], rows),
         scatter_rows([response.place for response in responses], rows),
         scatter_rows([response.segments for response in responses], rows),
+        scatter_rows([response.compared for response in responses], rows),
     )
     return [ResponseTokens(*row) for row in zip(*columns, strict=True)]

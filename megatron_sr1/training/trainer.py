@@ -13,7 +13,7 @@ from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
 from megatron_sr1.ranks import agreed
 from megatron_sr1.rewards import RewardError
-from megatron_sr1.streams import Preset
+from megatron_sr1.streams import Preset, check_old
 from megatron_sr1.training.batches import Batcher, StreamRows, optimizer_shares
 from megatron_sr1.training.contrast_scores import ContrastScorer, contrast_rewards, contrast_weights, of_siblings
 from megatron_sr1.training.contrast_terms import ContrastTerms, with_means
@@ -25,7 +25,7 @@ from megatron_sr1.training.losses import PolicyLoss
 from megatron_sr1.training.payload import Payload, Place, share_responses
 from megatron_sr1.training.response_kl import response_kl
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.types import DrawnPrompts, LogProbs, Scoring
+from megatron_sr1.types import DrawnPrompts, LogProbs, OldLogprobs, Scoring
 
 Scored = tuple[list[LogProbs], ContrastScores | None]  # by micro-batch, and of contrasts
 
@@ -61,14 +61,14 @@ class Trainer:
         are the generator's; where a KL is in the reward, old and reference log-probs are taken, before the advantages.
 
         Raises:
-            ValueError: trainer and generator are too far apart, see `check_logprob_gap`.
+            ValueError: trainer and generator are too far apart, see `check_logprob_gap`; see `_whose`.
             RewardError: so many groups were skipped that a replica has none; before the first step.
         """
         self._policy.return_to_device()
         ledger, places = rollouts.trained
         shares = list(self._shares(places))
         rows = [self._rows(ledger.of(share), rollouts) for share in shares]
-        preset, objective, whose = self._preset.at(rollouts.step), self._config.objective, self._config.objective.old
+        preset, objective, whose = self._preset.at(rollouts.step), self._config.objective, self._whose(ledger)
         needs_old = whose == "generator" or (whose == "trainer" and len(shares) > 1)
         drawn = [self._contrasts.present(row, own=True) for row in rows] if preset.compares_before else []
         mine = [scores for _, scores in drawn] or [None] * len(rows)
@@ -116,6 +116,12 @@ class Trainer:
             if same:
                 check_logprob_gap(result.metrics, self._max_logprob_gap)
         return results
+
+    def _whose(self, ledger: StepLedger) -> OldLogprobs:
+        """The old log-probs. Raises ConfigError where saved rollouts do not go with them, see `check_old`."""
+        if ledger.distorted.any():
+            check_old(self._config.objective.old)
+        return self._config.objective.old
 
     def _present(self, rows: StreamRows, drawn: ContrastScores | None, *, is_first: bool) -> ContrastScores:
         """The policy's contrasts by the weights that an optimizer step begins with.
