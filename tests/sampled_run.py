@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,8 +182,17 @@ class NumberRun(Run):
 class Runs:
     """Runs in one folder, one after the other, on the same shards."""
 
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, data: Sequence[Prompt], *settings: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        patch: pytest.MonkeyPatch,
+        data: Sequence[Prompt],
+        *settings: str,
+        how: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """`how`: of `Sampling`, beyond what all runs have."""
         patch.setattr(live_rollouts, "Graders", Here)
+        self._how = how
         self.folder = folder
         self._dataset = ShardDataset(write_shards(data, folder / "data", "train", 7))
         fixed = ("rollout.prompts_per_step=4", f"rollout.samples_per_prompt={SAMPLES}", "train.batch_size=2")
@@ -202,6 +211,7 @@ class Runs:
         trains: bool = True,
         skips: bool = False,
         wrapped: Callable[[Any], Any] = lambda made: made,
+        how: Mapping[str, Any] | None = None,
     ) -> Number:
         """Goes on with the run of this name, or begins it; `saved` names the run whose rollouts it is trained from."""
         config = self.config(name, *settings, *(["rewards.on_error=skip_group"] if skips else []))
@@ -218,7 +228,7 @@ class Runs:
         else:
             source = LiveRollouts(
                 wrapped(generator(engine or Answering(), max_description=5)),
-                sampling(num_samples=SAMPLES, template="cot", later=()),
+                sampling(num_samples=SAMPLES, template="cot", later=(), **(self._how if how is None else how)),
                 *(recorder(PRESET, SAMPLES), config.rewards, run.platform.ranks, run.folder / "rollouts"),
                 objective=config.objective,
                 rounds=config.rollout.dynamic_sampling,
