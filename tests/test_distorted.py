@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_sr1.config import ConfigError, ObjectiveConfig, load_config
+from megatron_sr1.config.distorted import KEYS
 from megatron_sr1.loops.answering import evaluation_sampling
 from megatron_sr1.loops.generation import training_sampling
 from megatron_sr1.processor import Processor
@@ -26,6 +28,7 @@ from tests.scripted_engine import PATCHES, Letters, ScriptedEngine, dealt, gener
 from tests.test_pool import answered
 from tests.test_two_pass import FailingEngine
 from tests.thread_ranks import Meeting
+from tests.workspace import REPOSITORY
 
 HALF = Distorted(2, 0.5)
 K = 4
@@ -280,3 +283,9 @@ def test_a_run_that_cannot_have_such_siblings_is_refused(settings: tuple[str, ..
         with pytest.raises(ConfigError, match=words):
             check()
     check_siblings(None, config)
+
+
+def test_the_page_on_algorithms_has_every_key() -> None:
+    page = (REPOSITORY / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|", page.partition("## Distorted siblings")[2], re.MULTILINE)
+    assert tuple(rows) == KEYS

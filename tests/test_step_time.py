@@ -46,6 +46,7 @@ CASES: dict[str, tuple[Path, list[str]]] = {
     "7B/64": (SEVEN, ["nproc=64"]),
     "7B/256 prompts": (SEVEN, ["rollout.prompts_per_step=256"]),
     "7B eager": (SEVEN, ["rollout.cuda_graphs=false"]),
+    "7B noisy": (SEVEN, ["objective.distorted={samples: 4, strength: 0.5}"]),
     "7B few": (SEVEN, ["rollout.max_running_requests=32"]),
     "7B waits": (SEVEN, ["train.async_save=false", "train.save_every=10"]),
     "7B export": (SEVEN, ["train.async_save=false", "train.save_every=10", "train.save_hf=true"]),
@@ -137,6 +138,13 @@ def test_more_engines_and_fewer_prompts_take_less(found: dict[str, Any]) -> None
     assert many["rollout"] < whole["rollout"] / 2 and many["train"] < whole["train"] / 6
     assert many["rollout"] > whole["rollout"] / 8, "the longest responses do not divide"
     assert few["train"] == pytest.approx(whole["train"] / 2, rel=1e-6) and few["exchange"] < whole["exchange"]
+
+
+def test_a_noisy_copy_of_an_image_is_read_once_more_and_nothing_else_is(found: dict[str, Any]) -> None:
+    plain, noisy = found["7B"], found["7B noisy"]
+    more = noisy["terms"]["rollout"] - plain["terms"]["rollout"]
+    assert more > 0 and more == pytest.approx(2 * (noisy["faster"]["rollout"] - plain["faster"]["rollout"]), rel=1e-6)
+    assert all(noisy["terms"][name] == plain["terms"][name] for name in ("exchange", "train", "sync"))
 
 
 def test_a_checkpoint_costs_its_copy_unless_the_run_waits(found: dict[str, Any]) -> None:
