@@ -6,6 +6,7 @@ Everything that imports Megatron-Core runs in ranks of its own, so that the CPU 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from megatron_sr1.packing import gather_rows
 from megatron_sr1.processor import Processor
-from megatron_sr1.types import MicroBatch, Scoring, TokenSequence
+from megatron_sr1.types import LogProbs, MicroBatch, Scoring, TokenSequence
 from tests import trainer_cases
 from tests.policy_cases import (
     LEARNING_RATE,
@@ -198,6 +199,56 @@ def _check_trainer(model_dir: str) -> None:
 
 def _main_grad(parameter: Any) -> Tensor:
     return parameter.main_grad
+
+
+class Spoiled(MeanLoss):
+    """One whose value, and so its gradient, is spoilt on some ranks."""
+
+    def __init__(self, num_tokens: int, value: float, *, here: bool) -> None:
+        super().__init__(num_tokens)
+        self.factor = value if here else 1.0
+
+    def __call__(self, index: int, logprobs: LogProbs) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = super().__call__(index, logprobs)
+        return loss * self.factor, metrics
+
+
+def _check_bad_steps(rank: int, num_ranks: int, model_dir: str, folder: str) -> None:
+    """A gradient that is not finite, on whichever rank: weights and moments keep their bits on all, the schedule goes
+    on, and the next step is the one that it would have been."""
+    layouts = [[], ["layout.distributed_optimizer=false"]] if num_ranks == 1 else [["layout.tensor=2"], []]
+    for overrides in layouts:
+        found = []
+        for values in ((), (math.nan, math.inf)):
+            with built(model_dir, overrides, num_optimizer_steps=4) as (policy, config):
+                batches, _ = packed_rows(policy, config, Processor.from_pretrained(model_dir))
+                policy.train_step(batches, MeanLoss(100), Scoring())
+                before = [tensor.clone() for tensor in _state(policy)]
+                for value in values:
+                    bad = policy.train_step(batches, Spoiled(100, value, here=rank == num_ranks - 1), Scoring())
+                    assert bad.skipped and not math.isfinite(bad.grad_norm)
+                    assert all(torch.equal(*pair) for pair in zip(_state(policy), before, strict=True)), overrides
+                    assert all(torch.isfinite(each.logprobs).all() for each in policy.logprobs(batches, Scoring()))
+                good = policy.train_step(batches, MeanLoss(100), Scoring())
+                assert not good.skipped
+                found.append(({**good.metrics, "norm": good.grad_norm}, [tensor.clone() for tensor in _state(policy)]))
+        (metrics, weights), (others, theirs) = found
+        assert metrics == others and all(torch.equal(*pair) for pair in zip(weights, theirs, strict=True)), overrides
+
+
+def _state(policy: Any) -> list[Tensor]:
+    from megatron_sr1.policy.optimizer import inner_optimizers
+
+    weights = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
+    moments = [state for inner in inner_optimizers(policy.optimizer) for state in inner.state.values()]
+    return weights + [moment for state in moments for moment in state.values()]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_step_whose_gradient_is_not_finite_leaves_no_trace(
+    tiny_model_dir: str, tmp_path: Path, num_ranks: int
+) -> None:
+    run_ranks(num_ranks, _check_bad_steps, tiny_model_dir, str(tmp_path))
 
 
 def _check_everything(rank: int, num_ranks: int, model_dir: str, folder: str) -> None:

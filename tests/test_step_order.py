@@ -46,7 +46,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[str], l
     run.config = SimpleNamespace(  # type: ignore[attr-defined]
         objective=None, rollout=SimpleNamespace(prompts_per_step=1), train=SimpleNamespace(steps=num_steps)
     )
-    run.platform = None  # type: ignore[attr-defined]
+    run.platform, run.bad_steps = None, Recorder([])  # type: ignore[attr-defined]
     monkeypatch.setattr(grpo, "own_code", lambda objective, templates: {})
     run.kept_before = lambda *arguments: nullcontext()  # type: ignore[attr-defined]
 

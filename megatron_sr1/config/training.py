@@ -185,11 +185,14 @@ class TrainConfig:
     keep_best_mode: Literal["max", "min"] = "max"  # of that number
     async_save: bool = True  # the run goes on while a checkpoint is written; false: it waits
     save_hf: bool = False  # true: each checkpoint brings its weights in Hugging Face format, in its folder hf
+    # steps in a row whose gradient is not finite and which are skipped; one more ends the run
+    max_bad_steps: int = 3
     evaluate_every: int = 0  # grpo: steps between evaluations; 0: only before the first and after the last
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("steps", "batch_size", "micro_batch_tokens", "save_every", "keep_checkpoints"), COUNT)
-        check_numbers("train", self, {**counts, "evaluate_every": COUNT_OR_NONE, "keep_every": COUNT_OR_NONE})
+        or_none = dict.fromkeys(("evaluate_every", "keep_every", "max_bad_steps"), COUNT_OR_NONE)
+        check_numbers("train", self, {**counts, **or_none})
         require(
             self.keep_every % self.save_every == 0,
             "train.keep_every",

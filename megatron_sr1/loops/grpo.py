@@ -120,6 +120,7 @@ def _steps(
             clock = Clock()
             with clock("save"):
                 source.settle()  # a checkpoint says that the step is done, so its rollouts must be there
+                run.bad_steps.take(step, results)
                 run.end_step(step, feed, stop, policy if results else None)
             if results:
                 with clock("sync"):

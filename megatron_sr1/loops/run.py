@@ -29,6 +29,7 @@ from megatron_sr1.policy import Policy
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import templates_of
 from megatron_sr1.rollout import Limits, Planner
+from megatron_sr1.training.bad_steps import BadSteps
 from megatron_sr1.training.checkpointer import Checkpointer, HfSource, Progress
 from megatron_sr1.types import RolloutGroup
 from megatron_sr1.weights import write_hf_dir
@@ -89,6 +90,13 @@ class Run:
             best=self._best_step,
             in_background=train.async_save,
         )
+
+    @cached_property
+    def bad_steps(self) -> BadSteps:
+        """Collective."""
+        so_far = 0 if self.progress is None else self.progress.bad_steps
+        most, writes = self.config.train.max_bad_steps, self.platform.is_main
+        return BadSteps(most, so_far, self.folder, self.say, writes=writes)
 
     def _best_step(self, steps: Sequence[int]) -> int | None:
         train = self.config.train
@@ -223,7 +231,7 @@ class Run:
         pixels = {} if limits is None else asdict(limits)
         place = (num_done, feed.position, feed.fingerprint, model, feed.state().to_json(), fingerprint, pixels)
         hf = HfSource(self.config.model.hf_dir, limits) if self.config.train.save_hf else None
-        self.checkpoints.save(policy, Progress(*place), hf)
+        self.checkpoints.save(policy, Progress(*place, bad_steps=self.bad_steps.in_a_row), hf)
 
     def say(self, text: str) -> None:
         """Tells whoever watches what the run is at."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -74,6 +75,14 @@ def learning_rate(optimizer: MegatronOptimizer) -> float:
     """That of the language model in the next step; of the vision tower, where that alone is trained at its own."""
     groups = optimizer.param_groups  # the same on every rank, some without parameters of it
     return next((group["lr"] for group in groups if group["default_config"]), groups[0]["lr"])
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """L2 norm of all gradients as they were summed, over all ranks and before they are clipped. The optimizer's `step`
+    may follow: it clips by the same norm. Collective."""
+    if optimizer.prepare_grads():
+        return math.inf
+    return float(optimizer.get_grad_norm())
 
 
 def prepare_adam_state(optimizer: MegatronOptimizer) -> None:

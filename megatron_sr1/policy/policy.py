@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from megatron_sr1.policy.gradients import wrap_chunks, zero_gradients
 from megatron_sr1.policy.offload import Offload, optimizer_tensors
 from megatron_sr1.policy.optimizer import (
     build_optimizer,
+    gradient_norm,
     inner_optimizers,
     learning_rate,
     load_optimizer_state,
@@ -37,6 +39,8 @@ class StepResult:
     metrics: dict[str, float]  # the loss function's metrics, added over micro-batches and data-parallel ranks
     grad_norm: float
     learning_rate: float
+    skipped: bool = False  # the gradient was not finite: weights and moments are what they were
+    culprits: tuple[tuple[str, int], ...] = ()  # of a skipped step: key and number of samples whose log-probs are not
 
 
 class Policy(Scorer):
@@ -93,11 +97,8 @@ class Policy(Scorer):
             return self.logprobs(batches, scoring)
 
     def train_step(self, batches: Sequence[MicroBatch], loss_fn: LossFn, scoring: Scoring) -> StepResult:
-        """Forward and backward of all micro-batches, gradient clipping, one optimizer step.
-
-        Raises:
-            FloatingPointError: the gradient norm is not finite. The weights are spoilt then; what was saved is not.
-        """
+        """Forward and backward of all micro-batches, gradient clipping, one optimizer step; none where the gradient is
+        not finite, on every rank. The schedule counts it either way, as a run that goes on from a checkpoint does."""
         self._must_be_here()
         zero_gradients(self.model)
         self.chunks[0].start_images(batches)
@@ -114,14 +115,12 @@ class Policy(Scorer):
         reported = self._schedule.run(batches, scoring, forward_only=False, collect=collect, discard=discard)
         metrics = self._add_metrics(reported)
         rate = learning_rate(self.optimizer)
-        _, grad_norm, _ = self.optimizer.step()
-        if not torch.isfinite(torch.as_tensor(grad_norm)):
-            raise FloatingPointError(
-                f"the gradient norm is {grad_norm}. Look at the last rollouts, lower optimizer.lr, and run the command "
-                "again: it continues from the newest checkpoint."
-            )
+        grad_norm = gradient_norm(self.optimizer)
+        is_finite = math.isfinite(grad_norm)
+        if is_finite:
+            self.optimizer.step()
         self.scheduler.step(increment=1)
-        return StepResult(metrics, float(grad_norm), rate)
+        return StepResult(metrics, grad_norm, rate, skipped=not is_finite)
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Model and optimizer as Megatron-Core's distributed checkpointing takes them: any layout can load

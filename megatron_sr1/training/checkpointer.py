@@ -47,6 +47,7 @@ class Progress:
     stream: Mapping[str, Any] = field(default_factory=dict)  # the state of the training stream, as JSON
     model: str = ""  # those weights' `model_fingerprint`
     pixels: Mapping[str, int] = field(default_factory=dict)  # `PixelLimits`, where the run sets any
+    bad_steps: int = 0  # in a row up to here, see `BadSteps`
 
 
 @dataclass(frozen=True)

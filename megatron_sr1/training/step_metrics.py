@@ -54,6 +54,7 @@ def step_metrics(
         for name, value in result.metrics.items():
             log.add(name, value)
         log.add("grad_norm", result.grad_norm)
+        log.add("skipped_updates", result.skipped, "sum")
         log.add("learning_rate", result.learning_rate, "last")
     for name, value in clock.seconds.items():
         log.add(name, value)

@@ -14,6 +14,7 @@ from megatron_sr1.processor import Processor
 from megatron_sr1.ranks import agreed
 from megatron_sr1.rewards import RewardError
 from megatron_sr1.streams import Preset, check_old
+from megatron_sr1.training.bad_steps import not_finite
 from megatron_sr1.training.batches import Batcher, StreamRows, optimizer_shares
 from megatron_sr1.training.contrast_scores import ContrastScorer, contrast_rewards, contrast_weights, of_siblings
 from megatron_sr1.training.contrast_terms import ContrastTerms, with_means
@@ -111,9 +112,11 @@ class Trainer:
             )
             more = [] if terms is None else terms.micro_batches
             result = with_means(self._policy.train_step([*batch.micro_batches, *more], loss, self._scoring))
+            if result.skipped:
+                result = replace(result, culprits=self._culprits(row, ledger.of(share), rollouts.prompts.keys))
             result = self._with_schedules(result, rollouts.step)
             results.append(self._with_penalties(result, preset, None if kl is None else kl[:, self._rollouts(share)]))
-            if same:
+            if same and not result.skipped:
                 check_logprob_gap(result.metrics, self._max_logprob_gap)
         return results
 
@@ -122,6 +125,18 @@ class Trainer:
         if ledger.distorted.any():
             check_old(self._config.objective.old)
         return self._config.objective.old
+
+    def _culprits(self, rows: StreamRows, ledger: StepLedger, keys: Sequence[str]) -> tuple[tuple[str, int], ...]:
+        """Of an optimizer step that was skipped, the samples whose log-probs are not finite. Collective."""
+        numbers, samples = ledger.number.tolist(), ledger.num_samples
+        found = self._policy.logprobs(rows.micro_batches, self._scoring)
+        return not_finite(
+            found,
+            [tokens.place for tokens in rows.tokens],
+            self._preset.most_samples,
+            self._policy.platform.ranks,
+            lambda index: (keys[numbers[index // samples]], index % samples),
+        )
 
     def _present(self, rows: StreamRows, drawn: ContrastScores | None, *, is_first: bool) -> ContrastScores:
         """The policy's contrasts by the weights that an optimizer step begins with.

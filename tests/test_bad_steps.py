@@ -1,0 +1,78 @@
+"""Steps whose gradient is not finite: counted, told, written down, and ended when there are too many in a row."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sr1.config import ConfigError, load_config
+from megatron_sr1.policy import StepResult
+from megatron_sr1.ranks import ALONE
+from megatron_sr1.training.bad_steps import BadSteps, not_finite
+from megatron_sr1.types import LogProbs
+from tests.thread_ranks import on_threads
+
+GOOD = StepResult({}, 1.0, 1e-3)
+BAD = StepResult({}, math.nan, 1e-3, skipped=True, culprits=(("b", 3), ("a", 1)))
+
+
+def counted(folder: Path, most: int, in_a_row: int = 0) -> tuple[BadSteps, list[str]]:
+    said: list[str] = []
+    return BadSteps(most, in_a_row, folder, said.append, writes=True), said
+
+
+def test_they_are_counted_in_a_row_told_and_written_down(tmp_path: Path) -> None:
+    steps, said = counted(tmp_path, most=2)
+    steps.take(0, [GOOD, GOOD])
+    assert not said and not (tmp_path / "bad_steps").exists()
+    steps.take(1, [GOOD, BAD])
+    assert steps.in_a_row == 1
+    (text,) = said
+    assert "step 2: the gradient is not finite, log-probs of 2 samples are not" in text and "is skipped" in text
+    tree = json.loads((tmp_path / "bad_steps" / "step_000001.json").read_text())
+    assert tree["not_finite"] == [{"key": "a", "sample": 1}, {"key": "b", "sample": 3}]
+    assert (tree["step"], tree["grad_norms"], tree["skipped"]) == (1, ["1.0", "nan"], [False, True])
+    steps.take(2, [StepResult({}, math.inf, 1e-3, skipped=True)])
+    assert "all log-probs are" in said[-1] and steps.in_a_row == 2
+    steps.take(3, [])
+    assert steps.in_a_row == 0, "a step that trains nothing, or well, ends the row"
+    steps.take(4, [BAD], ["x", "y"])
+    assert "log-probs" not in said[-1] and json.loads((tmp_path / "bad_steps" / "step_000004.json").read_text())[
+        "batch"
+    ] == ["x", "y"]
+
+
+@pytest.mark.parametrize(("most", "before", "ends"), [(0, 0, True), (1, 0, False), (2, 2, True), (3, 2, False)])
+def test_one_more_than_allowed_ends_the_run(tmp_path: Path, most: int, before: int, ends: bool) -> None:
+    steps, _ = counted(tmp_path, most, before)
+    if not ends:
+        steps.take(7, [BAD])
+        return
+    with pytest.raises(
+        ValueError, match=rf"in {before + 1} steps in a row, and train\.max_bad_steps is {most}"
+    ) as error:
+        steps.take(7, [BAD])
+    assert "bad_steps/step_000007.json" in str(error.value) and "\n" not in str(error.value)
+    assert (tmp_path / "bad_steps" / "step_000007.json").is_file(), "the evidence is there before it ends"
+
+
+def test_the_samples_whose_log_probs_are_not_finite_are_found_on_every_rank() -> None:
+    def look(ranks: object) -> tuple[tuple[str, int], ...]:
+        rank = ranks.rank  # type: ignore[attr-defined]
+        values = torch.tensor([-0.1, math.nan if rank else -0.2, -math.inf, -1.0])
+        places = [torch.tensor([4, 4 + 8 * rank, 9, 0])]
+        return not_finite([LogProbs(values, None)], places, 2, ranks, lambda index: (f"k{index // 4}", index % 4))  # type: ignore[arg-type]
+
+    heard = on_threads(2, look)
+    assert heard[0] == heard[1] == (("k1", 0), ("k1", 2))
+    assert not_finite([], [], 1, ALONE, lambda index: ("", index)) == ()
+
+
+@pytest.mark.parametrize("value", ["-1", "1.5", "null"])
+def test_a_limit_that_is_none_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"train\.max_bad_steps"):
+        load_config(None, [f"train.max_bad_steps={value}"])
