@@ -39,14 +39,14 @@ class PaddedRuns:
     causal: bool
 
     @cached_property
-    def query_places(self) -> tuple[Tensor, Tensor]:
-        """Of all real queries: where each is in the batch, as one row of B * Q, and among the queries of the call."""
-        return _places(self.queries, self.real)
+    def query_places(self) -> Tensor:
+        """[B * Q] int64: where each is to be written among the queries of the call; -1 for what fills up."""
+        return torch.where(self.real, self.queries, -1).flatten()
 
     @cached_property
-    def key_places(self) -> tuple[Tensor, Tensor]:
-        """The same of the keys."""
-        return _places(self.keys, self.real_keys)
+    def key_places(self) -> Tensor:
+        """[B * K] int64: the same of the keys."""
+        return torch.where(self.real_keys, self.keys, -1).flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,18 +75,16 @@ class AttentionCall:
         starts = list(zip(self.cu_queries.tolist(), self.cu_keys.tolist(), strict=True))
         order = sorted(range(len(self.lengths)), key=lambda run: self.lengths[run][::-1], reverse=True)
         found: list[list[int]] = []
+        shape = _Shape()
         for run in order:
-            if found and self._fits([*found[-1], run]):
+            joined = shape.joined(*self.lengths[run], causal=self.causal)
+            if found and joined.fits:
                 found[-1].append(run)
+                shape = joined
             else:
                 found.append([run])
+                shape = _Shape().joined(*self.lengths[run], causal=self.causal)
         return tuple(self._padded(runs, starts) for runs in found)
-
-    def _fits(self, runs: list[int]) -> bool:
-        queries, keys = (max(self.lengths[run][side] for run in runs) for side in (0, 1))
-        scores = len(runs) * queries * keys
-        wanted = sum(self.lengths[run][0] * self.lengths[run][1] for run in runs)
-        return scores <= MAX_PADDING * wanted and (not self._needs_mask(runs) or scores <= MAX_MASKED)
 
     def _needs_mask(self, runs: list[int]) -> bool:
         """What fills up queries is thrown away, and keys that do come behind what a causal query sees."""
@@ -114,6 +112,33 @@ class AttentionCall:
             mask=mask,
             causal=self.causal and not needs_mask,
         )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Of a padded batch that is being filled, so that a run more is no look at all runs."""
+
+    num_runs: int = 0
+    queries: int = 0
+    keys: int = 0
+    wanted: int = 0  # scores
+    masked: bool = False  # see `AttentionCall._needs_mask`
+
+    def joined(self, queries: int, keys: int, *, causal: bool) -> _Shape:
+        """With a run of so many more."""
+        other = queries != keys if causal else self.num_runs > 0 and keys != self.keys
+        return _Shape(
+            self.num_runs + 1,
+            max(self.queries, queries),
+            max(self.keys, keys),
+            self.wanted + queries * keys,
+            self.masked or other,
+        )
+
+    @property
+    def fits(self) -> bool:
+        scores = self.num_runs * self.queries * self.keys
+        return scores <= MAX_PADDING * self.wanted and (not self.masked or scores <= MAX_MASKED)
 
 
 def attention_calls(
@@ -163,10 +188,6 @@ def _call(
         causal=causal,
         keys_once=all(before[1] <= after[0] for before, after in pairwise(sorted(run[2:] for run in runs))),
     )
-
-
-def _places(places: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    return real.flatten().nonzero().squeeze(1), places[real]
 
 
 def _rows(spans: Sequence[tuple[int, int]], device: torch.device) -> Tensor:

@@ -49,10 +49,11 @@ class _JoinedAttention(torch.autograd.Function):
         for call, (more, its_lse) in zip(calls[1:], others, strict=True):
             rows = call.query_rows
             assert rows is not None
-            before = lse[rows]
-            lse[rows] = joint = torch.logaddexp(before, its_lse)
+            before = lse.index_select(0, rows)
+            joint = torch.logaddexp(before, its_lse)
             kept, added = ((part - joint).exp()[..., None] for part in (before, its_lse))
-            out[rows] = (kept * out[rows] + added * more).to(out.dtype)
+            lse.index_copy_(0, rows, joint)
+            out.index_copy_(0, rows, (kept * out.index_select(0, rows)).add_(added * more).to(out.dtype))
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.calls, ctx.scale = calls, scale
         return out
@@ -84,12 +85,12 @@ def _of(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> tuple
 
 
 def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x[rows]
+    return x if rows is None else x.index_select(0, rows)
 
 
 def _add(whole: Tensor, part: Tensor, rows: Tensor, once: bool) -> None:
     """`part` at `rows` of `whole`; `once`: none of them comes again, which is quicker."""
     if once:
-        whole[rows] += part
+        whole.index_copy_(0, rows, whole.index_select(0, rows).add_(part))
     else:
         whole.index_add_(0, rows, part)
