@@ -91,6 +91,8 @@ class Processor:
                 f"{tokenizer.name_or_path!r} has no chat template. Add the chat_template.jinja of its instruct model."
             )
         self._tokenizer = tokenizer
+        tokenizer.backend_tokenizer.no_truncation()  # whatever tokenizer.json says: a text is taken whole
+        tokenizer.backend_tokenizer.no_padding()
         self._image_processor = image_processor
         self._num_threads = num_threads
         self._encoded: OrderedDict[int, tuple[Image | ImageRef, EncodedImage]] = (
@@ -336,8 +338,10 @@ class Processor:
         return Normalisation(settings.rescale_factor if settings.do_rescale else 1.0, tuple(mean), tuple(std))
 
     def _tokenise(self, text: str, split_special_tokens: bool) -> tuple[int, ...]:
-        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)
-        return tuple(encoded["input_ids"])
+        """As the tokenizer of transformers does, without what else that makes for a text: offsets, masks."""
+        backend: Any = self._tokenizer.backend_tokenizer
+        backend.encode_special_tokens = split_special_tokens
+        return tuple(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def _turn_ids(self, turn: Turn, num_images: int) -> tuple[int, ...]:
         system = self._system_prompt if turn.system is None else turn.system

@@ -77,6 +77,16 @@ def test_text_and_response_ids(processor: Processor):
     assert processor.decode(ids) == NAMES_SPECIAL + "<|im_end|>"
 
 
+@pytest.mark.parametrize("text", ["", "größer 🙂\n\n", "e\u0301 \x00", NAMES_SPECIAL, "Which digits? " * 50])
+def test_text_ids_are_transformers_and_never_cut(tiny_model_dir: str, tokenizer: PreTrainedTokenizerFast, text: str):
+    wanted = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    other = AutoTokenizer.from_pretrained(tiny_model_dir)
+    other.backend_tokenizer.enable_truncation(3)  # as a tokenizer.json may say
+    other.backend_tokenizer.enable_padding(length=200)
+    images = AutoImageProcessor.from_pretrained(tiny_model_dir, use_fast=False)
+    assert Processor(other, images).text_ids(text) == tuple(wanted)
+
+
 def test_expand(processor: Processor):
     prompt = processor.prompt_ids("q", 2)
     expanded = processor.expand(prompt, [(1, 4, 6), (1, 2, 2)])

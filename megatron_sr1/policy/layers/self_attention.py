@@ -8,6 +8,8 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megatron_sr1.policy.layers.rotary import turned
+
 
 class PackedSelfAttention(SelfAttention):
     """Turns queries and keys by their own angles as soon as they are made.
@@ -26,7 +28,11 @@ class PackedSelfAttention(SelfAttention):
     def get_query_key_value_tensors(self, *arguments: Any, **options: Any) -> tuple[Tensor, ...]:
         """Query [T_local, 1, h, d], key and value [T_local, 1, g, d]."""
         query, key, value = super().get_query_key_value_tensors(*arguments, **options)
-        query, key = (
-            apply_rotary_pos_emb(x, self._angles, self.config, cp_group=self.pg_collection.cp) for x in (query, key)
-        )
+        if self.config.apply_rope_fusion:
+            query, key = (
+                apply_rotary_pos_emb(x, self._angles, self.config, cp_group=self.pg_collection.cp) for x in (query, key)
+            )
+        else:
+            cos, sin = (part.to(query.dtype) for part in (self._angles.cos(), self._angles.sin()))
+            query, key = turned(query, cos, sin), turned(key, cos, sin)
         return query, key, value

@@ -10,7 +10,6 @@ Shapes: T tokens of a packed row.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -19,6 +18,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megatron_sr1.platform.megatron_private import name_missing_gemm
+from megatron_sr1.platform.norm import rms_norm
 from megatron_sr1.policy.layers.core_attention import PackedCausalAttention
 
 # Transformer Engine fuses a norm into the linear layer behind it; the norm before experts stands for itself there too
@@ -39,7 +39,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
-        return F.rms_norm(hidden.float(), (hidden.shape[-1],), self.weight.float(), self.eps).to(hidden.dtype)
+        return rms_norm(hidden.float(), self.weight.float(), self.eps).to(hidden.dtype)
 
 
 def torch_layer_spec(config: TransformerConfig, *, is_moe: bool = False) -> ModuleSpec:

@@ -253,6 +253,7 @@ class Engine:
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,  # these are of this request alone: nothing needs to be copied
         )
         self._engine.add_request(request_id, prepared, params, priority=draw.priority)
 
