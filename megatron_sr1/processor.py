@@ -10,6 +10,7 @@ import codecs
 import json
 import math
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -91,6 +92,7 @@ class Processor:
                 f"{tokenizer.name_or_path!r} has no chat template. Add the chat_template.jinja of its instruct model."
             )
         self._tokenizer = tokenizer
+        self._tokenising = threading.Lock()
         tokenizer.backend_tokenizer.no_truncation()  # whatever tokenizer.json says: a text is taken whole
         tokenizer.backend_tokenizer.no_padding()
         self._image_processor = image_processor
@@ -340,8 +342,9 @@ class Processor:
     def _tokenise(self, text: str, split_special_tokens: bool) -> tuple[int, ...]:
         """As the tokenizer of transformers does, without what else that makes for a text: offsets, masks."""
         backend: Any = self._tokenizer.backend_tokenizer
-        backend.encode_special_tokens = split_special_tokens
-        return tuple(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        with self._tokenising:  # threads that read data ask as well, and another may want the other way
+            backend.encode_special_tokens = split_special_tokens
+            return tuple(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def _turn_ids(self, turn: Turn, num_images: int) -> tuple[int, ...]:
         system = self._system_prompt if turn.system is None else turn.system

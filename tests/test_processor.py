@@ -7,6 +7,8 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -85,6 +87,19 @@ def test_text_ids_are_transformers_and_never_cut(tiny_model_dir: str, tokenizer:
     other.backend_tokenizer.enable_padding(length=200)
     images = AutoImageProcessor.from_pretrained(tiny_model_dir, use_fast=False)
     assert Processor(other, images).text_ids(text) == tuple(wanted)
+
+
+def test_threads_that_want_special_tokens_do_not_disturb_those_that_do_not(tiny_model_dir: str):
+    """A new number of images has its frame tokenised with special tokens, a text is without."""
+    other = Processor.from_pretrained(tiny_model_dir)
+    text = NAMES_SPECIAL * 20
+
+    def ids(one: Processor, number: int) -> tuple[int, ...]:
+        return one.prompt_ids("q", number // 2) if number % 2 else one.text_ids(text)
+
+    wanted = [ids(other, number) for number in range(100)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(partial(ids, Processor.from_pretrained(tiny_model_dir)), range(100))) == wanted
 
 
 def test_expand(processor: Processor):

@@ -40,8 +40,7 @@ def attend_backward(call: AttentionCall, of: Attended, scale: float | None) -> t
     """Gradients of query, key and value, in the shapes of `attend`."""
     if of.query.is_cuda:
         return varlen_attention_backward(of, _edges(call), causal=call.causal, scale=scale)
-    # every query and every key is in a run, or no gradient comes for it
-    grads = [_with_spare(x) for x in (of.query, of.key, of.value)]
+    grads = [_with_spare(x).zero_() for x in (of.query, of.key, of.value)]
     for runs in call.batches:
         its_grad, its_out, its_lse = (_taken(x, runs.queries) for x in (of.grad, of.out, of.lse))
         # what fills up queries has probabilities of 0, and so adds nothing to the gradients of keys and values
