@@ -17,6 +17,7 @@ Surrogate = Literal["ppo", "cispo", "sapo"]
 RatioLevel = Literal["token", "sequence"]
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 TokenWeighting = Literal["none", "top", "top_conserving", "proportional", "gated"]
+ContrastDivergence = Literal["k3", "full"]
 SequenceWeightFor = Literal["dependent", "consistent"]
 
 
@@ -57,6 +58,7 @@ class RewardStream:
     sequence_weight_low: float | None = None  # of the response that weighs least; None: all weigh the same
     sequence_weight_for: SequenceWeightFor = "dependent"  # who weighs more: who depends more, or less
     contrast_coef: float = 0.0  # gamma: of the divergence from the contrast, which the loss falls by; < 0: grows
+    contrast_divergence: ContrastDivergence = "k3"  # from the drawn token; full: of whole distributions
     contrast_entropy_coef: float = 0.0  # of the bonus for entropy under the contrast
     contrast_reward: float = 0.0  # of the mean log-prob gap of a response, which its reward is more by
     contrast_entropy_reward: float = 0.0  # the same of the entropy that the contrast has more
@@ -72,6 +74,11 @@ class RewardStream:
     def is_weighted(self) -> bool:
         """Whether its tokens or responses weigh by how much they depend on what the contrast takes away."""
         return self.token_weighting != "none" or self.sequence_weight_low is not None
+
+    @property
+    def compares_distributions(self) -> bool:
+        """Whether the divergence that is trained is that of whole distributions."""
+        return self.contrast_coef != 0 and self.contrast_divergence == "full"
 
     @property
     def earns_by_contrast(self) -> bool:

@@ -19,6 +19,7 @@ from megatron_sr1.reward_stream import AdvantageKind as AdvantageKind
 from megatron_sr1.reward_stream import AdvantageScope as AdvantageScope
 from megatron_sr1.reward_stream import Aggregation as Aggregation
 from megatron_sr1.reward_stream import Clip as Clip
+from megatron_sr1.reward_stream import ContrastDivergence as ContrastDivergence
 from megatron_sr1.reward_stream import KlEstimator as KlEstimator
 from megatron_sr1.reward_stream import KlPlace as KlPlace
 from megatron_sr1.reward_stream import Normalize as Normalize
@@ -325,6 +326,15 @@ class TokenSequence:
 
 
 @dataclass(frozen=True)
+class OtherContext:
+    """What predicts K tokens of a row in another context: final hidden states by the same weights, constants."""
+
+    rows: Tensor  # [K] int64, ascending: which of the R scored tokens they are
+    hidden: Tensor  # [K, H] in the weights' dtype
+    is_own: bool  # it is the tokens' own context, and the row is another: KL(other || row), else KL(row || other)
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Several sequences packed into one row of N segments, which the ranks of a model share: a segment is a sequence,
     or what sequences have in common, or what one of them has behind that. Row r of the R scored tokens is predicted by
@@ -343,6 +353,8 @@ class MicroBatch:
     row_offset: Tensor  # [R] int64
     grad_rows: Tensor | None = None  # [G] int64: the scored tokens whose scores the loss depends on; None: all
     entropy_grad: bool = False  # whether it depends on their entropies too, and not on their log-probs alone
+    keeps_hidden: bool = False  # whether the hidden states that predict them are wanted too; without gradient alone
+    others: tuple[OtherContext, ...] = ()  # that the KL of whole distributions is wanted from
 
 
 @dataclass(frozen=True)
@@ -362,6 +374,8 @@ class LogProbs:
 
     logprobs: Tensor  # [T] natural log of the target's probability
     entropy: Tensor | None  # [T] nats
+    kl: Tensor | None = None  # [O, T] nats, from each of the micro-batch's `others`; 0 where that has no token
+    hidden: Tensor | None = None  # [T, H], where they are kept and this is a rank of the last stage
 
 
 # ---------------------------------------------------------------- the objective

@@ -44,6 +44,8 @@ EARNED = (
 )
 
 
+_WHOLE = "contrast_coef: 1, contrast_divergence: full, contrast_entropy_coef: 0, entropy_coef: 0"
+WHOLE = (*PAPO, f"objective.streams=[{{name: answer, {_WHOLE}}}]")
 # centred: of two responses the z-score has but a sign
 SURER = 10.0
 VES_RFT = (*VES, f"objective.streams=[{{name: answer, contrast_entropy_reward: {SURER}, advantage: centred}}]")
@@ -149,6 +151,19 @@ def papo_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, dic
     }
 
 
+def whole_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, dict[str, float]]:
+    """Token means: -A ratio - KL(own || masked) of whole distributions by torch, gradients through both."""
+    loss, count, distance = torch.zeros(()), 0, 0.0
+    for (sequence, key), advantage in zip(responses(processor), advantages(), strict=True):
+        own = log_softmax(model, sequence, processor)
+        under = log_softmax(model, masked(sequence, key, processor), processor)
+        far = torch.nn.functional.kl_div(under, own, reduction="none", log_target=True).sum()
+        chosen = own.gather(1, torch.tensor(list(sequence.response_ids))[:, None])[:, 0]
+        loss = loss - advantage * (chosen - chosen.detach()).exp().sum() - far
+        count, distance = count + len(chosen), distance + float(far.detach())
+    return loss / count, {"loss/answer/contrast": distance / count}
+
+
 def pgpo_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, dict[str, float]]:
     """A token mean of -A w ratio, where a token weighs n g / sum g with g = 1 + D from the threshold on."""
     loss, count, gaps = torch.zeros(()), 0, 0.0
@@ -250,6 +265,7 @@ def entropy_loss(model: torch.nn.Module, processor: Processor) -> tuple[Tensor, 
 CASES: dict[str, tuple[tuple[str, ...], Any]] = {
     "vppo": (VPPO, vppo_loss),
     "papo": (PAPO, papo_loss),
+    "whole": (WHOLE, whole_loss),
     "pgpo": ((*PGPO, f"objective.streams=[{{name: answer, token_threshold: {THRESHOLD}}}]"), pgpo_loss),
     "cappo": ((*CAPPO, f"objective.streams=[{{name: answer, contrast_coef: -{TOGETHER}}}]"), cappo_loss),
     "earned": (EARNED, earned_loss),

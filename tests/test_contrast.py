@@ -75,8 +75,11 @@ def _check(found: trainer_cases.Steps, expected: trainer_cases.Steps, where: Any
 
 def _walk(rank: int, num_ranks: int, model_dir: str, folder: str) -> None:
     steps = [(name, model_dir, overrides, LAYOUTS) for name, (overrides, _) in CASES.items()]
-    papo = (*CASES["papo"][0], "train.micro_batch_tokens=512")  # their tokenizers know less
-    steps += [(family, f"{folder}/{family}", papo, (layout,)) for family, layout in FAMILIES.items()]
+    for case in ("papo", "whole"):
+        overrides = (*CASES[case][0], "train.micro_batch_tokens=512")  # their tokenizers know less
+        steps += [
+            (f"{family}_{case}", f"{folder}/{family}", overrides, (layout,)) for family, layout in FAMILIES.items()
+        ]
     if num_ranks == 1:
         _check_transformers(model_dir)
     for name, place, overrides, layouts in steps:

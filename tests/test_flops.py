@@ -116,6 +116,8 @@ def test_contrasts_are_counted() -> None:
     once = _parts(*plain, masked)["contrasts"]
     assert once >= forward, "a prompt that is shared is there once, but each has its own"
     assert _parts(*plain, masked, used % ("masked", "contrast_coef: 0.1"))["contrasts"] == 4 * once
+    whole = _parts(*plain, masked, used % ("masked", "contrast_coef: 0.1, contrast_divergence: full"))["contrasts"]
+    assert whole == 5 * once, "scored in their own context, too"
     weighed = _parts(*plain, blind, used % ("blind", "token_weighting: top"))
     assert weighed["old log-probs"] == forward and "old log-probs" not in _parts(*plain, blind)
 

@@ -11,6 +11,7 @@ from megatron_sr1.types import (
     AdvantageKind,
     AdvantageScope,
     Aggregation,
+    ContrastDivergence,
     KlEstimator,
     KlPlace,
     Normalize,
@@ -54,6 +55,7 @@ _CHOICES = {
     "ratio": get_args(RatioLevel),
     "token_weighting": get_args(TokenWeighting),
     "sequence_weight_for": get_args(SequenceWeightFor),
+    "contrast_divergence": get_args(ContrastDivergence),
 }
 KEYS = ("name", "pass", "tokens", "rewards", "enabled", "contrast", "gate", *_NUMBERS, *_CHOICES)
 _NULLABLE = ("dual_clip", "constant_tokens", "sequence_weight_low")

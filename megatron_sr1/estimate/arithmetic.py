@@ -51,20 +51,23 @@ def training_flops(command: Command, config: Config, model: Architecture) -> Map
 
 
 def num_contrast_passes(preset: Preset) -> int:
-    """Passes through the layers that first passes take under contrasts: one to score, two more to train."""
-    return len(preset.contrasts) + 2 * len(preset.trained_contrasts)
+    """Passes through the layers that first passes take for contrasts: one to score, two more to train; one in their
+    own context where whole distributions are compared."""
+    return len(preset.contrasts) + 2 * len(preset.trained_contrasts) + int(bool(preset.full_contrasts))
 
 
 def _contrasts(config: Config, model: Architecture, preset: Preset) -> float:
-    """Of the first passes under each contrast: scored, and with their gradient where a stream trains them. Without an
-    image they are taken to be as long as a second pass."""
+    """Of the first passes under each contrast: scored, and with their gradient where a stream trains them; scored in
+    their own context, too, where whole distributions are compared, whose KL itself is not counted. Without an image
+    they are taken to be as long as a second pass."""
     seen, read, image = _passes(config, model)
     rollout, total = config.rollout, 0.0
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
+    own = _times(samples, seen) + _times(rollout.prompts_per_step, image)
+    if preset.full_contrasts:
+        total += own.total
     for contrast in preset.contrasts:
-        one = _times(samples, read)
-        if contrast.context in ("masked", "noise"):
-            one = _times(samples, seen) + _times(rollout.prompts_per_step, image)
+        one = own if contrast.context in ("masked", "noise") else _times(samples, read)
         total += (4 if contrast.name in preset.trained_contrasts else 1) * one.total
     return total
 

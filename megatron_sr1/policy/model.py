@@ -5,7 +5,8 @@ T_local   tokens of the row on this context-parallel rank (T without context par
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from megatron_sr1.config import Config
-from megatron_sr1.kernels import linear_logprob
+from megatron_sr1.kernels import linear_divergence, linear_logprob
 from megatron_sr1.packing import attention_calls
 from megatron_sr1.packing.context import context_index, row_order
 from megatron_sr1.policy.architecture import Architecture
@@ -25,13 +26,14 @@ from megatron_sr1.policy.groups import ParallelGroups
 from megatron_sr1.policy.layers.deepstack import PackedRow, with_deepstack
 from megatron_sr1.policy.layers.rotary import MultimodalRotary
 from megatron_sr1.policy.vision import SharedVision
-from megatron_sr1.types import BANNED_LOGIT_BIAS, MicroBatch, Scoring
+from megatron_sr1.types import BANNED_LOGIT_BIAS, MicroBatch, OtherContext, Scoring
 
 
 class QwenVLModel(GPTModel):
     """One chunk of the policy. It returns hidden states [T_local, 1, H] (a part of them under sequence parallelism,
-    followed by visual features that later layers add) or, after the last layer, log-probs and entropies [2, R] of the
-    micro-batch's scored tokens."""
+    followed by visual features that later layers add) or, after the last layer, [2 + O, R] of the micro-batch's scored
+    tokens: log-probs, entropies, and the KL from each of its O other contexts; below them, where they are wanted, the
+    hidden states, [H, R]."""
 
     def __init__(
         self,
@@ -142,33 +144,35 @@ class QwenVLModel(GPTModel):
         rows = hidden[:, 0][place[mine]]
         if not self.config.sequence_parallel:
             rows = tensor_parallel.copy_to_tensor_model_parallel_region(rows, group=self.groups.tensor)
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        # Megatron gives its parameters a main_grad
+        weight: Any = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
-        scores = linear_logprob(
-            rows,
-            weight,
-            batch.targets[mine],
-            temperature=scoring.temperature,
-            entropy=True,
-            tp_group=self.groups.tensor if self.groups.tensor.size() > 1 else None,
-            vocab_start=self.groups.tensor.rank() * len(weight),
-            vocab_size=self.architecture.vocab_size,
-            logit_bias=self._ban(weight, scoring.banned_ids),
-            logits=self.logits,
-            grad_rows=_local_grad_rows(batch, mine),
-            accumulate_into=weight.main_grad if torch.is_grad_enabled() and weight.requires_grad else None,
-        )
+        head: dict[str, Any] = {
+            "temperature": scoring.temperature,
+            "tp_group": self.groups.tensor if self.groups.tensor.size() > 1 else None,
+            "vocab_start": self.groups.tensor.rank() * len(weight),
+            "vocab_size": self.architecture.vocab_size,
+            "logit_bias": self._ban(weight, scoring.banned_ids),
+            "logits": self.logits,
+            "accumulate_into": weight.main_grad if torch.is_grad_enabled() and weight.requires_grad else None,
+        }
+        wanted = _local_grad_rows(batch, mine)
+        scores = linear_logprob(rows, weight, batch.targets[mine], entropy=True, grad_rows=wanted, **head)
         assert scores.entropy is not None, "it was asked for"
         entropy = scores.entropy if batch.entropy_grad else scores.entropy.detach()
-        return self._all_scores(torch.stack([scores.logprobs, entropy]), mine, len(place))
+        far = [_divergence(rows, weight, other, mine, len(place), head) for other in batch.others]
+        found = torch.stack([scores.logprobs, entropy, *far])
+        if batch.keeps_hidden:
+            found = torch.cat([found, rows.detach().t().to(found.dtype)])
+        return self._all_scores(found, mine, len(place))
 
     def _all_scores(self, scores: Tensor, mine: Tensor, num_scored: int) -> Tensor:
-        """[2, R] of the row's scored tokens, of which this context-parallel rank made those at `mine`.
+        """[.., R] of the row's scored tokens, of which this context-parallel rank made those at `mine`.
 
         Every rank then forms the whole loss, and each gradient goes back to the rank that made the score."""
         if self.groups.context.size() == 1:
             return scores
-        whole = scores.new_zeros(2, num_scored).index_copy(1, mine, scores)
+        whole = scores.new_zeros(len(scores), num_scored).index_copy(1, mine, scores)
         return tensor_parallel.reduce_from_tensor_model_parallel_region(whole, group=self.groups.context)
 
     def _ban(self, weight: Tensor, banned_ids: tuple[int, ...]) -> Tensor | None:
@@ -179,6 +183,30 @@ class QwenVLModel(GPTModel):
         bias = torch.zeros(len(weight), device=weight.device)
         bias[rows[(rows >= 0) & (rows < len(weight))]] = BANNED_LOGIT_BIAS
         return bias
+
+
+def _divergence(
+    rows: Tensor, weight: Tensor, other: OtherContext, mine: Tensor, num_scored: int, head: Mapping[str, Any]
+) -> Tensor:
+    """[r] KL of the scored tokens at `mine`, whose hidden states are `rows` [r, H], 0 where the other context has none.
+    The gradient goes through the row's own logits.
+
+    Args:
+        head: how both are scored, see `linear_divergence`.
+    """
+    place = torch.full((num_scored,), -1, device=mine.device)
+    place[other.rows] = torch.arange(len(other.rows), device=mine.device)
+    place = place[mine]
+    here = torch.nonzero(place >= 0).squeeze(1)
+    zeros = torch.zeros(len(mine), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
+    if len(here) == 0:
+        return zeros
+    pair = (rows[here], other.hidden[place[here]])
+    if other.is_own:
+        found = linear_divergence(pair[1], pair[0], weight, through="other", **head)
+    else:
+        found = linear_divergence(*pair, weight, through="own", **head)
+    return zeros.index_copy(0, here, found)
 
 
 def _local_grad_rows(batch: MicroBatch, mine: Tensor) -> Tensor | None:

@@ -106,7 +106,7 @@ class Policy(Scorer):
         no_tokens = torch.zeros((), dtype=torch.int)  # the schedule's own normalisation, which is not used
 
         def collect(index: int, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            loss, metrics = loss_fn(index, LogProbs(output[0], output[1]))
+            loss, metrics = loss_fn(index, LogProbs(output[0], output[1], output[2:]))
             return loss, no_tokens, {name: value.detach() for name, value in metrics.items()}
 
         def discard(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

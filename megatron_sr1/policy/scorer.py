@@ -62,23 +62,33 @@ class Scorer:
         return GroupRanks(self.groups.data, self.platform.device)
 
     def logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
-        """Scores of each micro-batch's R rows, without gradient, on every rank of the pipeline."""
+        """Scores of each micro-batch's R rows, without gradient, on every rank of the pipeline; hidden states, where a
+        micro-batch keeps them, on those of the last stage alone."""
         self.chunks[0].start_images(batches)
-        scores = self._schedule.run(
-            batches, scoring, forward_only=True, collect=lambda _, output: output, discard=lambda output: output
+        dtype = self.chunks[-1].config.params_dtype
+
+        def collect(index: int, output: Tensor) -> tuple[Tensor, Tensor | None]:
+            return output[:2], output[2:].t().to(dtype) if batches[index].keeps_hidden else None
+
+        found = self._schedule.run(
+            batches, scoring, forward_only=True, collect=collect, discard=lambda output: (output, None)
         )
-        return self._from_last_stage(scores, batches) if batches else []
+        return self._from_last_stage(found, batches) if batches else []
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights under their Hugging Face names, full, on every rank; all ranks iterate together."""
         bucket_bytes = self.config.rollout.sync_bucket_mib * 2**20
         return export_hf_weights(self.chunks, self.architecture, self.groups, bucket_bytes=bucket_bytes)
 
-    def _from_last_stage(self, scores: list[Tensor], batches: Sequence[MicroBatch]) -> list[LogProbs]:
+    def _from_last_stage(
+        self, found: list[tuple[Tensor, Tensor | None]], batches: Sequence[MicroBatch]
+    ) -> list[LogProbs]:
+        scores = [each for each, _ in found]
+        hidden = [kept for _, kept in found] if self.groups.is_last_stage else [None] * len(batches)
         if self.groups.pipeline.size() > 1:
             sizes = [len(batch.targets) for batch in batches]
             empty = torch.empty(2, sum(sizes), device=self.platform.device)
             joined = torch.cat(scores, dim=1) if self.groups.is_last_stage else empty
             torch.distributed.broadcast(joined, self.groups.last_stage_rank, group=self.groups.pipeline)
             scores = list(joined.split(sizes, dim=1))
-        return [LogProbs(score[0], score[1]) for score in scores]
+        return [LogProbs(*score, hidden=kept) for score, kept in zip(scores, hidden, strict=True)]

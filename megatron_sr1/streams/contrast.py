@@ -11,7 +11,7 @@ from megatron_sr1.types import ContrastContext, ContrastWeights, Prompt, RewardS
 
 _OF_CONTRAST = (
     *("token_weighting", "token_share", "token_threshold", "sequence_weight_low", "sequence_weight_for"),
-    *("contrast_coef", "contrast_entropy_coef", "contrast_reward", "contrast_entropy_reward"),
+    *("contrast_coef", "contrast_divergence", "contrast_entropy_coef", "contrast_reward", "contrast_entropy_reward"),
 )
 
 
@@ -56,8 +56,8 @@ def contrast_keys(entry: Mapping[str, Any]) -> dict[str, Any]:
     """What an entry of `objective.streams` says of its contrast, as fields of `RewardStream`.
 
     Raises:
-        ValueError: a share or threshold of tokens without its weighting; whom weights are for without any; keys of a
-            contrast without its name, or its name without any.
+        ValueError: a share or threshold of tokens without its weighting; whom weights are for without any; which
+            divergence without its coefficient; keys of a contrast without its name, or its name without any.
     """
     where, weighting = f"objective.streams: {entry['name']!r}", entry.get("token_weighting", "none")
     for key, kind in (("token_share", "top"), ("token_threshold", "gated")):
@@ -70,6 +70,11 @@ def contrast_keys(entry: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"{where} has sequence_weight_for={entry['sequence_weight_for']}, and no sequence_weight_low, without "
             "which all responses weigh the same. Leave it out, or set sequence_weight_low=0.9."
+        )
+    if "contrast_divergence" in entry and "contrast_coef" not in entry:
+        raise ValueError(
+            f"{where} has contrast_divergence={entry['contrast_divergence']}, and no contrast_coef, without which no "
+            "divergence is trained. Leave it out, or set contrast_coef=0.01."
         )
     found = {key: entry[key] for key in _OF_CONTRAST if key in entry}
     if found and "contrast" not in entry:

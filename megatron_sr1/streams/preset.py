@@ -115,6 +115,12 @@ class Preset:
         return tuple(contrast.name for contrast in self.contrasts if contrast.name in named)
 
     @property
+    def full_contrasts(self) -> tuple[str, ...]:
+        """Names of those whose divergence is trained as that of whole distributions."""
+        named = {stream.contrast for stream in self.streams if stream.compares_distributions}
+        return tuple(contrast.name for contrast in self.contrasts if contrast.name in named)
+
+    @property
     def rewards_contrast(self) -> bool:
         """Whether a response of a stream earns by how much it depends on what a contrast takes away."""
         return any(stream.earns_by_contrast for stream in self.streams)

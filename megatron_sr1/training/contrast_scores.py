@@ -7,6 +7,7 @@ row, n response tokens of a sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -33,10 +34,17 @@ class ContrastScorer:
         self._preset = preset
         self._scoring = scoring
 
-    def present(self, rows: StreamRows, *, own: bool) -> tuple[list[LogProbs], ContrastScores]:
-        """Under the contrasts of the present weights, in one forward pass; with `own`, in their own context as well."""
+    def present(
+        self, rows: StreamRows, *, own: bool, keeps_hidden: bool = False
+    ) -> tuple[list[LogProbs], ContrastScores]:
+        """Under the contrasts of the present weights, in one forward pass; with `own`, in their own context as well.
+
+        Args:
+            keeps_hidden: of whole distributions that are trained to differ, what they are made of is kept.
+        """
         names = [contrast.name for contrast in self._preset.contrasts if contrast.weights == "policy"]
-        return self._score(self._policy.logprobs, rows, names, own=own)
+        kept = self._preset.full_contrasts if keeps_hidden else ()
+        return self._score(self._policy.logprobs, rows, names, own=own, kept=kept)
 
     def reference(self, rows: StreamRows) -> tuple[list[LogProbs], ContrastScores]:
         """By the weights that the run began with: in their own context, and under the contrasts of these weights."""
@@ -44,21 +52,23 @@ class ContrastScorer:
         return self._score(self._policy.reference_logprobs, rows, names, own=True)
 
     def _score(
-        self, score: _Score, rows: StreamRows, names: Sequence[str], *, own: bool
+        self, score: _Score, rows: StreamRows, names: Sequence[str], *, own: bool, kept: Sequence[str] = ()
     ) -> tuple[list[LogProbs], ContrastScores]:
         others = [rows.contrasts[name] for name in names]
-        first = rows.micro_batches if own else []
-        wanted = [*first, *chain.from_iterable(other.micro_batches for other in others)]
+        first = _keeping(rows.micro_batches, bool(kept)) if own else []
+        theirs_too = (_keeping(rows.contrasts[name].micro_batches, name in kept) for name in names)
+        wanted = [*first, *chain.from_iterable(theirs_too)]
         found = iter(score(wanted, self._scoring) if own or names else [])
         theirs = [next(found) for _ in first]
-        under, there = {}, {}
+        under, there, hidden = {}, {}, {}
         for name, other in zip(names, others, strict=True):
             values = [next(found) for _ in other.micro_batches]
             place = (rows.micro_batches, rows.num_responses)
             logprobs, there[name] = other.onto_own([each.logprobs for each in values], *place)
             entropies, _ = other.onto_own([_entropy(each) for each in values], *place)
             under[name] = [LogProbs(*pair) for pair in zip(logprobs, entropies, strict=True)]
-        return theirs, ContrastScores(dict.fromkeys(names, theirs if own else None), under, there)
+            hidden[name] = [each.hidden for each in values]
+        return theirs, ContrastScores(dict.fromkeys(names, theirs if own else None), under, there, hidden)
 
 
 def contrast_weights(
@@ -125,6 +135,10 @@ def contrast_rewards(
             counts[:, row].index_add_(0, place[chosen], torch.ones_like(earned[chosen]))
     sums, counts = over_replicas(torch.cat([sums, counts], 1), here, replicas).t().chunk(2)
     return sums / counts  # 0 / 0 is NaN
+
+
+def _keeping(batches: Sequence[MicroBatch], keeps: bool) -> list[MicroBatch]:
+    return [replace(batch, keeps_hidden=keeps) for batch in batches]
 
 
 def _entropy(scores: LogProbs) -> Tensor:

@@ -6,6 +6,8 @@ with D of `objective.contrast` and H the entropy under the contrast: PAPO (arXiv
 `entropy_coef` and `contrast_entropy_coef` below 0). The gradient goes through both contexts. The own rows come first
 and find under[r] of a pass without gradient by the same weights; then the rows under the contrasts are trained and find
 own[r] as the own rows have left it. So each row has its part of the gradient, and no pair needs to share a row.
+With contrast_divergence full, D is the KL of whole distributions, which the head makes of each row's hidden states and
+those of the other context, of a pass without gradient (`contrast_hidden.py`).
 
 Shape legend: S reward streams, E measured segments, R scored tokens of a row.
 """
@@ -23,6 +25,7 @@ from megatron_sr1.objective import divergence
 from megatron_sr1.policy import StepResult
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.batches import StreamBatch
+from megatron_sr1.training.contrast_hidden import others_of_contrast, others_of_own
 from megatron_sr1.training.contrasts import ContrastScores
 from megatron_sr1.types import LogProbs, MicroBatch
 
@@ -39,6 +42,22 @@ class ContrastTerms:
         self._scores = scores
         self._preset = preset
         self._left: list[Tensor] = []  # the own rows' log-probs, as they were trained
+        self.own_batches = self._compared_with_contrasts()  # those of the batch, with what they are compared with
+        _ = self._rows
+        self._scores = scores.without_hidden()  # the rows have it now
+
+    def _compared_with_contrasts(self) -> list[MicroBatch]:
+        batch = self._batch
+        others = []
+        for name in self._preset.full_contrasts:
+            contrast, pairs = batch.contrasts[name], zip(batch.tokens, self._scores.there[name], strict=True)
+            wanted = [self._compared(name, tokens.token_weights) & there for tokens, there in pairs]
+            place = (batch.micro_batches, batch.num_responses)
+            others.append(others_of_own(contrast, self._scores.hidden[name], wanted, *place))
+        return [
+            replace(row, others=tuple(each[index] for each in others if each[index] is not None))
+            for index, row in enumerate(batch.micro_batches)
+        ]
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
@@ -58,11 +77,36 @@ class ContrastTerms:
             has_bonus = any(
                 stream.contrast == name and stream.contrast_entropy_coef != 0 for stream in self._preset.streams
             )
+            batches = self._compared_with_own(name, chosen)
             found[name] = [
                 (replace(row, grad_rows=torch.nonzero(weight.any(0)).squeeze(1), entropy_grad=has_bonus), weight)
-                for row, weight in zip(rows.micro_batches, chosen, strict=True)
+                for row, weight in zip(batches, chosen, strict=True)
             ]
         return found
+
+    def _compared_with_own(self, name: str, weights: list[Tensor]) -> list[MicroBatch]:
+        """The contrast's rows, with their own context where whole distributions are compared."""
+        rows, batch = self._batch.contrasts[name], self._batch
+        if name not in self._preset.full_contrasts:
+            return rows.micro_batches
+        own = self._scores.own[name]
+        assert own is not None, "whole distributions are those of one pass"
+        wanted = [self._compared(name, weight) for weight in weights]
+        place = (batch.micro_batches, batch.num_responses)
+        others = others_of_contrast(rows, [each.hidden for each in own], wanted, *place)
+        return [
+            replace(row, others=() if other is None else (other,))
+            for row, other in zip(rows.micro_batches, others, strict=True)
+        ]
+
+    def _compared(self, name: str, weights: Tensor) -> Tensor:
+        """[R] whether a stream that compares whole distributions under the contrast has the token.
+
+        Args:
+            weights: [S, R].
+        """
+        users = [stream.contrast == name and stream.compares_distributions for stream in self._preset.streams]
+        return (weights[torch.tensor(users, device=weights.device)] != 0).any(0)
 
     def own(self, index: int, scored: LogProbs) -> tuple[Tensor, Metrics]:
         """Of own micro-batch `index`: what its loss is more by, and sums of metrics.
@@ -77,7 +121,10 @@ class ContrastTerms:
         for row, stream in enumerate(self._preset.streams):
             if stream.trains_contrast:
                 weight = self._batch.tokens[index].token_weights[row] * self._scores.there[stream.contrast][index]
-                far = _weighed(weight, trainer, self._scores.under[stream.contrast][index].logprobs)
+                if stream.compares_distributions:
+                    far = _weighed_kl(weight, scored, self._preset.full_contrasts.index(stream.contrast))
+                else:
+                    far = _weighed(weight, trainer, self._scores.under[stream.contrast][index].logprobs)
                 loss = loss - stream.contrast_coef * far
                 metrics[f"loss/{stream.name}/contrast"] = far.detach()
                 metrics[f"loss/{stream.name}/contrast_entropy"] = trainer.new_zeros(())
@@ -94,7 +141,10 @@ class ContrastTerms:
         for row, stream in enumerate(self._preset.streams):
             if not stream.trains_contrast or stream.contrast != name:
                 continue
-            far = _weighed(weight[row], own, under)
+            if stream.compares_distributions:
+                far = _weighed_kl(weight[row], scored, 0)
+            else:
+                far = _weighed(weight[row], own, under)
             loss = loss - stream.contrast_coef * (far - far.detach())
             if entropy is not None:
                 bonus = (weight[row] * entropy).masked_fill(weight[row] == 0, 0.0).sum()
@@ -132,6 +182,12 @@ def _weighed(weight: Tensor, own: Tensor, under: Tensor) -> Tensor:
     """sum w D; what has no weight is no part of it, whatever its log-probs are, nor of the gradient."""
     own, under = (torch.where(weight != 0, each, 0.0) for each in (own, under))
     return (weight * divergence(own, under)).sum()
+
+
+def _weighed_kl(weight: Tensor, scored: LogProbs, place: int) -> Tensor:
+    """sum w KL of the other context at that place; what has no weight is no part of it."""
+    assert scored.kl is not None, "the head makes it"
+    return (weight * scored.kl[place].masked_fill(weight == 0, 0.0)).sum()
 
 
 def with_means(result: StepResult) -> StepResult:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,16 +32,20 @@ class ContrastRows:
     sequences: list[int]  # which of the replica's responses they are, in the order that was packed
 
     def onto_own(self, values: Sequence[Tensor], own: Sequence[MicroBatch], number: int) -> tuple[list[Tensor], ...]:
-        """Values of these rows, [R] each, where the same tokens are in the rows of their own context; 0 elsewhere. And
-        whether there is one, bool.
+        """Values of these rows, [..., R] each, where the same tokens are in the rows of their own context; 0 elsewhere.
+        And whether there is one, [R] bool.
 
         Args:
             own: all rows of the `number` responses of the replica.
         """
         found = dict(zip(self.sequences, gather_rows(values, self.micro_batches, len(self.sequences)), strict=True))
+        blank = values[0][..., :0] if values else torch.zeros(0)
         lengths = torch.cat([batch.row_sequence for batch in own]).bincount(minlength=number).tolist()
         device = own[0].row_sequence.device
-        each = [found.get(index, torch.zeros(length, device=device)) for index, length in enumerate(lengths)]
+        each = [
+            found.get(index, blank.new_zeros(*blank.shape[:-1], length, device=device))
+            for index, length in enumerate(lengths)
+        ]
         there = [
             torch.full((length,), index in found, device=device, dtype=torch.bool)
             for index, length in enumerate(lengths)
@@ -147,6 +151,15 @@ class ContrastScores:
     own: Mapping[str, list[LogProbs] | None]  # by contrast and micro-batch, [R], same weights; None: the trainer's
     under: Mapping[str, list[LogProbs]]  # by contrast and micro-batch, [R]; 0 where it does not have the token
     there: Mapping[str, list[Tensor]]  # whether it has it, bool
+    hidden: Mapping[str, list[Tensor | None]] = field(default_factory=dict)  # of the contrast's own rows, where kept
+
+    def without_hidden(self) -> ContrastScores:
+        """The same without hidden states, which are large."""
+        own = {
+            name: None if scores is None else [replace(each, hidden=None) for each in scores]
+            for name, scores in self.own.items()
+        }
+        return replace(self, own=own, hidden={})
 
     def own_of(self, name: str, index: int, trainer: LogProbs) -> LogProbs:
         """[R] in their own context; `trainer`: the present scores."""
@@ -164,4 +177,4 @@ class ContrastScores:
     def joined(self, other: ContrastScores) -> ContrastScores:
         """These and those of other contrasts."""
         under, there = {**self.under, **other.under}, {**self.there, **other.there}
-        return ContrastScores({**self.own, **other.own}, under, there)
+        return ContrastScores({**self.own, **other.own}, under, there, {**self.hidden, **other.hidden})

@@ -96,9 +96,8 @@ class Trainer:
                 weights = contrast_weights(row, _joined(mine[number], theirs), preset.streams, self._policy.replicas)
             batch = self._batcher.streams(row, advantages[:, self._rollouts(share)], preset, weights)
             terms = None
-            if preset.contrasts:
-                present = self._present(row, mine[number], is_first=number == 0)
-                terms = ContrastTerms(batch, _joined(present, theirs), preset)
+            if preset.contrasts:  # the scores are not held here: what they keep for whole distributions is large
+                terms = ContrastTerms(batch, self._scores(row, mine[number], theirs, is_first=number == 0), preset)
             before = old[number] if needs_old else None  # of the only step the policy's present ones
             same = number == 0 or whose == "trainer"
             loss = PolicyLoss(
@@ -110,8 +109,8 @@ class Trainer:
                 measures_gap=same,
                 contrast=terms,
             )
-            more = [] if terms is None else terms.micro_batches
-            result = with_means(self._policy.train_step([*batch.micro_batches, *more], loss, self._scoring))
+            trained = batch.micro_batches if terms is None else [*terms.own_batches, *terms.micro_batches]
+            result = with_means(self._policy.train_step(trained, loss, self._scoring))
             if result.skipped:
                 result = replace(result, culprits=self._culprits(row, ledger.of(share), rollouts.prompts.keys))
             result = self._with_schedules(result, rollouts.step)
@@ -138,15 +137,19 @@ class Trainer:
             lambda index: (keys[numbers[index // samples]], index % samples),
         )
 
-    def _present(self, rows: StreamRows, drawn: ContrastScores | None, *, is_first: bool) -> ContrastScores:
-        """The policy's contrasts by the weights that an optimizer step begins with.
+    def _scores(
+        self, rows: StreamRows, drawn: ContrastScores | None, reference: ContrastScores | None, *, is_first: bool
+    ) -> ContrastScores:
+        """All contrasts', the policy's by the weights that an optimizer step begins with.
 
         Args:
             drawn: by the weights that drew the responses, where that is known; good enough for what is not trained.
         """
-        if drawn is None or (self._preset.trained_contrasts and not is_first):
-            return self._contrasts.present(rows, own=False)[1]
-        return drawn
+        if self._preset.full_contrasts:  # of one optimizer step alone: what is kept is large
+            drawn = self._contrasts.present(rows, own=True, keeps_hidden=True)[1]
+        elif drawn is None or (self._preset.trained_contrasts and not is_first):
+            drawn = self._contrasts.present(rows, own=False)[1]
+        return _joined(drawn, reference)
 
     def _rows(self, ledger: StepLedger, rollouts: StepRollouts) -> StreamRows:
         """This replica's share of the groups of an optimizer step. Collective."""

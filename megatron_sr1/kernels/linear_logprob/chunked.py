@@ -153,7 +153,7 @@ def _local_state(hidden: Tensor, weight: Tensor, rows: Rows, plan: Plan, kept: _
     room = KEPT_ELEMENTS
     for left, right in spans(plan.shard.columns, MAX_TILE_COLUMNS):
         head = weight[left:right].to(operand)
-        for first, last in spans(len(hidden), _tile_rows(hidden, right - left)):
+        for first, last in spans(len(hidden), tile_rows(hidden, right - left)):
             tile = _tile(rows, plan, (first, last), (left, right))
             z = plan.backend.tiles.make(hidden[first:last], head, tile)
             plan.backend.tiles.fold(state[:, first:last], z, tile, plan.entropy)
@@ -212,7 +212,7 @@ def _backward(
         grad_head = None
         if needs[1]:
             grad_head = torch.zeros_like(head, dtype=accumulate) if into is None else into[left:right]
-        for first, last in spans(len(hidden), _tile_rows(hidden, right - left)):
+        for first, last in spans(len(hidden), tile_rows(hidden, right - left)):
             tile = _tile(rows, plan, (first, last), (left, right))
             z = kept.get((left, first))
             overwrite = z is None  # a kept tile must survive: backward may run again
@@ -243,6 +243,7 @@ def _tile(rows: Rows, plan: Plan, row_span: tuple[int, int], column_span: tuple[
     )
 
 
-def _tile_rows(hidden: Tensor, columns: int) -> int:
+def tile_rows(hidden: Tensor, columns: int) -> int:
+    """Of a tile of that many columns."""
     elements = TILE_ELEMENTS_ACCELERATOR if hidden.is_cuda else TILE_ELEMENTS_CPU
     return max(MIN_TILE_ROWS, elements // columns)

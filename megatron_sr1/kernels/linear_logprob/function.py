@@ -37,8 +37,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp, all_reduce, get_world_size
+from torch.distributed import ProcessGroup
 
+from megatron_sr1.kernels.linear_logprob.arguments import (
+    accumulator,
+    bias_of,
+    check_tensors,
+    inverse_temperature_of,
+    is_rounded,
+    vocabulary_size,
+)
 from megatron_sr1.kernels.linear_logprob.backends import BackendName, select_backend
 from megatron_sr1.kernels.linear_logprob.chunked import Plan, chunked_logprob
 from megatron_sr1.kernels.linear_logprob.tiles import VocabShard
@@ -88,19 +96,19 @@ def linear_logprob(
         ValueError: shapes, dtypes or options that do not fit, a temperature that is not positive, a shard that is not
             where it should be, a target that is no id and not IGNORE_INDEX, or a back end that cannot run here.
     """
-    _check_tensors(hidden, weight, targets)
-    size = _vocabulary_size(weight, tp_group, vocab_start, vocab_size)
+    check_tensors(hidden, weight, targets)
+    size = vocabulary_size(weight, tp_group, vocab_start, vocab_size)
     scored = _scored_rows(targets, size)
     columns = min(max(size - vocab_start, 0), weight.shape[0])
     plan = Plan(
-        shard=VocabShard(vocab_start, columns, tp_group, _bias(logit_bias, weight)),
+        shard=VocabShard(vocab_start, columns, tp_group, bias_of(logit_bias, weight)),
         backend=select_backend(backend, hidden),
         entropy=entropy,
-        rounded=_rounded(logits),
+        rounded=is_rounded(logits),
         grad_rows=_grad_rows(grad_rows, targets, scored),
-        accumulate_into=_accumulator(accumulate_into, weight),
+        accumulate_into=accumulator(accumulate_into, weight),
     )
-    return _score(hidden, weight, targets, _inverse_temperature(temperature, hidden), scored, plan)
+    return _score(hidden, weight, targets, inverse_temperature_of(temperature, hidden), scored, plan)
 
 
 def _score(
@@ -119,50 +127,6 @@ def _score(
     parts = chunked_logprob(hidden.index_select(0, scored), weight, targets[scored], inverse_temperature, plan)
     zeros = torch.zeros(targets.shape, dtype=parts[0].dtype, device=hidden.device)
     return LogProbs(*(part if part is None else zeros.index_copy(0, scored, part) for part in parts))
-
-
-def _rounded(logits: str) -> bool:
-    if logits not in ("fp32", "bf16"):
-        raise ValueError(f'linear_logprob: logits={logits!r} is not allowed: use "fp32" or "bf16".')
-    return logits == "bf16"
-
-
-def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"linear_logprob: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit: "
-            "they must be [T, H] and [V_local, H]. Flatten batch and sequence before the head."
-        )
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(
-            f"linear_logprob: targets are {targets.dtype} {tuple(targets.shape)}; one int64 id per row of hidden "
-            f"is needed, [{hidden.shape[0]}]."
-        )
-    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
-        raise ValueError(
-            f"linear_logprob: hidden is {hidden.dtype} and weight is {weight.dtype}; both must be the same "
-            "floating-point dtype. Cast one of them."
-        )
-
-
-def _bias(bias: Tensor | None, weight: Tensor) -> Tensor | None:
-    if bias is None:
-        return None
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"linear_logprob: logit_bias {tuple(bias.shape)} must be one number per row of weight, [{weight.shape[0]}]."
-        )
-    return bias.detach().to(torch.promote_types(weight.dtype, torch.float32))
-
-
-def _accumulator(into: Tensor | None, weight: Tensor) -> Tensor | None:
-    accumulate = torch.promote_types(weight.dtype, torch.float32)
-    if into is not None and (into.shape != weight.shape or into.dtype != accumulate or into.device != weight.device):
-        raise ValueError(
-            f"linear_logprob: accumulate_into is {into.dtype} {tuple(into.shape)} on {into.device}; the gradient of "
-            f"weight needs {accumulate} {tuple(weight.shape)} on {weight.device}."
-        )
-    return into
 
 
 def _grad_rows(rows: Tensor | None, targets: Tensor, scored: Tensor | None) -> Tensor | None:
@@ -184,23 +148,6 @@ def _grad_rows(rows: Tensor | None, targets: Tensor, scored: Tensor | None) -> T
     return chosen[scored].nonzero().squeeze(1)
 
 
-def _vocabulary_size(weight: Tensor, group: ProcessGroup | None, start: int, size: int | None) -> int:
-    """Number of ids that a target may name."""
-    stop = start + weight.shape[0]
-    if start < 0 or (group is None and start != 0):
-        raise ValueError(f"linear_logprob: vocab_start={start} needs a tp_group; a whole head starts at 0.")
-    if size is not None and (size < 1 or (group is None and size > stop)):
-        raise ValueError(
-            f"linear_logprob: vocab_size={size} is not in [1, {stop}], the rows of the head. "
-            "Where weight is one shard of the head, pass tp_group."
-        )
-    if size is not None or group is None or get_world_size(group) == 1:
-        return stop if size is None else size
-    last = torch.tensor(stop, device=weight.device)
-    all_reduce(last, op=ReduceOp.MAX, group=group)
-    return int(last)
-
-
 def _scored_rows(targets: Tensor, size: int) -> Tensor | None:
     """Indices of the rows to score, None where that is all of them. One look at the data on the host."""
     outside = (targets < 0) | (targets >= size)
@@ -215,20 +162,3 @@ def _scored_rows(targets: Tensor, size: int) -> Tensor | None:
             f"{IGNORE_INDEX} (ignored). {len(wrong)} of {len(targets)} targets are like this."
         )
     return (~ignored).nonzero().squeeze(1)
-
-
-def _inverse_temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor | None:
-    """[T] in the accumulation dtype, None for a temperature of 1."""
-    if not isinstance(temperature, Tensor):
-        if not temperature > 0:
-            raise ValueError(f"linear_logprob: temperature={temperature} is not allowed: it must be greater than 0.")
-        if temperature == 1:
-            return None
-        temperature = torch.tensor(temperature, dtype=torch.float64, device=hidden.device)
-    elif temperature.shape not in ((), hidden.shape[:1]) or not (temperature > 0).all():
-        raise ValueError(
-            f"linear_logprob: temperature {tuple(temperature.shape)} must be one number or one per token "
-            f"[{hidden.shape[0]}], all greater than 0."
-        )
-    accumulate = torch.promote_types(hidden.dtype, torch.float32)
-    return temperature.detach().double().reciprocal().to(accumulate).expand(hidden.shape[0])
