@@ -111,8 +111,7 @@ class Trainer:
             )
             trained = batch.micro_batches if terms is None else [*terms.own_batches, *terms.micro_batches]
             result = with_means(self._policy.train_step(trained, loss, self._scoring))
-            if result.skipped:
-                result = replace(result, culprits=self._culprits(row, ledger.of(share), rollouts.prompts.keys))
+            result = self._with_culprits(result, row, ledger.of(share), rollouts.prompts.keys)
             result = self._with_schedules(result, rollouts.step)
             results.append(self._with_penalties(result, preset, None if kl is None else kl[:, self._rollouts(share)]))
             if same and not result.skipped:
@@ -125,17 +124,22 @@ class Trainer:
             check_old(self._config.objective.old)
         return self._config.objective.old
 
-    def _culprits(self, rows: StreamRows, ledger: StepLedger, keys: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    def _with_culprits(
+        self, result: StepResult, rows: StreamRows, ledger: StepLedger, keys: Sequence[str]
+    ) -> StepResult:
         """Of an optimizer step that was skipped, the samples whose log-probs are not finite. Collective."""
+        if not result.skipped:
+            return result
         numbers, samples = ledger.number.tolist(), ledger.num_samples
         found = self._policy.logprobs(rows.micro_batches, self._scoring)
-        return not_finite(
+        culprits = not_finite(
             found,
             [tokens.place for tokens in rows.tokens],
             self._preset.most_samples,
             self._policy.platform.ranks,
-            lambda index: (keys[numbers[index // samples]], index % samples),
+            lambda index: (keys[int(numbers[index // samples])], index % samples),
         )
+        return replace(result, culprits=culprits)
 
     def _scores(
         self, rows: StreamRows, drawn: ContrastScores | None, reference: ContrastScores | None, *, is_first: bool

@@ -27,7 +27,8 @@ class PackedSelfAttention(SelfAttention):
 
     def get_query_key_value_tensors(self, *arguments: Any, **options: Any) -> tuple[Tensor, ...]:
         """Query [T_local, 1, h, d], key and value [T_local, 1, g, d]."""
-        query, key, value = super().get_query_key_value_tensors(*arguments, **options)
+        made: Any = super().get_query_key_value_tensors(*arguments, **options)
+        query, key, value = made
         if self.config.apply_rope_fusion:
             query, key = (
                 apply_rotary_pos_emb(x, self._angles, self.config, cp_group=self.pg_collection.cp) for x in (query, key)
