@@ -200,6 +200,14 @@ def test_terminal_has_them_too(rows: list[GroupRow]) -> None:
     assert "60.0 ± 10.0" in out.getvalue() and "not in the numbers" in out.getvalue()
 
 
+def test_a_narrow_terminal_or_a_file_loses_no_column(rows: list[GroupRow]) -> None:
+    wide, narrow = io.StringIO(), io.StringIO()
+    print_tables(Console(file=wide, width=1000), rows)
+    print_tables(Console(file=narrow, width=20), rows)
+    words = [sorted(text.getvalue().replace("─", "").split()) for text in (wide, narrow)]
+    assert words[0] == words[1]
+
+
 def test_a_single_seed_has_no_spread(tmp_path: Path) -> None:
     one = [RunGroup("gdpo", name, {1: make_seed(tmp_path / name, "gdpo", 1, value)}) for name, value in
            (("low", 0.25), ("high", 0.5))]  # fmt: skip

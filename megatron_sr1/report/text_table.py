@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+_ANY_WIDTH = 10_000  # columns of text
+
 
 @dataclass(frozen=True)
 class TextTable:
@@ -22,7 +24,8 @@ class TextTable:
 
 
 def print_text_table(console: Console, table: TextTable) -> None:
-    """Prints it, with its title above."""
+    """Prints it, with its title above. Where it does not fit it is folded as far as words allow, and then as wide as that
+    is: no column is cut off in a file, or a narrow terminal."""
     console.print(table.title, style="italic", markup=False, highlight=False, soft_wrap=True)
     drawn = Table(box=SIMPLE_HEAD)
     for number, title in enumerate(table.head):
@@ -32,7 +35,8 @@ def print_text_table(console: Console, table: TextTable) -> None:
         drawn.add_column(Text(title), justify="right" if number else "left", no_wrap=not number, min_width=longest_word)
     for line in table.lines:
         drawn.add_row(*map(Text, line))
-    console.print(drawn)
+    least = console.measure(drawn, options=console.options.update(max_width=_ANY_WIDTH)).minimum
+    console.print(drawn, width=max(console.width, least), crop=False, no_wrap=False)
 
 
 def table_section(table: TextTable, prefix: str) -> str:
