@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -9,8 +10,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-_ANY_WIDTH = 10_000  # columns of text
 
 
 @dataclass(frozen=True)
@@ -24,19 +23,28 @@ class TextTable:
 
 
 def print_text_table(console: Console, table: TextTable) -> None:
-    """Prints it, with its title above. Where it does not fit it is folded as far as words allow, and then as wide as that
-    is: no column is cut off in a file, or a narrow terminal."""
+    """Prints it, with its title above. Where it does not fit it is folded as far as words allow, and is as wide as that
+    takes: no column is cut off in a file, or in a narrow terminal."""
     console.print(table.title, style="italic", markup=False, highlight=False, soft_wrap=True)
+    columns = [[line[number] for line in (table.head, *table.lines)] for number in range(len(table.head))]
+    folds = _width(columns) > console.width
+    if folds:  # a label stays in one line, of other cells every word does
+        columns = [columns[0], *([word for cell in column for word in cell.split()] for column in columns[1:])]
     drawn = Table(box=SIMPLE_HEAD)
-    for number, title in enumerate(table.head):
-        longest_word = max(
-            [len(word) for line in (table.head, *table.lines) for word in line[number].split()], default=0
-        )
-        drawn.add_column(Text(title), justify="right" if number else "left", no_wrap=not number, min_width=longest_word)
+    for number, (title, texts) in enumerate(zip(table.head, columns, strict=True)):
+        justify = "right" if number else "left"
+        drawn.add_column(Text(title), justify=justify, width=max(map(len, texts), default=0) or None)
     for line in table.lines:
         drawn.add_row(*map(Text, line))
-    least = console.measure(drawn, options=console.options.update(max_width=_ANY_WIDTH)).minimum
-    console.print(drawn, width=max(console.width, least), crop=False, no_wrap=False)
+    width = console.width
+    console.width = max(width, _width(columns))
+    console.print(drawn)
+    console.width = width
+
+
+def _width(columns: Sequence[Sequence[str]]) -> int:
+    """Of a table with these texts in its columns: each has a space on either side and one before the next."""
+    return 1 + sum(max(map(len, texts), default=0) + 3 for texts in columns)
 
 
 def table_section(table: TextTable, prefix: str) -> str:
