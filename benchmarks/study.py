@@ -50,7 +50,6 @@ class Plan:
     samples: tuple[int, int, int]  # train, heldout, demonstrations
     cold_start: tuple[str, ...]  # further overrides
     costs: tuple[int, int]  # steps and rounds
-    cost_overrides: tuple[str, ...] = ()
 
 
 FULL = Plan(Path("runs/study"), EXAMPLES / "sweep.yaml", (4000, 600, 8000), (), (10, 2))
@@ -68,14 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = SHORT if options.short else FULL
     sweep = read_sweep(plan.sweep)
     _cold_start(plan)
-    failed = [status for status in _runs(plan, sweep, options.jobs) if status != 0]
-    _measure(sweep)
-    if not options.no_costs and not failed:
-        _costs(plan, sweep)
-    _sr1("report", str(plan.sweep))
+    failed = list(_runs(plan, sweep, options.jobs))
+    failed += _measure(sweep)
+    if not options.no_costs and not any(failed):
+        failed.append(subprocess.run(_costs(plan, sweep), check=False).returncode)
+    _sr1("report", str(plan.sweep)).check_returncode()
     (plan.folder / "study.md").write_text(study_tables(plan, sweep), encoding="utf-8")
     print((plan.folder / "study.md").read_text(encoding="utf-8"))
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if any(failed) else 0)
 
 
 def _cold_start(plan: Plan) -> None:
@@ -100,7 +99,9 @@ def _sr1(*words: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([sys.executable, "-m", "megatron_sr1.cli", *words], check=False)
 
 
-def _measure(sweep: Sweep) -> None:
+def _measure(sweep: Sweep) -> list[int]:
+    """The status for each run that is finished and not measured yet."""
+    found = []
     for run in sweep.runs:
         folder = Path(run.run_dir)
         if state_of(sweep, run) != "finished" or "dependency_auc" in _json(folder / "measures.json"):
@@ -108,17 +109,20 @@ def _measure(sweep: Sweep) -> None:
         step = sweep.config_of(run).train.steps - 1
         words = ["--run", str(folder), "--model", str(folder / "hf"), "--step", str(step), "--contrasts", "no image"]
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.dependency", "--measures", *words]
-        subprocess.run(command, check=True)
+        found.append(subprocess.run(command, check=False).returncode)
+    return found
 
 
-def _costs(plan: Plan, sweep: Sweep) -> None:
+def _costs(plan: Plan, sweep: Sweep) -> list[str]:
+    """The command that weighs steps; one that does nothing where they are weighed already."""
     out, (steps, rounds) = plan.folder / "costs.json", plan.costs
     if out.is_file():
-        return
+        return ["true"]
     presets = [*dict.fromkeys(run.preset for run in sweep.runs), "external_reasoner"]
     words = ["--presets", *presets, "--steps", str(steps), "--rounds", str(rounds), "--out", str(out)]
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step_cost", sweep.config, *words]
-    subprocess.run([*command, "--overrides", *_shared(sweep)], check=True)
+    shared = _shared(sweep)
+    return [*command, "--overrides", *shared] if shared else command
 
 
 def _shared(sweep: Sweep) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -131,8 +132,9 @@ class Alone(OneRank):
 class Number:
     """A policy and its trainer: every bit of what it is trained on goes into its number."""
 
-    def __init__(self, number: int = 0) -> None:
-        self.number = number
+    def __init__(self, number: int = 0, bad: Callable[[int], bool] = lambda step: False) -> None:
+        """`bad`: whether the gradient of a step is not finite."""
+        self.number, self._bad = number, bad
         self.trained: list[list[tuple[int, str]]] = []  # of each step: places and keys
 
     def hf_weights(self) -> dict[str, int]:
@@ -146,6 +148,8 @@ class Number:
         ledger, places = rollouts.trained
         chosen = list(zip(places, ledger.number.tolist(), strict=True))
         self.trained.append([(place, rollouts.prompts.keys[number]) for place, number in chosen])
+        if self._bad(rollouts.step):
+            return [StepResult({}, math.nan, 1.0, skipped=True, culprits=((rollouts.trained_keys[0], 1),))]
         pairs = {group.group_id: group.pairs for group in rollouts.groups}
         firsts = [(place, pair.first) for place, number in chosen for pair in pairs[number]]
         seen = [(place, first.rollout_id, first.prompt_ids, first.response_ids) for place, first in firsts]
@@ -170,6 +174,10 @@ class NumberRun(Run):
         steps = {"steps": lambda: sorted(self.kept), "settle": lambda wait=True: None}
         made = SimpleNamespace(save=save, is_writing=False, last=None, **steps)
         return made
+
+    @cached_property
+    def progress(self) -> Progress | None:
+        return self.kept[max(self.kept)][1] if self.kept else None
 
     def accept(self, *arguments: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -211,6 +219,7 @@ class Runs:
         trains: bool = True,
         skips: bool = False,
         wrapped: Callable[[Any], Any] = lambda made: made,
+        bad: Callable[[int], bool] = lambda step: False,
         how: Mapping[str, Any] | None = None,
     ) -> Number:
         """Goes on with the run of this name, or begins it; `saved` names the run whose rollouts it is trained from."""
@@ -218,7 +227,7 @@ class Runs:
         platform: Any = SimpleNamespace(is_main=True, ranks=Alone())
         run = NumberRun(config, platform, self.kept.setdefault(name, {}))
         first = max(run.kept, default=0)
-        policy: Any = Number(run.kept[first][0] if first else 0)
+        policy: Any = Number(run.kept[first][0] if first else 0, bad)
         feed = SampleFeed(SampleStream(self._dataset, config.seed, window=8), Quarantine(0))
         if first:
             feed.restore(StreamState.from_json(run.kept[first][1].stream))

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_sr1.config import ConfigError, load_config
+from megatron_sr1.loops.run import Run
 from megatron_sr1.policy import StepResult
 from megatron_sr1.ranks import ALONE
 from megatron_sr1.training.bad_steps import BadSteps, not_finite
 from megatron_sr1.types import LogProbs
+from tests.sampled_run import Runs, texts
 from tests.thread_ranks import on_threads
 
 GOOD = StepResult({}, 1.0, 1e-3)
@@ -32,18 +36,18 @@ def test_they_are_counted_in_a_row_told_and_written_down(tmp_path: Path) -> None
     steps.take(1, [GOOD, BAD])
     assert steps.in_a_row == 1
     (text,) = said
-    assert "step 2: the gradient is not finite, log-probs of 2 samples are not" in text and "is skipped" in text
+    assert "step 2: the gradient is not finite, nor are log-probs of 2 samples" in text and "is skipped" in text
     tree = json.loads((tmp_path / "bad_steps" / "step_000001.json").read_text())
     assert tree["not_finite"] == [{"key": "a", "sample": 1}, {"key": "b", "sample": 3}]
     assert (tree["step"], tree["grad_norms"], tree["skipped"]) == (1, ["1.0", "nan"], [False, True])
     steps.take(2, [StepResult({}, math.inf, 1e-3, skipped=True)])
-    assert "all log-probs are" in said[-1] and steps.in_a_row == 2
+    assert "log-probs" not in said[-1] and steps.in_a_row == 2
     steps.take(3, [])
-    assert steps.in_a_row == 0, "a step that trains nothing, or well, ends the row"
-    steps.take(4, [BAD], ["x", "y"])
-    assert "log-probs" not in said[-1] and json.loads((tmp_path / "bad_steps" / "step_000004.json").read_text())[
-        "batch"
-    ] == ["x", "y"]
+    assert steps.in_a_row == 2, "a step that trains nothing says nothing"
+    steps.take(4, [GOOD])
+    assert steps.in_a_row == 0
+    steps.take(5, [BAD], ["x", "y", "x"])
+    assert json.loads((tmp_path / "bad_steps" / "step_000005.json").read_text())["batch"] == ["x", "y"]
 
 
 @pytest.mark.parametrize(("most", "before", "ends"), [(0, 0, True), (1, 0, False), (2, 2, True), (3, 2, False)])
@@ -76,3 +80,42 @@ def test_the_samples_whose_log_probs_are_not_finite_are_found_on_every_rank() ->
 def test_a_limit_that_is_none_is_refused(value: str) -> None:
     with pytest.raises(ConfigError, match=r"train\.max_bad_steps"):
         load_config(None, [f"train.max_bad_steps={value}"])
+
+
+# ---------------------------------------------------------------- in a run
+def test_a_run_goes_on_over_bad_steps_and_a_restart_and_ends_at_one_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six steps, saved after every second one; two bad steps in a row are allowed."""
+    runs = Runs(tmp_path, monkeypatch, texts(12), "train.max_bad_steps=2")
+    plain = runs.go("plain")
+    some = runs.go("some", bad=lambda step: step in (1, 2, 4))
+    assert len(some.trained) == 6 and some.number != plain.number
+    assert [entry["skipped_updates"] for entry in runs.metrics("some")] == [0, 1, 1, 0, 1, 0]
+    assert [progress.bad_steps for _, progress in runs.kept["some"].values()] == [1, 0, 0]
+    told = sorted((tmp_path / "some" / "bad_steps").iterdir())
+    assert [path.name for path in told] == [f"step_00000{step}.json" for step in (1, 2, 4)]
+    tree = json.loads(told[0].read_text())
+    keys = list(dict.fromkeys(key for _, key in some.trained[1]))
+    assert tree["batch"] == keys and tree["not_finite"] == [{"key": keys[0], "sample": 1}]
+
+    with pytest.raises(ValueError, match=r"in 3 steps in a row, and train\.max_bad_steps is 2"):
+        runs.go("ends", bad=lambda step: step >= 1)
+    assert sorted(runs.kept["ends"]) == [2], "what was saved before stays"
+    with pytest.raises(ValueError, match="in 3 steps in a row"):
+        runs.go("ends", bad=lambda step: step >= 1)  # from step 2 on, the second of the row
+    again = runs.go("ends", bad=lambda step: step == 1)
+    assert len(again.trained) == 4 and max(runs.kept["ends"]) == 6
+
+
+def test_the_checkpoint_that_is_being_written_is_finished_before_a_run_ends(tmp_path: Path) -> None:
+    log: list[str] = []
+    run: Any = SimpleNamespace(
+        bad_steps=BadSteps(0, 0, tmp_path, log.append, writes=True),
+        checkpoints=SimpleNamespace(settle=lambda: log.append("settle")),
+    )
+    Run.take_bad(run, 1, [GOOD], [])
+    assert not log
+    with pytest.raises(ValueError, match=r"train\.max_bad_steps is 0"):
+        Run.take_bad(run, 2, [BAD], ["a"])
+    assert log == ["settle"]

@@ -247,12 +247,14 @@ def test_the_preset_is_the_paper_s_and_changes_by_key() -> None:
 @pytest.mark.parametrize(
     ("written", "words"),
     [
-        ("{samples: 0, strength: 0.5}", r"distorted\.samples=0 .* at least 1 .*Leave objective\.distorted out"),
+        ("{samples: -1, strength: 0.5}", r"distorted\.samples=-1 .* at least 0 .*0 takes a preset's"),
+        ("{samples: 2, strength: 0.0001}", r"distorted\.strength=0\.0001 .* at least 0\.001"),
+        ("{samples: 2, strength: {from: 0, to: 0, steps: 9}}", r"distorted\.strength=.* 0\.001 or more once"),
         ("{samples: 1.5, strength: 0.5}", r"distorted\.samples=1\.5 .* a whole number"),
         ("{samples: 2}", r"distorted\.strength=None .* given.*Write \{samples: 4, strength: 0\.5\}"),
         ("{strength: 0.5}", r"distorted\.samples=None .* given"),
         ("{samples: 2, strength: 1.5}", r"distorted\.strength=1\.5 .* at most 1"),
-        ("{samples: 2, strength: 0}", r"distorted\.strength=0 .* greater than 0"),
+        ("{samples: 2, strength: 0}", r"distorted\.strength=0 .* at least 0\.001"),
         ("{samples: 2, strenght: 0.5}", r"distorted\.strenght is no key .*Did you mean 'strength'"),
         ("{samples: 2, strength: {from: 2, to: 0, steps: 9}}", r"strength\.from=2 .* at most 1"),
         ("{samples: 2, strength: {from: 1, to: 0}}", r"strength\.steps=None .* given"),
@@ -262,6 +264,11 @@ def test_the_preset_is_the_paper_s_and_changes_by_key() -> None:
 def test_what_cannot_be_is_refused(written: str, words: str) -> None:
     with pytest.raises(ConfigError, match=rf"objective\.(distorted\.)?{words}"):
         preset_of(load_config(None, [f"objective.distorted={written}"]))
+
+
+def test_a_presets_siblings_can_be_taken_away() -> None:
+    preset = preset_of(load_config(None, ["objective.preset=noisy_rollout", "objective.distorted={samples: 0}"]))
+    assert preset.distorted is None
 
 
 @pytest.mark.parametrize(

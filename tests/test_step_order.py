@@ -34,7 +34,10 @@ class Recorder:
         return call
 
 
-def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[str], leaves_after: int) -> list[str]:
+RESULT = SimpleNamespace(skipped=False)
+
+
+def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[Any], leaves_after: int) -> list[str]:
     """What two steps of a run do, until it is asked to leave."""
     log: list[str] = []
 
@@ -46,7 +49,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[str], l
     run.config = SimpleNamespace(  # type: ignore[attr-defined]
         objective=None, rollout=SimpleNamespace(prompts_per_step=1), train=SimpleNamespace(steps=num_steps)
     )
-    run.platform, run.bad_steps = None, Recorder([])  # type: ignore[attr-defined]
+    run.platform = None  # type: ignore[attr-defined]
     monkeypatch.setattr(grpo, "own_code", lambda objective, templates: {})
     run.kept_before = lambda *arguments: nullcontext()  # type: ignore[attr-defined]
 
@@ -91,12 +94,12 @@ class Policy:
         self._log.append("leave_device")
 
 
-STEP = ["between", "next", "take", "settle_checkpoint", "update", "finish", "write", "settle", "end_step"]
+STEP = ["between", "next", "take", "settle_checkpoint", "update", "finish", "write", "settle", "take_bad", "end_step"]
 
 
 def test_the_policy_is_saved_while_the_engines_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     """They fall asleep at the end of `take`, and `refresh` wakes them: last of all, and not where the run ends."""
-    log = steps(monkeypatch, 3, ["result"], leaves_after=2)
+    log = steps(monkeypatch, 3, [RESULT], leaves_after=2)
     assert log == ["accept", "refresh", "before", *STEP, "leave_device", "refresh", *STEP, "leave"]
 
 

@@ -163,7 +163,7 @@ def test_controls_and_what_else_was_measured_are_shown(groups: list[RunGroup], t
     assert "| vision_sr1 | 2 | +30.0 ± 0.0 | -30.0 ± 0.0 |" in text, "paired over seeds 1 and 2"
 
 
-@pytest.mark.parametrize("text", ['{"auc": "high"}', '{"auc": true}', "[1]", "{"])
+@pytest.mark.parametrize("text", ['{"auc": "high"}', '{"auc": NaN}', '{"auc": -Infinity}', '{"auc": true}', "[1]", "{"])
 def test_damaged_measures_are_named(groups: list[RunGroup], tmp_path: Path, text: str) -> None:
     path = groups[0].runs[1] / "measures.json"
     path.write_text(text)

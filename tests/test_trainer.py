@@ -25,6 +25,7 @@ from tests.step_cases import trained
 class Recorder:
     """Log-probs as told: the generator's and `start` nats, and with each optimizer step `moves` nats more."""
 
+    skips = False
     replicas = ALONE
     platform = SimpleNamespace(on_cpu=True, device=torch.device("cpu"), ranks=ALONE)
 
@@ -54,7 +55,7 @@ class Recorder:
             for name, value in loss_fn(index, logprobs)[1].items():
                 metrics[name] = metrics.get(name, 0.0) + float(value)
         self.moved += self.moves
-        return StepResult(metrics, grad_norm=0.0, learning_rate=0.0)
+        return StepResult(metrics, grad_norm=0.0, learning_rate=0.0, skipped=self.skips)
 
 
 def _metrics(
@@ -215,3 +216,25 @@ def test_the_gap_by_kind_says_where_to_look() -> None:
     with pytest.raises(ValueError, match="nan nats a token"):
         check_logprob_gap(metrics | {"logprob_gap": float("nan")}, 0.2)
     check_logprob_gap(metrics, 0.3)
+
+
+def test_a_skipped_step_names_the_samples_whose_log_probs_are_not_finite(tiny_model_dir: str) -> None:
+    """One token's is none; that the gap of such a step is no number does not end the run."""
+    batch = ("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "train.batch_size=2")
+    config = load_config(None, [*batch, "train.micro_batch_tokens=256", "objective.kl_coef=0"])
+    processor, preset = Processor.from_pretrained(tiny_model_dir), preset_from_config(config.objective)
+    rollouts = trained(processor, preset)
+
+    class Spoilt(Recorder):
+        skips = True
+
+        def _logprobs(self, batches: Sequence[MicroBatch]) -> list[LogProbs]:
+            found = super()._logprobs(batches)
+            found[0].logprobs[0] = float("nan")
+            return found
+
+    trainer = Trainer(config, cast(Policy, Spoilt(0.0, 0.0)), preset, processor)
+    (result,) = trainer.update(rollouts)
+    (culprit,) = result.culprits
+    assert culprit[0] in rollouts.prompts.keys and culprit[1] in (0, 1)
+    assert Trainer(config, cast(Policy, Recorder(0.0, 0.0)), preset, processor).update(rollouts)[0].culprits == ()

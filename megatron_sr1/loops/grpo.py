@@ -120,7 +120,7 @@ def _steps(
             clock = Clock()
             with clock("save"):
                 source.settle()  # a checkpoint says that the step is done, so its rollouts must be there
-                run.bad_steps.take(step, results)
+                run.take_bad(step, results, rollouts.trained_keys if any(one.skipped for one in results) else [])
                 run.end_step(step, feed, stop, policy if results else None)
             if results:
                 with clock("sync"):

@@ -25,7 +25,7 @@ from megatron_sr1.metrics import MetricsWriter, Trackers
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.platform import Platform
 from megatron_sr1.platform.precision import shares_prefixes
-from megatron_sr1.policy import Policy
+from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import templates_of
 from megatron_sr1.rollout import Limits, Planner
@@ -97,6 +97,18 @@ class Run:
         so_far = 0 if self.progress is None else self.progress.bad_steps
         most, writes = self.config.train.max_bad_steps, self.platform.is_main
         return BadSteps(most, so_far, self.folder, self.say, writes=writes)
+
+    def take_bad(self, step: int, results: Sequence[StepResult], batch: Sequence[str]) -> None:
+        """Counts a step whose gradient is not finite, see `BadSteps.take`. Collective.
+
+        Raises:
+            ValueError: there are too many in a row; the checkpoint that is being written is finished.
+        """
+        try:
+            self.bad_steps.take(step, results, batch)
+        except ValueError:
+            self.checkpoints.settle()
+            raise
 
     def _best_step(self, steps: Sequence[int]) -> int | None:
         train = self.config.train

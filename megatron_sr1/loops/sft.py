@@ -48,14 +48,14 @@ def _train(run: Run) -> None:
             samples = agreed(run.platform.ranks, partial(only_demonstrations, taken.samples, "data.cold_start"))
             batch = batcher.sft(samples)
             result = policy.train_step(batch.micro_batches, SftLoss(batch), Scoring())
-            keys = [sample.prompt.key for sample in samples]
-            run.bad_steps.take(step, [result], run.platform.ranks.gather(keys) if result.skipped else [])
             feed.finish(taken)
             if writer is not None:
                 optimizer = {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
                 optimizer["skipped_updates"] = float(result.skipped)
                 seconds = {"seconds/step": time.perf_counter() - start}
                 writer.write(step, {**result.metrics, **optimizer, **feed.metrics, **seconds})
+            keys = [sample.prompt.key for sample in samples]
+            run.take_bad(step, [result], policy.replicas.gather(keys) if result.skipped else [])
             run.end_step(step, feed, stop, policy)
     run.export(policy)
     run.say(f"exported to {run.export_dir}")

@@ -68,7 +68,9 @@ class Scorer:
         dtype = self.chunks[-1].config.params_dtype
 
         def collect(index: int, output: Tensor) -> tuple[Tensor, Tensor | None]:
-            return output[:2], output[2:].t().to(dtype) if batches[index].keeps_hidden else None
+            if not batches[index].keeps_hidden:
+                return output[:2], None
+            return output[:2].clone(), output[2:].t().to(dtype)  # no view: nobody is to keep the whole output
 
         found = self._schedule.run(
             batches, scoring, forward_only=True, collect=collect, discard=lambda output: (output, None)

@@ -4,6 +4,7 @@ measures.json, where something else has measured the run: {name: number}."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,10 +104,14 @@ def read_run(path: Path) -> ReportedRun:
 
 def _read_measures(path: Path) -> dict[str, float | None]:
     values = _parse(path, 1, _text(path)) if path.is_file() else {}
-    wrong = next((name for name, value in values.items() if not _is_number(value)), None)
+    wrong = next((name for name, value in values.items() if not _is_number(value) or _is_infinite(value)), None)
     if wrong is not None:
-        raise ValueError(f"{path} has {wrong}={values[wrong]!r}, which is no number. Repair or remove it.")
+        raise ValueError(f"{path} has {wrong}={values[wrong]!r}, which is no finite number. Repair or remove it.")
     return values
+
+
+def _is_infinite(value: float | None) -> bool:
+    return value is not None and not math.isfinite(value)
 
 
 def _read_metrics(path: Path) -> list[dict[str, float | None]]:

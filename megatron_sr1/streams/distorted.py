@@ -13,7 +13,7 @@ from megatron_sr1.types import Distorted
 
 
 def distorted_of(entry: Mapping[str, Any]) -> Distorted | None:
-    """None where nothing is written.
+    """None where nothing is written, or 0 samples are.
 
     Args:
         entry: of `objective.distorted` over what the preset has, checked by `config.distorted`.
@@ -21,7 +21,7 @@ def distorted_of(entry: Mapping[str, Any]) -> Distorted | None:
     Raises:
         ConfigError: a key is missing.
     """
-    if not entry:
+    if not entry or entry.get("samples") == 0:
         return None
     missing = [key for key in KEYS if key not in entry]
     require(not missing, f"objective.distorted.{''.join(missing[:1])}", None, "given", EXAMPLE)

@@ -40,22 +40,22 @@ class BadSteps:
         """Counts a step, and writes `bad_steps/step_N.json` where its gradient was not finite.
 
         Args:
-            batch: keys of the samples that were trained, where nobody has looked for the culprits among them.
+            batch: keys of the samples that were trained, some of them several times perhaps.
 
         Raises:
             ValueError: there are too many in a row; on every rank.
         """
         bad = [result for result in results if result.skipped]
         if not bad:
-            self.in_a_row = 0
+            self.in_a_row = 0 if results else self.in_a_row  # a step that trains nothing says nothing
             return
         self.in_a_row += 1
         path = self._folder / f"step_{step:06d}.json"
         if self._writes:
             self._write(path, step, results, batch)
         told = sum(len(result.culprits) for result in bad)
-        named = f"log-probs of {told} samples are not" if told else "all log-probs are"
-        text = f"step {step + 1}: the gradient is not finite{'' if batch else f', {named}'}; see {path}"
+        named = f", nor are log-probs of {told} samples" if told else ""
+        text = f"step {step + 1}: the gradient is not finite{named}; see {path}"
         if self.in_a_row > self._most:
             raise ValueError(
                 f"{text}. It is so in {self.in_a_row} steps in a row, and train.max_bad_steps is {self._most}: what is "
@@ -75,7 +75,7 @@ class BadSteps:
                 for result in results
                 for key, sample in sorted(set(result.culprits))[:_MOST_TOLD]
             ],
-            "batch": list(batch)[:_MOST_TOLD],
+            "batch": list(dict.fromkeys(batch))[:_MOST_TOLD],
         }
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_suffix(".tmp")

@@ -239,9 +239,8 @@ class Checkpointer:
                 return progress
         if not broken:
             return None
-        raise ValueError(
-            f"no checkpoint in {self.folder} can be read: {'; '.join(broken.values())}. Choose another run_dir."
-        )
+        found = "; ".join(text.rstrip(".") for text in broken.values())
+        raise ValueError(f"no checkpoint in {self.folder} can be read: {found}. Choose another run_dir.")
 
     def _leave_out(self, step: int, wrong: str, broken: dict[int, str]) -> None:
         broken[step] = wrong

@@ -99,7 +99,7 @@ class PolicyLoss:
             )
         )
         means = {} if logprobs.entropy is None else {"entropy": logprobs.entropy.sum() / self._batch.num_tokens}
-        gap = (drawing.detach() - tokens.generator_logprobs).abs() * compared
+        gap = (drawing.detach() - tokens.generator_logprobs).abs().masked_fill(~compared, 0.0)
         to_engine = {"logprob_gap": gap} if self._measures_gap else {}
         if self._mismatch.kind != "none":
             to_engine |= {"mismatch/weight": weights * compared, "mismatch/bounded": bounded}

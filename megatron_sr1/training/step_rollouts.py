@@ -29,6 +29,11 @@ class StepRollouts:
         return len(self.prompts.keys)
 
     @property
+    def trained_keys(self) -> list[str]:
+        """Of the prompts that are trained on."""
+        return [self.prompts.keys[int(number)] for number in self.trained[0].number]
+
+    @property
     def trained(self) -> tuple[StepLedger, list[int]]:
         """The groups that are trained on, and the place of each in the batch."""
         chosen = [index for index, place in enumerate(self.places) if place is not None]
