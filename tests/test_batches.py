@@ -74,6 +74,8 @@ def test_token_mean_weights_add_to_one_per_stream(processor: Processor, preset: 
     config = _config(f"objective.preset={preset}")
     rewards = {**their_rewards(), "fmt_cot": torch.zeros(4)}
     chosen = preset_from_config(config.objective)
+    streams = tuple(replace(stream, contrast_entropy_reward=0.0) for stream in chosen.streams)  # nobody scores here
+    chosen = replace(chosen, streams=streams)
     batch = _packed(Batcher(config, processor, ALONE), config, trained(processor, chosen, rewards), chosen)
     totals = sum(weights.sum(1) for weights in _weights(batch))
     assert totals.tolist() == pytest.approx([1.0] * len(chosen.streams), rel=1e-5)

@@ -236,16 +236,15 @@ def _kept_bytes(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> 
 
 
 def _plain_layers_extra(model: Any, config: Any, tokens: int) -> float:
-    """What the plain layers keep beyond Transformer Engine's: in each norm the normed state before its weight, the
-    cosines and sines of every turn, queries and keys copied for attention; and once the angles."""
+    """What the plain layers keep beyond Transformer Engine's: the cosines and sines of a layer, queries and keys copied
+    for attention; and once the angles."""
     layers, layout = model.num_layers, config.layout
-    norm = 4 * tokens / layout.context / (layout.tensor if layout.sequence_parallel else 1) * model.hidden_size
     per_head = 4 * tokens / layout.context * model.head_dim
     heads, kv_heads = model.num_heads / layout.tensor, model.num_kv_heads / layout.tensor
-    copies = heads * (2 if kv_heads > 1 else 1) + kv_heads if model.family.qk_norm else -kv_heads
-    layer = 2 * norm + 4 * per_head + copies * per_head
+    copies = heads * (1 if kv_heads > 1 else 0) if model.family.qk_norm else -kv_heads
+    layer = 2 * per_head + copies * per_head
     kept_layers = {"full": 0, "block": layers - config.recompute.layers}.get(config.recompute.mode, layers)
-    return kept_layers * layer + norm + per_head
+    return kept_layers * layer + per_head
 
 
 # ---------------------------------------------------------------- on one rank, and on two
