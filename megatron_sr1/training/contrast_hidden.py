@@ -10,7 +10,7 @@ Shape legend: R scored tokens of a row, K of them, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,11 +33,8 @@ def others_of_own(
         wanted: [R] bool of each row in its own context: tokens that the contrast has, and whose KL is wanted.
         own: all rows of the `number` responses of the replica.
     """
-    known = _known(hidden)
-    if known is None:
-        return [None] * len(own)
-    there, _ = contrast.onto_own(known, own, number)  # [H, R]; nothing of a size without any row
-    return [_other(values, each, is_own=False) for values, each in zip(there, wanted, strict=True)]
+    # nothing of a size without any row
+    return _others(hidden, wanted, lambda known: contrast.onto_own(known, own, number)[0], is_own=False)
 
 
 def others_of_contrast(
@@ -54,17 +51,21 @@ def others_of_contrast(
         wanted: [R] bool of each of the contrast's rows: whose KL is wanted.
         own: all rows of the `number` responses of the replica.
     """
-    known = _known(hidden)
-    if known is None:
-        return [None] * len(contrast.micro_batches)
-    here = contrast.from_own(known, own, number)  # [H, R]
-    return [_other(values, each, is_own=True) for values, each in zip(here, wanted, strict=True)]
+    return _others(hidden, wanted, lambda known: contrast.from_own(known, own, number), is_own=True)
 
 
-def _known(hidden: Sequence[Tensor | None]) -> list[Tensor] | None:
-    """[H, R] each, where all are there."""
+def _others(
+    hidden: Sequence[Tensor | None],
+    wanted: Sequence[Tensor],
+    placed: Callable[[list[Tensor]], list[Tensor]],
+    *,
+    is_own: bool,
+) -> list[OtherContext | None]:
+    """One for each row of `wanted`; `placed` brings hidden states [H, R] to these rows."""
     known = [each.t() for each in hidden if each is not None]
-    return known if len(known) == len(hidden) else None
+    if len(known) < len(hidden):
+        return [None] * len(wanted)
+    return [_other(values, each, is_own=is_own) for values, each in zip(placed(known), wanted, strict=True)]
 
 
 def _other(values: Tensor, wanted: Tensor, *, is_own: bool) -> OtherContext:
