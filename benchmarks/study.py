@@ -51,6 +51,11 @@ class Plan:
     cold_start: tuple[str, ...]  # further overrides
     costs: tuple[int, int]  # steps and rounds
 
+    @property
+    def cost_file(self) -> Path:
+        """What a step costs, once that is weighed."""
+        return self.folder / "costs.json"
+
 
 FULL = Plan(Path("runs/study"), EXAMPLES / "sweep.yaml", (4000, 600, 8000), (), (10, 2))
 SHORT = Plan(Path("runs/study_short"), EXAMPLES / "short.yaml", (48, 12, 160), ("train.steps=4",), (3, 1))
@@ -69,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _cold_start(plan)
     failed = list(_runs(plan, sweep, options.jobs))
     failed += _measure(sweep)
-    if not options.no_costs and not any(failed):
+    if not options.no_costs and not any(failed) and not plan.cost_file.is_file():
         failed.append(subprocess.run(_costs(plan, sweep), check=False).returncode)
     _sr1("report", str(plan.sweep)).check_returncode()
     (plan.folder / "study.md").write_text(study_tables(plan, sweep), encoding="utf-8")
@@ -114,12 +119,10 @@ def _measure(sweep: Sweep) -> list[int]:
 
 
 def _costs(plan: Plan, sweep: Sweep) -> list[str]:
-    """The command that weighs steps; one that does nothing where they are weighed already."""
-    out, (steps, rounds) = plan.folder / "costs.json", plan.costs
-    if out.is_file():
-        return ["true"]
+    """The command that weighs steps."""
+    steps, rounds = map(str, plan.costs)
     presets = [*dict.fromkeys(run.preset for run in sweep.runs), "external_reasoner"]
-    words = ["--presets", *presets, "--steps", str(steps), "--rounds", str(rounds), "--out", str(out)]
+    words = ["--presets", *presets, "--steps", steps, "--rounds", rounds, "--out", str(plan.cost_file)]
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step_cost", sweep.config, *words]
     shared = _shared(sweep)
     return [*command, "--overrides", *shared] if shared else command
@@ -143,7 +146,7 @@ def study_tables(plan: Plan, sweep: Sweep) -> str:
     unfinished = [name for row in rows for name in row["unfinished"]]
     if unfinished:
         blocks.append(f"Not in the numbers, because unfinished: {', '.join(unfinished)}.")
-    costs = _json(plan.folder / "costs.json")
+    costs = _json(plan.cost_file)
     if costs:
         found = {name: [Cost(**one) for one in each] for name, each in costs.items()}
         blocks.append("What a step costs:\n\n" + table(found))
