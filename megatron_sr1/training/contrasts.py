@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megatron_sr1.ahead import Later
 from megatron_sr1.config import Config, row_tokens
 from megatron_sr1.packing import gather_rows, scatter_rows
 from megatron_sr1.processor import Processor
@@ -93,7 +92,7 @@ class ContextMaker:
             images = self._made.get((contrast.name, group))
             if images is None:
                 images = tuple(
-                    _changed(image, contrast, self._generator(contrast, key, number))
+                    self._processor.changed(image, _change(contrast, self._generator(contrast, key, number)))
                     for number, image in enumerate(sequence.images)
                 )
                 self._made[contrast.name, group] = images
@@ -130,17 +129,17 @@ class ContextMaker:
         return lambda: torch.Generator().manual_seed(seed)
 
 
-def _changed(image: EncodedImage, contrast: Contrast, drawn: Callable[[], torch.Generator]) -> EncodedImage:
-    """The image with some patches black, or with other pixels; its grid, and so its tokens, stay."""
+def _change(contrast: Contrast, drawn: Callable[[], torch.Generator]) -> Callable[[Tensor], Tensor]:
+    """Of the patches [P, C] of an image: some are black, or all have other pixels."""
 
-    def make() -> Tensor:
-        patches, generator = image.patches(), drawn()
+    def change(patches: Tensor) -> Tensor:
+        generator = drawn()
         if contrast.context == "noise":
             return torch.randint(0, 256, patches.shape, generator=generator, dtype=torch.uint8)
         hidden = torch.rand(len(patches), generator=generator) < contrast.share
         return patches.masked_fill(hidden[:, None], 0)
 
-    return EncodedImage(image.grid_thw, Later(make), image.normalisation)
+    return change
 
 
 @dataclass(frozen=True)
