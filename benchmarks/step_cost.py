@@ -38,7 +38,7 @@ from pathlib import Path
 import psutil
 
 from megatron_sr1.config import load_config
-from megatron_sr1.platform.fork_server import end_with_parent
+from megatron_sr1.parent_process import end_with_parent
 
 WARM_UP = 2  # steps that are not counted
 READER = "reader"  # the name that the server knows its model by

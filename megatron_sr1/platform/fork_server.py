@@ -7,18 +7,17 @@ and no one can say of every library what it touches while it is imported.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 
+from megatron_sr1.parent_process import end_with_parent
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def start_fork_server(modules: Sequence[str]) -> None:
@@ -57,12 +56,6 @@ def without_collecting() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def end_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
-    """This process gets the signal when the one that started it ends. On Linux; nothing elsewhere."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
 
 
 @contextmanager

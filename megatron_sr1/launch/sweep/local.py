@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -11,15 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from megatron_sr1.launch.sweep.file import Sweep, SweepRun
+from megatron_sr1.parent_process import end_with_parent
 
 STOPPED_STATUS = os.EX_TEMPFAIL  # how a run that was asked to stop, and has saved, ends
 POLL_SECONDS = 0.2
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,9 @@ def _start(sweep: Sweep, run: SweepRun, files: ExitStack, say: Callable[[str], N
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a Ctrl-C in the terminal comes here alone, and goes on as SIGTERM
-            preexec_fn=_end_with_parent,
+            preexec_fn=partial(end_with_parent, signal.SIGTERM),
         )
     return _Process(run, popen, log, lines, time.monotonic())
-
-
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _log(sweep: Sweep, run: SweepRun) -> Path:
