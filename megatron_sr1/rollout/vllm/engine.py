@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import secrets
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ import torch
 import torch.distributed
 
 from megatron_sr1.config import read_hf_config
+from megatron_sr1.phases import during
 from megatron_sr1.platform.torch_private import all_gather_within
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation, OwnView
@@ -34,6 +34,7 @@ from megatron_sr1.rollout.vllm.private import (
 )
 from megatron_sr1.rollout.vllm.prompts import prepared_prompt
 from megatron_sr1.rollout.vllm.reload import check_reloadable, register_no_weights, reload_weights
+from megatron_sr1.rollout.vllm.shared_memory import new_job, take_back, take_back_left_behind
 from megatron_sr1.types import BANNED_LOGIT_BIAS, EncodedImage
 from megatron_sr1.weights import HfTensors
 
@@ -116,11 +117,11 @@ class Engine:
         _register_architecture(self._class_name)
         if self._filled_later:
             register_no_weights()
-        if self._in_job and self._tensor_parallel > 1:
-            _name_shared_memory()
+        shared = _named_shared_memory() if self._in_job and self._tensor_parallel > 1 else []
         silence_reload_warnings()  # _complete() watches what matters
         set_num_threads = torch.set_num_threads
         engine = LLMEngine.from_engine_args(EngineArgs(**self._arguments))
+        take_back(shared)  # every rank of this engine has it by now
         if self._in_job:  # vLLM's shutdown destroys the process groups, which are the job's
             detach_finalizer(engine)
         torch.set_num_threads = set_num_threads  # vLLM replaces it on a CPU by one that only warns
@@ -259,7 +260,7 @@ class Engine:
 
     def step(self) -> list[Generation]:
         """One forward pass over what is running; returns the requests it finished."""
-        with torch.compiler.set_stance(self._stance):
+        with during("engine step"), torch.compiler.set_stance(self._stance):
             return [_generation(output) for output in self._engine.step() if output.finished]
 
     def has_unfinished(self) -> bool:
@@ -322,15 +323,19 @@ class Engine:
             raise ValueError(f"weight update: {len(missing)} tensors are missing, first {min(missing)!r}. {remedy}")
 
 
-def _name_shared_memory() -> None:
-    """Gives the memory through which an engine's ranks reduce on a CPU a name of this job. Collective.
+def _named_shared_memory() -> list[str]:
+    """Gives the memory through which an engine's ranks reduce on a CPU names of this job. Collective.
 
     vLLM names it after the address at which the ranks met, which is the same for all jobs where their launcher has
     introduced them: two jobs on a machine would share it, and what a killed job left would keep the next from starting.
+
+    Returns:
+        A list that gets this rank's names as an engine starts.
     """
-    names = [secrets.token_hex(8)]
+    take_back_left_behind()
+    names = [new_job()]
     torch.distributed.broadcast_object_list(names)
-    name_shared_memory(names[0])
+    return name_shared_memory(names[0])
 
 
 def _generation(output: Any) -> Generation:

@@ -31,17 +31,22 @@ def stop_worker(engine: Any) -> None:
     engine.engine_core.engine_core.model_executor.shutdown()
 
 
-def name_shared_memory(job: str) -> None:
-    """Names the memory through which an engine's ranks reduce on a CPU after `job`, which all of them give.
+def name_shared_memory(job: str) -> list[str]:
+    """Names the memory through which an engine's ranks reduce on a CPU after `job`, which all of them give. Returns a
+    list that gets the names of this rank's, without the number of a rank at their end, as they are given.
 
     vLLM's own name ends in the group's, and starts with an address that jobs may share; nothing else enters it.
     """
     from vllm.distributed.device_communicators import cpu_communicator
 
+    given: list[str] = []
+
     def group_name(communicator: Any) -> str:
-        return f"{job}-{communicator.unique_name}-{'-'.join(map(str, communicator.ranks))}"
+        given.append(f"{job}-{communicator.unique_name}-{'-'.join(map(str, communicator.ranks))}")
+        return given[-1]
 
     cpu_communicator._CPUSHMDistributed.make_group_name = staticmethod(group_name)
+    return given
 
 
 def silence_reload_warnings() -> None:
