@@ -30,7 +30,7 @@ from tests.source_tree import (
 
 LEVELS = {
     0: {"__init__", "ahead", "config", "encoded_image", "file_lock", "import_path", "parent_process", "ranks"}
-    | {"reward_stream", "schedule", "types"},
+    | {"phases", "reward_stream", "schedule", "types"},
     1: {
         "data",
         "prompts",

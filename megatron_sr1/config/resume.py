@@ -116,6 +116,7 @@ RULES: Mapping[str, Rule] = {
     "evaluate.gold_field": "takes effect",
     "evaluate.other_questions": "takes effect",
     "track": "free",
+    "watchdog": "free",
 }
 _STEP = re.compile(r"step_(\d{6,})")
 _REMEDY = "Set it back, or choose another run_dir."

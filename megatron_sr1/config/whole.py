@@ -15,6 +15,7 @@ from megatron_sr1.config.rules import Range, check_numbers, require
 from megatron_sr1.config.templates import check_templates
 from megatron_sr1.config.tracking import TrackConfig
 from megatron_sr1.config.training import ObjectiveConfig, OptimizerConfig, TrainConfig
+from megatron_sr1.config.watchdog import WatchdogConfig
 
 _NUMBERS = {"seed": Range(0, 10**18), "nproc": Range(1, 10**6), "timeout_minutes": Range(0, 10**6, above=True)}
 
@@ -42,6 +43,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     def __post_init__(self) -> None:
         check_numbers("", self, _NUMBERS)

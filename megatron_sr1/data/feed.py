@@ -18,6 +18,7 @@ from megatron_sr1.data.index import IndexedSample
 from megatron_sr1.data.quarantine import BadSample, Quarantine
 from megatron_sr1.data.state import StreamState
 from megatron_sr1.data.stream import SampleStream
+from megatron_sr1.phases import during
 from megatron_sr1.ranks import ALONE, Ranks
 from megatron_sr1.types import Prompt, SftSample
 
@@ -119,6 +120,7 @@ class SampleFeed:
         num_left_out = len(self._quarantine.bad) - num_bad
         return {**counts, "data/left_out": float(num_left_out)} if num_left_out else counts
 
+    @during("read")
     def next(self, count: int, *, distinct: bool = False) -> Batch:
         """The next `count` good samples, which are in flight until `finish`. Collective.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from megatron_sr1.loops.control_material import check_material
 from megatron_sr1.loops.controls import ask_controls, chosen_controls
 from megatron_sr1.loops.generation import build_generator, engine_ranks, prompt_check
 from megatron_sr1.loops.run import Run, open_run
+from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform
 from megatron_sr1.prompts import OURS
 from megatron_sr1.report import print_table, summary_rows
@@ -255,7 +257,7 @@ def _resume(files: EvaluationFiles, identity: Identity, restart: bool) -> tuple[
 
 def _judge(run: Run, files: EvaluationFiles, settings: EvaluateConfig) -> None:
     run.say(f"asking {settings.judge_model} about the descriptions")
-    with Judge(settings.judge) as judge:
+    with during("judge", math.inf), Judge(settings.judge) as judge:  # which has a patience of its own
         outcome = judge_records(
             files.records,
             judge.ask,

@@ -15,6 +15,7 @@ from megatron_sr1.loops.generation import build_generator, contrast_check, engin
 from megatron_sr1.loops.preemption import watch_for_stop
 from megatron_sr1.loops.run import Run, check_verification, metrics_of, open_run
 from megatron_sr1.metrics.clock import Clock
+from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.rewards import RewardError
@@ -106,6 +107,7 @@ def _steps(
     evaluations.before(first)
     with metrics_of(run, first) as writer, watch_for_stop(run.platform) as stop:
         for step in range(first, run.config.train.steps):
+            during.step = step
             evaluations.between(step)
             prompts = StepPrompts(feed, run.config.rollout.prompts_per_step)
             with run.kept_before(RewardError, step, feed, policy, first):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -23,7 +24,8 @@ from megatron_sr1.import_path import keep_code
 from megatron_sr1.loops.preemption import StopRequest
 from megatron_sr1.metrics import MetricsWriter, Trackers
 from megatron_sr1.metrics.clock import Clock
-from megatron_sr1.platform import Platform
+from megatron_sr1.phases import during
+from megatron_sr1.platform import Platform, watched_rank
 from megatron_sr1.platform.precision import shares_prefixes
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
@@ -305,6 +307,7 @@ def open_run(config: Config, platform: Platform) -> Iterator[Run]:
     """
     run = Run(config, platform)
     with ExitStack() as stack:
+        stack.enter_context(_watched(run))
         if not platform.ranks.any(platform.is_main and _lock(run.folder, stack)):
             raise ValueError(
                 f"run_dir={config.run_dir!r} is in use by another process. Wait for it, stop it, or choose "
@@ -316,6 +319,17 @@ def open_run(config: Config, platform: Platform) -> Iterator[Run]:
             if error.errno in FULL and error.filename is None:  # a write does not know its file
                 raise OSError(error.errno, error.strerror, config.run_dir) from error
             raise
+
+
+def _watched(run: Run) -> AbstractContextManager[object]:
+    """Ends this rank where it, or the next, hangs."""
+    config = run.config
+    settings, judge = config.watchdog, config.rewards.judge.url
+    if not settings.enabled:
+        return nullcontext()
+    limits = settings.seconds(config.timeout_minutes, math.inf if judge else config.rewards.seconds)
+    others = (run.platform.rank, run.platform.world_size)
+    return watched_rank(during, limits, 60 * settings.other, settings.silent_seconds, run.folder, *others)
 
 
 def _lock(folder: Path, stack: ExitStack) -> bool:

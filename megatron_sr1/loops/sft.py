@@ -9,6 +9,7 @@ from megatron_sr1.config import Config
 from megatron_sr1.data import only_demonstrations
 from megatron_sr1.loops.preemption import watch_for_stop
 from megatron_sr1.loops.run import Run, metrics_of, open_run
+from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.prompts import templates_of
@@ -43,11 +44,13 @@ def _train(run: Run) -> None:
     run.accept()
     with feed, metrics_of(run, first) as writer, watch_for_stop(run.platform) as stop:
         for step in range(first, config.train.steps):
+            during.step = step
             start = time.perf_counter()
             taken = feed.next(config.train.batch_size)
             samples = agreed(run.platform.ranks, partial(only_demonstrations, taken.samples, "data.cold_start"))
             batch = batcher.sft(samples)
-            result = policy.train_step(batch.micro_batches, SftLoss(batch), Scoring())
+            with during("train"):
+                result = policy.train_step(batch.micro_batches, SftLoss(batch), Scoring())
             feed.finish(taken)
             if writer is not None:
                 optimizer = {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}

@@ -5,6 +5,7 @@ from megatron_sr1.platform.determinism import make_deterministic
 from megatron_sr1.platform.fork_server import STOP_SIGNALS
 from megatron_sr1.platform.ranks import GroupRanks, TeamRanks
 from megatron_sr1.platform.runtime import STOPPED_STATUS, Platform, run_on_ranks, start_platform
+from megatron_sr1.platform.watchdog import watched_rank
 
 __all__ = [
     "STOPPED_STATUS",
@@ -16,4 +17,5 @@ __all__ = [
     "make_deterministic",
     "run_on_ranks",
     "start_platform",
+    "watched_rank",
 ]

@@ -10,6 +10,7 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_sr1.phases import WAIT, during
 from megatron_sr1.ranks import Element, Ranks
 
 _CPU = torch.device("cpu")
@@ -30,18 +31,21 @@ class GroupRanks:
     def num_ranks(self) -> int:
         return torch.distributed.get_world_size(self.group)
 
+    @during(WAIT)
     def gather(self, items: list[Element]) -> list[Element]:
         """All ranks' items on every rank, in the order of the ranks. Collective."""
         lists: list[list[Element]] = [[] for _ in range(self.num_ranks)]
         torch.distributed.all_gather_object(lists, items, group=self.group)
         return [item for part in lists for item in part]
 
+    @during(WAIT)
     def send_to_main(self, items: list[Element]) -> list[Element]:
         """All ranks' items on rank 0, in the order of the ranks; [] on the others. Collective."""
         lists: list[list[Element]] = [[] for _ in range(self.num_ranks)]
         torch.distributed.gather_object(items, lists if self.rank == 0 else None, group=self.group, group_dst=0)
         return [item for part in lists for item in part]
 
+    @during(WAIT)
     def gather_rows(self, rows: Tensor) -> Tensor:
         """All ranks' rows [n, W] of numbers, of one width and dtype, in the order of the ranks. Collective."""
         counts = torch.empty(self.num_ranks, dtype=torch.int64, device=self.device)
@@ -56,6 +60,7 @@ class GroupRanks:
         places = torch.arange(most, device=self.device).expand(self.num_ranks, -1)
         return found[(places < counts[:, None]).flatten()].to(rows.device)
 
+    @during(WAIT)
     def swap(self, pieces: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         """What each rank has for this one, for one piece [n] for each rank, all of one dtype. Collective.
 
@@ -69,12 +74,14 @@ class GroupRanks:
         )
         return list(received.to(sent.device).split(list(sizes)))
 
+    @during(WAIT)
     def any(self, flag: bool) -> bool:
         """Whether it is true on some rank. Collective: one number, however many ranks."""
         found = torch.tensor([int(flag)], device=self.device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self.group)
         return bool(found.item())
 
+    @during(WAIT)
     def meet(self) -> None:
         """Waits until all ranks are here. Collective."""
         torch.distributed.barrier(group=self.group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import logging
 import os
 import signal
 import sys
@@ -26,20 +27,23 @@ from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUs
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, ProcessExitedException, start_processes
 
 from megatron_sr1.config.mistakes import EXPECTED_ERRORS, MISTAKE_STATUS, one_line
+from megatron_sr1.phases import WAIT, during
 from megatron_sr1.platform.accelerator import Accelerator, find_accelerator
+from megatron_sr1.platform.board import CAUSE
 from megatron_sr1.platform.cpu_shim import install_cpu_shim, patch_megatron
 from megatron_sr1.platform.fork_server import STOP_SIGNALS, begin_rank, held_back, start_fork_server, without_collecting
 from megatron_sr1.platform.joining import TIMEOUT, join, open_store
 from megatron_sr1.platform.ranks import GroupRanks
 from megatron_sr1.platform.torch_private import job_store
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
+from megatron_sr1.platform.watchdog import HUNG_STATUS
 from megatron_sr1.ranks import Element
 
 STOPPED_STATUS = os.EX_TEMPFAIL  # 75, sysexits.h: "the user is invited to retry"; of a run that was asked to stop
 _MISTAKES = "mistake{}.txt"  # by rank: the message that it ended with
 _LEAST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between two questions whether all ranks are there
 _WAITS = itertools.count()  # every rank counts alike
-_GRACE_SECONDS = 5.0  # for the ranks beside one that ended, to end too
+_GRACE_SECONDS = 3.0  # for the ranks beside one that ended, to end too
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,13 @@ class Platform:
         outcome: list[tuple[Any, str]] = []
         if self.is_main:
             try:
-                outcome.append((work(), ""))
+                with during("what the main rank does alone", None if longest is None else longest.total_seconds()):
+                    outcome.append((work(), ""))
             except ValueError as error:
                 outcome.append((None, str(error)))
         if patient is not None:
-            torch.distributed.barrier(patient)
+            with during(WAIT):
+                torch.distributed.barrier(patient)
             torch.distributed.destroy_process_group(patient)
         ((result, refusal),) = self.ranks.gather(outcome)
         if refusal:
@@ -88,9 +94,10 @@ class Platform:
             return
         store, name, pause = job_store(), f"waits/{next(_WAITS)}", _LEAST_PAUSE
         store.add(name, 1)
-        while store.add(name, 0) < self.world_size:
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+        with during(WAIT):
+            while store.add(name, 0) < self.world_size:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
 
     @property
     def on_cpu(self) -> bool:
@@ -117,7 +124,8 @@ def run_on_ranks(
     Raises:
         ValueError: a rank ended with an error that a person can put right; its message.
         torch.multiprocessing.ProcessException: a rank failed; the message holds its traceback.
-        SystemExit: the ranks were asked to stop and did, with STOPPED_STATUS.
+        SystemExit: the ranks were asked to stop and did, with STOPPED_STATUS; they hung, with HUNG_STATUS; one was
+            killed, with 128 and the signal's number.
     """
     if os.environ.get("RANK") or num_ranks == 1:
         if not torch.cuda.is_available():
@@ -129,6 +137,7 @@ def run_on_ranks(
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_rank(num_ranks)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it warns of each rank that it ends
     forked = sys.platform == "linux" and not torch.cuda.is_available()
     if forked:
         start_fork_server(imports)
@@ -149,8 +158,9 @@ def run_on_ranks(
 
 
 def _explain(error: ProcessException, folder: Path, asked: bool) -> None:
-    """Ends the command in plainer words than the error of the ranks, where there are any."""
-    for message in sorted(folder.glob(_MISTAKES.format("*"))):
+    """Ends the command in plainer words than the error of the ranks, where there are any: those of the first."""
+    messages = sorted(folder.glob(_MISTAKES.format("*")), key=lambda path: path.stat().st_mtime_ns)
+    for message in messages:
         raise ValueError(message.read_text(encoding="utf-8")) from error
     if not isinstance(error, ProcessExitedException):
         return
@@ -159,6 +169,19 @@ def _explain(error: ProcessException, folder: Path, asked: bool) -> None:
     if asked and error.signal_name in ("SIGTERM", "SIGUSR1"):  # a rank that is asked outside its steps just ends
         print("asked to stop outside of the steps; the same command goes on from what is saved", flush=True)
         sys.exit(STOPPED_STATUS)
+    if error.exit_code == HUNG_STATUS or (folder / CAUSE).exists():  # which the rank that has found it has said
+        sys.exit(HUNG_STATUS)
+    number = abs(error.exit_code)
+    how = f"was ended by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
+    if error.signal_name == "SIGKILL":
+        how += ", by hand or because the memory ran out"
+    print(
+        f"megatron-sr1: rank {error.error_index} {how}, so all others are ended; the same command goes on from what is "
+        "saved",
+        file=sys.stderr,
+        flush=True,
+    )
+    sys.exit(128 + number if error.signal_name else number)
 
 
 @contextmanager

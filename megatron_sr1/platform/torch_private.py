@@ -13,7 +13,12 @@ from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import (
+    FileStore,  # pyright: ignore[reportPrivateImportUsage]
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    ProcessGroup,
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+)
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.utils import _create_file_view
@@ -60,6 +65,16 @@ def job_store() -> Store:
     torch hands it to nobody: a second one would need a port, or a file, that the ranks have to agree about first.
     """
     return _get_default_store()
+
+
+def job_store_copy() -> Store:
+    """The same store over a connection of its own, for another thread: a connection serves one question at a time, and
+    some take minutes. A store in a file has no connection: that one itself, whose `path` is the file."""
+    store: Any = _get_default_store()
+    inner = store
+    while isinstance(inner, PrefixStore):
+        inner = inner.underlying_store
+    return inner if isinstance(inner, FileStore) else store.clone()
 
 
 def file_view(stream: IO[bytes], offset: int, length: int) -> IO[bytes]:

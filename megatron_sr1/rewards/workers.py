@@ -19,6 +19,7 @@ from multiprocessing import get_context, parent_process
 from queue import LifoQueue
 
 from megatron_sr1.config import Endpoint
+from megatron_sr1.phases import during
 from megatron_sr1.prompts import OURS, Asked
 from megatron_sr1.rewards.find import find_reward
 from megatron_sr1.rewards.judged import Judged, JudgedRewards, with_judged
@@ -132,6 +133,7 @@ class Graders:
         graded = after(futures, lambda: self._threads.submit(self._grade, group, own, asked))
         self._futures[group.group_id] = (graded, judged)
 
+    @during("reward")
     def collect(self) -> list[tuple[int, Vectors | Ungraded]]:
         """(group_id, reward vectors) of everything submitted since the last call; waits for what is missing. A group
         whose reward fails, or whose worker twice dies or does not end, is ungraded."""
@@ -141,6 +143,7 @@ class Graders:
             self._judged.forget()
         return graded
 
+    @during("reward")
     def take(self, number: int) -> Vectors | Ungraded:
         """What `collect` would say of one group, which it then does not; waits for it."""
         own, judged = self._futures.pop(number)

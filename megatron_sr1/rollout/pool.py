@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 from megatron_sr1.ahead import Later
+from megatron_sr1.phases import during
 from megatron_sr1.types import Prompt, PromptShare
 
 AHEAD = 1  # prompts that an engine has taken and not begun: the next one is decoded meanwhile
@@ -78,7 +79,8 @@ class PromptPool:
         while self._taken:
             place, reading = self._taken.pop(0)
             self._look_ahead()
-            prompt = reading()
+            with during("read"):
+                prompt = reading()
             if prompt is not None:
                 return place, prompt
         return None

@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sr1.config import PixelLimits, saved_steps
+from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.ranks import agreed
@@ -108,6 +109,7 @@ class Checkpointer:
         """Whether a checkpoint is begun and not finished."""
         return self._begun is not None
 
+    @during("save")
     def save(self, policy: Policy, progress: Progress, hf: HfSource | None = None) -> None:
         """Begins a checkpoint, when the one before is finished; the policy may change as soon as this returns.
 
@@ -128,6 +130,7 @@ class Checkpointer:
         if not self._in_background:
             self.settle()
 
+    @during("save")
     def settle(self, *, wait: bool = True) -> None:
         """Finishes the checkpoint that is being written, and removes the oldest beyond those to keep.
 

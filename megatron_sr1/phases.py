@@ -1,0 +1,64 @@
+"""What the main thread of this process is at, for whoever watches that it gets on (`platform/watchdog.py`)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Something that was begun and has not ended."""
+
+    name: str
+    since: float  # time.monotonic()
+    longest: float | None = None  # seconds that it may take; None: as the watchdog's configuration says
+
+
+class Phases:
+    """Phases within phases. Other threads work for the main one, and what they are at is not noted."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self._open: tuple[Phase, ...] = ()
+        self._changed = time.monotonic()
+
+    @contextmanager
+    def __call__(self, name: str, longest: float | None = None) -> Iterator[None]:
+        """Within its `with` the main thread is at `name`.
+
+        Args:
+            longest: seconds that this may take, where whoever begins it knows that better than a configuration.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = self._open
+        self._changed = time.monotonic()
+        self._open = (*before, Phase(name, self._changed, longest))
+        try:
+            yield
+        finally:
+            self._open, self._changed = before, time.monotonic()
+
+    @property
+    def open(self) -> tuple[Phase, ...]:
+        """Those that have not ended, the outermost first."""
+        return self._open
+
+    @property
+    def changed(self) -> float:
+        """When one began or ended last, as of time.monotonic()."""
+        return self._changed
+
+    def __str__(self) -> str:
+        """Step and phases, such as "step 3: rollout, engine step"."""
+        names = ", ".join(phase.name for phase in self._open) or "between phases"
+        return names if self.step is None else f"step {self.step}: {names}"
+
+
+during = Phases()  # of this process
+WAIT = "wait for the other ranks"

@@ -1,0 +1,1 @@
+"""Faults that are tried on real runs: `python -m tests.faults --trials 30 --seed 1`."""
