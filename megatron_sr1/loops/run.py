@@ -22,7 +22,7 @@ from megatron_sr1.evaluation.best import best_step, measured
 from megatron_sr1.file_lock import lock_file
 from megatron_sr1.import_path import keep_code
 from megatron_sr1.loops.preemption import StopRequest
-from megatron_sr1.metrics import MetricsWriter, Trackers
+from megatron_sr1.metrics import MetricsWriter, SpikeSink, Trackers
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform, watched_rank
@@ -345,8 +345,9 @@ def metrics_of(run: Run, start_step: int) -> Iterator[MetricsWriter | None]:
         yield None
         return
     steps = run.config.train.steps
+    spikes = SpikeSink(run.folder, start_step, run.config.optimizer.clip_grad, run.say)
     with (
         Trackers(run.config) as trackers,
-        MetricsWriter(run.folder, start_step, steps, further=(trackers,)) as writer,
+        MetricsWriter(run.folder, start_step, steps, further=(spikes, trackers)) as writer,
     ):
         yield writer

@@ -5,6 +5,7 @@ Names are paths: `reward/total`, `seconds/rollout`. The report draws one chart p
 
 from megatron_sr1.metrics.files import JsonlSink, TensorBoardSink, read_jsonl
 from megatron_sr1.metrics.progress import PROGRESS_METRICS, ProgressSink
+from megatron_sr1.metrics.spikes import SpikeSink
 from megatron_sr1.metrics.tracking import Trackers, send_evaluations
 from megatron_sr1.metrics.values import Metric, MetricLog, Reduction, reduce_over
 from megatron_sr1.metrics.writer import MetricsSink, MetricsWriter
@@ -18,6 +19,7 @@ __all__ = [
     "MetricsWriter",
     "ProgressSink",
     "Reduction",
+    "SpikeSink",
     "TensorBoardSink",
     "Trackers",
     "read_jsonl",
