@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import cast
@@ -238,3 +239,35 @@ def test_a_skipped_step_names_the_samples_whose_log_probs_are_not_finite(tiny_mo
     (culprit,) = result.culprits
     assert culprit[0] in rollouts.prompts.keys and culprit[1] in (0, 1)
     assert Trainer(config, cast(Policy, Recorder(0.0, 0.0)), preset, processor).update(rollouts)[0].culprits == ()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_kl_in_the_reward_that_is_not_finite_skips_the_step_and_names_the_sample(
+    tiny_model_dir: str, value: float
+) -> None:
+    """The reference gives one token of one sample no number: no loss of that rollout step is one, so nothing is stepped
+    (tests/test_policy.py)."""
+    settings = ("objective.kl_in=reward", "objective.kl_estimator=k1", "objective.kl_coef=0.5")
+    batch = ("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "train.batch_size=1")
+    config = load_config(None, [*batch, "train.micro_batch_tokens=256", *settings])
+    processor, preset = Processor.from_pretrained(tiny_model_dir), preset_from_config(config.objective)
+
+    class Spoilt(Recorder):
+        seen = 0
+
+        def reference_logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
+            found = super().reference_logprobs(batches, scoring)
+            if not self.seen:
+                found[0].logprobs[0] = value
+            self.seen += 1
+            return found
+
+    found = {}
+    for policy in (Recorder(0.0, 0.0), Spoilt(0.0, 0.0)):
+        rollouts = trained(processor, preset)
+        results = Trainer(config, cast(Policy, policy), preset, processor).update(rollouts)
+        found[type(policy)] = [(result.metrics["loss/answer/policy"], result.culprits) for result in results]
+    assert all(math.isfinite(loss) and not culprits for loss, culprits in found[Recorder])
+    assert all(math.isnan(loss) for loss, _ in found[Spoilt]) and len(found[Spoilt]) == 2
+    (first,), (second,) = (culprits for _, culprits in found[Spoilt])
+    assert first == second and first[0] == rollouts.prompts.keys[0] and first[1] in (0, 1)

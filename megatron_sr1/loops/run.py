@@ -168,7 +168,9 @@ class Run:
             self.say("train.shared_prefix: every sequence has its own prompt, because attention in fp32 has no kernel")
         if self.progress is not None:
             self.checkpoints.restore(policy, self.progress)
-            self.say(f"continuing after step {self.progress.step}")
+            step, steps, samples = self.progress.step, self.config.train.steps, self.progress.position
+            path = self.checkpoints.path(step)
+            self.say(f"continuing after step {step} of {steps}, {samples} samples of the data, from {path}")
         return 0 if self.progress is None else self.progress.step
 
     def accept(self, code: Mapping[str, Callable[..., Any]] = MappingProxyType({})) -> None:

@@ -101,3 +101,18 @@ def not_finite(
     for scores, place in zip(logprobs, places, strict=True):
         found |= set((place[~torch.isfinite(scores.logprobs)] // most).tolist())
     return tuple(sorted({name(index) for index in ranks.gather(sorted(found))}))
+
+
+def bad_samples(*numbers: Tensor | None) -> list[int]:
+    """The samples [B] for which a number that enters the rewards, a KL or what a contrast earns, is not finite.
+
+    Args:
+        numbers: [S, B, M] each; None: nothing of the kind enters.
+    """
+    bad = [(~torch.isfinite(each)).any(2).any(0) for each in numbers if each is not None]  # [B] each
+    return torch.stack(bad).any(0).nonzero().squeeze(1).tolist() if bad else []
+
+
+def finite(numbers: Tensor | None) -> Tensor | None:
+    """The same with 0 for what is not finite."""
+    return None if numbers is None else torch.nan_to_num(numbers, nan=0.0, posinf=0.0, neginf=0.0)

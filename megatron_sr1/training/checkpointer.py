@@ -167,10 +167,10 @@ class Checkpointer:
         try:
             for left in self.folder.glob("step_*.partial*"):
                 shutil.rmtree(left, ignore_errors=True)
-            partial = self._path(step).with_suffix(f".partial-{secrets.token_hex(4)}")
+            partial = self.path(step).with_suffix(f".partial-{secrets.token_hex(4)}")
             partial.mkdir(parents=True)
         except OSError as error:
-            raise ValueError(f"{self._path(step)} could not be written: {error}. Choose another run_dir.") from error
+            raise ValueError(f"{self.path(step)} could not be written: {error}. Choose another run_dir.") from error
         return str(partial)
 
     def _refusal(self, begun: _Begun, reason: str) -> str:
@@ -178,12 +178,12 @@ class Checkpointer:
         free = shutil.disk_usage(self.folder).free >> 20
         shutil.rmtree(begun.partial, ignore_errors=True)
         return (
-            f"{self._path(begun.progress.step)} could not be written ({reason}): {free} MiB are free there without it. "
+            f"{self.path(begun.progress.step)} could not be written ({reason}): {free} MiB are free there without it. "
             "Make room, or allow larger files; the same command goes on from the checkpoint before."
         )
 
     def _complete(self, begun: _Begun, checksums: Checksums) -> None:
-        final = self._path(begun.progress.step)
+        final = self.path(begun.progress.step)
         try:
             if begun.hf is not None and begun.source is not None:
                 begun.hf.write_index(begun.partial / HF)
@@ -203,9 +203,9 @@ class Checkpointer:
         steps, best = self.steps(), self._best(measured)
         for step in steps[: -self.keep]:
             if step != best and (not self.keep_every or step % self.keep_every):
-                removed = self._path(step).with_suffix(".partial-removed")  # a kill leaves nothing of its name
+                removed = self.path(step).with_suffix(".partial-removed")  # a kill leaves nothing of its name
                 shutil.rmtree(removed, ignore_errors=True)
-                self._path(step).rename(removed)
+                self.path(step).rename(removed)
                 shutil.rmtree(removed)
 
     def newest(self) -> Progress | None:
@@ -221,7 +221,7 @@ class Checkpointer:
             progress = self.platform.on_main(lambda: self._newest(broken))  # the others must come to the same
             if progress is None:
                 return None
-            wrong = check_checksums(self._path(progress.step), self.platform.ranks)
+            wrong = check_checksums(self.path(progress.step), self.platform.ranks)
             if not wrong:
                 return progress
             self._leave_out(progress.step, "; ".join(wrong), broken)
@@ -233,7 +233,7 @@ class Checkpointer:
                 continue
             try:
                 progress = self._progress(step)
-                check_megatron_dir(self._path(step))
+                check_megatron_dir(self.path(step))
             except ForeignCode:
                 raise
             except ValueError as error:
@@ -248,7 +248,7 @@ class Checkpointer:
     def _leave_out(self, step: int, wrong: str, broken: dict[int, str]) -> None:
         broken[step] = wrong
         if self.platform.is_main:
-            print(f"{self._path(step)} is broken and left out: {wrong}", file=sys.stderr)
+            print(f"{self.path(step)} is broken and left out: {wrong}", file=sys.stderr)
 
     def restore(self, policy: Policy, progress: Progress) -> None:
         """Loads the weights and the optimizer's state of what `newest` has found.
@@ -257,7 +257,7 @@ class Checkpointer:
             ValueError: it belongs to another kind of optimizer, asks for code that no checkpoint has, is truncated, or
                 was written by a newer Megatron-Core.
         """
-        path = self._path(progress.step)
+        path = self.path(progress.step)
         check_megatron_dir(path)
         try:
             then = dist_checkpointing.load_common_state_dict(str(path))["distributed_optimizer"]
@@ -276,7 +276,7 @@ class Checkpointer:
         policy.load_state(state, progress.step)
 
     def _progress(self, step: int) -> Progress:
-        path = self._path(step) / "progress.json"
+        path = self.path(step) / "progress.json"
         try:
             progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
@@ -285,7 +285,8 @@ class Checkpointer:
             raise ValueError(f"{path} is of step {progress.step}")
         return progress
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """Where the checkpoint after so many steps is, or would be."""
         return self.folder / f"step_{step:06d}"
 
 

@@ -14,7 +14,7 @@ from megatron_sr1.processor import Processor
 from megatron_sr1.ranks import agreed
 from megatron_sr1.rewards import RewardError
 from megatron_sr1.streams import Preset, check_old
-from megatron_sr1.training.bad_steps import not_finite
+from megatron_sr1.training.bad_steps import bad_samples, finite, not_finite
 from megatron_sr1.training.batches import Batcher, StreamRows, optimizer_shares
 from megatron_sr1.training.contrast_scores import ContrastScorer, contrast_rewards, contrast_weights, of_siblings
 from megatron_sr1.training.contrast_terms import ContrastTerms, with_means
@@ -86,7 +86,10 @@ class Trainer:
         if preset.rewards_contrast:
             by = [_joined(*each) for each in zip(mine, (theirs for _, theirs in reference), strict=True)]
             earned = torch.cat([self._earned(*each) for each in zip(shares, rows, by, strict=True)], 1)
-        advantages = step_advantages(ledger, preset, objective, kl, earned)
+        bad = bad_samples(kl, earned)
+        advantages = step_advantages(ledger, preset, objective, finite(kl), finite(earned))
+        if bad:  # they enter those of others: all optimizer steps are skipped
+            advantages = torch.full_like(advantages, torch.nan)
         results = []
         for number, share in enumerate(shares):
             row = rows[number]
@@ -112,6 +115,8 @@ class Trainer:
             trained = batch.micro_batches if terms is None else [*terms.own_batches, *terms.micro_batches]
             result = with_means(self._policy.train_step(trained, loss, self._scoring))
             result = self._with_culprits(result, row, ledger.of(share), rollouts.prompts.keys)
+            if bad:
+                result = replace(result, culprits=(*result.culprits, *self._named(bad, ledger, rollouts)))
             result = self._with_schedules(result, rollouts.step)
             results.append(self._with_penalties(result, preset, None if kl is None else kl[:, self._rollouts(share)]))
             if same and not result.skipped:
@@ -140,6 +145,11 @@ class Trainer:
             lambda index: (keys[int(numbers[index // samples])], index % samples),
         )
         return replace(result, culprits=culprits)
+
+    def _named(self, samples: Sequence[int], ledger: StepLedger, rollouts: StepRollouts) -> list[tuple[str, int]]:
+        """Key and number of samples [B] of the ledger."""
+        keys, numbers, each = rollouts.prompts.keys, ledger.number.tolist(), ledger.num_samples
+        return [(keys[int(numbers[place // each])], place % each) for place in samples]
 
     def _scores(
         self, rows: StreamRows, drawn: ContrastScores | None, reference: ContrastScores | None, *, is_first: bool
