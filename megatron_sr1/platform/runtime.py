@@ -18,7 +18,7 @@ from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed
@@ -43,6 +43,7 @@ STOPPED_STATUS = os.EX_TEMPFAIL  # 75, sysexits.h: "the user is invited to retry
 _MISTAKES = "mistake{}.txt"  # by rank: the message that it ended with
 _LEAST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between two questions whether all ranks are there
 _WAITS = itertools.count()  # every rank counts alike
+_KILLED = ", by hand or because the memory ran out"
 _GRACE_SECONDS = 3.0  # for the ranks beside one that ended, to end too
 
 
@@ -140,13 +141,15 @@ def run_on_ranks(
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it warns of each rank that it ends
     forked = sys.platform == "linux" and not torch.cuda.is_available()
     if forked:
-        start_fork_server(imports)
+        with _lost_fork_server_told():
+            start_fork_server(imports)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (num_ranks, folder, timeout, function, arguments)
         with ExitStack() as stack:
             with held_back({signal.SIGINT}):  # by the ranks, too: Ctrl-C reaches them by this process
                 method = "forkserver" if forked else "spawn"
-                ranks = start_processes(_run_rank, arguments, num_ranks, join=False, start_method=method)
+                with _lost_fork_server_told():
+                    ranks = start_processes(_run_rank, arguments, num_ranks, join=False, start_method=method)
                 assert isinstance(ranks, ProcessContext)  # it does not wait for them
                 received = stack.enter_context(_passing_on_signals(ranks))
             try:
@@ -174,14 +177,23 @@ def _explain(error: ProcessException, folder: Path, asked: bool) -> None:
     number = abs(error.exit_code)
     how = f"was ended by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"
     if error.signal_name == "SIGKILL":
-        how += ", by hand or because the memory ran out"
-    print(
-        f"megatron-sr1: rank {error.error_index} {how}, so all others are ended; the same command goes on from what is "
-        "saved",
-        file=sys.stderr,
-        flush=True,
-    )
-    sys.exit(128 + number if error.signal_name else number)
+        how += _KILLED
+    _end_after_loss(f"rank {error.error_index} {how}", 128 + number if error.signal_name else number)
+
+
+@contextmanager
+def _lost_fork_server_told() -> Iterator[None]:
+    """While it lasts, the process that ranks are forked from must answer."""
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        _end_after_loss(f"the process that ranks are forked from was ended{_KILLED}", 128 + signal.SIGKILL)
+
+
+def _end_after_loss(what: str, status: int) -> NoReturn:
+    text = f"megatron-sr1: {what}, so all others are ended; the same command goes on from what is saved"
+    print(text, file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 @contextmanager
