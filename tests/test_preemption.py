@@ -133,7 +133,7 @@ def test_grpo_stops_at_a_reward_that_fails_at_a_word_to_one_rank_and_at_ctrl_c(
     check_it_stopped(finished, "asked", status, printed, steps=8)
     assert "KeyboardInterrupt" not in printed
 
-    assert "continuing after step" in finished.run("grpo", "asked", *grpo)
+    assert "continuing after step" in finished.run_forked("grpo", "asked", *grpo)
     entries = untimed(finished.metrics("asked"))
     assert all(entry.pop("reward/mine.acc") == entry["reward/acc"] for entry in entries)
     assert entries == untimed(finished.metrics("whole"))
@@ -146,7 +146,7 @@ def test_grpo_stops_at_a_reward_that_fails_at_a_word_to_one_rank_and_at_ctrl_c(
 def test_sft_stops_when_every_process_is_signalled(workspace: Workspace) -> None:
     """SIGTERM to the launcher and all ranks at once, as Slurm does it; the launcher passes it on too. It goes on as two
     tasks of srun, by the variables that srun would set."""
-    workspace.run("sft", "sft_whole", *SFT)
+    workspace.run_forked("sft", "sft_whole", *SFT)
 
     def tell_everyone(launcher: psutil.Process) -> None:
         os.killpg(launcher.pid, signal.SIGTERM)
