@@ -22,7 +22,11 @@ MODULE = ["-m", "megatron_sr1.cli"]
 
 
 class ForkedError(AssertionError):
-    """A forked command failed; its message is what was printed."""
+    """A forked command failed; its message ends with what it had printed."""
+
+    def __init__(self, printed: str, reason: object) -> None:
+        super().__init__(f"{reason}\n{printed[-8000:]}")
+        self.printed = printed
 
 
 def run_forked(command: Sequence[str], num_ranks: int = 1) -> str:
@@ -49,7 +53,7 @@ def call_forked(function: Callable[..., None], *arguments: Any, num_ranks: int =
         try:
             run_ranks(num_ranks, _printing_to, str(log), function, *arguments)
         except (ProcessExitedException, ProcessRaisedException) as error:
-            raise ForkedError(f"{log.read_text()[-8000:]}\n{error}") from error
+            raise ForkedError(log.read_text(), error) from error
         return log.read_text()
 
 
