@@ -11,6 +11,8 @@ import os
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import distributions
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,22 @@ def run_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any, fo
         if forked:
             start_fork_server(IMPORTS)
         start_processes(_run_rank, parts, num_ranks, start_method="forkserver" if forked else "spawn")
+
+
+def start_forked(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
+    """One process, in no group, that calls the importable function; whoever starts it waits for it or kills it."""
+    start_fork_server(IMPORTS)
+    process = get_context("forkserver").Process(target=_call, args=(dict(os.environ), function, arguments))
+    process.start()
+    return process
+
+
+def _call(environment: dict[str, str], function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    begin_rank()
+    define_missing_torchvision_ops()
+    function(*arguments)
 
 
 def _run_rank(
