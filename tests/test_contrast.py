@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sr1.processor import Processor
 from tests import trainer_cases
 from tests.contrast_cases import CASES
 from tests.model_zoo import create_family
-from tests.policy_cases import LEARNING_RATE, STEP_TOLERANCE, TOLERANCE, built, relative_error
+from tests.policy_cases import LEARNING_RATE, STEP_TOLERANCE, TOLERANCE, built, processor_of, relative_error
 from tests.ranks import run_ranks
 
 LAYOUTS: tuple[tuple[str, ...], ...] = (
@@ -34,7 +33,7 @@ def _check_transformers(model_dir: str) -> None:
 
     from megatron_sr1.weights import export_hf_weights
 
-    processor = Processor.from_pretrained(model_dir)
+    processor = processor_of(model_dir)
     for name, (overrides, plain) in CASES.items():
         with built(model_dir, overrides) as (policy, config):
             steps = trainer_cases.two_updates(policy, config, processor)
@@ -61,7 +60,7 @@ def _check_transformers(model_dir: str) -> None:
 
 def _steps(model_dir: str, overrides: tuple[str, ...]) -> trainer_cases.Steps:
     with built(model_dir, overrides) as (policy, config):
-        return trainer_cases.two_updates(policy, config, Processor.from_pretrained(model_dir))
+        return trainer_cases.two_updates(policy, config, processor_of(model_dir))
 
 
 def _check(found: trainer_cases.Steps, expected: trainer_cases.Steps, where: Any) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from megatron_sr1.prompts import CAPTION_REASONER, extract_boxed
 from megatron_sr1.rewards import grade
 from megatron_sr1.training.rollout_files import rollouts_file, step_files, step_lines, steps_in
+from tests.commands import ForkedError
 from tests.judge_server import serve
 from tests.workspace import PHASES, REPOSITORY, RUN_TIMEOUT, Workspace, untimed
 
@@ -163,7 +164,7 @@ def test_a_killed_run_continues_to_the_same_bits(finished: Workspace) -> None:
     process.wait()
     assert not (finished.folder / "killed" / "hf").exists(), "it should have been killed before its end"
 
-    finished.run("grpo", "killed", "train.steps=8", "train.save_every=3")
+    finished.run_forked("grpo", "killed", "train.steps=8", "train.save_every=3")
     assert untimed(finished.metrics("killed")) == untimed(finished.metrics("whole"))
     weights = [finished.folder / run / "hf" / "model.safetensors" for run in ("killed", "whole")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -189,7 +190,7 @@ def test_rollouts_made_alone_are_those_of_the_run(finished: Workspace) -> None:
     """Of the step after a checkpoint, its weights pushed into fresh engines: ids, texts, log-probs and rewards."""
     whole, alone = (finished.folder / run / "checkpoints" for run in ("whole", "alone"))
     shutil.copytree(whole / "step_000006", alone / "step_000006")
-    finished.run("grpo", "alone", "train.steps=8", "--rollouts-only")
+    finished.run_forked("grpo", "alone", "train.steps=8", "--rollouts-only")
     paths = [finished.folder / run / "rollouts" / "step_000006.jsonl" for run in ("alone", "whole")]
     assert _untimed_rollouts(paths[0]) == _untimed_rollouts(paths[1])
     assert not (finished.folder / "alone" / "hf").exists() and len(finished.metrics("alone")) == 2
@@ -209,7 +210,7 @@ def test_importance_weights_in_a_run(finished: Workspace) -> None:
     """Generator and trainer agree to 1e-5, so the weights are 1 within that: another run, almost the same numbers."""
     parts = ("--train-only", "--from-rollouts", str(finished.folder / "whole" / "rollouts"))
     weights = ("objective.mismatch=truncate", "objective.mismatch_level=sequence")
-    finished.run("grpo", "weighted", "train.steps=1", *parts, *weights)
+    finished.run_forked("grpo", "weighted", "train.steps=1", *parts, *weights)
     (weighted,), plain = finished.metrics("weighted"), finished.metrics("whole")[0]
     assert weighted["mismatch/weight"] == pytest.approx(1.0, abs=1e-3) and weighted["mismatch/bounded"] == 0.0
     assert weighted["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-2)
@@ -235,7 +236,7 @@ def test_pipeline_parallel_with_several_updates_per_batch(finished: Workspace) -
     with serve(read_digits) as server:
         judge = (f"rewards.judge.url={server.url}", "rewards.judge.model=reader")
         pulled = ("rollout.pull=true", "rollout.max_running_requests=4")  # a prompt fills an engine
-        finished.run("grpo", "pipeline", *layout, *objective, *judge, *pulled, "rollout.dynamic_sampling=1")
+        finished.run_forked("grpo", "pipeline", *layout, *objective, *judge, *pulled, "rollout.dynamic_sampling=1")
     entries = finished.metrics("pipeline")
     assert max(entry["logprob_gap"] for entry in entries) < 1e-5, "it leaves the update out"
     for stream in ("answer", "judged"):
@@ -302,8 +303,8 @@ def test_a_folder_in_use_is_refused(finished: Workspace) -> None:
 
     with (finished.folder / "whole" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = subprocess.run(finished.command("grpo", "whole"), cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode != 0 and "is in use by another process" in done.stdout + done.stderr
+        with pytest.raises(ForkedError, match="is in use by another process"):
+            finished.run_forked("grpo", "whole")
 
 
 def test_report_of_the_run(finished: Workspace) -> None:

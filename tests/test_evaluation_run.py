@@ -19,6 +19,7 @@ from megatron_sr1.evaluation import Record, pass_at_k, read_records, wilson
 from megatron_sr1.rewards import grade
 from megatron_sr1.types import Prompt
 
+from .commands import ForkedError, run_forked
 from .data_cases import QUESTION, write_tar
 from .judge_server import JudgeServer, serve
 from .workspace import REPOSITORY, Workspace
@@ -49,12 +50,14 @@ class Evaluations:
             *overrides,
         ]
 
-    def run(self, run: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.words(run, *overrides), cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    def run(self, run: str, *overrides: str) -> str:
+        """What it printed. It is started for itself only where it is killed, and where it goes on by two ranks."""
+        return run_forked(self.words(run, *overrides))
 
-    def judged(self, run: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    def judged(self, run: str, *overrides: str) -> list[str]:
         self.server.attempts.clear()
-        return self.run(run, f"evaluate.judge_url={self.server.url}", "evaluate.judge_model=counter", *overrides)
+        judge = (f"evaluate.judge_url={self.server.url}", "evaluate.judge_model=counter")
+        return self.words(run, *judge, *overrides)
 
     def file(self, run: str, name: str) -> Path:
         return self.workspace.folder / run / "eval" / name
@@ -71,9 +74,8 @@ def evaluations(workspace: Workspace) -> Iterator[Evaluations]:
 @pytest.fixture(scope="module")
 def whole(evaluations: Evaluations) -> Evaluations:
     """The evaluation `whole`, not interrupted, without a judge."""
-    done = evaluations.run("whole-evaluation")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "answered 17 of 18 prompts" in done.stdout and "By source" in done.stdout
+    printed = evaluations.run("whole-evaluation")
+    assert "answered 17 of 18 prompts" in printed and "By source" in printed
     return evaluations
 
 
@@ -153,18 +155,18 @@ def test_killed_and_continued_it_is_the_same_to_the_bit(whole: Evaluations) -> N
         file.write(b'{"index": 16, "record": {"key": "torn')
 
     two = ("nproc=2", "rollout.pull=true", "rollout.max_running_requests=2")
-    continued = whole.judged("killed-evaluation", *two)
+    words = whole.judged("killed-evaluation", *two)
+    continued = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert continued.returncode == 0, continued.stdout[-2000:] + continued.stderr[-4000:]
     assert "answered 17 of 18 prompts" in continued.stdout and not part.parent.exists()
-    done = whole.judged("whole-evaluation")
-    assert done.returncode == 0 and "answered" not in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "vllm" not in done.stderr.lower(), "no engine is needed"
+    printed = run_forked(whole.judged("whole-evaluation"))
+    assert "answered" not in printed and "vllm" not in printed.lower(), f"no engine is needed: {printed[-4000:]}"
     assert records.read_bytes() == uninterrupted.read_bytes()
     names = [whole.file(run, "evaluate.json") for run in ("killed-evaluation", "whole-evaluation")]
     assert names[0].read_bytes() == names[1].read_bytes()
 
     descriptions = [s.description for r in read_records(records) for s in r.samples if s.description is not None]
-    assert sum(whole.server.attempts.values()) >= len(set(descriptions)) and "are missing" not in done.stdout
+    assert sum(whole.server.attempts.values()) >= len(set(descriptions)) and "are missing" not in printed
     summary = _tree(whole, "whole-evaluation")["summary"]
     assert summary["judge_missing"] == 0 and summary["judged_accuracy"] is not None
 
@@ -177,9 +179,8 @@ def test_one_that_an_earlier_release_left_goes_on(whole: Evaluations) -> None:
     records.with_suffix(".json").unlink()
     lines = uninterrupted.read_bytes().splitlines(keepends=True)
     records.write_bytes(b"".join(lines[:8]) + lines[8][:50])
-    done = whole.run("earlier-evaluation")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "answered 12 of 18 prompts" in done.stdout and "answered 4 of" not in done.stdout
+    printed = whole.run("earlier-evaluation")
+    assert "answered 12 of 18 prompts" in printed and "answered 4 of" not in printed
     found, wanted = (list(read_records(path)) for path in (records, uninterrupted))
     assert [_unjudged(record) for record in found] == [_unjudged(record) for record in wanted] and len(found) == 17
 
@@ -190,9 +191,9 @@ def _unjudged(record: Record) -> Record:
 
 def test_another_evaluation_is_not_continued(whole: Evaluations) -> None:
     before = whole.file("whole-evaluation", "evaluate.jsonl").read_bytes()
-    refused = whole.run("whole-evaluation", "seed=2", "model.max_pixels=30000", "evaluate.chunk_prompts=5")
-    assert refused.returncode != 0
+    with pytest.raises(ForkedError) as refused:
+        whole.run("whole-evaluation", "seed=2", "model.max_pixels=30000", "evaluate.chunk_prompts=5")
     said = "seed was 1 and is 2; evaluate.chunk_prompts was 4 and is 5; model.max_pixels was None and is 30000."
-    assert said in refused.stderr
-    assert "--restart" in refused.stderr.splitlines()[-1]
+    assert said in str(refused.value)
+    assert "--restart" in refused.value.printed.splitlines()[-1]
     assert whole.file("whole-evaluation", "evaluate.jsonl").read_bytes() == before

@@ -21,6 +21,7 @@ from tests.policy_cases import (
     MeanLoss,
     built,
     make_sequences,
+    processor_of,
 )
 from tests.ranks import run_ranks
 
@@ -43,7 +44,7 @@ def _steps(processor: Processor, num_replicas: int) -> list[list[list[TokenSeque
 
 
 def _train(folder: str, overrides: tuple[str, ...]) -> dict[str, Any]:
-    processor = Processor.from_pretrained(folder)
+    processor = processor_of(folder)
     norms, early = [], []
     with built(folder, overrides) as (policy, config):
         replica = policy.groups.data

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from megatron_sr1.packing import gather_rows
-from megatron_sr1.processor import Processor
 from megatron_sr1.types import Scoring
 from tests import trainer_cases
 from tests.model_zoo import create_family
@@ -28,6 +27,7 @@ from tests.policy_cases import (
     built,
     make_sequences,
     packed_rows,
+    processor_of,
     relative_error,
 )
 from tests.ranks import run_ranks
@@ -101,7 +101,7 @@ def _gradients(policy: Any) -> dict[str, Tensor]:
 
 def _one_step(model_dir: str, overrides: tuple[str, ...], budget: int, share: bool = False) -> dict[str, Any]:
     """Log-probs by sequence (of this replica), and loss, gradients and weights of a step."""
-    processor = Processor.from_pretrained(model_dir)
+    processor = processor_of(model_dir)
     num_tokens = sum(len(sequence.response_ids) for sequence in make_sequences(processor))
     with built(model_dir, overrides) as (policy, config):
         batches, mine = packed_rows(policy, config, processor, budget, share)
@@ -130,7 +130,7 @@ def _one_step(model_dir: str, overrides: tuple[str, ...], budget: int, share: bo
 def _trainer_steps(model_dir: str, overrides: tuple[str, ...]) -> trainer_cases.Steps:
     options = (*trainer_cases.OVERRIDES, "train.micro_batch_tokens=512", PLAIN, *overrides)
     with built(model_dir, options, keep_reference=True) as (policy, config):
-        return trainer_cases.two_updates(policy, config, Processor.from_pretrained(model_dir))
+        return trainer_cases.two_updates(policy, config, processor_of(model_dir))
 
 
 def _check_trainer(folder: str, num_ranks: int) -> None:

@@ -13,6 +13,7 @@ from megatron_sr1.kernels.linear_logprob import chunked
 
 MIB = 2**20
 SHAPES = [(4096, 256, 16384), (16384, 128, 4096), (2048, 128, 40000)]  # T, H, V
+SCALED = 4  # the sides of the first, which takes the longest, and of its tiles, are so much shorter: 64 times less work
 
 
 def formula(tokens: int, hidden: int, vocab: int, itemsize: int, entropy: bool, backward: bool) -> int:
@@ -50,7 +51,18 @@ def test_the_meter_reads_a_known_peak() -> None:
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_peak_is_what_the_formula_says(shape: tuple[int, int, int], dtype: torch.dtype, entropy: bool) -> None:
+def test_the_peak_is_what_the_formula_says(
+    shape: tuple[int, int, int], dtype: torch.dtype, entropy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shape == SHAPES[0]:
+        shape = tuple(side // SCALED for side in shape)
+        for name, sides in (
+            ("MAX_TILE_COLUMNS", 1),
+            ("MIN_TILE_ROWS", 1),
+            ("TILE_ELEMENTS_CPU", 2),
+            ("KEPT_ELEMENTS", 2),
+        ):
+            monkeypatch.setattr(chunked, name, getattr(chunked, name) // SCALED**sides)
     tokens, hidden_size, vocab = shape
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, hidden_size, generator=generator).to(dtype).requires_grad_()

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from megatron_sr1.config import OffloadConfig
-from megatron_sr1.processor import Processor
 from megatron_sr1.types import Scoring
 from tests.model_zoo import create_family
-from tests.policy_cases import MeanLoss, built, packed_rows
+from tests.policy_cases import MeanLoss, built, packed_rows, processor_of
 from tests.ranks import run_ranks
 
 EVERYTHING = tuple(f"offload.{name}=true" for name in ("gradients", "optimizer", "reference"))
@@ -48,7 +47,7 @@ def _train(folder: str, layout: tuple[str, ...], leaves: bool) -> tuple[list[Any
     """Two steps, each with the reference's log-probs; before each, the state leaves and returns."""
     found = []
     with built(folder, (*layout, *EVERYTHING), keep_reference=True) as (policy, config):
-        batches, _ = packed_rows(policy, config, Processor.from_pretrained(folder))
+        batches, _ = packed_rows(policy, config, processor_of(folder))
         for _ in range(2):
             if leaves:
                 _check_absence(policy, batches)

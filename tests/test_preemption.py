@@ -13,8 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 
+from megatron_sr1.cli import main
+from tests.commands import call_forked
 from tests.workspace import REPOSITORY, Workspace, untimed
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h
@@ -66,17 +69,16 @@ def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
     return [rank for server in servers for rank in server.children()]
 
 
-def run_as_srun(command: list[str], num_tasks: int) -> None:
-    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"}
-    step |= {"SLURM_STEP_NUM_TASKS": str(num_tasks), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    tasks = []
-    for number in map(str, range(num_tasks)):
-        environment = {**os.environ, **step, "SLURM_PROCID": number, "SLURM_LOCALID": number}
-        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        tasks.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, **pipe))
-    for task in tasks:
-        printed, _ = task.communicate(timeout=DEADLINE)
-        assert task.returncode == 0, printed[-4000:]
+def srun_task(words: list[str], job_id: str) -> None:
+    """One of the two tasks that srun starts: it has srun's variables alone, and makes the group by them."""
+    number = str(torch.distributed.get_rank())
+    torch.distributed.destroy_process_group()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    step = {"SLURM_JOB_ID": job_id, "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"}
+    step |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": number, "SLURM_LOCALID": number}
+    os.environ.update(step | {"GLOO_SOCKET_IFNAME": "lo"})
+    main(words)
 
 
 REWARD = """
@@ -133,7 +135,7 @@ def test_grpo_stops_at_a_reward_that_fails_at_a_word_to_one_rank_and_at_ctrl_c(
     check_it_stopped(finished, "asked", status, printed, steps=8)
     assert "KeyboardInterrupt" not in printed
 
-    assert "continuing after step" in finished.run("grpo", "asked", *grpo)
+    assert "continuing after step" in finished.run_forked("grpo", "asked", *grpo)
     entries = untimed(finished.metrics("asked"))
     assert all(entry.pop("reward/mine.acc") == entry["reward/acc"] for entry in entries)
     assert entries == untimed(finished.metrics("whole"))
@@ -146,14 +148,14 @@ def test_grpo_stops_at_a_reward_that_fails_at_a_word_to_one_rank_and_at_ctrl_c(
 def test_sft_stops_when_every_process_is_signalled(workspace: Workspace) -> None:
     """SIGTERM to the launcher and all ranks at once, as Slurm does it; the launcher passes it on too. It goes on as two
     tasks of srun, by the variables that srun would set."""
-    workspace.run("sft", "sft_whole", *SFT)
+    workspace.run_forked("sft", "sft_whole", *SFT)
 
     def tell_everyone(launcher: psutil.Process) -> None:
         os.killpg(launcher.pid, signal.SIGTERM)
 
     status, printed = stop_midway(workspace, "sft", "sft_asked", SFT, tell_everyone)
     check_it_stopped(workspace, "sft_asked", status, printed, steps=6)
-    run_as_srun(workspace.command("sft", "sft_asked", *SFT), num_tasks=2)
+    call_forked(srun_task, workspace.command("sft", "sft_asked", *SFT)[3:], str(os.getpid()), num_ranks=2)
     assert untimed(workspace.metrics("sft_asked")) == untimed(workspace.metrics("sft_whole"))
     assert weights(workspace, "sft_asked") == weights(workspace, "sft_whole")
 
@@ -184,7 +186,7 @@ def step(folder):
 
 if __name__ == "__main__":
     import sys
-    run_on_ranks(step, int(sys.argv[2]), sys.argv[1])
+    run_on_ranks(step, int(sys.argv[2]), sys.argv[1], imports=["megatron_sr1.policy"])  # once for both ranks
 """
 
 

@@ -8,7 +8,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parent.parent
+from tests.commands import REPOSITORY, call_forked, run_forked
+from tests.tool_modules import load_tool
+
 RUN_TIMEOUT = 600  # seconds
 PHASES = {  # a part of a GRPO step, as its seconds are called -> the phase of the memory plan that it is
     "save": "checkpoint",
@@ -54,6 +56,10 @@ class Workspace:
         assert done.returncode == 0, done.stdout[-4000:]
         return done.stdout
 
+    def run_forked(self, name: str, run: str, *overrides: str, num_ranks: int = 2) -> str:
+        """As `run`, in processes that have imported what the command needs; `num_ranks` as its `nproc`."""
+        return run_forked(self.command(name, run, *overrides), num_ranks)
+
     def metrics(self, run: str) -> list[dict[str, float]]:
         return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
 
@@ -63,14 +69,17 @@ class Workspace:
 
 def build_workspace(folder: Path) -> Workspace:
     """Draws the data and trains the cold start."""
-    build = [sys.executable, str(REPOSITORY / "tools/build_digits.py"), "--out", str(folder)]
     sizes = ["--train", "40", "--heldout", "12", "--demonstrations", "400"]
-    subprocess.run([*build, *sizes], check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    call_forked(_build_digits, ["--out", str(folder), *sizes])
     made = Workspace(folder)
     one_rank = ("nproc=1", "layout.tensor=1")  # two would spend half of the time on each other
     learn = ("train.steps=60", "train.batch_size=32", "optimizer.lr=3e-3", "train.save_every=60")
-    made.run("sft", "sft", *learn, *one_rank)
+    made.run_forked("sft", "sft", *learn, *one_rank, num_ranks=1)
     return made
+
+
+def _build_digits(words: list[str]) -> None:
+    load_tool("build_digits").main(words)
 
 
 def untimed(entries: list[dict[str, float]]) -> list[dict[str, float]]:

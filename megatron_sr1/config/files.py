@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -39,7 +40,7 @@ def load_config(
         ConfigError: no YAML, unknown key, wrong type, a value out of range, or values that do not fit together; a base
             that is missing or leads back to its own file; no section `objective` where it is all that counts.
     """
-    tree = OmegaConf.merge(OmegaConf.structured(Config), read_overrides(defaults))
+    tree = OmegaConf.merge(_schema(), read_overrides(defaults))
     assert isinstance(tree, DictConfig), type(tree)
     if path is not None:
         if not Path(path).is_file():
@@ -61,6 +62,13 @@ def load_config(
     assert isinstance(config, Config), type(config)
     folders = {name: home_path(f"model.{name}", getattr(config.model, name)) for name in ("hf_dir", "megatron_dir")}
     return replace(config, run_dir=home_path("run_dir", config.run_dir), model=replace(config.model, **folders))
+
+
+@cache
+def _schema() -> DictConfig:
+    """Every key with its type and default. To be merged into a copy only; making it takes most of the time of reading a
+    configuration."""
+    return OmegaConf.structured(Config)
 
 
 def _merged(tree: DictConfig, part: DictConfig, where: str) -> DictConfig:
