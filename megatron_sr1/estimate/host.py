@@ -54,10 +54,10 @@ def host_bytes(
         copies, further = zip(*(copied_bytes(count, config) for count in counts), strict=True)
         found["checkpoint"] = ranks * max(copies) + max(further)
         if config.train.save_hf:
-            whole = weight_bytes(config) * engine_parameters(config.model.hf_dir, model, 1, whole)
-            files = math.ceil(whole / HF_FILE_BYTES)
+            all_files = weight_bytes(config) * engine_parameters(config.model.hf_dir, model, 1, whole)
+            files = math.ceil(all_files / HF_FILE_BYTES)
             rounds = math.ceil(files / config.nproc)
-            found["checkpoint"] += min(whole, ranks * rounds * HF_FILE_BYTES)
+            found["checkpoint"] += min(all_files, ranks * rounds * HF_FILE_BYTES)
     if generates:
         vision = model.hf.vision_config
         token_pixels = (vision.patch_size * vision.spatial_merge_size) ** 2

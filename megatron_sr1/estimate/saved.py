@@ -6,7 +6,8 @@
 
 P parameters of the whole model, T of them trained, w bytes of a weight. A tensor-parallel rank holds a share of the
 language model and the whole vision tower. What such ranks hold alike (norms, routers, the padding of the vocabulary) is
-counted for each of them, and a tied head once more where it is a copy, so the sum is a little too large.
+counted for each of them, and a tied head once more where it is a copy. What files say of themselves is left out, half a
+MiB.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class WholeCount:
 
 
 def checkpoint_bytes(counts: Sequence[StageCount], config: Config) -> int:
-    """Of one checkpoint, about and rather too many: all ranks' files.
+    """Of one checkpoint, about: all ranks' files.
 
     Args:
         counts: of a rank of every pipeline stage, see `count_stages` and `Scorer.stage_counts`.

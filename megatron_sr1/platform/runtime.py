@@ -92,6 +92,13 @@ class Platform:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
+    def card_memory(self) -> tuple[int, int]:
+        """Bytes of this rank's accelerator, and what of them other processes have taken, about; (0, 0) on a CPU."""
+        if self.on_cpu:
+            return 0, 0
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total, max(0, total - free - torch.cuda.memory_reserved(self.device))
+
     @property
     def on_cpu(self) -> bool:
         return self.device.type == "cpu"
