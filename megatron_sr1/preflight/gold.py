@@ -6,7 +6,7 @@ most nobody knows, and a judge is not asked: these are not checked, which is sai
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_sr1.preflight.rows import Row, not_checked
@@ -15,7 +15,7 @@ from megatron_sr1.rewards import REWARDS, Ungraded, Value, Vectors, find_reward,
 from megatron_sr1.rollout import Planner
 from megatron_sr1.rollout.later import OpenReading, ask_later
 from megatron_sr1.streams import Preset
-from megatron_sr1.types import SECOND, LaterPass, Prompt, Reading, Rollout, RolloutGroup, RolloutPair
+from megatron_sr1.types import SECOND, LaterPass, PassName, Prompt, Reading, Rollout, RolloutGroup, RolloutPair
 
 NAME = "gold answers"
 REFUSED_SHARE = 0.5  # of the samples: so many are no odd ones, the template or the data as a whole are wrong
@@ -79,15 +79,19 @@ def _written(template: Template, answer: str, description: str | None = None) ->
 
 
 # ---------------------------------------------------------------- what they earn
-def unearned(groups: Sequence[RolloutGroup], graded: Mapping[int, Vectors | Ungraded]) -> list[Unearned]:
-    """The samples that do not earn all that our rewards give."""
+def unearned(
+    groups: Sequence[RolloutGroup], graded: Mapping[int, Vectors | Ungraded], preset: Preset
+) -> list[Unearned]:
+    """The samples that do not earn all that our rewards give, by the passes that they are asked."""
     found = []
     for group in groups:
         result, prompt = graded[group.group_id], group.prompt
         if isinstance(result, Ungraded):
             found.append(Unearned(prompt.key, result.reason))
             continue
-        less = {name: value for name, value in result[0].items() if _is_ours(name) and not _is_full(value)}
+        asked = {later.name for later in preset.passes.of(prompt).later}
+        measured = {name: value for name, value in result[0].items() if _is_ours(name) and _is_asked(name, asked)}
+        less = {name: value for name, value in measured.items() if not _is_full(value)}
         if less:
             name, value = next(iter(less.items()))
             text = _graded_text(group, name)
@@ -119,6 +123,11 @@ def _row(num_samples: int, found: Sequence[Unearned]) -> Row:
 def _is_ours(name: str) -> bool:
     """Whether the reward's full value is known, and no judge is needed."""
     return name.partition("@")[0] in _FULL and name.partition("@")[0] in REWARDS
+
+
+def _is_asked(name: str, asked: Collection[PassName]) -> bool:
+    reward = find_reward(name)
+    return reward.of_pass == "first" or reward.later in asked
 
 
 def _is_full(value: Value) -> bool:

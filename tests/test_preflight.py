@@ -1,0 +1,503 @@
+"""Every check of the preflight can fail, none disturbs a run, and the command makes them all on real engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+
+from megatron_sr1.config import Config, LayoutConfig, ObjectiveConfig, load_config
+from megatron_sr1.data import Quarantine, SampleFeed, SampleStream, ShardDataset, StepPrompts, write_shards
+from megatron_sr1.estimate import checkpoint_bytes, export_bytes
+from megatron_sr1.loops import grpo
+from megatron_sr1.policy.parameter_counts import StageCount
+from megatron_sr1.preflight import (
+    RankFacts,
+    Row,
+    canary_row,
+    check_rows,
+    demonstrations_row,
+    disk_rows,
+    earning_rows,
+    fact_rows,
+    gold_groups,
+    gold_rows,
+    has_passed,
+    keep_rows,
+    logprob_row,
+    machine,
+    memory_rows,
+    pixels_row,
+    samples_row,
+    table_of,
+    to_json,
+    unearned,
+    write_speed,
+)
+from megatron_sr1.preflight.facts import _cgroup_limit, _endpoint_refusal, _refusal
+from megatron_sr1.preflight.versions import difference
+from megatron_sr1.prompts import SHIPPED, AnswerFormat, Template, Templates
+from megatron_sr1.ranks import ALONE
+from megatron_sr1.rewards import Ungraded, score_or_tell
+from megatron_sr1.rewards.table import for_prompt
+from megatron_sr1.streams import PRESETS, Preset, preset_from_config
+from megatron_sr1.training.step_rewards import scored_rewards
+from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, SftSample
+from tests.data_cases import QUESTION, prompts, write_tar
+from tests.pass_cases import OTHERS
+from tests.ranks import run_ranks
+from tests.sampled_run import Runs, texts
+from tests.scripted_engine import planner, prompt
+from tests.step_cases import rollouts_of
+from tests.workspace import REPOSITORY, RUN_TIMEOUT, Workspace
+
+GIB, MIB = 2**30, 2**20
+FACTS = RankFacts(0, "a", 100.0, 90, 20_000, 8 * GIB, 8 * GIB, 64 * GIB, 60 * GIB, 0, 0, (), ())
+COUNT = StageCount(0, (4,), 10**9, 10**8, 0, 10**9, 10**7, 11 * 10**8, 0, 9 * 10**7, 10**7)
+
+
+def rows_by_name(rows: Sequence[Row]) -> dict[str, Row]:
+    assert len({row.name for row in rows}) == len(rows)
+    return {row.name: row for row in rows}
+
+
+# ---------------------------------------------------------------- machines
+@pytest.mark.parametrize(
+    ("name", "changes", "verdict", "words"),
+    [
+        ("versions", {"versions": ("torch 2.1 is not ==2.13.0",)}, "warn", ["torch 2.1", "on b", "make setup"]),
+        ("clocks", {"clock": 102.5}, "warn", ["b is 2.5 s ahead of a"]),
+        ("open files", {"most_files": 300}, "warn", ["90 of at most 300", "rank 1", "ulimit -n"]),
+        ("open files", {"most_files": 200}, "fail", ["ulimit -n"]),
+        ("ports", {"unreachable": ("rank 0, where the ranks met (n:1): timed out",)}, "fail", ["n:1", "IFNAME"]),
+        ("ports", {"unreachable": ("the endpoint http://j (j:80): refused",)}, "fail", ["rewards.judge.url"]),
+    ],
+)
+def test_what_one_of_two_ranks_measures(name: str, changes: dict[str, Any], verdict: str, words: list[str]) -> None:
+    config = Config()
+    good = rows_by_name(fact_rows([FACTS, replace(FACTS, rank=1, host="b")], config))
+    assert {row.verdict for row in good.values()} == {"pass"}
+    found = rows_by_name(fact_rows([FACTS, replace(FACTS, rank=1, host="b", **changes)], config))
+    assert found[name].verdict == verdict and all(word in str(found[name]) for word in words), found[name]
+    assert all(row.verdict == "pass" for row in found.values() if row.name != name)
+
+
+@pytest.mark.parametrize(("free", "verdict"), [(8 * GIB, "pass"), (200 * MIB, "warn"), (60 * MIB, "fail")])
+def test_shared_memory_counts_where_ranks_share_it(free: int, verdict: str) -> None:
+    config = load_config(None, ["nproc=2", "rollout.engine_tensor=2"])
+    pair = [replace(FACTS, rank=rank, shared_free=free) for rank in range(2)]
+    cards = [replace(fact, card_total=80 * GIB) for fact in pair]
+    for facts, used in ((pair, config), (cards, Config())):
+        assert rows_by_name(fact_rows(facts, used))["shared memory"].verdict == verdict
+    for facts in (pair, cards[:1], [replace(fact, shared_total=-1, shared_free=-1) for fact in cards]):
+        assert rows_by_name(fact_rows(facts, Config()))["shared memory"].verdict == "pass"
+
+
+def test_other_users_of_a_card_are_told() -> None:
+    facts = [replace(FACTS, card_total=80 * GIB, card_others=others * GIB) for others in (1, 30)]
+    assert rows_by_name(fact_rows(facts, Config()))["other users"].verdict == "warn"
+    assert rows_by_name(fact_rows(facts[:1], Config()))["other users"].verdict == "pass"
+
+
+def test_a_port_that_does_not_answer_is_told() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
+        assert _refusal("x", "127.0.0.1", port) == ""
+        through = {"http": f"http://127.0.0.1:{port}"}
+        assert _endpoint_refusal(f"http://127.0.0.1:{port}/v1", {}) == ""
+        assert _endpoint_refusal("http://judge.invalid/v1", through) == "", "asked through the proxy alone"
+    assert f"x (127.0.0.1:{port}): " in _refusal("x", "127.0.0.1", port)
+    assert "the endpoint http://127.0.0.1" in _endpoint_refusal(f"http://127.0.0.1:{port}/v1", {})
+
+
+def test_packages_against_what_is_asked_for() -> None:
+    assert difference(Requirement("pytest>=1")) == []
+    (other,) = difference(Requirement("pytest==0.1"))
+    (missing,) = difference(Requirement("no-such-package-of-ours>=2"))
+    assert other.startswith("pytest ") and "is not ==0.1" in other
+    assert "is missing (>=2" in missing
+
+
+def test_a_control_group_bounds_the_memory(tmp_path: Path) -> None:
+    (tmp_path / "memory.current").write_text("600\n")
+    (tmp_path / "memory.stat").write_text("anon 300\nactive_file 100\ninactive_file 200\n")
+    assert _cgroup_limit(tmp_path) == []
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert _cgroup_limit(tmp_path) == [(1000, 300)]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _cgroup_limit(tmp_path) == []
+
+
+def test_memory_of_every_phase(tiny_model_dir: str) -> None:
+    """A model of a billion parameters, whatever the tiny one's config.json says: what is counted is planned with."""
+    config = load_config(None, [f"model.hf_dir={tiny_model_dir}", "rollout.kv_cache_gib=1"])
+    few = [replace(FACTS, host_total=8 * GIB, host_free=8 * GIB)]
+    (row,) = memory_rows("grpo", config, [COUNT], few)
+    assert row.verdict == "fail" and "host memory" in str(row)
+    (row,) = memory_rows("grpo", config, [COUNT], [replace(few[0], host_total=64 * GIB)])
+    assert row.verdict == "warn", "others have taken it"
+    (row,) = memory_rows("grpo", config, [COUNT], [FACTS])
+    assert row.verdict == "pass" and "for 1 ranks" in row.found
+    card = replace(FACTS, card_total=80 * GIB, host_total=512 * GIB)
+    assert [row.verdict for row in memory_rows("grpo", config, [COUNT], [card])] == ["pass", "pass"]
+    small = rows_by_name(memory_rows("grpo", config, [COUNT], [replace(card, card_total=16 * GIB)]))
+    assert small["card memory"].verdict == "fail" and "phase takes about" in small["card memory"].remedy
+    host = rows_by_name(memory_rows("grpo", config, [COUNT], [replace(card, host_total=9 * GIB)]))
+    assert host["host memory"].verdict == "fail" and host["card memory"].verdict == "pass"
+    uneven = load_config(None, [f"model.hf_dir={tiny_model_dir}", "nproc=3", "train.batch_size=3"])
+    facts = [card, replace(card, rank=1), replace(card, rank=2, host="b")]
+    (row,) = memory_rows("grpo", uneven, [COUNT], facts)
+    assert row.verdict == "warn" and "not checked" in row.found
+
+
+# ---------------------------------------------------------------- the disk
+def test_a_checkpoint_of_all_parameters() -> None:
+    config = load_config(None, ["precision.dtype=bf16"])
+    assert export_bytes([COUNT], config) == 2 * 11 * 10**8
+    assert checkpoint_bytes([COUNT], config) == 14 * 11 * 10**8
+    frozen = replace(COUNT, trained=10**9, trained_tower=0, trained_mergers=0)
+    assert checkpoint_bytes([frozen], config) == 2 * 11 * 10**8 + 12 * 10**9
+    twice = replace(config, layout=LayoutConfig(tensor=2), nproc=2)
+    half = replace(COUNT, language=5 * 10**8, trained=6 * 10**8)  # the tower is whole on both
+    assert checkpoint_bytes([half], twice) == checkpoint_bytes([COUNT], config)
+    also_hf = replace(config, train=replace(config.train, save_hf=True))
+    assert checkpoint_bytes([COUNT], also_hf) == 16 * 11 * 10**8
+
+
+def test_too_small_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(None, [f"run_dir={tmp_path / 'a' / 'run'}", "precision.dtype=bf16"])
+    each, export = checkpoint_bytes([COUNT], config), export_bytes([COUNT], config)
+    asked: list[Path] = []
+
+    def rows(free: float, speed: float = 1e12) -> list[str]:
+        monkeypatch.setattr(machine, "free_bytes", lambda folder: asked.append(folder) or int(free))
+        return [row.verdict for row in disk_rows(config, [COUNT], [(speed, "")])]
+
+    assert rows(3 * each + export + 1) == ["pass", "pass"] and asked == [tmp_path], "what is there of the path"
+    assert rows(3 * each + export - 1) == ["warn", "pass"]
+    assert rows(each + export - 1) == ["fail", "pass"]
+    (tmp_path / "a/run/checkpoints/step_000010").mkdir(parents=True)
+    assert rows(2 * each + export + 1) == ["pass", "pass"], "one of them is there"
+    assert rows(1e15, each / 601) == ["pass", "warn"]
+    bad = disk_rows(config, [COUNT], [(0.0, "/x: Permission denied"), (1e9, "")])
+    assert bad[1].verdict == "fail" and "Permission denied" in bad[1].found
+
+
+def test_the_speed_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
+    speed, wrong = write_speed(str(tmp_path / "not" / "there"))
+    assert speed > 0 and wrong == "" and list(tmp_path.iterdir()) == []
+    if os.geteuid():  # root may write anywhere
+        tmp_path.chmod(0o500)
+        assert "Permission denied" in write_speed(str(tmp_path))[1]
+
+
+# ---------------------------------------------------------------- samples, engines
+def test_rows_about_samples_and_engines() -> None:
+    assert samples_row(4, []).verdict == "pass"
+    assert samples_row(3, ["sample 'x': broken"]).verdict == "warn" and "'x'" in samples_row(3, ["'x'"]).found
+    assert samples_row(0, ["sample 'x': broken"]).verdict == "fail"
+    assert canary_row([]).verdict == pixels_row(4, []).verdict == "pass"
+    assert canary_row(["stale", "stale"]) == Row("weights and sleep", "fail", "stale")
+    assert pixels_row(4, ["sample 'a': other values", "b"]).verdict == "fail"
+    gaps = {"logprob_gap": 0.5, "mismatch/text": 0.5, "mismatch/near_image": 0.7}
+    assert logprob_row(gaps, 0.6).verdict == "pass"
+    assert logprob_row(gaps, 0.2).verdict == "fail" and "the pictures" in logprob_row(gaps, 0.2).found
+    assert logprob_row({**gaps, "logprob_gap": float("nan")}, 0.2).verdict == "fail"
+    assert logprob_row(None, 0.2).verdict == "warn"
+
+
+def test_demonstrations_keep_to_their_layout() -> None:
+    good = SftSample(prompt("a"), "cot", r"<think> x </think> \boxed{1}")
+    bad = replace(good, response=r"\boxed{1}")
+    verdicts = [demonstrations_row(own, SHIPPED, ALONE).verdict for own in ([good], [good, bad], [bad], [])]
+    assert verdicts == ["pass", "warn", "fail", "warn"]
+
+
+def test_looking_takes_nothing(tmp_path: Path) -> None:
+    written = write_shards(prompts(9), tmp_path, "n", 3)
+    broken = write_tar(tmp_path / "bad.tar", {"q.json": {**QUESTION, "images": ["q.0.png"]}, "q.0.png": b"no picture"})
+    dataset = ShardDataset([*written, broken])
+    quarantine = Quarantine(1)
+    with (
+        SampleFeed(SampleStream(dataset, 3), quarantine) as feed,
+        SampleFeed(SampleStream(dataset, 3), Quarantine(1)) as other,
+    ):
+        before = feed.state()
+        seen, bad = feed.look(10)
+        assert len(seen.keys) == 9 and len(bad) == 1 and "q" in bad[0]
+        assert feed.state() == before and quarantine.num_bad == 0 and seen.shares == [list(range(9))]
+        assert feed.next(9).keys == other.next(9).keys == seen.keys
+        assert set(feed.look(3)[0].keys) <= set(seen.keys), "the next ones, of another epoch"
+
+
+# ---------------------------------------------------------------- gold answers
+def graded(groups: Sequence[RolloutGroup], preset: Preset, by: Preset | None = None) -> dict[int, Any]:
+    """`by`: whose templates read the responses; None: the preset's own."""
+    return {
+        group.group_id: score_or_tell(
+            group,
+            [name for name in for_prompt(scored_rewards(preset), bool(group.prompt.images)) if name != "acc_judge"],
+            asked=(by or preset).asked.of(group.prompt),
+        )
+        for group in groups
+    }
+
+
+def gold(preset: Preset, *samples: Prompt, by: Preset | None = None) -> list[Row]:
+    groups = gold_groups(dict(enumerate(samples)), preset, planner())
+    return gold_rows(len(samples), unearned(groups, graded(groups, preset, by), preset), preset)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("external_reasoner",)])
+def test_gold_answers_earn_in_every_preset(name: str) -> None:
+    shown = replace(prompt("a"), metadata={"questions": OTHERS, "description": "a dog", "facts": ["3", "1"]})
+    first, *others = gold(PRESETS[name], shown, prompt("b", num_images=0))
+    assert first.verdict == "pass", first
+    assert all(row.verdict == "warn" and "not checked" in row.found for row in others)
+
+
+def test_later_passes_and_their_other_questions_earn_too() -> None:
+    passes = [
+        {"name": "second", "samples": 2},
+        {"name": "others", "context": "other_description"},
+        {"name": "told", "context": "metadata", "field": "description"},
+        {"name": "asked", "question": "questions", "samples": 2},
+        {"name": "blind", "context": "nothing"},
+    ]
+    preset = preset_from_config(ObjectiveConfig(passes=passes))
+    sample = replace(prompt("a"), metadata={"questions": OTHERS, "description": "a dog"})
+    (row,) = gold(preset, sample)
+    assert row.verdict == "pass", row
+    wrong = replace(sample, metadata={**sample.metadata, "questions": [{**OTHERS[0], "answer": "a}b"}]})
+    (row,) = gold(preset, wrong)
+    assert row.verdict == "fail" and "acc_vis@asked" in row.found
+
+
+@pytest.mark.parametrize(
+    "answer", [AnswerFormat("tag", "answer"), AnswerFormat("json", "answer"), AnswerFormat("last_line")]
+)
+def test_templates_of_a_users_own(answer: AnswerFormat) -> None:
+    own = Template("own", "{problem}", ("scene", "why"), answer=answer, describes="scene")
+    preset = replace(PRESETS["vision_sr1"], template="own", templates=Templates({**SHIPPED.by_name, "own": own}))
+    (row,) = gold(preset, replace(prompt("a"), answer='say "1"'))
+    assert row.verdict == "pass", row
+    opened = replace(own, opens="<scene>")
+    preset = replace(preset, templates=Templates({**SHIPPED.by_name, "own": opened}))
+    assert gold(preset, prompt("a"))[0].verdict == "pass"
+
+
+def test_gold_answers_that_cannot_earn() -> None:
+    preset = PRESETS["vision_sr1"]
+    (other,) = gold(preset, prompt("a"), by=PRESETS["vision_r1"])
+    assert other.verdict == "fail" and "fmt gives 0.0" in other.found, "they are graded by another layout"
+    odd = [replace(prompt("x"), answer=text) for text in ("a}b", r"\boxed{1}", "1" * 600)]
+    assert [gold(preset, one)[0].verdict for one in odd] == ["fail"] * 3
+    (few,) = gold(preset, prompt("a"), prompt("b"), odd[0])
+    assert few.verdict == "warn" and "1 of 3" in few.found and "sample 'x', answer 'a}b'" in few.found
+    groups = gold_groups({0: prompt("a")}, preset, planner())
+    (failed,) = gold_rows(1, unearned(groups, {0: Ungraded("its process was killed")}, preset), preset)
+    assert failed.verdict == "fail" and "its process was killed" in failed.found
+    assert gold_rows(0, [], preset)[0].verdict == "warn"
+
+
+def test_what_is_not_ours_is_not_passed() -> None:
+    own = [{"name": "mine", "rewards": {"tests/test_preflight.py:mine": 1.0}}]
+    rows = gold(preset_from_config(ObjectiveConfig(preset="vision_r1", streams=own)), prompt("a"))
+    assert [row.verdict for row in rows] == ["pass", "warn"] and "mine" in rows[1].found
+
+
+def mine(pair: RolloutPair, sample: Prompt) -> float:
+    """A reward whose most nobody knows."""
+    return 3.0
+
+
+# ---------------------------------------------------------------- can this earn
+def pair(number: int, text: str, cut: bool = False) -> RolloutPair:
+    ids = tuple(range(5, 5 + len(text.split())))
+    length = "length" if cut else "stop"
+    return RolloutPair(number, Rollout(f"r{number}", (2, 3), ids, text, (-1.0,) * len(ids), length, 0), None, None)
+
+
+def earned(
+    *groups: Sequence[tuple[str, bool]], preset: Preset = PRESETS["vision_r1"], **changes: Any
+) -> dict[str, Row]:
+    made = [
+        RolloutGroup(number, prompt(f"p{number}"), tuple(pair(i, *each) for i, each in enumerate(each_group)))
+        for number, each_group in enumerate(groups)
+    ]
+    config = Config(objective=ObjectiveConfig(preset="vision_r1", **changes))
+    return rows_by_name(earning_rows(rollouts_of(made, None, preset), preset, config, ALONE))
+
+
+GOOD, WRONG, LOOSE = (r"<think> x </think> \boxed{1}", False), (r"<think> x </think> \boxed{2}", False), ("no", False)
+
+
+def test_what_can_earn_passes() -> None:
+    rows = earned((GOOD, WRONG), (GOOD, WRONG))
+    assert {row.verdict for row in rows.values()} == {"pass"}, rows
+    assert "50% answer correctly" in rows["responses"].found and "100% of" in rows["gradient"].found
+
+
+@pytest.mark.parametrize(
+    ("groups", "failing"),
+    [
+        (((LOOSE, LOOSE), (LOOSE, LOOSE)), {"dead groups", "reward", "gradient"}),
+        (((GOOD, GOOD), (WRONG, WRONG)), {"dead groups", "gradient"}),
+    ],
+)
+def test_what_cannot_earn_is_refused(groups: Any, failing: set[str]) -> None:
+    rows = earned(*groups)
+    assert {name for name, row in rows.items() if row.verdict == "fail"} == failing
+    with pytest.raises(ValueError, match="the preflight failed: dead groups: 100%"):
+        check_rows(list(rows.values()))
+
+
+def test_poor_shares_are_warned_of() -> None:
+    rows = earned((GOOD, WRONG), (LOOSE, LOOSE), (LOOSE, LOOSE))
+    assert (rows["format"].verdict, rows["dead groups"].verdict) == ("warn", "pass")
+    rows = earned((GOOD, WRONG), *[(GOOD, GOOD)] * 30)
+    assert (rows["dead groups"].verdict, rows["gradient"].verdict) == ("warn", "warn")
+    rows = earned(((GOOD[0], True), WRONG))
+    assert rows["cut responses"].verdict == "warn" and "first 50%" in rows["cut responses"].found
+
+
+def test_a_contrast_may_teach_where_rewards_do_not() -> None:
+    preset = PRESETS["papo"]
+    rows = earned((LOOSE, LOOSE), preset=preset)
+    assert any(stream.trains_contrast for stream in preset.streams)
+    assert rows["dead groups"].verdict == rows["gradient"].verdict == "warn"
+
+
+def test_rollouts_that_are_looked_at_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop's own steps, on an engine whose answers hang on seeds and weights, with a look before and without."""
+    runs, real = Runs(tmp_path, monkeypatch, texts(30)), grpo._steps
+    looked: list[Any] = []
+
+    def after_a_look(run: Any, first: int, preset: Any, feed: Any, policy: Any, source: Any, *rest: Any) -> None:
+        looked.append(source.look(StepPrompts(feed, 6, taken=False), first))
+        source.sleep()
+        real(run, first, preset, feed, policy, source, *rest)
+
+    plain = runs.go("plain")
+    monkeypatch.setattr(grpo, "_steps", after_a_look)
+    other = runs.go("looked")
+    (seen,) = looked
+    assert seen.ledger.num_groups == 6 and not (tmp_path / "looked/rollouts/step_000006").exists()
+    assert plain.number == other.number and plain.trained == other.trained
+    for step in range(6):
+        assert untimed_lines(runs, "plain", step) == untimed_lines(runs, "looked", step)
+
+
+def untimed_lines(runs: Runs, name: str, step: int) -> list[Any]:
+    clocks = ("queued_at", "finished_at")
+    lines = runs.lines(name, step)
+    return [{**line, "first": {k: v for k, v in line["first"].items() if k not in clocks}} for line in lines]
+
+
+# ---------------------------------------------------------------- what is kept, and said
+def test_a_preflight_is_known_by_its_configuration(tmp_path: Path) -> None:
+    path, good, bad = tmp_path / "run" / "preflight.json", Row("a", "warn", "x"), Row("b", "fail", "y", "Do z.")
+    config = load_config(None, [])
+    assert not has_passed(path, config)
+    keep_rows(path, config, [good], whole=True)
+    assert has_passed(path, config) and json.loads(path.read_text())["verdict"] == "warn"
+    assert has_passed(path, replace(config, timeout_minutes=3.0)), "which changes no number"
+    assert not has_passed(path, load_config(None, ["rollout.temperature=0.5"]))
+    keep_rows(path, config, [good], whole=False)
+    assert has_passed(path, config), "what was known of responses stays known"
+    keep_rows(path, config, [good, bad], whole=True)
+    assert not has_passed(path, config) and json.loads(path.read_text())["rows"][1]["remedy"] == "Do z."
+    keep_rows(path, config, [good], whole=False)
+    assert not has_passed(path, config), "machines alone were checked since"
+    path.write_text('{"passed": tr')
+    assert not has_passed(path, config)
+
+
+def test_a_table_names_what_to_do() -> None:
+    rows = [Row("disk", "pass", "room"), Row("open files", "fail", "12", "ulimit -n 65536."), Row("c", "warn", "hm")]
+    assert table_of(rows).splitlines() == [
+        "pass  disk        room",
+        "fail  open files  12",
+        "                  -> ulimit -n 65536.",
+        "warn  c           hm",
+        "1 pass, 1 warn, 1 fail",
+    ]
+    assert json.loads(to_json(rows))["verdict"] == "fail"
+    check_rows(rows[:1])
+    with pytest.raises(ValueError, match=r"open files: 12 ulimit -n 65536.*enabled=false"):
+        check_rows(rows)
+
+
+# ---------------------------------------------------------------- real ones
+def test_the_command_on_real_engines(workspace: Workspace) -> None:
+    """And with two ranks, an engine of each, while another process holds the run folder."""
+    run = workspace.folder / "preflighted"
+    (run / "checkpoints").mkdir(parents=True)
+    words = workspace.command("preflight", "preflighted", "--json", "preflight.prompts=3", "nproc=2", "layout.tensor=2")
+    done = subprocess.run(words, cwd=REPOSITORY, timeout=RUN_TIMEOUT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["name"]: row for row in json.loads(done.stdout)["rows"]}
+    assert {
+        "versions",
+        "clocks",
+        "ports",
+        "host memory",
+        "disk space",
+        "write speed",
+        "weights and sleep",
+    } <= rows.keys()
+    assert {"pixels and ids", "gold answers", "format", "leak", "gradient", "log-probs"} <= rows.keys()
+    assert all(row["verdict"] != "fail" for row in rows.values())
+    assert [path.name for path in run.iterdir()] == ["checkpoints"] and not list((run / "checkpoints").iterdir())
+
+
+def test_a_run_begins_with_it(finished: Workspace) -> None:
+    """`whole`, whose bits those runs repeat that other tests stop, and which begin without it."""
+    kept = json.loads((finished.folder / "whole" / "preflight.json").read_text())
+    assert kept["passed"] is True and len(kept["rows"]) > 15
+    assert not (finished.folder / "sft" / "preflight.json").exists(), "which was switched off"
+
+
+def test_an_engine_with_other_weights_fails(workspace: Workspace) -> None:
+    words = workspace.command("grpo", "other_weights")[5:]
+    run_ranks(
+        1, _other_weights, [*words, "nproc=1", "layout.tensor=1", "preflight.prompts=2", "preflight.enabled=true"]
+    )
+
+
+def _other_weights(rank: int, num_ranks: int, words: list[str]) -> None:
+    from megatron_sr1.platform import start_platform
+
+    platform = start_platform()
+    from megatron_sr1.loops.first_checks import Checks
+    from megatron_sr1.loops.generation import build_generator, live_rollouts, training_feed, training_sampling
+    from megatron_sr1.loops.run import Run
+    from megatron_sr1.policy import Policy
+    from megatron_sr1.streams import preset_of
+    from megatron_sr1.training.recorder import Recorder
+    from megatron_sr1.training.trainer import Trainer
+
+    config = load_config(REPOSITORY / "examples/quickstart/grpo.yaml", words)
+    preset, run = preset_of(config), Run(config, platform)
+    sampling = training_sampling(config, preset)
+    policy = Policy(config, platform, num_optimizer_steps=1, keep_reference=preset.needs_reference)
+    trainer = Trainer(config, policy, preset, run.processor)
+    generator = build_generator(run, policy.hf_weights)
+    generator.update_weights(((name, tensor * 1.02) for name, tensor in policy.hf_weights()), 0)
+    checks = Checks(run, "grpo", config, preset)
+    recorder = Recorder.of(preset, config.rollout.samples_per_prompt, run.processor, "train")
+    source = live_rollouts(run, generator, sampling, recorder, refreshed=True)
+    with training_feed(run, preset, sampling) as feed, source:
+        checks.responses(feed, source, trainer, 0)
+    rows = {row.name: row for row in checks.rows}
+    assert rows["log-probs"].verdict == "fail" and "another policy" in rows["log-probs"].found, rows["log-probs"]
+    assert rows["pixels and ids"].verdict == rows["gold answers"].verdict == "pass"
