@@ -218,7 +218,8 @@ def test_rows_about_samples_and_engines() -> None:
 def test_demonstrations_keep_to_their_layout() -> None:
     good = SftSample(prompt("a"), "cot", r"<think> x </think> \boxed{1}")
     bad = replace(good, response=r"\boxed{1}")
-    verdicts = [demonstrations_row(own, SHIPPED, ALONE).verdict for own in ([good], [good, bad], [bad], [])]
+    cases: list[dict[int, SftSample]] = [{0: good}, {0: good, 1: bad}, {0: bad}, {}]
+    verdicts = [demonstrations_row(len(own), own, SHIPPED, ALONE).verdict for own in cases]
     assert verdicts == ["pass", "warn", "fail", "warn"]
 
 

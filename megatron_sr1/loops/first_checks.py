@@ -115,8 +115,8 @@ class Checks:
     def demonstrations(self, feed: SampleFeed) -> None:
         """The next samples of a cold start."""
         batch, bad = feed.look(self._config.preflight.prompts)
-        own = [sample for sample in batch.samples if isinstance(sample, SftSample)]
-        row = demonstrations_row(own, templates_of(self._config), self._run.platform.ranks)
+        own = {place: sample for place, sample in batch.own.items() if isinstance(sample, SftSample)}
+        row = demonstrations_row(len(batch.keys), own, templates_of(self._config), self._run.platform.ranks)
         self._add(samples_row(len(batch.keys), bad), row)
 
     def _gold(self, prompts: StepPrompts, source: LiveRollouts, preset: Preset) -> None:

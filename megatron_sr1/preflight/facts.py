@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import socket
@@ -124,11 +123,10 @@ def _unreachable(platform: Platform, endpoint: str) -> tuple[str, ...]:
     """What this rank should reach and does not: the port where the ranks met, a port of the next rank that the system
     has chosen, as collectives use, and the endpoint. Collective."""
     found = []
-    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    met_there = bool(os.environ.get("RANK")) and address != "" and port.isdecimal()
-    if met_there and platform.rank > 0:
-        found.append(_refusal("rank 0, where the ranks met", address, int(port)))
-    found.append(_next_rank(platform, address if met_there else ""))
+    place = platform.meeting_place
+    if place is not None and platform.rank > 0:
+        found.append(_refusal("rank 0, where the ranks met", *place))
+    found.append(_next_rank(platform, "" if place is None else place[0]))
     if endpoint:
         found.append(_endpoint_refusal(endpoint, urllib.request.getproxies()))
     return tuple(text for text in found if text)

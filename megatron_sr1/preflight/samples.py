@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_sr1.preflight.rows import Row, not_checked
 from megatron_sr1.prompts import Templates
@@ -38,14 +38,19 @@ def pixels_row(number: int, differences: Sequence[str]) -> Row:
     return Row("pixels and ids", "fail", f"{differences[0]}{more}")
 
 
-def demonstrations_row(own: Sequence[SftSample], templates: Templates, ranks: Ranks) -> Row:
+def demonstrations_row(number: int, own: Mapping[int, SftSample], templates: Templates, ranks: Ranks) -> Row:
     """Whether responses have the layout that they are to teach. Collective.
 
     Args:
-        own: this rank's; each is one rank's.
+        number: of all samples.
+        own: this rank's, by their places among all; others may have them, too.
     """
-    broken = [one.prompt.key for one in own if templates.of_demonstration(one).parse(one.response) is None]
-    keys, number = ranks.gather(broken), len(ranks.gather([one.prompt.key for one in own]))
+    broken = [
+        (place, one.prompt.key)
+        for place, one in own.items()
+        if templates.of_demonstration(one).parse(one.response) is None
+    ]
+    keys = [key for _, key in sorted(set(ranks.gather(broken)))]
     if not number:
         return not_checked("layouts", "no sample can be used")
     if not keys:
