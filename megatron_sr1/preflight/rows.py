@@ -21,7 +21,7 @@ class Row:
 
     def __str__(self) -> str:
         """In one line."""
-        return f"{self.name}: {self.found}" + (f" {self.remedy}" if self.remedy else "")
+        return f"{self.name}: {self.found.rstrip('.')}." + (f" {self.remedy}" if self.remedy else "")
 
 
 def not_checked(name: str, why: str, remedy: str = "") -> Row:
