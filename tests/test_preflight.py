@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from megatron_sr1.preflight import (
     gold_rows,
     has_passed,
     keep_rows,
+    known_rewards,
     logprob_row,
     pixels_row,
     samples_row,
@@ -37,7 +39,6 @@ from megatron_sr1.ranks import ALONE
 from megatron_sr1.rewards import Ungraded, score_or_tell
 from megatron_sr1.rewards.table import for_prompt
 from megatron_sr1.streams import PRESETS, Preset, preset_from_config
-from megatron_sr1.training.step_rewards import scored_rewards
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, SftSample
 from tests.data_cases import QUESTION, prompts, write_tar
 from tests.pass_cases import OTHERS
@@ -99,7 +100,7 @@ def graded(groups: Sequence[RolloutGroup], preset: Preset, by: Preset | None = N
     return {
         group.group_id: score_or_tell(
             group,
-            [name for name in for_prompt(scored_rewards(preset), bool(group.prompt.images)) if name != "acc_judge"],
+            for_prompt(known_rewards(preset), bool(group.prompt.images)),
             asked=(by or preset).asked.of(group.prompt),
         )
         for group in groups
@@ -111,7 +112,7 @@ def gold(preset: Preset, *samples: Prompt, by: Preset | None = None) -> list[Row
     return gold_rows(len(samples), unearned(groups, graded(groups, preset, by), preset), preset)
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("external_reasoner",)])
+@pytest.mark.parametrize("name", list(PRESETS))
 def test_gold_answers_earn_in_every_preset(name: str) -> None:
     shown = replace(prompt("a"), metadata={"questions": OTHERS, "description": "a dog", "facts": ["3", "1"]})
     first, *others = gold(PRESETS[name], shown, prompt("b", num_images=0))
@@ -171,7 +172,7 @@ def test_what_is_not_ours_is_not_passed() -> None:
 
 def mine(pair: RolloutPair, sample: Prompt) -> float:
     """A reward whose most nobody knows."""
-    return 3.0
+    raise AssertionError("nobody has written this response")
 
 
 # ---------------------------------------------------------------- can this earn
@@ -406,6 +407,11 @@ def test_a_run_begins_with_it(finished: Workspace) -> None:
     kept = json.loads((finished.folder / "whole" / "preflight.json").read_text())
     assert kept["passed"] is True and len(kept["rows"]) > 15
     assert not (finished.folder / "sft" / "preflight.json").exists(), "which was switched off"
+    (disk,) = [row["found"] for row in kept["rows"] if row["name"] == "disk space"]
+    expected = re.search(r"a checkpoint takes about (\d+) MiB", disk)
+    files = (finished.folder / "whole" / "checkpoints" / "step_000008").rglob("*")
+    found = sum(path.stat().st_size for path in files if path.is_file()) / 2**20
+    assert expected is not None and abs(found - int(expected[1])) < 1.5, (disk, found)
 
 
 def test_an_engine_with_other_weights_fails(workspace: Workspace) -> None:

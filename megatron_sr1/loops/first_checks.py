@@ -25,6 +25,7 @@ from megatron_sr1.preflight import (
     has_passed,
     is_first_here,
     keep_rows,
+    known_rewards,
     logprob_row,
     measure_rank,
     memory_rows,
@@ -123,7 +124,7 @@ class Checks:
         ranks = self._run.platform.ranks
         holds = ranks.rank % self._config.rollout.engine_tensor == 0  # the ranks of an engine have the same prompts
         groups = gold_groups(prompts.first.own if holds else {}, preset, self._run.planner)
-        found = ranks.gather(unearned(groups, source.grade(groups), preset))
+        found = ranks.gather(unearned(groups, source.grade(groups, known_rewards(preset)), preset))
         self._add(*gold_rows(len(prompts.keys), found, preset))
 
     def _add(self, *rows: Row) -> None:

@@ -2,7 +2,7 @@
 
 from megatron_sr1.preflight.earning import earning_rows
 from megatron_sr1.preflight.facts import RankFacts, is_first_here, measure_rank
-from megatron_sr1.preflight.gold import gold_groups, gold_rows, unearned
+from megatron_sr1.preflight.gold import gold_groups, gold_rows, known_rewards, unearned
 from megatron_sr1.preflight.kept import has_passed, keep_rows
 from megatron_sr1.preflight.logprobs import LOGPROBS, logprob_row
 from megatron_sr1.preflight.machine import disk_rows, fact_rows, write_speed
@@ -26,6 +26,7 @@ __all__ = [
     "has_passed",
     "is_first_here",
     "keep_rows",
+    "known_rewards",
     "logprob_row",
     "measure_rank",
     "memory_rows",

@@ -15,6 +15,7 @@ from megatron_sr1.rewards import REWARDS, Ungraded, Value, Vectors, find_reward,
 from megatron_sr1.rollout import Planner
 from megatron_sr1.rollout.later import OpenReading, ask_later
 from megatron_sr1.streams import Preset
+from megatron_sr1.training.step_rewards import scored_rewards
 from megatron_sr1.types import SECOND, LaterPass, PassName, Prompt, Reading, Rollout, RolloutGroup, RolloutPair
 
 NAME = "gold answers"
@@ -79,6 +80,11 @@ def _written(template: Template, answer: str, description: str | None = None) ->
 
 
 # ---------------------------------------------------------------- what they earn
+def known_rewards(preset: Preset) -> list[str]:
+    """Those of a step that are ours, and need no judge: others are not asked about what nobody wrote."""
+    return [name for name in scored_rewards(preset) if _is_ours(name)]
+
+
 def unearned(
     groups: Sequence[RolloutGroup], graded: Mapping[int, Vectors | Ungraded], preset: Preset
 ) -> list[Unearned]:
@@ -90,7 +96,7 @@ def unearned(
             found.append(Unearned(prompt.key, result.reason))
             continue
         asked = {later.name for later in preset.passes.of(prompt).later}
-        measured = {name: value for name, value in result[0].items() if _is_ours(name) and _is_asked(name, asked)}
+        measured = {name: value for name, value in result[0].items() if _is_asked(name, asked)}
         less = {name: value for name, value in measured.items() if not _is_full(value)}
         if less:
             name, value = next(iter(less.items()))

@@ -16,7 +16,7 @@ from megatron_sr1.config import ObjectiveConfig, RewardsConfig
 from megatron_sr1.data import StepPrompts
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.ranks import Exchange
-from megatron_sr1.rewards import RewardError, Ungraded, Vectors, find_reward, for_prompt
+from megatron_sr1.rewards import RewardError, Ungraded, Vectors, for_prompt
 from megatron_sr1.rewards.reading import with_readings
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.training.live_groups import live_groups, training_places
@@ -180,11 +180,10 @@ class LiveRollouts:
         """What trainer and engines see otherwise of this engine's prompts, on any engine. Collective."""
         return self._generator.pixel_differences(prompts, self._sampling)
 
-    def grade(self, groups: Sequence[RolloutGroup]) -> dict[int, Vectors | Ungraded]:
-        """By group_id, the rewards of groups that no engine made, as the graders give them that need no judge."""
+    def grade(self, groups: Sequence[RolloutGroup], names: Sequence[str]) -> dict[int, Vectors | Ungraded]:
+        """By group_id, the named rewards of groups that no engine made, as the graders give them."""
         for group in groups:
-            names = for_prompt(scored_rewards(self._recorder.preset), bool(group.prompt.images))
-            self._graders.submit(group, [name for name in names if "judge" not in find_reward(name).needs])
+            self._graders.submit(group, for_prompt(names, bool(group.prompt.images)))
         return dict(self._graders.collect())
 
     def _chosen(self, drawn: _Drawn, prompts: StepPrompts, rounds: int | None, step: int) -> StepRollouts:
