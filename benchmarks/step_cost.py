@@ -104,6 +104,7 @@ def measure(config: str, preset: str, steps: int, overrides: Sequence[str], root
         f"run_dir={folder / 'run'}",
         "evaluate.max_prompts=1",
         "evaluate.controls=[]",
+        "preflight.enabled=false",
     ]
     command = [sys.executable, "-m", "megatron_sr1.cli", "grpo", config, *words, *overrides]
     try:

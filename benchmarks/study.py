@@ -58,7 +58,13 @@ class Plan:
 
 
 FULL = Plan(Path("runs/study"), EXAMPLES / "sweep.yaml", (4000, 600, 8000), (), (10, 2))
-SHORT = Plan(Path("runs/study_short"), EXAMPLES / "short.yaml", (48, 12, 160), ("train.steps=4",), (3, 1))
+SHORT = Plan(
+    Path("runs/study_short"),
+    EXAMPLES / "short.yaml",
+    (48, 12, 160),
+    ("train.steps=4", "preflight.enabled=false"),
+    (3, 1),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

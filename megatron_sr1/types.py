@@ -443,6 +443,10 @@ class Generator(WeightSink, Protocol):
         handed on."""
         ...
 
+    def pixel_differences(self, prompts: Iterable[Prompt], sampling: Sampling) -> list[str]:
+        """What engines and trainer see otherwise of the prompts, each line with what to do; the same on every rank."""
+        ...
+
     def sleep(self) -> None:
         """Gives its memory to the trainer until the next `update_weights`, where the platform can."""
         ...

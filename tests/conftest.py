@@ -90,7 +90,8 @@ def finished(
     def make() -> Path:
         leaves = ("offload.gradients=true", "offload.optimizer=true", "offload.reference=true")  # the others' stays
         kept = ("train.save_hf=true", "train.evaluate_every=3", "train.keep_best=accuracy")
-        words = ("train.steps=8", "train.save_every=3", "evaluate.verify_export=12", *leaves, *kept)
+        looks = ("preflight.enabled=true", "preflight.prompts=4")  # the others begin without
+        words = ("train.steps=8", "train.save_every=3", "evaluate.verify_export=12", *leaves, *kept, *looks)
         printed = workspace.run("grpo", "whole", *words)
         assert "step 8/8" in printed
         return workspace.folder

@@ -47,7 +47,7 @@ LEVELS = {
         "evaluation",
     },
     2: {"platform", "kernels", "weights", "policy", "convert", "rollout", "estimate", "training"},
-    3: {"loops"},
+    3: {"preflight", "loops"},
     4: {"cli", "launch", "__main__"},
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
@@ -70,6 +70,7 @@ ALLOWED_SIDEWAYS = {  # within a level; a room that is not here imports no neigh
     "training": {"platform", "kernels", "weights", "policy"},
     "rollout": {"platform", "weights"},
     "estimate": {"platform", "kernels", "policy"},
+    "loops": {"preflight"},  # the first phase of a run
 }
 FORBIDDEN = {("policy", "objective")}  # the loop passes the loss in
 MEGATRON_ROOMS = {"policy", "weights", "convert", "training", "platform"}

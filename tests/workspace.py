@@ -37,9 +37,10 @@ class Workspace:
             f"model.hf_dir={hf_dir}",
             *(f"data.{part}=[{data}/{part}-*.tar]" for part in ("train", "heldout", "cold_start")),
             *("rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "train.batch_size=4"),
+            *("preflight.enabled=false",) * (name in ("sft", "grpo")),  # it has tests of its own
             *("train.micro_batch_tokens=1024", "optimizer.lr=2e-4", "evaluate.verify_export=0"),
             # drawn anew for each step, so that whoever resumes or replays must draw the same
-            *(["objective.contrast=[{name: masked, context: masked}]"] if name == "grpo" else []),
+            *(["objective.contrast=[{name: masked, context: masked}]"] if name in ("grpo", "preflight") else []),
             *overrides,
         ]
 

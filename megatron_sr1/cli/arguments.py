@@ -34,6 +34,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             _add_parts(command)
         if name == "evaluate":
             command.add_argument("--restart", action="store_true", help="remove what an earlier evaluation left first")
+    _add_preflight(commands.add_parser("preflight", help="what a run would look at before its first step, and a table"))
     _add_sweep(commands.add_parser("sweep", help="the runs of a sweep file on this machine, then their report"))
     text = "experiments of dependent tasks, and sweeps, on this machine, in containers or on Slurm, by NeMo-Run"
     add_launch_options(commands.add_parser("launch", help=text, description=text))
@@ -91,6 +92,15 @@ def sources(args: argparse.Namespace) -> tuple[Path, list[str]]:
     own = [f"model.hf_dir={run / 'hf'}", f"run_dir={run / 'evaluate'}", "evaluate.verify_export=0"]
     own += [f"objective.reference_dir={began}"] if began else []
     return run / "config.yaml", [*own, *args.overrides]
+
+
+def _add_preflight(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="for example preflight.prompts=64")
+    command.add_argument("--nproc", type=int, help="ranks on this machine; the same as nproc=N")
+    text = "the run that is to be started (default: grpo)"
+    command.add_argument("--command", choices=("grpo", "sft"), default="grpo", dest="checked", help=text)
+    command.add_argument("--json", action="store_true", help="print the rows as JSON")
 
 
 def _add_sweep(command: argparse.ArgumentParser) -> None:

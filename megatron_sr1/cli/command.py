@@ -1,4 +1,5 @@
-"""megatron-sr1 sft, grpo, evaluate CONFIG.yaml [key=value ...]; sweep; launch; plan; report; credit; convert."""
+"""megatron-sr1 sft, grpo, evaluate, preflight CONFIG.yaml [key=value ...]; sweep; launch; plan; report; credit;
+convert."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from megatron_sr1.cli.convert import run_convert
 from megatron_sr1.cli.credit import run_credit
 from megatron_sr1.cli.plans import run_plan
 from megatron_sr1.cli.reports import run_report, run_sweep
-from megatron_sr1.cli.runs import start
+from megatron_sr1.cli.runs import start, start_preflight
 from megatron_sr1.config.mistakes import EXPECTED_ERRORS, MISTAKE_STATUS, one_line
 from megatron_sr1.launch import run_launch
 
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(run_convert(args))
         elif args.command == "plan":
             run_plan(args)
+        elif args.command == "preflight":
+            start_preflight(started_config(args), args)
         elif args.command == "sweep":
             run_sweep(args)
         elif args.command == "launch":

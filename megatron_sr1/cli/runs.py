@@ -79,6 +79,37 @@ def start(command: Command, config: Config, args: argparse.Namespace) -> None:
     if args.dry_run:
         _dry_run(command, config, args, missing_data)
         return
+    only_trained = command == "sft" or (command == "grpo" and args.train_only)
+    _prepare(command, config, missing_data, only_trained=only_trained)
+    imports = (f"megatron_sr1.loops.{command}", *(() if only_trained else (ENGINE,)))
+    _start_ranks(command, config, parts, imports)
+
+
+def start_preflight(config: Config, args: argparse.Namespace) -> None:
+    """Checks what `start` checks of the run, then starts its ranks to check the rest.
+
+    Raises:
+        ValueError: what is wrong, or which check has failed.
+    """
+    command: Command = args.checked
+    _prepare(command, config, check_run(command, config), only_trained=command == "sft")
+    imports = ("megatron_sr1.loops.preflight", *(() if command == "sft" else (ENGINE,)))
+    _start_ranks("preflight", config, {"command": command, "as_json": args.json}, imports)
+
+
+def _start_ranks(command: str, config: Config, parts: dict[str, Any], imports: Sequence[str]) -> None:
+    from megatron_sr1.platform import run_on_ranks
+
+    timeout = timedelta(minutes=config.timeout_minutes)
+    run_on_ranks(_run, config.nproc, command, config, parts, imports=imports, timeout=timeout)
+
+
+def _prepare(command: Command, config: Config, missing_data: Sequence[str], *, only_trained: bool) -> None:
+    """What the ranks will find: data, weights, the keys of endpoints.
+
+    Args:
+        only_trained: no engine is started.
+    """
     if missing_data:
         raise ValueError(missing_data[0])
     judges = [config.rewards.judge.endpoint] if command != "sft" and config.rewards.judge.url else []
@@ -88,17 +119,11 @@ def start(command: Command, config: Config, args: argparse.Namespace) -> None:
 
         for judge in judges:
             judge_key(judge)
-    only_trained = command == "sft" or (command == "grpo" and args.train_only)
     check_weights(config, weights=not (only_trained and config.model.megatron_dir))
     from megatron_sr1.data import prepare_data
 
     for name in TRAINING_DATA[command]:
         prepare_data(config.data, name, _say)
-    from megatron_sr1.platform import run_on_ranks
-
-    timeout = timedelta(minutes=config.timeout_minutes)
-    imports = (f"megatron_sr1.loops.{command}", *(() if only_trained else (ENGINE,)))
-    run_on_ranks(_run, config.nproc, command, config, parts, imports=imports, timeout=timeout)
 
 
 def _warn_of_shared_files(config: Config) -> None:
@@ -159,6 +184,11 @@ def _run(command: str, config: Config, parts: dict[str, Any]) -> None:
             from megatron_sr1.loops.grpo import run_grpo
 
             run = partial(run_grpo, **parts)
+        case "preflight":
+            from megatron_sr1.loops.preflight import run_preflight
+
+            run_preflight(config, platform, **parts)
+            return  # of no run: there is nothing to send
         case _:
             from megatron_sr1.loops.evaluate import run_evaluate
 

@@ -22,7 +22,8 @@ from megatron_sr1.config.model import LayoutConfig, ModelConfig, OffloadConfig, 
 from megatron_sr1.config.model_files import check_folders, check_weights, how_to_get, missing_files, model_fingerprint
 from megatron_sr1.config.paths import home_path
 from megatron_sr1.config.pixels import PixelLimits, check_pixels, pixel_limits, write_pixel_limits
-from megatron_sr1.config.resume import Change, changes_of, check_resume, saved_steps, values_by_key
+from megatron_sr1.config.preflight import PreflightConfig
+from megatron_sr1.config.resume import Change, changes_of, check_resume, rule_of, saved_steps, values_by_key
 from megatron_sr1.config.rewards import RewardsConfig
 from megatron_sr1.config.rollout import (
     BATCHED_TOKENS,
@@ -60,6 +61,7 @@ __all__ = [
     "OptimizerConfig",
     "PixelLimits",
     "PrecisionConfig",
+    "PreflightConfig",
     "RecomputeConfig",
     "RewardsConfig",
     "RolloutConfig",
@@ -88,6 +90,7 @@ __all__ = [
     "read_mapping",
     "read_overrides",
     "row_tokens",
+    "rule_of",
     "running_requests",
     "saved_steps",
     "typical_tokens",

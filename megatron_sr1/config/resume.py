@@ -115,6 +115,7 @@ RULES: Mapping[str, Rule] = {
     "evaluate.controls": "takes effect",
     "evaluate.gold_field": "takes effect",
     "evaluate.other_questions": "takes effect",
+    "preflight": "free",
     "track": "free",
     "watchdog": "free",
 }

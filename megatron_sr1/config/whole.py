@@ -9,6 +9,7 @@ from typing import Any
 from megatron_sr1.config.data import DataConfig
 from megatron_sr1.config.evaluation import EvaluateConfig
 from megatron_sr1.config.model import LayoutConfig, ModelConfig, OffloadConfig, PrecisionConfig, RecomputeConfig
+from megatron_sr1.config.preflight import PreflightConfig
 from megatron_sr1.config.rewards import RewardsConfig
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.rules import Range, check_numbers, require
@@ -42,6 +43,7 @@ class Config:
     templates: dict[str, Any] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 

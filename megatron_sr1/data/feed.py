@@ -79,6 +79,7 @@ class SampleFeed:
         self._readers: Ranks = ALONE
         self._deal: Deal = equal_runs
         self._check = check
+        self._workers = workers
         self._reader = _ReadAhead(stream, workers, prefetch_bytes)
         self._position = 0
         self._usual = 0  # the largest number that was asked for
@@ -152,6 +153,28 @@ class SampleFeed:
         indices = tuple(self._stream.index(position) for position in positions)
         return Batch(tuple(positions), indices, keys, dict(zip(mine, samples, strict=True)), shares)
 
+    def look(self, count: int) -> tuple[Batch, list[str]]:
+        """The next `count` samples without taking them, and why some of them are bad, which are left out here: neither
+        the position nor the quarantine knows of it, and nothing that is read ahead is lost. Collective.
+
+        Raises: as `next`, but for bad samples.
+        """
+        positions = self._upcoming(count)
+        shares = self._dealt(positions)
+        read, bad = self._read_apart({place: positions[place] for place in shares[self._readers.rank]})
+        reasons = dict(sorted(self.ranks.gather(bad)))
+        kept = [place for place in range(len(positions)) if place not in reasons]
+        number = {place: index for index, place in enumerate(kept)}
+        left = [positions[place] for place in kept]
+        batch = Batch(
+            tuple(left),
+            tuple(self._stream.index(position) for position in left),
+            tuple(self._key(position) for position in left),
+            {number[place]: sample for place, sample in read.items() if place in number},
+            [[number[place] for place in share if place in number] for share in shares],
+        )
+        return batch, list(reasons.values())
+
     def read(self, index: int) -> Prompt | SftSample:
         """A sample that some rank has read, here and now: one of `Batch.indices`. Any thread may call it.
 
@@ -193,6 +216,23 @@ class SampleFeed:
         self._in_flight = {}
         self._again = [position for position, _ in state.in_flight]
         assert all(self._key(position) == key for position, key in state.in_flight)
+
+    def _read_apart(self, wanted: Mapping[int, int]) -> tuple[dict[int, Prompt | SftSample], list[tuple[int, str]]]:
+        """The samples at the positions, by their places, beside what is read ahead; and why some of them are bad."""
+        read: dict[int, Prompt | SftSample] = {}
+        bad: list[tuple[int, str]] = []
+        with ThreadPoolExecutor(self._workers, thread_name_prefix="sample-looks") as pool:
+            indices = {place: self._stream.index(position) for place, position in wanted.items()}
+            futures = {place: pool.submit(self._stream.read, index) for place, index in indices.items()}
+            for place, future in futures.items():
+                try:
+                    sample = future.result()
+                    if self._check is not None:
+                        self._check(sample)
+                    read[place] = sample
+                except ValueError as error:
+                    bad.append((place, str(error)))
+        return read, bad
 
     def _distinct(self, positions: list[int]) -> list[int]:
         """Those before the first whose sample is in flight, or comes twice."""

@@ -22,9 +22,14 @@ class StepPrompts:
     Implements `types.DrawnPrompts`: this rank has its share of them, and reads another one where it is asked to.
     """
 
-    def __init__(self, feed: SampleFeed, count: int) -> None:
-        """Draws the prompts that the step begins with. Collective; raises as `more`."""
-        self._feed = feed
+    def __init__(self, feed: SampleFeed, count: int, *, taken: bool = True) -> None:
+        """Draws the prompts that the step begins with. Collective; raises as `more`.
+
+        Args:
+            taken: False: they are only looked at, see `SampleFeed.look`, and come again. Then there are no `more`.
+        """
+        self._feed, self._taken = feed, taken
+        self.bad: list[str] = []  # of those that are only looked at, why one was left out
         self._batches: list[Batch] = []
         self._prompts: list[Later[Prompt]] = []  # by number
         self._own: set[int] = set()
@@ -59,7 +64,10 @@ class StepPrompts:
         return self.read(number).images[index]
 
     def _next(self, count: int, *, distinct: bool) -> PromptShare:
-        batch = self._feed.next(count, distinct=distinct)
+        if self._taken:
+            batch = self._feed.next(count, distinct=distinct)
+        else:
+            batch, self.bad = self._feed.look(count)
         prompts = agreed(self._feed.ranks, lambda: only_prompts(batch.samples, "data.train"))
         own, start = dict(zip(batch.own, prompts, strict=True)), len(self.keys)
         self._batches.append(batch)

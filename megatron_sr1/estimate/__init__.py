@@ -7,6 +7,7 @@ from megatron_sr1.estimate.advice import advice
 from megatron_sr1.estimate.layouts import Candidate, candidates
 from megatron_sr1.estimate.machine import Machine
 from megatron_sr1.estimate.plan import Phase, RunPlan, check_fits, make_plan
+from megatron_sr1.estimate.saved import checkpoint_bytes, export_bytes
 from megatron_sr1.estimate.text import SUPPOSED, plan_text, time_text
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "advice",
     "candidates",
     "check_fits",
+    "checkpoint_bytes",
+    "export_bytes",
     "make_plan",
     "plan_text",
     "time_text",

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sr1.config import BATCHED_TOKENS, Config, LayoutConfig, graph_sizes, kv_token_bytes, running_requests
+from megatron_sr1.estimate.saved import WholeCount
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.parameter_counts import count_stages
 
@@ -34,15 +35,18 @@ class EngineBytes:
     sync: int  # beside the weights, while new ones arrive
 
 
-def engine_bytes(model: Architecture, config: Config, *, element: int = 2) -> EngineBytes:
+def engine_bytes(
+    model: Architecture, config: Config, *, element: int = 2, whole: WholeCount | None = None
+) -> EngineBytes:
     """An engine of `rollout.engine_tensor` ranks.
 
     Args:
         element: bytes of a weight and of a cached value; 4 on a CPU.
+        whole: see `engine_parameters`.
     """
     rollout = config.rollout
     ranks = rollout.engine_tensor
-    weights = engine_parameters(config.model.hf_dir, model, ranks) * element
+    weights = engine_parameters(config.model.hf_dir, model, ranks, whole) * element
     kv_cache = int(rollout.kv_cache_gib * 2**30)
     cached = kv_token_bytes(model, ranks, element=element)
     requests = running_requests(rollout, cached)
@@ -68,9 +72,21 @@ def _encoder_bytes(model: Architecture, values: int) -> int:
     return tower["spatial_merge_size"] ** 2 * values * (6 * tower["hidden_size"] + 3 * tower["intermediate_size"])
 
 
-def engine_parameters(hf_dir: str, model: Architecture, ranks: int) -> int:
-    """Parameters on one of the `ranks` of an engine."""
+def engine_parameters(hf_dir: str, model: Architecture, ranks: int, whole: WholeCount | None = None) -> int:
+    """Parameters on one of the `ranks` of an engine.
+
+    Args:
+        whole: the model's, of which a rank is then taken to have an even share, as a process that is one of several
+            ranks must; None: they are counted.
+    """
+    if whole is not None:
+        return (whole.language + whole.experts) // ranks + _repeated(model, ranks) + whole.vision
     count = count_stages(hf_dir, LayoutConfig(tensor=ranks, sequence_parallel=ranks > 1), ranks)[0]
     experts = count.experts // ranks  # vLLM cuts every expert; Megatron counts them whole on each rank
-    repeated = max(0.0, 1 - model.num_kv_heads / ranks) * 2 * model.head_dim * model.hidden_size * model.num_layers
-    return count.language - count.experts + experts + int(repeated) + count.vision  # the ranks share images, not layers
+    language = count.language - count.experts + experts + _repeated(model, ranks)
+    return language + count.vision  # the ranks share images, not layers
+
+
+def _repeated(model: Architecture, ranks: int) -> int:
+    """Parameters of keys and values that a rank has because there are fewer heads of them than ranks."""
+    return int(max(0.0, 1 - model.num_kv_heads / ranks) * 2 * model.head_dim * model.hidden_size * model.num_layers)

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from megatron_sr1.config import Config, typical_tokens
 from megatron_sr1.estimate.engine import engine_parameters
 from megatron_sr1.estimate.machine import GIB, Machine
+from megatron_sr1.estimate.saved import WholeCount
 from megatron_sr1.estimate.state import TrainerState, copied_bytes, weight_bytes
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.parameter_counts import StageCount
@@ -36,11 +37,13 @@ def host_bytes(
     counts: Sequence[StageCount],
     *,
     generates: bool,
+    whole: WholeCount | None = None,
 ) -> Mapping[str, float]:
     """Named bytes of the node that holds most.
 
     Args:
         states, counts: of a rank of every pipeline stage; none where nothing is trained.
+        whole: see `engine_parameters`.
     """
     ranks = min(config.nproc, machine.gpus_per_node)
     found: dict[str, float] = {}
@@ -51,10 +54,10 @@ def host_bytes(
         copies, further = zip(*(copied_bytes(count, config) for count in counts), strict=True)
         found["checkpoint"] = ranks * max(copies) + max(further)
         if config.train.save_hf:
-            whole = weight_bytes(config) * engine_parameters(config.model.hf_dir, model, 1)
-            files = math.ceil(whole / HF_FILE_BYTES)
+            all_files = weight_bytes(config) * engine_parameters(config.model.hf_dir, model, 1, whole)
+            files = math.ceil(all_files / HF_FILE_BYTES)
             rounds = math.ceil(files / config.nproc)
-            found["checkpoint"] += min(whole, ranks * rounds * HF_FILE_BYTES)
+            found["checkpoint"] += min(all_files, ranks * rounds * HF_FILE_BYTES)
     if generates:
         vision = model.hf.vision_config
         token_pixels = (vision.patch_size * vision.spatial_merge_size) ** 2

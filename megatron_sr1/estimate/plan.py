@@ -16,7 +16,7 @@ there once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_sr1.config import Command, Config, ConfigError, row_tokens, typical_tokens
@@ -26,6 +26,7 @@ from megatron_sr1.estimate.arithmetic import prompts_of_group, training_flops
 from megatron_sr1.estimate.engine import EngineBytes, engine_bytes
 from megatron_sr1.estimate.host import host_bytes
 from megatron_sr1.estimate.machine import GIB, Machine
+from megatron_sr1.estimate.saved import WholeCount
 from megatron_sr1.estimate.state import TrainerState, gathered_bytes, trainer_state
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.frozen import check_shares, read_frozen
@@ -91,8 +92,14 @@ class RunPlan:
         return max(self.phases, key=lambda phase: phase.peak)
 
 
-def make_plan(command: Command, config: Config, machine: Machine) -> RunPlan:
+def make_plan(
+    command: Command, config: Config, machine: Machine, counted: Sequence[StageCount] | None = None
+) -> RunPlan:
     """The plan of a command whose configuration `config.check_command` has passed.
+
+    Args:
+        counted: a rank of every pipeline stage, see `Scorer.stage_counts`; None: they are counted here, for which this
+            process must be alone.
 
     Raises:
         ConfigError: nodes that would be filled in part; what `model.freeze` names is not there, all there is, or all of
@@ -103,17 +110,18 @@ def make_plan(command: Command, config: Config, machine: Machine) -> RunPlan:
     num_rows = max(1, math.ceil(tokens / config.data_ranks / rows))
     stages: tuple[StagePlan, ...] = ()
     if command != "evaluate":
-        counts = count_stages(config.model.hf_dir, config.layout, config.nproc, config.model.freeze)
+        counts = counted or count_stages(config.model.hf_dir, config.layout, config.nproc, config.model.freeze)
         trained = [(count.trained_experts, count.trained - count.trained_experts) for count in counts]
         check_shares(config.model.freeze, trained, "pipeline stage")
         read_frozen(model, config)
         stages = tuple(_stage(model, config, count, command, rows, num_rows) for count in counts)
-    engine = None if command == "sft" else engine_bytes(model, config)
+    whole = None if counted is None else WholeCount.of(counted, config)
+    engine = None if command == "sft" else engine_bytes(model, config, whole=whole)
     phases = tuple(_phases(config, stages, engine))
     nodes = machine.nodes(config.nproc)
     states = [stage.state for stage in stages]
     counts = [stage.count for stage in stages]
-    host = host_bytes(config, machine, model, states, counts, generates=engine is not None)
+    host = host_bytes(config, machine, model, states, counts, generates=engine is not None, whole=whole)
     flops = training_flops(command, config, model)
     return RunPlan(command, config, machine, model, nodes, rows, length, num_rows, stages, engine, phases, host, flops)
 

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megatron_sr1.config import Config, kv_token_bytes, pixel_limits, read_hf_config, running_requests
-from megatron_sr1.data import Check, LeftOut
+from megatron_sr1.data import Check, LeftOut, SampleFeed
 from megatron_sr1.loops.run import Run
 from megatron_sr1.platform import TeamCounter, TeamRanks
 from megatron_sr1.policy.read import open_tensors, read_architecture
-from megatron_sr1.rollout import Engine, EngineLimits, Planner, TwoPassGenerator, stale_vision_canary
+from megatron_sr1.rollout import Engine, EngineLimits, Planner, TwoPassGenerator, canary_complaints, deal_prompts
 from megatron_sr1.streams import Preset, check_siblings
+from megatron_sr1.training.live_rollouts import LiveRollouts
+from megatron_sr1.training.recorder import Recorder
 from megatron_sr1.types import NamedTensors, Passes, Prompt, Sampling, SftSample
 from megatron_sr1.weights import check_values
 
@@ -23,18 +25,25 @@ if TYPE_CHECKING:
 _CANARY_SIDE = 56  # pixels: a few visual tokens for every family
 
 
-def build_generator(run: Run, weights: Callable[[], NamedTensors] | None = None) -> TwoPassGenerator:
+def _refuse(complaint: str) -> None:
+    raise RuntimeError(complaint)
+
+
+def build_generator(
+    run: Run, weights: Callable[[], NamedTensors] | None = None, complain: Callable[[str], None] = _refuse
+) -> TwoPassGenerator:
     """Engines on all ranks, each with all weights and a share of the prompts. Collective.
 
     Args:
         weights: streams the policy's present weights, collectively. The engines start with them, and whether updates
-            reach the vision tower's images is tried (`stale_vision_canary`); later they refill engines that had to be
+            reach the vision tower's images is tried (`canary_complaints`); later they refill engines that had to be
             restarted. None: the engines have those of `model.hf_dir`.
+        complain: takes what that finds.
 
     Raises:
         ValueError: without `weights`: the tensors of `model.hf_dir` are not those of the model, see `open_tensors`, or
             hold values that are not finite.
-        RuntimeError: the engine does not hold, or does not look through, the weights it was sent.
+        RuntimeError: the engine does not hold the weights it was sent; by default, it does not look through them.
     """
     rollout = run.config.rollout
     if weights is None:  # else the policy has looked
@@ -61,7 +70,8 @@ def build_generator(run: Run, weights: Callable[[], NamedTensors] | None = None)
     )
     if weights is not None:
         engine.update_weights(weights(), 0)
-        stale_vision_canary(engine, run.processor, _canary_image(), weights)
+        for complaint in canary_complaints(engine, run.processor, _canary_image(), weights):
+            complain(complaint)
     engines = engine_ranks(run)
     hands_on = run.platform.ranks.rank % rollout.engine_tensor == 0
     own, reference = run.config.model.hf_dir, run.config.objective.reference_dir
@@ -126,6 +136,28 @@ def prompt_check(planner: Planner, passes: Callable[[Prompt], Passes], *, leaves
             raise (LeftOut if leaves_out else ValueError)("\n".join(refused))
 
     return check
+
+
+def training_feed(run: Run, preset: Preset, sampling: Sampling) -> SampleFeed:
+    """The prompts of `data.train`, each of which every pass and every contrast can be made of, dealt to the engines.
+    Raises as `Run.feed`."""
+    fits = prompt_check(run.planner, preset.passes.of, leaves_out=True)
+    feed = run.feed("train", contrast_check(preset, fits))
+    feed.divide(engine_ranks(run), functools.partial(deal_prompts, run.processor, sampling))
+    return feed
+
+
+def live_rollouts(
+    run: Run, generator: TwoPassGenerator, sampling: Sampling, recorder: Recorder, *, refreshed: bool
+) -> LiveRollouts:
+    """A step's rollouts from the engines, kept in the run folder. `refreshed`: see `LiveRollouts`."""
+    config = run.config
+    return LiveRollouts(
+        *(generator, sampling, recorder, config.rewards, run.platform.ranks, run.folder / "rollouts"),
+        refreshed=refreshed,
+        objective=config.objective,
+        rounds=config.rollout.dynamic_sampling,
+    )
 
 
 def contrast_check(preset: Preset, check: Check) -> Check:

@@ -5,13 +5,13 @@ prompts -> pairs -> rewards -> advantages -> packed rows -> optimizer steps -> w
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from megatron_sr1.config import Config
 from megatron_sr1.data import SampleFeed, StepPrompts
 from megatron_sr1.loops.evaluate import Evaluations, NoEvaluations, check_heldout, heldout_prompts
-from megatron_sr1.loops.generation import build_generator, contrast_check, engine_ranks, prompt_check, training_sampling
+from megatron_sr1.loops.first_checks import Preflight
+from megatron_sr1.loops.generation import build_generator, live_rollouts, training_feed, training_sampling
 from megatron_sr1.loops.preemption import watch_for_stop
 from megatron_sr1.loops.run import Run, check_verification, metrics_of, open_run
 from megatron_sr1.metrics.clock import Clock
@@ -19,7 +19,6 @@ from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.rewards import RewardError
-from megatron_sr1.rollout import deal_prompts
 from megatron_sr1.streams import Preset, own_code, preset_of
 from megatron_sr1.training.live_rollouts import LiveRollouts
 from megatron_sr1.training.recorder import Recorder
@@ -47,14 +46,14 @@ def run_grpo(
     preset = preset_of(config)
     with open_run(config, platform) as run:
         sampling = training_sampling(config, preset)
-        fits = prompt_check(run.planner, preset.passes.of, leaves_out=True)
-        feed = run.feed("train", contrast_check(preset, fits))
-        feed.divide(engine_ranks(run), partial(deal_prompts, run.processor, sampling))
+        feed = training_feed(run, preset, sampling)
         heldout = heldout_prompts(run)
         check_heldout(run, heldout)
         updates = config.rollout.prompts_per_step // config.train.batch_size * config.train.steps
         policy = Policy(config, platform, num_optimizer_steps=updates, keep_reference=preset.needs_reference)
         first = run.resume(policy)
+        preflight = Preflight(run, "grpo", preset)
+        preflight.machines(policy)
         trainer = NoTrainer() if rollouts_only else Trainer(config, policy, preset, run.processor)
         evaluations: Evaluations | NoEvaluations = NoEvaluations()
         how = (run.processor, config.objective.cut_responses)
@@ -65,16 +64,13 @@ def run_grpo(
         else:
             run.say("starting the generation engines")
             policy.leave_device()
-            generator = build_generator(run, policy.hf_weights)
-            refreshed = not rollouts_only
-            source = LiveRollouts(
-                *(generator, sampling, recorder, config.rewards, platform.ranks, run.folder / "rollouts"),
-                refreshed=refreshed,
-                objective=config.objective,
-                rounds=config.rollout.dynamic_sampling,
-            )
-            evaluations = Evaluations(run, generator, heldout) if refreshed else evaluations
+            generator = build_generator(run, policy.hf_weights, preflight.complain)
+            source = live_rollouts(run, generator, sampling, recorder, refreshed=not rollouts_only)
+            evaluations = evaluations if rollouts_only else Evaluations(run, generator, heldout)
         with feed, source:
+            if isinstance(source, LiveRollouts):
+                preflight.responses(feed, source, trainer, first)
+            preflight.close()
             _steps(run, first, preset, feed, policy, source, trainer, evaluations)
         if not rollouts_only:
             answers = evaluations.after()

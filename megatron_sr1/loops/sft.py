@@ -6,7 +6,8 @@ import time
 from functools import partial
 
 from megatron_sr1.config import Config
-from megatron_sr1.data import only_demonstrations
+from megatron_sr1.data import SampleFeed, only_demonstrations
+from megatron_sr1.loops.first_checks import Preflight
 from megatron_sr1.loops.preemption import watch_for_stop
 from megatron_sr1.loops.run import Run, metrics_of, open_run
 from megatron_sr1.phases import during
@@ -26,9 +27,9 @@ def run_sft(config: Config, platform: Platform) -> None:
         _train(run)
 
 
-def _train(run: Run) -> None:
-    config = run.config
-    templates = templates_of(config)
+def demonstrations(run: Run) -> SampleFeed:
+    """Those of `data.cold_start`. Raises as `Run.feed`."""
+    templates = templates_of(run.config)
 
     def check(sample: Prompt | SftSample) -> None:
         if isinstance(sample, SftSample):
@@ -36,11 +37,20 @@ def _train(run: Run) -> None:
             for image in sample.prompt.images:
                 run.processor.grid(image.size)
 
-    feed = run.feed("cold_start", check)
+    return run.feed("cold_start", check)
+
+
+def _train(run: Run) -> None:
+    config = run.config
+    feed = demonstrations(run)
     policy = Policy(config, run.platform, num_optimizer_steps=config.train.steps, keep_reference=False)
     feed.divide(policy.replicas, partial(deal_samples, run.processor))
     batcher = Batcher(config, run.processor, policy.replicas, run.platform.device)
     first = run.resume(policy)
+    preflight = Preflight(run, "sft")
+    preflight.machines(policy)
+    preflight.demonstrations(feed)
+    preflight.close()
     run.accept()
     with feed, metrics_of(run, first) as writer, watch_for_stop(run.platform) as stop:
         for step in range(first, config.train.steps):

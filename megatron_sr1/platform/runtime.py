@@ -23,7 +23,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed
 import torch.multiprocessing
-from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import (
+    FileStore,  # pyright: ignore[reportPrivateImportUsage]
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, ProcessExitedException, start_processes
 
 from megatron_sr1.config.mistakes import EXPECTED_ERRORS, MISTAKE_STATUS, one_line
@@ -99,6 +103,21 @@ class Platform:
             while store.add(name, 0) < self.world_size:
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
+
+    @property
+    def meeting_place(self) -> tuple[str, int] | None:
+        """Address and port at which the ranks met; None: they met over a file, or there is one alone."""
+        store = job_store()
+        while isinstance(store, PrefixStore):
+            store = store.underlying_store
+        return (store.host, store.port) if isinstance(store, TCPStore) else None
+
+    def card_memory(self) -> tuple[int, int]:
+        """Bytes of this rank's accelerator, and what of them other processes have taken, about; (0, 0) on a CPU."""
+        if self.on_cpu:
+            return 0, 0
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total, max(0, total - free - torch.cuda.memory_reserved(self.device))
 
     @property
     def on_cpu(self) -> bool:

@@ -16,6 +16,7 @@ from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.build import build_chunks
 from megatron_sr1.policy.groups import ParallelGroups, build_groups
 from megatron_sr1.policy.layers.specs import layer_spec_name
+from megatron_sr1.policy.parameter_counts import StageCount, count_chunks
 from megatron_sr1.policy.read import open_tensors, read_architecture
 from megatron_sr1.policy.schedule import Schedule
 from megatron_sr1.policy.sharded import load_model_weights
@@ -81,6 +82,13 @@ class Scorer:
         """All weights under their Hugging Face names, full, on every rank; all ranks iterate together."""
         bucket_bytes = self.config.rollout.sync_bucket_mib * 2**20
         return export_hf_weights(self.chunks, self.architecture, self.groups, bucket_bytes=bucket_bytes)
+
+    def stage_counts(self) -> tuple[StageCount, ...]:
+        """As `count_stages`, of the modules that are there: it needs no process of its own. Collective."""
+        stage, per_stage = self.groups.pipeline.rank(), self.platform.world_size // self.config.layout.pipeline
+        layers = tuple(len(chunk.decoder.layers) for chunk in self.chunks)
+        speaks = self.platform.rank == stage * per_stage  # Megatron-Core counts ranks stage by stage
+        return tuple(self.platform.ranks.gather([count_chunks(stage, layers, self.chunks)] if speaks else []))
 
     def _from_last_stage(
         self, found: list[tuple[Tensor, Tensor | None]], batches: Sequence[MicroBatch]

@@ -45,6 +45,10 @@ class AnswerFormat:
         """The answer that is everything from `start` on, blanks aside; None where it is blank or something else."""
         return _STRICT[self.kind](text, start, self.name)
 
+    def write(self, answer: str) -> str:
+        """A text that gives the answer, as whoever keeps to the format writes it."""
+        return _WRITTEN[self.kind](answer, self.name)
+
     def last(self, text: str, start: int | None) -> Found | None:
         """The last answer in the text, or None.
 
@@ -239,6 +243,12 @@ _STRICT: dict[AnswerKind, Callable[[str, int, str], Found | None]] = {
     "tag": _strict_tag,
     "json": _strict_object,
     "last_line": _strict_line,
+}
+_WRITTEN: dict[AnswerKind, Callable[[str, str], str]] = {
+    "boxed": lambda answer, name: f"{_BOX}{answer}}}",
+    "tag": lambda answer, name: f"<{name}>{answer}</{name}>",
+    "json": lambda answer, name: json.dumps({name: answer}, ensure_ascii=False),
+    "last_line": lambda answer, name: answer,
 }
 _LAST: dict[AnswerKind, Callable[[str, str], Found | None]] = {
     "boxed": _last_box,

@@ -52,6 +52,12 @@ class Layout:
         blocks = {tag: text[slice(*span)] for tag, span in spans.items()}
         return Parsed(MappingProxyType(blocks), found.answer, MappingProxyType(spans), found.span)
 
+    def write(self, blocks: Mapping[str, str], answer: str) -> str:
+        """A response in this layout, with the text of each tag; the inverse of `parse` where they are such that it has
+        one."""
+        parts = [("" if self._is_open(tag) else f"<{tag}>") + f" {blocks[tag]} </{tag}>" for tag in self.tags]
+        return "\n".join([*parts, self.answer.write(answer)])
+
     def last_answer(self, text: str) -> Found | None:
         """The last answer, however broken the layout."""
         if not self.tags:

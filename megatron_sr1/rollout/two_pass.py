@@ -9,17 +9,17 @@ from __future__ import annotations
 import itertools
 import logging
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from megatron_sr1.ranks import ALONE, Counter, Ranks
 from megatron_sr1.rollout.passes import PassRequests
 from megatron_sr1.rollout.pixels import pixel_differences
-from megatron_sr1.rollout.plan import PassPrompt, Planner
+from megatron_sr1.rollout.plan import Planner
 from megatron_sr1.rollout.pool import PromptPool, begun, in_turn, reads
 from megatron_sr1.rollout.request import EngineFault, TokenEngine
-from megatron_sr1.types import NamedTensors, OnQuestion, PromptShare, RolloutGroup, Sampling
+from megatron_sr1.types import NamedTensors, OnQuestion, Prompt, PromptShare, RolloutGroup, Sampling
 
 NUM_COMPARED = 4  # prompts of each engine whose pixels are compared with the trainer's before the first answer
 DECODED_AHEAD = 16  # prompts of a stream
@@ -84,6 +84,12 @@ class TwoPassGenerator:
         """Gives the engine's memory to the trainer, where the platform can; the next `update_weights` wakes it."""
         self._engine.sleep()
 
+    def pixel_differences(self, prompts: Iterable[Prompt], sampling: Sampling) -> list[str]:
+        """See `pixels.pixel_differences`, of the prompts that have images: what differs on any engine. Collective."""
+        plans = [self._planner.first(prompt, sampling.template) for prompt in prompts if prompt.images]
+        found = self._engines.gather(pixel_differences(self._engine, self._planner.processor, plans))
+        return sorted(set(found))
+
     def generate(
         self,
         prompts: PromptShare,
@@ -118,7 +124,7 @@ class TwoPassGenerator:
             raise ValueError("\n".join(sorted(set(refused))))
         if not self._compared:
             with_images = [prompt for prompt in own if prompt.images][:NUM_COMPARED]
-            self._compare_pixels([self._planner.first(prompt, sampling.template) for prompt in with_images])
+            self._compare_pixels(with_images, sampling)
         self._give_weights(sampling)
         takers = (on_group, on_question, on_first) if self._hands_on else (None, None, None)
         begins, pool = self._shared(prompts, sampling)
@@ -149,7 +155,7 @@ class TwoPassGenerator:
         read, own = reads(prompts), prompts.shares[self._engines.rank]
         if not self._compared:
             found = [prompt for place in own[:NUM_COMPARED] if (prompt := read(place)) is not None and prompt.images]
-            self._compare_pixels([self._planner.first(prompt, sampling.template) for prompt in found])
+            self._compare_pixels(found, sampling)
         self._give_weights(sampling)
         order, draw = list(own), itertools.count().__next__
         if self._counter is not None and len(prompts.shares) > 1:
@@ -189,11 +195,11 @@ class TwoPassGenerator:
         self._num_shared += 1
         counter.begin(f"{self._num_shared}")
 
-    def _compare_pixels(self, plans: Sequence[PassPrompt]) -> None:
+    def _compare_pixels(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         """Raises ValueError on every rank where pixels differ, see `pixel_differences`. Collective."""
-        differences = self._engines.gather(pixel_differences(self._engine, self._planner.processor, plans))
+        differences = self.pixel_differences(prompts, sampling)
         if differences:
-            raise ValueError("\n".join(sorted(set(differences))))
+            raise ValueError("\n".join(differences))
         self._compared = True
 
     def _run(self, requests: PassRequests) -> None:

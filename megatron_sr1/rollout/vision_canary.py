@@ -22,6 +22,21 @@ def stale_vision_canary(
     image: Image,
     weights: Callable[[], Iterable[tuple[str, Tensor]]],
 ) -> None:
+    """As `canary_complaints`, which says what this is about.
+
+    Raises:
+        RuntimeError: there is one.
+    """
+    for complaint in canary_complaints(engine, processor, image, weights):
+        raise RuntimeError(complaint)
+
+
+def canary_complaints(
+    engine: TokenEngine,
+    processor: Processor,
+    image: Image,
+    weights: Callable[[], Iterable[tuple[str, Tensor]]],
+) -> list[str]:
     """Run once at start-up, before the engine has answered anything. Leaves the engine with the weights it was given,
     at the version it had.
 
@@ -33,8 +48,9 @@ def stale_vision_canary(
     Args:
         weights: streams the engine's present weights by checkpoint name; called twice.
 
-    Raises:
-        RuntimeError: the scrambled weights changed nothing, or the true ones did not bring the first result back.
+    Returns:
+        A line where the scrambled weights changed nothing, and one where the true ones did not bring the first result
+        back.
     """
     version = engine.weight_version
     before = _look(engine, processor, image, "before")
@@ -43,16 +59,18 @@ def stale_vision_canary(
     engine.sleep()
     engine.update_weights(weights(), version)
     after = _look(engine, processor, image, "after")
+    found = []
     if scrambled == before:
-        raise RuntimeError(
+        found.append(
             "the engine gave the same log-probs after its vision weights were scrambled: it serves stale image "
             f"embeddings, or the streamed weights hold no name starting with {' or '.join(VISION_PREFIXES)}."
         )
     if after != before:
-        raise RuntimeError(
+        found.append(
             "the engine's log-probs did not return when its weights were restored: the streamed weights are not the "
             "ones it was loaded from, a cache was not reset, or it did not wake whole: try rollout.sleep=false."
         )
+    return found
 
 
 def _look(engine: TokenEngine, processor: Processor, image: Image, name: str) -> tuple[object, ...]:

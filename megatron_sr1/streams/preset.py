@@ -203,6 +203,12 @@ class Preset:
         """Of a pass that a stream trains."""
         return max(self.num_samples(stream.trajectory) for stream in self.streams)
 
+    @property
+    def asks_endpoint(self) -> bool:
+        """Whether a reward asks the endpoint of rewards.judge, or a pass is read by it."""
+        asks = any("judge" in find_reward(name).needs for name in self.rewards)
+        return asks or any(later.reader == "endpoint" for later in self.passes.later)
+
     def trains(self, name: PassName) -> bool:
         """Whether a stream credits tokens of that pass."""
         return any(stream.trajectory == name for stream in self.streams)

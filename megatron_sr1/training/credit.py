@@ -23,9 +23,9 @@ from megatron_sr1.config import Config
 from megatron_sr1.report.credit.numbers import Comparison, Shift, Signs
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.batches import optimizer_shares, response_weights
-from megatron_sr1.training.ledger import slots_of
+from megatron_sr1.training.ledger import StepLedger, slots_of
 from megatron_sr1.training.live_groups import step_advantages
-from megatron_sr1.training.recorder import stream_masks
+from megatron_sr1.training.recorder import GroupTracks, stream_masks
 from megatron_sr1.training.step_rollouts import StepRollouts
 from megatron_sr1.types import PassName
 
@@ -54,22 +54,42 @@ def step_credit(rollouts: StepRollouts, preset: Preset, config: Config) -> dict[
         preset: that of the configuration, or one with the same passes, segments and rewards.
     """
     ledger, places = rollouts.trained
-    slots, each = slots_of(preset), ledger.num_samples
-    advantages = step_advantages(ledger, preset, config.objective).double()  # [S, B, M]
-    lambdas = torch.tensor([stream.loss_weight for stream in preset.streams], dtype=torch.float64)
+    each = ledger.num_samples
+    advantages = step_advantages(ledger, preset, config.objective)  # [S, B, M]
     found: dict[ResponseKey, Tensor] = {}
     for share in optimizer_shares(places, config):
-        if share.start == share.stop:
-            continue
-        part = ledger.of(share)
-        weights = response_weights(part, preset, config.rollout.max_response_tokens).double()  # [S, b, M]
-        of_responses = lambdas[:, None, None] * advantages[:, share.start * each : share.stop * each] * weights
-        for row, number in enumerate(part.number.tolist()):
-            for (sample, slot), track in rollouts.tracks[number].items():
-                pass_name, place = slots[slot].pass_name, slots[slot].number
-                terms = of_responses[:, row * each + sample, place, None] * stream_masks(track, len(preset.streams))
-                key = ResponseKey(number, sample, pass_name != "first", pass_name, place)
-                found[key] = settled(terms.sum(0), terms.abs().sum(0))
+        if share.start < share.stop:
+            own = advantages[:, share.start * each : share.stop * each]
+            found |= share_credit(ledger.of(share), own, rollouts.tracks, preset, config.rollout.max_response_tokens)
+    return found
+
+
+def share_credit(
+    part: StepLedger,
+    advantages: Tensor,
+    tracks: Mapping[int, GroupTracks],
+    preset: Preset,
+    max_response_tokens: int,
+) -> dict[ResponseKey, Tensor]:
+    """The same of the groups of one optimizer step, of those that are held.
+
+    Args:
+        part: the ledger of these groups.
+        advantages: [S, b, M], theirs.
+        tracks: by number, of the groups that this process holds.
+        max_response_tokens: see `response_weights`.
+    """
+    slots, each = slots_of(preset), part.num_samples
+    lambdas = torch.tensor([stream.loss_weight for stream in preset.streams], dtype=torch.float64)
+    weights = response_weights(part, preset, max_response_tokens).double()  # [S, b, M]
+    of_responses = lambdas[:, None, None] * advantages.double() * weights
+    found: dict[ResponseKey, Tensor] = {}
+    for row, number in enumerate(part.number.tolist()):
+        for (sample, slot), track in tracks.get(number, {}).items():
+            pass_name, place = slots[slot].pass_name, slots[slot].number
+            terms = of_responses[:, row * each + sample, place, None] * stream_masks(track, len(preset.streams))
+            key = ResponseKey(number, sample, pass_name != "first", pass_name, place)
+            found[key] = settled(terms.sum(0), terms.abs().sum(0))
     return found
 
 

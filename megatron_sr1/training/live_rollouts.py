@@ -16,7 +16,7 @@ from megatron_sr1.config import ObjectiveConfig, RewardsConfig
 from megatron_sr1.data import StepPrompts
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.ranks import Exchange
-from megatron_sr1.rewards import RewardError, Ungraded, Vectors
+from megatron_sr1.rewards import RewardError, Ungraded, Vectors, for_prompt
 from megatron_sr1.rewards.reading import with_readings
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.training.live_groups import live_groups, training_places
@@ -25,7 +25,7 @@ from megatron_sr1.training.rollout_files import remove_step, rollouts_file
 from megatron_sr1.training.rollout_writer import RolloutWriter
 from megatron_sr1.training.step_rewards import sample_rewards, scored_rewards
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.types import Generator, NamedTensors, OnQuestion, PromptShare, RolloutGroup, Sampling
+from megatron_sr1.types import Generator, NamedTensors, OnQuestion, Prompt, PromptShare, RolloutGroup, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -161,18 +161,43 @@ class LiveRollouts:
             self._sleep()
             raise
         self._sleep()
+        chosen = self._chosen(drawn, prompts, rounds if self._rounds else None, step)
+        if self._ranks.rank == 0:
+            for reason in drawn.skipped.values():
+                logger.warning("a group is skipped: %s", reason)
+        if chosen.groups:
+            self._writer.write(rollouts_file(self._folder, step), chosen, len(prompts.first.keys), self._ranks.rank)
+        return chosen
+
+    def look(self, prompts: StepPrompts, step: int) -> StepRollouts:
+        """What a step would draw of these prompts, in one round: nothing is written. The engines stay awake.
+        Collective; raises as `take`."""
+        drawn = _Drawn(self._recorder, self._objective, self._ranks)
+        self._answer(prompts.first, drawn, step, Clock())
+        return self._chosen(drawn, prompts, None, step)
+
+    def pixel_differences(self, prompts: Sequence[Prompt]) -> list[str]:
+        """What trainer and engines see otherwise of this engine's prompts, on any engine. Collective."""
+        return self._generator.pixel_differences(prompts, self._sampling)
+
+    def grade(self, groups: Sequence[RolloutGroup], names: Sequence[str]) -> dict[int, Vectors | Ungraded]:
+        """By group_id, the named rewards of groups that no engine made, as the graders give them."""
+        for group in groups:
+            self._graders.submit(group, for_prompt(names, bool(group.prompt.images)))
+        return dict(self._graders.collect())
+
+    def _chosen(self, drawn: _Drawn, prompts: StepPrompts, rounds: int | None, step: int) -> StepRollouts:
+        """Raises RewardError where a group that must be graded could not be."""
         reasons = list(drawn.skipped.values())
         if reasons and not self._skips:
             raise RewardError(_joined(reasons))
         if len(reasons) == drawn.num_prompts:
             raise RewardError(f"no group of step {step} could be graded. {_joined(reasons)}")
-        chosen = drawn.chosen(prompts, rounds if self._rounds else None, step)
-        if self._ranks.rank == 0:
-            for reason in reasons:
-                logger.warning("a group is skipped: %s", reason)
-        if chosen.groups:
-            self._writer.write(rollouts_file(self._folder, step), chosen, len(prompts.first.keys), self._ranks.rank)
-        return chosen
+        return drawn.chosen(prompts, rounds, step)
+
+    def sleep(self) -> None:
+        """The engines give their memory to the trainer until `refresh`, whether or not they do so in every step."""
+        self._generator.sleep()
 
     def _sleep(self) -> None:
         if self._refreshed:

@@ -10,8 +10,9 @@ from megatron_sr1.config import ObjectiveConfig
 from megatron_sr1.kernels import fused_stream_loss, is_fused
 from megatron_sr1.objective import Mismatch, OwnLoss, importance_weights, sft_loss, stream_loss, token_kinds
 from megatron_sr1.streams import Preset
-from megatron_sr1.training.batches import SftBatch, StreamBatch
+from megatron_sr1.training.batches import SftBatch, StreamBatch, StreamRows
 from megatron_sr1.training.contrast_terms import ContrastTerms
+from megatron_sr1.training.tokens import ResponseTokens
 from megatron_sr1.types import LogProbs, LossInputs
 
 
@@ -99,15 +100,24 @@ class PolicyLoss:
             )
         )
         means = {} if logprobs.entropy is None else {"entropy": logprobs.entropy.sum() / self._batch.num_tokens}
-        gap = (drawing.detach() - tokens.generator_logprobs).abs().masked_fill(~compared, 0.0)
+        gap = logprob_gaps(drawing.detach(), tokens)
         to_engine = {"logprob_gap": gap} if self._measures_gap else {}
         if self._mismatch.kind != "none":
             to_engine |= {"mismatch/weight": weights * compared, "mismatch/bounded": bounded}
         means |= {name: value.sum() / self._batch.num_compared for name, value in to_engine.items()}
-        return loss, {**metrics, **means, **(self._gaps(index, gap) if self._measures_gap else {})}
+        return loss, {**metrics, **means, **(gaps_by_kind(self._batch, index, gap) if self._measures_gap else {})}
 
-    def _gaps(self, index: int, gap: Tensor) -> dict[str, Tensor]:
-        """Mean |log-prob gap| to the generator, by kind of token."""
-        batch = self._batch
-        kinds = token_kinds(batch.tokens[index].image_distance, batch.micro_batches[index].row_offset)
-        return {f"mismatch/{name}": (gap * kinds[name]).sum() / count for name, count in batch.num_of_kind.items()}
+
+def logprob_gaps(trainer: Tensor, tokens: ResponseTokens) -> Tensor:
+    """[R]: |log-prob gap| of each token to the generator; 0 where it was drawn from another image than is trained on.
+
+    Args:
+        trainer: [R], of the weights that drew the tokens.
+    """
+    return (trainer - tokens.generator_logprobs).abs().masked_fill(~tokens.compared, 0.0)
+
+
+def gaps_by_kind(rows: StreamRows, index: int, gap: Tensor) -> dict[str, Tensor]:
+    """What a micro-batch adds to the mean gap of each kind of token that occurs, by the name of its metric."""
+    kinds = token_kinds(rows.tokens[index].image_distance, rows.micro_batches[index].row_offset)
+    return {f"mismatch/{name}": (gap * kinds[name]).sum() / count for name, count in rows.num_of_kind.items()}

@@ -22,12 +22,13 @@ from megatron_sr1.training.contrasts import ContrastScores
 from megatron_sr1.training.ledger import StepLedger, slots_of
 from megatron_sr1.training.live_groups import step_advantages
 from megatron_sr1.training.logprob_gap import check_logprob_gap, max_logprob_gap
-from megatron_sr1.training.losses import PolicyLoss
+from megatron_sr1.training.losses import PolicyLoss, gaps_by_kind, logprob_gaps
 from megatron_sr1.training.payload import Payload, Place, share_responses
 from megatron_sr1.training.response_kl import response_kl
 from megatron_sr1.training.step_rollouts import StepRollouts
 from megatron_sr1.types import DrawnPrompts, LogProbs, OldLogprobs, Scoring
 
+NUM_COMPARED = 8  # groups whose log-probs are compared before a first step
 Scored = tuple[list[LogProbs], ContrastScores | None]  # by micro-batch, and of contrasts
 
 
@@ -122,6 +123,34 @@ class Trainer:
             if same and not result.skipped:
                 check_logprob_gap(result.metrics, self._max_logprob_gap)
         return results
+
+    def compare(self, rollouts: StepRollouts) -> dict[str, float] | None:
+        """How far trainer and generator are apart: `logprob_gap` and `mismatch/*` as `update` measures them, on the
+        first groups alone and before anything is trained. None: every replica must have a sample, and there are too
+        few. Collective.
+
+        The trainer's state may be away; of the device it takes what a forward pass does.
+        """
+        ledger, _ = rollouts.trained
+        replicas = self._policy.replicas.num_ranks
+        enough = max(NUM_COMPARED, -(-replicas // ledger.num_samples))
+        part = ledger.of(slice(0, enough))
+        if part.num_groups * part.num_samples < replicas:
+            return None
+        rows = self._rows(part, rollouts)
+        scores = self._policy.logprobs(rows.micro_batches, self._scoring)
+        names = ["logprob_gap", *(f"mismatch/{kind}" for kind in rows.num_of_kind)]
+        totals = torch.zeros(1, len(names), dtype=torch.float64)
+        for index, (score, tokens) in enumerate(zip(scores, rows.tokens, strict=True)):
+            gap = logprob_gaps(score.logprobs, tokens)
+            found = {"logprob_gap": gap.sum() / rows.num_compared, **gaps_by_kind(rows, index, gap)}
+            totals += torch.stack([found[name] for name in names]).double().cpu()
+        return dict(zip(names, self._policy.replicas.gather_rows(totals).sum(0).tolist(), strict=True))
+
+    @property
+    def most_gap(self) -> float:
+        """Of `logprob_gap`: nats a token, see `max_logprob_gap`."""
+        return self._max_logprob_gap
 
     def _whose(self, ledger: StepLedger) -> OldLogprobs:
         """The old log-probs. Raises ConfigError where saved rollouts do not go with them, see `check_old`."""
