@@ -117,9 +117,9 @@ def refuse_resolvers(tree: DictConfig | ListConfig, where: str) -> None:
             waiting += node
         elif isinstance(node, str) and "${" in _REFERENCE.sub(" ", node):
             raise ConfigError(
-                f"{where} has {node[node.index('${') :][:_SHOWN]!r}: resolvers are not allowed, as what they give would stand in config.yaml; "
-                "${...} may only name another key, as in ${model.hf_dir}. Write the value; keys and passwords are read "
-                "from the environment by whoever needs them."
+                f"{where} has {node[node.index('${') :][:_SHOWN]!r}: resolvers are not allowed, as what they give "
+                "would stand in config.yaml; ${...} may only name another key, as in ${model.hf_dir}. Write the value; "
+                "keys and passwords are read from the environment by whoever needs them."
             )
 
 
