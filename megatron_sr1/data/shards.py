@@ -20,7 +20,7 @@ from megatron_sr1.data.quarantine import BadSample, LeftOut, Quarantine
 from megatron_sr1.data.remote import ShardCache
 from megatron_sr1.data.sample_table import UNKNOWN, SampleTable, TableBuilder
 from megatron_sr1.data.scan import repeated_key
-from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample, image_number, image_size
+from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample, image_number, image_size, size_problem
 from megatron_sr1.data.urls import is_url, shard_name, shown
 from megatron_sr1.types import Prompt, SftSample
 
@@ -218,6 +218,9 @@ class ShardDataset:
             path = self._cache.fetch(path, self._versions[number])
         with open(path, "rb", buffering=0) as file:
             for extension, offset, size in zip(sample.extensions, sample.offsets, sample.sizes, strict=True):
+                problem = size_problem(extension, size)
+                if problem:
+                    raise ValueError(f"{self.where(i)}: {problem}")
                 members[extension] = os.pread(file.fileno(), size, offset)
                 if len(members[extension]) != size:
                     raise ValueError(f"{self.where(i)}: the file is shorter than its index says. Restore the shard.")
