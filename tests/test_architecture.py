@@ -29,7 +29,17 @@ from tests.source_tree import (
 )
 
 LEVELS = {
-    0: {"__init__", "ahead", "config", "encoded_image", "file_lock", "import_path", "parent_process", "ranks"}
+    0: {
+        "__init__",
+        "ahead",
+        "bounded_answers",
+        "config",
+        "encoded_image",
+        "file_lock",
+        "import_path",
+        "parent_process",
+        "ranks",
+    }
     | {"reward_stream", "schedule", "types"},
     1: {
         "data",
