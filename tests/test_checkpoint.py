@@ -270,7 +270,7 @@ def test_checkpoints_move_between_layouts(tmp_path: Path) -> None:
 
 
 STAND_IN = """
-import resource, sys
+import resource, shutil, sys
 from pathlib import Path
 import torch
 from megatron_sr1.cli.command import one_line_for_mistakes
@@ -313,6 +313,10 @@ for what in sys.argv[2:]:
                 Policy.weights = torch.zeros(5000)
                 behind.save(Policy(), Progress(3, 1, "", ""), HfSource(str(folder / "absent")))
                 behind.settle()
+            elif what == "no-room":
+                shutil.disk_usage = lambda path: SimpleNamespace(free=399_999)  # 400,000 are written
+                Policy.weights = torch.zeros(100_000)
+                at_once.save(Policy(), Progress(4, 1, "", ""))
             elif what == "weights":
                 (folder / "a.safetensors").touch()
                 tensor = torch.zeros(100_000)
@@ -327,18 +331,22 @@ for what in sys.argv[2:]:
 def test_a_full_disk_is_one_line_with_the_path(tmp_path: Path) -> None:
     script, run = tmp_path / "full.py", tmp_path / "run"
     script.write_text(FULL_DISK)
-    command = [sys.executable, str(script), str(run), "save", "save-behind", "hf", "weights", "metrics"]
+    command = [sys.executable, str(script), str(run), "save", "save-behind", "hf", "weights", "metrics", "no-room"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("megatron-sr1 ")]
-    assert len(said) == 5 and "Traceback" not in done.stderr, done.stderr
+    assert len(said) == 6 and "Traceback" not in done.stderr, done.stderr
     assert said[0].startswith(f"megatron-sr1 save: {run}/checkpoints/step_000001 could not be written (")
+    assert "File too large" in said[0] and "__0_0.distcp" in said[0], "the system's own words"
     assert said[1].startswith(f"megatron-sr1 save-behind: {run}/checkpoints/step_000002 could not be written (")
     assert said[2].startswith(f"megatron-sr1 hf: {run}/checkpoints/step_000003 could not be written (")
     assert str(run / "absent") in said[2]
     assert said[3].startswith(f"megatron-sr1 weights: {run}/a.safetensors: File too large. Make room there")
     assert said[4].startswith(f"megatron-sr1 metrics: {run}: File too large. Make room there")
+    assert said[5].startswith(
+        f"megatron-sr1 no-room: no space left on {run}/checkpoints: 0.4 MiB free, and step_000004 takes 0.4 MiB. Make"
+    )
     assert not list((run / "checkpoints").iterdir()), "the half checkpoints give their room back"
 
 
