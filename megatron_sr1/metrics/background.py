@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from megatron_sr1.config import ConfigError
 from megatron_sr1.metrics.tracker import Ending, Tracker
@@ -50,8 +50,8 @@ class BackgroundTracker:
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
         """`name`: of the tracker, in warnings. Raises ConfigError as `make`; where it is away, `run_id` is ""."""
         self._name = name
-        self._calls: queue.Queue[_Call[object] | None] = queue.Queue(_MOST_WAITING)
-        self._late: _Call[object] | None = None  # that the thread has not come back from
+        self._calls: queue.Queue[_Call[Any] | None] = queue.Queue(_MOST_WAITING)
+        self._late: _Call[Any] | None = None  # that the thread has not come back from
         self._is_lossy = False
         self._said = ""  # last
         threading.Thread(target=self._work, name=name, daemon=True).start()
@@ -106,7 +106,7 @@ class BackgroundTracker:
             self._say(_reason(call.error))
         return call.error is None
 
-    def _put(self, call: _Call[object] | None) -> bool:
+    def _put(self, call: _Call[Any] | None) -> bool:
         try:
             self._calls.put_nowait(call)
         except queue.Full:
