@@ -60,7 +60,7 @@ def _flock(file: IO[str], wait: bool) -> bool:
 def _create(owner: Path) -> bool:
     """Whether the file is now this process's."""
     try:
-        descriptor = os.open(owner, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        descriptor = os.open(owner, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # less the umask
     except FileExistsError:
         return _take_over(owner) and _create(owner)
     with os.fdopen(descriptor, "w") as file:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from megatron_sr1.bounded_answers import bounded_client
 from megatron_sr1.config import ConfigError, Endpoint
 
 if TYPE_CHECKING:
@@ -61,7 +62,11 @@ class Judge:
         self._parameters = {name: value for name, value in endpoint.parameters.items() if value is not None}
         # attempts are counted here, because the client's own ones do not know of damaged answers and of long waits
         self._client: OpenAI = OpenAI(
-            base_url=endpoint.url, api_key=judge_key(endpoint), timeout=endpoint.timeout, max_retries=0
+            base_url=endpoint.url,
+            api_key=judge_key(endpoint),
+            timeout=endpoint.timeout,
+            max_retries=0,
+            http_client=bounded_client(endpoint.timeout),
         )
 
     def __enter__(self) -> Judge:
@@ -112,6 +117,11 @@ class Judge:
                     f"the URL, {self._endpoint.section}model={self._endpoint.model!r} and the key that "
                     f"{self._endpoint.section}api_key_env names."
                 ) from None  # the endpoint's own text may hold a part of the key
+            if error.status_code // 100 == 3:
+                raise ConfigError(
+                    f"{self._endpoint.section}url={self._endpoint.url!r} answers with HTTP {error.status_code}, a "
+                    "redirection, which is not followed: questions would go elsewhere. Give the URL that it leads to."
+                ) from None
             if error.status_code not in _MAY_PASS and error.status_code < 500:
                 raise NoVerdict(f"the endpoint refuses this question with HTTP {error.status_code}") from None
             return _retry_after(error.response.headers), f"HTTP {error.status_code}"

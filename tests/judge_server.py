@@ -8,7 +8,7 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -16,8 +16,9 @@ Script = Callable[[str, int], str]  # (question, number of earlier attempts) -> 
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """Steps: "429 SECONDS" and "503 DATE" (a status with Retry-After), "500" or another status, "hang", "reset",
-    "JSON ..." (that body with status 200), "cut" (finish_reason length), "empty"; anything else is the answer."""
+    """Steps: "429 SECONDS" and "503 DATE" (a status with Retry-After), "500" or another status, "307 URL", "hang",
+    "drip" (a byte at a time, for ever), "flood" (more than is taken), "packed" (gzip), "reset", "JSON ..." (that body
+    with status 200), "cut" (finish_reason length), "empty"; anything else is the answer."""
 
     daemon_threads = True
 
@@ -63,6 +64,14 @@ class _Handler(BaseHTTPRequestHandler):
         elif word == "hang":
             self.server.stopped.wait(10)
             self.close_connection = True
+        elif word in ("drip", "flood"):
+            self._send(200, "", length=1 << 30)
+            with suppress(ConnectionError):
+                while not self.server.stopped.wait(0.02 if word == "drip" else 0):
+                    self.wfile.write(b" " * (1 if word == "drip" else 1 << 20))
+            self.close_connection = True
+        elif word == "packed":
+            self._send(200, "{}", encoding="gzip")
         elif word == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
@@ -74,13 +83,15 @@ class _Handler(BaseHTTPRequestHandler):
             choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
             self._send(200, json.dumps({"id": "1", "object": "chat.completion", "choices": [choice]}))
 
-    def _send(self, status: int, body: str, retry_after: str = "") -> None:
+    def _send(self, status: int, body: str, rest: str = "", length: int = 0, encoding: str = "") -> None:
         data = body.encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
-        if retry_after:
-            self.send_header("retry-after", retry_after)
+        self.send_header("content-length", str(length or len(data)))
+        if rest:
+            self.send_header("location" if status == 307 else "retry-after", rest)
+        if encoding:
+            self.send_header("content-encoding", encoding)
         self.end_headers()
         self.wfile.write(data)
 

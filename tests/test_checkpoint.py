@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 import resource
+import shutil
 import time
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -307,6 +308,10 @@ def _fill_the_disk(folder: Path) -> None:
         behind.save(StandIn(5000), Progress(3, 1, "", ""), HfSource(str(folder / "absent")))
         behind.settle()
 
+    def save_without_room() -> None:
+        shutil.disk_usage = lambda path: SimpleNamespace(free=399_999)  # of this process; 400,000 are written
+        at_once.save(StandIn(), Progress(4, 1, "", ""))
+
     def write_weights() -> None:
         (folder / "a.safetensors").touch()
         tensor = torch.zeros(100_000)
@@ -318,6 +323,7 @@ def _fill_the_disk(folder: Path) -> None:
         "hf": save_hf,
         "weights": write_weights,
         "metrics": lambda: (folder / "metrics.jsonl").write_text("x" * 100_000),
+        "no-room": save_without_room,
     }.items():
         try:
             with one_line_for_mistakes(name), open_run(load_config(None, [f"run_dir={folder}"]), platform):
@@ -330,13 +336,17 @@ def test_a_full_disk_is_one_line_with_the_path(tmp_path: Path) -> None:
     run = tmp_path / "run"
     printed = call_forked(_fill_the_disk, run)
     said = [line for line in printed.splitlines() if line.startswith("megatron-sr1 ")]
-    assert len(said) == 5 and "Traceback" not in printed, printed
+    assert len(said) == 6 and "Traceback" not in printed, printed
     assert said[0].startswith(f"megatron-sr1 save: {run}/checkpoints/step_000001 could not be written (")
+    assert "File too large" in said[0] and "__0_0.distcp" in said[0], "the system's own words"
     assert said[1].startswith(f"megatron-sr1 save-behind: {run}/checkpoints/step_000002 could not be written (")
     assert said[2].startswith(f"megatron-sr1 hf: {run}/checkpoints/step_000003 could not be written (")
     assert str(run / "absent") in said[2]
     assert said[3].startswith(f"megatron-sr1 weights: {run}/a.safetensors: File too large. Make room there")
     assert said[4].startswith(f"megatron-sr1 metrics: {run}: File too large. Make room there")
+    assert said[5].startswith(
+        f"megatron-sr1 no-room: no space left on {run}/checkpoints: 0.4 MiB free, and step_000004 takes 0.4 MiB. Make"
+    )
     assert not list((run / "checkpoints").iterdir()), "the half checkpoints give their room back"
 
 

@@ -90,7 +90,14 @@ def test_unknown_key_and_wrong_type_name_the_key(yaml, text, overrides, words) -
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("value", ["${oc.env:HOME}", "a/${ oc.env : HOME }/b", "${oc.decode:${oc.env:HOME}}"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("${oc.env:HOME}", "a/${ oc.env : HOME }/b", "${oc.decode:${oc.env:HOME}}", "${oc.create:{a: 1}}", "${own:1}"),
+        *("${${track.wandb.group}:HOME}", "${oc.${track.wandb.group}:HOME}"),  # built of references
+        r"\${oc.env:HOME}",  # config.yaml would hold it without its backslash, and whoever reads that would resolve it
+    ],
+)
 def test_a_resolver_is_refused_wherever_it_stands(value: str, yaml, tmp_path) -> None:
     """What it gives, a token of the environment for one, would be written to config.yaml."""
     (tmp_path / "base.yaml").write_text(f"run_dir: '{value}'\n")

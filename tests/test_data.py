@@ -339,3 +339,25 @@ def test_paths_are_what_a_shell_user_means(tmp_path: Path, monkeypatch: pytest.M
             assert [str(path) for path in find_files(pattern, (".tar",))] == expected, pattern
     with pytest.raises(ValueError, match=r"data\.train: 'set\[v2\]/train-2\.tar' matches no file"):
         expand_shards(["set[v2]/train-{0..2}.tar"], "data.train")
+
+
+def test_a_shard_that_goes_away_is_tried_again_and_then_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, waits = tmp_path / "x.tar", []
+    dataset = ShardDataset([write_tar(path, {"a.json": QUESTION})])
+    path.rename(tmp_path / "away")
+
+    def back(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            (tmp_path / "away").rename(path)
+
+    monkeypatch.setattr("time.sleep", back)
+    with pytest.warns(UserWarning, match=r"x\.tar: No such file or directory; trying again in 4 s"):
+        assert dataset.read(0).key == "a"  # pyright: ignore[reportAttributeAccessIssue]
+    assert waits == [1.0, 4.0]
+    path.unlink()
+    words = (
+        rf"^{path}: the shard cannot be read any more \(No such file or directory\), tried 4 times in 21 s\. Restore"
+    )
+    with pytest.warns(UserWarning), pytest.raises(OSError, match=words):
+        dataset.read(0)

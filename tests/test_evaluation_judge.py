@@ -91,6 +91,9 @@ def test_waits_grow_and_scatter_and_heed_the_endpoint() -> None:
         (steps("503"), 5, "5 attempts failed, the last with: HTTP 503"),
         (steps("reset"), 5, "5 attempts failed, the last with: APIConnectionError"),
         (steps("hang"), 2, "2 attempts failed, the last with: APITimeoutError"),
+        (steps("drip"), 2, "the last with: APITimeoutError: the answer was not whole after"),
+        (steps("flood"), 2, "the last with: APIConnectionError: the answer has more than 16 MiB"),
+        (steps("packed"), 2, "the last with: APIConnectionError: the answer is compressed"),
         (steps("400"), 1, "refuses this question with HTTP 400"),
         (steps("cut"), 1, "max_tokens"),
         (steps("empty"), 1, "is empty"),
@@ -110,6 +113,15 @@ def test_a_refusal_of_everything_is_an_error_of_the_configuration(status: str) -
     assert server.url in str(error.value) and "'big'" in str(error.value) and "judge_api_key_env" in str(error.value)
     assert "sk-secret" not in str(error.value)
     assert server.attempts == {"question": 1}
+
+
+def test_what_is_asked_goes_nowhere_else() -> None:
+    with serve(steps("answer")) as other:
+        elsewhere = steps(f"307 {other.url}/chat/completions")
+        refused = pytest.raises(ConfigError, match="answers with HTTP 307, a redirection, which is not followed")
+        with judging(elsewhere) as (server, judge, _), refused:
+            judge.ask("question")
+        assert not other.requests and len(server.requests) == 1
 
 
 def test_the_request_is_what_the_configuration_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,7 +263,13 @@ def test_an_export_takes_the_side_files_and_replaces_an_older_one(tmp_path: Path
         "run.py",
     ):
         (source / name).write_text(name)
-    write_hf_dir([("a", torch.ones(2, 3).T), ("b", torch.ones(3, requires_grad=True))], str(source), out, 24)
+        (source / name).chmod(0o444)
+    before = os.umask(0o077)
+    try:
+        write_hf_dir([("a", torch.ones(2, 3).T), ("b", torch.ones(3, requires_grad=True))], str(source), out, 24)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o600}, "the user's umask, not the source's"
     assert sorted(path.name for path in out.iterdir()) == [
         "chat_template.jinja",
         "config.json",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -33,6 +34,15 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> No
     assert happened(), process.communicate()[0][-4000:]
 
 
+def listens_at(process: psutil.Process) -> set[str]:
+    """The addresses at which it and what it has started take connections."""
+    found = set()
+    for one in (process, *process.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            found |= {at.laddr.ip for at in one.net_connections("inet") if at.status == psutil.CONN_LISTEN}
+    return found
+
+
 def stop_midway(
     workspace: Workspace,
     name: str,
@@ -47,6 +57,7 @@ def stop_midway(
     process = subprocess.Popen(command, cwd=REPOSITORY, text=True, start_new_session=True, **pipe)
     metrics = workspace.folder / run / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= after, process)
+    assert listens_at(psutil.Process(process.pid)) <= {"127.0.0.1", "::1"}
     stop(psutil.Process(process.pid))
     printed, _ = process.communicate(timeout=DEADLINE)
     return process.returncode, printed

@@ -22,7 +22,10 @@ from megatron_sr1.report.runs import read_run
 from megatron_sr1.report.summary_table import COLUMNS, SummaryRow, comparison_rows
 
 VOID = {"meta", "img", "source", "br", "link"}
-EVIL = '<script>alert(1)</script> & "quoted" <description>a 3</description>'
+EVIL = (
+    '<script>alert(1)</script> & "quoted" <description>a 3</description></pre></title></style><svg/onload=alert(1)>'
+    """<img src=x onerror=alert(1)><a href="javascript:alert(1)">x</a>" onmouseover="alert(1)' onfocus='alert(1)<!--"""
+)
 
 
 class Page(HTMLParser):
@@ -166,7 +169,24 @@ def test_page_needs_nothing_from_outside(page) -> None:
 
 def test_model_text_is_shown_and_never_interpreted(page) -> None:
     assert "".join(page.text).count(EVIL) >= 2
-    assert {"script", "description", "think"}.isdisjoint({tag for tag, _ in page.tags})
+    assert {"script", "description", "think", "svg", "a"}.isdisjoint({tag for tag, _ in page.tags})
+    names = {name for _, attributes in page.tags for name in attributes}
+    assert names <= {"lang", "charset", "name", "content", "class", "id", "title", "srcset", "media", "src", "alt"}
+
+
+def test_names_of_any_kind_are_text_too(run_dir: Path, tmp_path: Path) -> None:
+    """Of samples, sources, rewards, labels and metrics, which come from data and from code of others."""
+    path = run_dir / "eval" / "after.json"
+    tree = json.loads(path.read_text())
+    tree |= {"label": EVIL, "by_source": {EVIL: tree["by_source"][next(iter(tree["by_source"]))]}}
+    texts = dict.fromkeys(("key", "problem", "answer", "first", "second", "description"), EVIL)
+    tree["examples"] = [{**tree["examples"][0], **texts, "rewards": {EVIL: 1.0}}]
+    path.write_text(json.dumps(tree))
+    write_report([run_dir], tmp_path / "r.html")
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "".join(page.text).count(EVIL) >= 9
+    assert {"script", "svg", "a"}.isdisjoint({tag for tag, _ in page.tags})
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
 
 
 def test_charts_are_those_that_have_numbers(page) -> None:

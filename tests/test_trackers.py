@@ -8,7 +8,9 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from wandb.proto import wandb_internal_pb2
 
 from megatron_sr1.config import Config, ConfigError, load_config
 from megatron_sr1.config.tracking import check_trackers
-from megatron_sr1.metrics import MetricsWriter, Trackers, read_jsonl, send_evaluations
+from megatron_sr1.metrics import MetricsWriter, Trackers, background, read_jsonl, send_evaluations, tracking
 from megatron_sr1.metrics.tracking import evaluation_metrics, parameters
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
@@ -224,11 +226,62 @@ def test_without_trackers_nothing_is_imported_or_written(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_server_that_is_away_is_named_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_away_is_named_at_the_start_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     config = config_of(tmp_path, "track.wandb.mode=disabled", "track.mlflow.uri=http://127.0.0.1:9")
-    with pytest.raises(ConfigError, match=r"track\.mlflow\.uri='http://127\.0\.0\.1:9'"), Trackers(config):
-        pass
+    train(config, 0, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: tracker mlflow: track.mlflow.uri='http://127.0.0.1:9'") and "goes on" in line
+    assert len(read_jsonl(Path(config.run_dir) / "metrics.jsonl")) == 2
+    assert not (Path(config.run_dir) / "trackers.json").exists(), "the next start tries again"
+
+
+class _Hostile:
+    """Raises or blocks where it is told to."""
+
+    run_id = "1"
+
+    def __init__(self, how: Callable[[], None], where: str) -> None:
+        self.how, self.where = how, where
+        self.do("open")
+
+    def do(self, what: str) -> None:
+        if what == self.where:
+            self.how()
+
+    def write(self, step: int, values: object) -> None:
+        self.do("write")
+
+    def finish(self, ending: str) -> None:
+        self.do("finish")
+
+
+@pytest.mark.parametrize("where", ["open", "write", "finish"])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_tracker_that_raises_or_blocks_never_stops_a_run(
+    where: str, blocks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise KeyError("of its own")
+
+    released = threading.Event()
+    how = released.wait if blocks else fail
+    monkeypatch.setattr(tracking, "_open", lambda *_: _Hostile(how, where))
+    for name in ("OPEN_SECONDS", "STEP_SECONDS", "END_SECONDS"):
+        monkeypatch.setattr(background, name, 0.2)
+    config = config_of(tmp_path, "track.wandb.mode=disabled", "track.mlflow.uri=http://127.0.0.1:9")
+    evaluate(config, "before", 0, 0.25)
+    start = time.monotonic()
+    train(config, 0, 9)
+    assert time.monotonic() - start < 3, "it is waited for once, not at each step"
+    released.set()
+    said = capsys.readouterr().err.splitlines()
+    assert said and all("goes on" in line and "tracker mlflow" in line for line in said)
+    assert ("does not answer within 0.2 s" if blocks else "of its own") in said[0]
+    assert len(said) == 1, said
+    assert len(read_jsonl(Path(config.run_dir) / "metrics.jsonl")) == 9
 
 
 def test_points_wait_for_a_server_that_goes_away(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,13 +331,13 @@ def test_what_is_wrong_is_named(overrides: list[str], words: list[str]) -> None:
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sr1.config import tracking
+    from megatron_sr1.config import tracking as configured
 
     track = load_config(None, ["track.wandb.mode=online", "track.mlflow.uri=sqlite:///x.db"]).track
     check_trackers(track)
     for package, key in (("wandb", "track.wandb.mode"), ("alembic", "track.mlflow.uri")):
-        monkeypatch.setattr(tracking, "find_spec", lambda name, gone=package: None if name == gone else object())
+        monkeypatch.setattr(configured, "find_spec", lambda name, gone=package: None if name == gone else object())
         with pytest.raises(ConfigError, match=rf"{key} needs {package}.*pip install 'megatron_sr1\[track\]'"):
             check_trackers(track)
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    monkeypatch.setattr(configured, "find_spec", lambda name: None)
     check_trackers(load_config(None, []).track)

@@ -48,7 +48,7 @@ class EvaluateConfig:
     # of each request, by the endpoint's own names; null leaves one out
     judge_parameters: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0, "max_tokens": 2048})
     judge_concurrency: int = 8  # requests at once
-    judge_timeout: float = 120.0  # seconds that the endpoint may be silent
+    judge_timeout: float = 120.0  # seconds of one request, to the last byte of its answer
     judge_retries: int = 6  # of one question, after a failure that may pass
     judge_backoff: float = 1.0  # seconds before the first retry, about; doubled before each further one
     judge_max_wait: float = 120.0  # seconds before a retry, at most, also where the endpoint asks for more

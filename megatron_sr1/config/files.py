@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,7 +22,8 @@ from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.whole import Config
 from megatron_sr1.config.yaml_files import read_mapping, read_overrides
 
-_RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")
+_REFERENCE = re.compile(r"(?<!\\)\$\{ *[\w.\[\]-]+ *\}")  # ${model.hf_dir}, and nothing that has another inside
+_SHOWN = 40  # characters of a resolver that a complaint repeats
 _OUTSIDE = re.compile(r"Invalid value '(?P<got>.*)', expected one of \[(?P<allowed>.*)\]")  # of a Literal
 
 
@@ -108,17 +110,25 @@ def _with_bases(path: Path, readers: tuple[Path, ...]) -> Iterator[tuple[Path, D
 
 def refuse_resolvers(tree: DictConfig | ListConfig, where: str) -> None:
     """A resolver such as `${oc.env:NAME}` would put a secret of the environment into config.yaml and the report; a
-    reference to another key, `${model.hf_dir}`, is only that.
+    reference to another key, `${model.hf_dir}`, is only that. What is built of references, `${${a}:NAME}`, may become a
+    resolver, and what is escaped would be one in config.yaml.
 
     Raises:
-        ConfigError: `where` has one.
+        ConfigError: `where` has anything but references.
     """
-    found = _RESOLVER.search(OmegaConf.to_yaml(tree))
-    if found:
-        raise ConfigError(
-            f"{where} has {found[0]}...}}: resolvers are not allowed, as what they give would stand in config.yaml. "
-            "Write the value; keys and passwords are read from the environment by whoever needs them."
-        )
+    waiting: list[Any] = [OmegaConf.to_container(tree)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            waiting += [*node, *node.values()]
+        elif isinstance(node, list):
+            waiting += node
+        elif isinstance(node, str) and "${" in _REFERENCE.sub(" ", node):
+            raise ConfigError(
+                f"{where} has {node[node.index('${') :][:_SHOWN]!r}: resolvers are not allowed, as what they give "
+                "would stand in config.yaml; ${...} may only name another key, as in ${model.hf_dir}. Write the value; "
+                "keys and passwords are read from the environment by whoever needs them."
+            )
 
 
 def _reason(error: OmegaConfBaseException) -> str:

@@ -74,7 +74,7 @@ class JudgeConfig:
     # of each request, by the endpoint's own names; null leaves one out
     parameters: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0, "max_tokens": 2048})
     concurrency: int = 16  # requests of a rank at once
-    timeout: float = 120.0  # seconds that the endpoint may be silent
+    timeout: float = 120.0  # seconds of one request, to the last byte of its answer
     retries: int = 6  # of one question, after a failure that may pass
     backoff: float = 1.0  # seconds before the first retry, about; doubled before each further one
     max_wait: float = 120.0  # seconds before a retry, at most, also where the endpoint asks for more

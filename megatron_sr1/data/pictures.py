@@ -40,6 +40,7 @@ _DECODED_AT_ONCE = 1 << 20  # bytes of a file
 _WHITE = ((255, 255),) * 3  # least and most of each colour
 _PNG_BITS = 24  # where its header has the bits of a value
 _LEAST_REACH = 2**14  # of 16-bit colours; below, the file holds values of fewer bits
+MAX_PIXELS = 2**26  # of a file: 8192 x 8192; Pillow needs 4 bytes for each, and a second picture to convert it
 _DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners give, whatever holds them
 
 
@@ -47,6 +48,7 @@ _DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners give, whatever h
 # of pictures that are let go a batch at a time that is a fifth of the decoding. Pillow's docs: Block Allocator
 Image.core.set_block_size(_BLOCK_BYTES)
 Image.core.set_blocks_max(_KEPT_BLOCKS)
+Image.MAX_IMAGE_PIXELS = 2 * MAX_PIXELS  # Pillow warns from here on; `_opened` refuses before
 # a decoding thread takes the interpreter's lock after each piece of a file, and others hold it meanwhile
 ImageFile.MAXBLOCK = _DECODED_AT_ONCE
 
@@ -55,8 +57,8 @@ def decode_picture(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     """The picture in a file: RGB, 8 bit, upright.
 
     Raises:
-        ValueError: it is damaged, of none of `formats`, transparent everywhere, or its values have no range that could
-            be scaled.
+        ValueError: it is damaged, of none of `formats`, of more than MAX_PIXELS, transparent everywhere, or its values
+            have no range that could be scaled.
     """
     with _opened(data, formats) as image:
         is_wide = _has_wide_colours(image, data)
@@ -91,6 +93,9 @@ def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     would be the same."""
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
+            width, height = image.size  # of its header: nothing is decoded yet
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"it has {width} x {height} pixels, more than {MAX_PIXELS}: make it smaller")
             yield image
     except UnidentifiedImageError as error:
         raise ValueError(f"it is none of {', '.join(formats)}") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_sr1.data.index import IndexedSample, ShardIndex, content_checksum
 from megatron_sr1.data.quarantine import BadSample
-from megatron_sr1.data.schema import JSON_EXTENSION, image_number, image_size
+from megatron_sr1.data.schema import JSON_EXTENSION, image_number, image_size, size_problem
 from megatron_sr1.data.tar_groups import TarGroup, read_groups
 
 
@@ -83,6 +83,9 @@ def _schema_problem(path: Path, group: TarGroup) -> str:
         return strange
     if extensions.count(JSON_EXTENSION) != 1:
         return f"{path}, sample {group.key!r}: it has {extensions.count(JSON_EXTENSION)} json members, not one."
+    large = next((text for text in (size_problem(m.extension, m.size) for m in group.members) if text), "")
+    if large:
+        return f"{path}, sample {group.key!r}: {large}"
     numbers = sorted(number for number in map(image_number, extensions) if number is not None)
     if numbers != list(range(len(numbers))):
         return (

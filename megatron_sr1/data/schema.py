@@ -28,6 +28,8 @@ from megatron_sr1.types import Prompt, SftSample
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 JSON_EXTENSION = "json"
+MAX_JSON_BYTES = 2**24  # of a json member: a hundred books
+MAX_IMAGE_BYTES = 2**28  # of a file: pixels of `pictures.MAX_PIXELS` without compression
 _PROMPT_TEXTS = ("problem", "answer")
 _DEMONSTRATION_TEXTS = ("template", "response")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a character, which no tokenizer can read
@@ -38,6 +40,16 @@ def image_number(extension: str) -> int | None:
     """ "0.png" -> 0; None where the extension is not that of an image."""
     number, _, kind = extension.partition(".")
     return int(number) if kind.lower() in IMAGE_EXTENSIONS and number.isascii() and number.isdigit() else None
+
+
+def size_problem(extension: str, num_bytes: int) -> str:
+    """What is wrong with a member of so many bytes, "" where nothing is: whoever reads it holds it whole."""
+    most = MAX_JSON_BYTES if extension == JSON_EXTENSION else MAX_IMAGE_BYTES
+    if num_bytes <= most:
+        return ""
+    return (
+        f"its member .{extension} has {num_bytes >> 20} MiB, more than {most >> 20}. Make it smaller or leave it out."
+    )
 
 
 # ---------------------------------------------------------------- sample -> members
@@ -128,6 +140,9 @@ def decode_sample(key: str, text: bytes, images: Sequence[bytes], where: str) ->
 
 
 def _parse_json(text: bytes, where: str) -> dict[str, Any]:
+    large = size_problem(JSON_EXTENSION, len(text))
+    if large:
+        raise ValueError(f"{where}: {large}")
     try:
         fields = load_json(text)
     except ValueError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +20,15 @@ from megatron_sr1.data.index import IndexedSample, ShardIndex, content_checksum
 from megatron_sr1.data.loading import load_index
 from megatron_sr1.data.quarantine import BadSample, LeftOut, Quarantine
 from megatron_sr1.data.remote import ShardCache
+from megatron_sr1.data.remote_errors import RemoteError
 from megatron_sr1.data.sample_table import UNKNOWN, SampleTable, TableBuilder
 from megatron_sr1.data.scan import repeated_key
-from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample, image_number, image_size
+from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample, image_number, image_size, size_problem
 from megatron_sr1.data.urls import is_url, shard_name, shown
 from megatron_sr1.types import Prompt, SftSample
 
 _URLS_AT_ONCE = 16
+_RETRY_SECONDS = (1.0, 4.0, 16.0)  # between tries to read a shard that was there at the start
 
 
 class ShardDataset:
@@ -210,7 +214,24 @@ class ShardDataset:
         return False
 
     def _members(self, i: int, sample: IndexedSample) -> dict[str, bytes]:
-        """The bytes of each member, by extension."""
+        """The bytes of each member, by extension; tried again where the disk does not answer."""
+        for seconds in (*_RETRY_SECONDS, None):
+            try:
+                return self._read(i, sample)
+            except RemoteError:
+                raise  # it was tried again
+            except OSError as error:
+                said, shard = error.strerror or str(error), shown(self._shards[self._table.shard_of[i]])
+                if seconds is None:
+                    raise OSError(
+                        f"{shard}: the shard cannot be read any more ({said}), tried {len(_RETRY_SECONDS) + 1} times "
+                        f"in {sum(_RETRY_SECONDS):g} s. Restore it; the same command goes on from the last checkpoint."
+                    ) from error
+                warnings.warn(f"{shard}: {said}; trying again in {seconds:g} s", stacklevel=2)
+                time.sleep(seconds)
+        raise AssertionError("the last try returns or raises")
+
+    def _read(self, i: int, sample: IndexedSample) -> dict[str, bytes]:
         members = {}
         number = self._table.shard_of[i]
         path = self._shards[number]
@@ -218,6 +239,9 @@ class ShardDataset:
             path = self._cache.fetch(path, self._versions[number])
         with open(path, "rb", buffering=0) as file:
             for extension, offset, size in zip(sample.extensions, sample.offsets, sample.sizes, strict=True):
+                problem = size_problem(extension, size)
+                if problem:
+                    raise ValueError(f"{self.where(i)}: {problem}")
                 members[extension] = os.pread(file.fileno(), size, offset)
                 if len(members[extension]) != size:
                     raise ValueError(f"{self.where(i)}: the file is shorter than its index says. Restore the shard.")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ _MEMBER_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 _TAR_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError)
 _END_NUMBER = re.compile(r"[_-]\d+$")
 _READ_BYTES = 1 << 20
+_MAX_NAME = 4096  # characters of a member's path, as on a disk
+_MAX_MEMBERS = 4096  # of a key: a sample is read as a whole
 
 
 class Member(NamedTuple):
@@ -69,7 +72,10 @@ def read_groups(path: Path) -> TarContents:
         for key, member, problem in _members(path):
             is_sorted = is_sorted and (key == last or key not in groups)
             group, last = groups.setdefault(key, TarGroup(key)), key
-            group.members.append(member)
+            if len(group.members) < _MAX_MEMBERS:
+                group.members.append(member)
+            else:
+                problem = f"{path}, sample {key[:80]!r}: it has over {_MAX_MEMBERS} members. Give each sample a key."
             group.problem = group.problem or problem
     except _TAR_ERRORS as error:
         damage = (
@@ -140,6 +146,8 @@ def _next_archive(file: BinaryIO) -> int | None:
 def _member_problem(path: Path, member: tarfile.TarInfo) -> str:
     """Nothing is ever extracted, but a key must not point anywhere either."""
     name = member.name.removeprefix("./")
+    if len(name) > _MAX_NAME:
+        return f"{path}, member {name[:80]!r}...: its name has {len(name)} characters. Rename it."
     if name.startswith("/") or ".." in name.split("/"):
         return f"{path}, member {member.name!r}: an absolute path or '..' is not allowed. Write the shard again."
     if not member.isreg() or member.issparse():
@@ -148,12 +156,11 @@ def _member_problem(path: Path, member: tarfile.TarInfo) -> str:
 
 
 def _repetition(path: Path, group: TarGroup) -> str:
-    extensions = [member.extension for member in group.members]
-    repeated = next((name for name in extensions if extensions.count(name) > 1), None)
-    if repeated is None:
+    repeated, times = Counter(member.extension for member in group.members).most_common(1)[0]
+    if times == 1:
         return ""
     return (
-        f"{path}, sample {group.key!r}: its member .{repeated} occurs {extensions.count(repeated)} times. Keep one of "
+        f"{path}, sample {group.key!r}: its member .{repeated} occurs {times} times. Keep one of "
         "them: write the shard again."
     )
 

@@ -14,14 +14,17 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_sr1.config import ConfigError, home_path, read_mapping, read_overrides
 from megatron_sr1.config.declared import as_declared
 from megatron_sr1.config.files import refuse_resolvers
+from megatron_sr1.launch.unquoted import sbatch_problems, unquoted_problems
 
 EXECUTORS = ("local", "slurm", "docker")
 DEPENDENCIES = ("afterok", "afterany", "aftercorr")  # aftercorr: element by element of two arrays
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _MOUNT = re.compile(r"/[^:]*:/[^:]*(:r[ow])?")
 _SECRET = re.compile(
-    r"KEY|TOKEN|SECRET|PASS(?!_?THROUGH)|PWD|AUTH(?!ORS?(_|$))|CREDENTIAL|CREDS?(_|$)|COOKIE|BEARER|(^|_)PAT$"
+    r"KEY|TOKEN|SECRET|PASS(?!_?THROUGH)|PWD|PSWD|AUTH(?!ORS?(_|$))|CREDENTIAL|CREDS?(_|$)|COOKIE|BEARER|WEBHOOK|DSN"
+    r"|SIGNATURE|(^|_)(PAT|PW|SIG|SAS)$"
 )
+_SECRET_VALUE = re.compile(r"://[^/@\s]+@")  # of a URL: a user, and mostly a password
 
 
 @dataclass(frozen=True)
@@ -133,12 +136,16 @@ def _problems(settings: LaunchSettings) -> list[str]:
     need(slurm.tasks_per_node > 0, "slurm.tasks_per_node", slurm.tasks_per_node, "greater than 0")
     need(slurm.dependency in DEPENDENCIES, "slurm.dependency", slurm.dependency, "one of " + ", ".join(DEPENDENCIES))
     need(slurm.parallel >= 0, "slurm.parallel", slurm.parallel, "0 or more")
+    lines = {f"slurm.{name}": getattr(slurm, name) for name in ("partition", "qos", "time", "mem", "signal")}
+    found += sbatch_problems(lines, slurm.extra)
+    paths = {"workdir": str(settings.folder), "logs": str(settings.log_folder)}
+    found += unquoted_problems(settings.executor, paths, slurm.account, container.image, container.mounts)
     for mount in container.mounts:
         need(bool(_MOUNT.fullmatch(mount)), "container.mounts", mount, "/outside:/inside, with :ro or :rw if wanted")
     for name in (*settings.env, *settings.variables):
         need(bool(_VARIABLE.fullmatch(name)), "env", name, "a variable's name in capitals")  # NeMo-Run makes it so
-    for name in settings.variables:
-        if _SECRET.search(name):
+    for name, value in settings.variables.items():
+        if _SECRET.search(name) or _SECRET_VALUE.search(value):
             found.append(f"variables.{name} looks like a secret, and would be written to files. Name it in env.")
     if settings.executor == "docker":
         need(container.image is not None, "container.image", None, "an image for --executor docker")

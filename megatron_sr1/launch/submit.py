@@ -39,7 +39,7 @@ def check_machine(settings: LaunchSettings, environment: Mapping[str, str]) -> N
     """What must be there to write the scripts.
 
     Raises:
-        ConfigError: NeMo-Run or a variable that tasks want is missing, or the log folder has a name it changes.
+        ConfigError: NeMo-Run or a variable that tasks want is missing, or a folder has a name it changes.
     """
     if importlib.util.find_spec("nemo_run") is None:
         raise ConfigError(
@@ -49,8 +49,9 @@ def check_machine(settings: LaunchSettings, environment: Mapping[str, str]) -> N
     missing = [name for name in settings.env if name not in environment]
     if missing:
         raise ConfigError(f"env: {missing[0]} is not set in this shell. Export it, or take it out of the settings.")
-    if "/nemo_run" in str(settings.log_folder):
-        raise ConfigError(f"logs={str(settings.log_folder)!r} is not allowed: NeMo-Run rewrites paths with /nemo_run.")
+    for key, folder in (("logs", settings.log_folder), ("workdir", settings.folder)):
+        if "/nemo_run" in str(folder):
+            raise ConfigError(f"{key}={str(folder)!r} is not allowed: NeMo-Run rewrites paths with /nemo_run.")
 
 
 def doubts(experiment: Experiment, settings: LaunchSettings) -> list[str]:

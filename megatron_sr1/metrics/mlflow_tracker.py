@@ -16,7 +16,7 @@ from mlflow.tracking import MlflowClient
 
 from megatron_sr1.config import ConfigError
 from megatron_sr1.config.tracking import MlflowConfig
-from megatron_sr1.metrics.tracker import Ending
+from megatron_sr1.metrics.tracker import Ending, TrackerAway
 
 LONGEST_VALUE = 6000  # characters of a parameter
 BATCH = 100  # parameters or points of one request
@@ -33,7 +33,8 @@ class MlflowTracker:
         run_id: of the run to continue, None for a new one.
 
     Raises:
-        ConfigError: the server cannot be reached, or has no such run any more.
+        ConfigError: the server refuses the run, or has none of that id any more.
+        TrackerAway: it cannot be reached.
     """
 
     def __init__(self, track: MlflowConfig, parameters: Mapping[str, str], name: str, run_id: str | None) -> None:
@@ -48,6 +49,8 @@ class MlflowTracker:
             self._send_parameters({key: value[:LONGEST_VALUE] for key, value in parameters.items()})
         except MlflowException as error:
             reason = " ".join(str(error).split())
+            if not 400 <= error.get_http_status_code() < 500:
+                raise TrackerAway(f"track.mlflow.uri={track.uri!r}: {reason}") from error
             raise ConfigError(f"track.mlflow.uri={track.uri!r}: {reason} Correct it, or leave the key out.") from error
 
     def _experiment(self, name: str) -> str:

@@ -8,6 +8,10 @@ from typing import Literal, Protocol
 Ending = Literal["finished", "stopped", "failed"]  # stopped: on request, and saved
 
 
+class TrackerAway(Exception):
+    """It cannot be reached, which may pass."""
+
+
 class Tracker(Protocol):
     """A run in one tracker. `run_id` is what the tracker knows it by."""
 

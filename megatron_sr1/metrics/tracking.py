@@ -6,6 +6,7 @@ which evaluations it has.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -19,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_sr1.config import Config, TrackConfig
+from megatron_sr1.metrics.background import BackgroundTracker
 from megatron_sr1.metrics.tracker import Ending, Tracker
 
 STATE_FILE = "trackers.json"
@@ -33,7 +35,7 @@ class Trackers:
 
     def __init__(self, config: Config) -> None:
         self._config, self._folder = config, Path(config.run_dir)
-        self._trackers: dict[str, Tracker] = {}
+        self._trackers: dict[str, BackgroundTracker] = {}
         self._state: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Trackers:
@@ -42,9 +44,13 @@ class Trackers:
             for name, target in _targets(self._config.track).items():
                 known = self._state.get(name, {})
                 same = known.get("target") == target
-                self._trackers[name] = _open(name, self._config, known["run_id"] if same else None)
+                run_id = known["run_id"] if same else None
+                tracker = BackgroundTracker(name, functools.partial(_open, name, self._config, run_id))
+                self._trackers[name] = tracker
+                if not tracker.run_id:  # it is away: whoever continues tries again
+                    continue
                 sent = known["evaluations"] if same else {}
-                self._state[name] = {"target": target, "run_id": self._trackers[name].run_id, "evaluations": sent}
+                self._state[name] = {"target": target, "run_id": tracker.run_id, "evaluations": sent}
                 _write_state(self._folder, self._state)
         except ValueError:
             self._finish("failed")
@@ -67,9 +73,10 @@ class Trackers:
 
     def _send_evaluations(self) -> None:
         for name, tracker in self._trackers.items():
-            for path, digest in _unsent(self._folder, self._state[name]).items():
+            for path, digest in _unsent(self._folder, self._state[name]).items() if tracker.is_open else ():
                 tree = json.loads(path.read_text(encoding="utf-8"))
-                tracker.write(tree["step"], evaluation_metrics(tree["label"], tree["summary"]))
+                if not tracker.write(tree["step"], evaluation_metrics(tree["label"], tree["summary"])):
+                    break
                 self._state[name]["evaluations"][path.name] = digest
                 _write_state(self._folder, self._state)
 

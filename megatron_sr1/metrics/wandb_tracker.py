@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import wandb
+from wandb.errors import AuthenticationError, CommError
 
 from megatron_sr1.config import Config, ConfigError
-from megatron_sr1.metrics.tracker import Ending
+from megatron_sr1.metrics.tracker import Ending, TrackerAway
 
 # reports of the library's own errors, and Weave, which would record the calls to a judge; it has no other switches
 _QUIET = {"WANDB_ERROR_REPORTING": "false", "WANDB_DISABLE_WEAVE": "true"}
@@ -28,7 +29,8 @@ class WandbTracker:
         run_id: of the run to continue, None for a new one.
 
     Raises:
-        ConfigError: the server refuses the run, or cannot be reached.
+        ConfigError: the server refuses the run.
+        TrackerAway: it cannot be reached.
     """
 
     def __init__(self, config: Config, parameters: Mapping[str, str], name: str, run_id: str | None) -> None:
@@ -55,6 +57,8 @@ class WandbTracker:
             )
         except wandb.Error as error:
             reason = " ".join(str(error).split())
+            if isinstance(error, CommError) and not isinstance(error, AuthenticationError):
+                raise TrackerAway(reason) from error
             raise ConfigError(
                 f"track.wandb.mode={track.mode!r}: {reason} Check WANDB_API_KEY and the network, or set it to offline."
             ) from error

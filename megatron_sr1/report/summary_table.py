@@ -60,7 +60,8 @@ def summary_rows(run_dir: Path) -> list[SummaryRow]:
 
 def run_rows(run: ReportedRun) -> list[SummaryRow]:
     """As `summary_rows`, for a run already read."""
-    return [SummaryRow(e.label, e.step, e.summary, e.by_source) for e in run.evaluations]
+    unknown = dict.fromkeys((*(column.key for column in COLUMNS), "num_prompts"))  # to evaluations of other releases
+    return [SummaryRow(e.label, e.step, {**unknown, **e.summary}, e.by_source) for e in run.evaluations]
 
 
 def comparison_rows(runs: Sequence[ReportedRun]) -> list[SummaryRow]:

@@ -46,7 +46,7 @@ class CheckpointPlan:
         self._on_cpu = on_cpu
 
     def begin(self, state: dict[str, Any], folder: Path, further: Callable[[], None] | None = None) -> BegunSave:
-        """Copies what this rank writes, and has a thread write it. Collective.
+        """Copies what this rank writes, for `BegunSave.start`. Collective.
 
         Args:
             state: may change as soon as this returns.
@@ -62,7 +62,7 @@ class CheckpointPlan:
 
 
 class BegunSave:
-    """A checkpoint that is being written."""
+    """A checkpoint that is being written, from `start` on."""
 
     def __init__(self, request: Any, further: Callable[[], None] | None, *, copies: bool) -> None:
         """
@@ -82,7 +82,14 @@ class BegunSave:
                 (path, key, (objects, [(item, tensor.to("cpu", copy=copies)) for item, tensor in tensors]))
                 for path, key, (objects, tensors) in buckets
             ]
+        self.num_bytes = sum(
+            sum(tensor.nbytes for _, tensor in tensors) + sum(data.getbuffer().nbytes for _, data in objects)
+            for _, _, (objects, tensors) in self._buckets
+        )  # that this rank writes of the state
         self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+
+    def start(self) -> None:
+        """Has a thread write it."""
         self._thread.start()
 
     def is_written(self, seconds: float = 0.0) -> bool:
@@ -113,7 +120,7 @@ class BegunSave:
             _WRITE(self._transforms, number, bucket, answers, counts, True)
             _, found = answers.get_nowait()
             if isinstance(found, Exception):
-                written = found
+                written = _cause(found, files[number])
                 break
             written[number] = found
         self._buckets = []
@@ -127,3 +134,13 @@ class BegunSave:
             self._failure = None
         except OSError as error:
             self._failure = str(error)
+
+
+def _cause(error: Exception, file: Path) -> Exception:
+    """What the system said: where a disk is full torch says no more than that its archive has another length."""
+    said: BaseException | None = error
+    while said is not None:
+        if isinstance(said, OSError) and said.errno is not None:
+            return OSError(said.errno, said.strerror, str(file))
+        said = said.__cause__ or said.__context__
+    return error

@@ -29,6 +29,7 @@ from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.ranks import agreed
+from megatron_sr1.training.checkpoint_room import in_mib, make_room, no_space, remove_checkpoint, warn_of_next
 from megatron_sr1.training.checkpoint_writer import BegunSave, CheckpointPlan
 from megatron_sr1.training.checksums import Checksums, check_checksums, write_checksums
 from megatron_sr1.weights import ForeignCode, HfShare, check_megatron_dir, copy_side_files
@@ -66,6 +67,7 @@ class _Begun:
     partial: Path
     progress: Progress
     writing: BegunSave
+    num_bytes: int  # that all ranks write
     hf: HfShare | None
     source: HfSource | None
 
@@ -117,7 +119,8 @@ class Checkpointer:
             hf: the weights are written in Hugging Face format as well, each file by one rank.
 
         Raises:
-            ValueError: this one or the one before could not be written; those before it stay.
+            ValueError: this one or the one before could not be written, or there is no room for it; those before it
+                stay.
         """
         self.settle()
         partial = Path(self.platform.on_main(lambda: self._room(progress.step)))
@@ -126,7 +129,12 @@ class Checkpointer:
             self._plan = CheckpointPlan(policy.groups.replicas, on_cpu=self.platform.on_cpu)
         further = None if share is None else functools.partial(share.write, partial / HF)
         writing = self._plan.begin(policy.sharded_state(loading=False), partial, further)
-        self._begun = _Begun(partial, progress, writing, share, hf)
+        own_bytes = writing.num_bytes + (0 if share is None else share.num_bytes)
+        num_bytes = sum(self.platform.ranks.gather([own_bytes]))
+        surplus = functools.partial(self._surplus, progress.step)
+        self.platform.on_main(lambda: make_room(self.folder, num_bytes, partial, surplus))
+        writing.start()
+        self._begun = _Begun(partial, progress, writing, num_bytes, share, hf)
         if not self._in_background:
             self.settle()
 
@@ -175,11 +183,13 @@ class Checkpointer:
 
     def _refusal(self, begun: _Begun, reason: str) -> str:
         """Gives back the room of a checkpoint that could not be written."""
-        free = shutil.disk_usage(self.folder).free >> 20
         shutil.rmtree(begun.partial, ignore_errors=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < begun.num_bytes:
+            return no_space(self.path(begun.progress.step), begun.num_bytes, free)
         return (
-            f"{self.path(begun.progress.step)} could not be written ({reason}): {free} MiB are free there without it. "
-            "Make room, or allow larger files; the same command goes on from the checkpoint before."
+            f"{self.path(begun.progress.step)} could not be written ({reason}): {in_mib(free)} are free there without "
+            "it. Make room, or allow larger files; the same command goes on from the checkpoint before."
         )
 
     def _complete(self, begun: _Begun, checksums: Checksums) -> None:
@@ -198,15 +208,23 @@ class Checkpointer:
         except OSError as error:
             raise ValueError(self._refusal(begun, str(error))) from error
         self._prune(self.steps()[:-1])  # the newest is not measured yet, whatever an earlier start has left
+        warn_of_next(self.folder, begun.num_bytes, functools.partial(self._surplus, begun.progress.step + 1))
 
     def _prune(self, measured: Sequence[int]) -> None:
-        steps, best = self.steps(), self._best(measured)
-        for step in steps[: -self.keep]:
-            if step != best and (not self.keep_every or step % self.keep_every):
-                removed = self.path(step).with_suffix(".partial-removed")  # a kill leaves nothing of its name
-                shutil.rmtree(removed, ignore_errors=True)
-                self.path(step).rename(removed)
-                shutil.rmtree(removed)
+        for step in self._beyond(self.steps(), measured):
+            remove_checkpoint(self.path(step))
+
+    def _beyond(self, steps: Sequence[int], measured: Sequence[int]) -> list[int]:
+        """Those of the steps that are not kept."""
+        best = self._best(measured)
+        beyond = steps[: -self.keep]
+        return [step for step in beyond if step != best and (not self.keep_every or step % self.keep_every)]
+
+    def _surplus(self, step: int) -> list[Path]:
+        """What a checkpoint of `step` will leave to be removed, but for the newest that is whole, oldest first."""
+        there = self.steps()
+        beyond = self._beyond(sorted({*there, step}), there)
+        return [self.path(old) for old in beyond if old not in (*there[-1:], step)]
 
     def newest(self) -> Progress | None:
         """The progress of the newest checkpoint that is whole, without its weights; None where there is none. One that

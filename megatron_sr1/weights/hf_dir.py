@@ -127,7 +127,7 @@ def copy_side_files(source_dir: str | Path, out_dir: Path, *, pixels: PixelLimit
     out_dir.mkdir(parents=True, exist_ok=True)
     for file in sorted(Path(source_dir).iterdir()):
         if file.is_file() and file.suffix in _SIDE_FILES and not file.name.endswith(".index.json"):
-            shutil.copy(file, out_dir / file.name)
+            shutil.copyfile(file, out_dir / file.name)  # whoever may read the source, the umask says here
     if pixels is not None:
         write_pixel_limits(out_dir, pixels)
 

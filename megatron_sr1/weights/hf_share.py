@@ -32,6 +32,11 @@ class HfShare:
             if files.place(self._tensors[name].nbytes) % self._num_ranks == self._rank:
                 self._own[name] = tensor.detach().to("cpu", copy=True)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of this rank's tensors."""
+        return sum(tensor.nbytes for tensor in self._own.values())
+
     def write(self, folder: Path) -> None:
         """This rank's files. Raises OSError."""
         folder.mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ from megatron_sr1.data.choices import ask_with_letter
 from megatron_sr1.data.image_marks import IMAGE_MARK, place_images
 from megatron_sr1.data.index import content_checksum
 from megatron_sr1.data.pictures import SOURCE_FORMATS, decode_picture, picture_format
-from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample, encode_fields
+from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample, encode_fields, size_problem
 from megatron_sr1.data.sources.source import ChangeKind, Problem, ProblemKind, RawSample
 from megatron_sr1.types import MAX_ANSWER_CHARACTERS, MAX_ASPECT, TemplateName
 
@@ -119,6 +119,9 @@ def _build(raw: RawSample, rules: TextRules) -> BuiltSample:
     sizes = tuple(size for _, _, size in images)
     members = [(f"{number}.{kind}", data) for number, (kind, data, _) in enumerate(images)]
     members.append((JSON_EXTENSION, text))
+    large = next((found for kind, data in members if (found := size_problem(kind, len(data)))), "")
+    if large:
+        raise _Unfit("field", large)
     return BuiltSample(
         where=raw.where,
         key=raw.key,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_sr1.data.json_values import load_json
-from megatron_sr1.data.schema import JSON_EXTENSION
+from megatron_sr1.data.schema import JSON_EXTENSION, size_problem
 from megatron_sr1.data.sources.columns import Columns
 from megatron_sr1.data.sources.files import find_files
 from megatron_sr1.data.sources.source import IMAGE_COLUMNS, KEY_COLUMN, Chunk, Problem, RawSample
@@ -100,6 +100,9 @@ def _schema_problem(group: TarGroup) -> str:
             f"of its {len(extensions)} members {group.key}.{wrong} is neither its json nor an image file. Put what it "
             "says into the json, or leave it out of the tar; a key ends at the first dot."
         )
+    large = next((text for text in (size_problem(m.extension, m.size) for m in group.members) if text), "")
+    if large:
+        return large
     if not _has_json(group):
         return f"it has no json member, but {len(extensions)} images; a key ends at the first dot"
     numbers = sorted(_image_number(name) for name in extensions if name != JSON_EXTENSION)
