@@ -87,10 +87,7 @@ class Trainer:
         if preset.rewards_contrast:
             by = [_joined(*each) for each in zip(mine, (theirs for _, theirs in reference), strict=True)]
             earned = torch.cat([self._earned(*each) for each in zip(shares, rows, by, strict=True)], 1)
-        bad = bad_samples(kl, earned)
-        advantages = step_advantages(ledger, preset, objective, finite(kl), finite(earned))
-        if bad:  # they enter those of others: all optimizer steps are skipped
-            advantages = torch.full_like(advantages, torch.nan)
+        advantages, bad = self._advantages(ledger, preset, kl, earned)
         results = []
         for number, share in enumerate(shares):
             row = rows[number]
@@ -116,8 +113,7 @@ class Trainer:
             trained = batch.micro_batches if terms is None else [*terms.own_batches, *terms.micro_batches]
             result = with_means(self._policy.train_step(trained, loss, self._scoring))
             result = self._with_culprits(result, row, ledger.of(share), rollouts.prompts.keys)
-            if bad:
-                result = replace(result, culprits=(*result.culprits, *self._named(bad, ledger, rollouts)))
+            result = replace(result, culprits=(*result.culprits, *_named(bad, ledger, rollouts.prompts.keys)))
             result = self._with_schedules(result, rollouts.step)
             results.append(self._with_penalties(result, preset, None if kl is None else kl[:, self._rollouts(share)]))
             if same and not result.skipped:
@@ -152,6 +148,15 @@ class Trainer:
         """Of `logprob_gap`: nats a token, see `max_logprob_gap`."""
         return self._max_logprob_gap
 
+    def _advantages(
+        self, ledger: StepLedger, preset: Preset, kl: Tensor | None, earned: Tensor | None
+    ) -> tuple[Tensor, list[int]]:
+        """[S, B, M]; and the samples [B] whose KL or contrast is not finite. Those enter the advantages of others, so
+        none is a number then, and all optimizer steps are skipped."""
+        bad = bad_samples(kl, earned)
+        advantages = step_advantages(ledger, preset, self._config.objective, finite(kl), finite(earned))
+        return torch.full_like(advantages, torch.nan) if bad else advantages, bad
+
     def _whose(self, ledger: StepLedger) -> OldLogprobs:
         """The old log-probs. Raises ConfigError where saved rollouts do not go with them, see `check_old`."""
         if ledger.distorted.any():
@@ -174,11 +179,6 @@ class Trainer:
             lambda index: (keys[int(numbers[index // samples])], index % samples),
         )
         return replace(result, culprits=culprits)
-
-    def _named(self, samples: Sequence[int], ledger: StepLedger, rollouts: StepRollouts) -> list[tuple[str, int]]:
-        """Key and number of samples [B] of the ledger."""
-        keys, numbers, each = rollouts.prompts.keys, ledger.number.tolist(), ledger.num_samples
-        return [(keys[int(numbers[place // each])], place % each) for place in samples]
 
     def _scores(
         self, rows: StreamRows, drawn: ContrastScores | None, reference: ContrastScores | None, *, is_first: bool
@@ -285,6 +285,12 @@ class Trainer:
                     f"than the policy has replicas, {self._policy.replicas.num_ranks}. See above for why."
                 )
             yield share
+
+
+def _named(samples: Sequence[int], ledger: StepLedger, keys: Sequence[str]) -> list[tuple[str, int]]:
+    """Key and number of samples [B] of the ledger."""
+    numbers, each = ledger.number.tolist(), ledger.num_samples
+    return [(keys[int(numbers[place // each])], place % each) for place in samples]
 
 
 def _joined(scores: ContrastScores | None, others: ContrastScores | None) -> ContrastScores:
