@@ -101,15 +101,8 @@ class Trainer:
                 terms = ContrastTerms(batch, self._scores(row, mine[number], theirs, is_first=number == 0), preset)
             before = old[number] if needs_old else None  # of the only step the policy's present ones
             same = number == 0 or whose == "trainer"
-            loss = PolicyLoss(
-                batch,
-                before,
-                held if theirs is not None else None,
-                preset,
-                objective,
-                measures_gap=same,
-                contrast=terms,
-            )
+            compared = held if theirs is not None else None
+            loss = PolicyLoss(batch, before, compared, preset, objective, measures_gap=same, contrast=terms)
             trained = batch.micro_batches if terms is None else [*terms.own_batches, *terms.micro_batches]
             result = with_means(self._policy.train_step(trained, loss, self._scoring))
             result = self._with_culprits(result, row, ledger.of(share), rollouts.prompts.keys)
