@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from tests.ranks import run_ranks
 
 REPOSITORY = Path(__file__).parent.parent
-MODULE = ["-m", "megatron_sr1.cli"]
 
 
 class ForkedError(AssertionError):
@@ -29,39 +29,41 @@ class ForkedError(AssertionError):
         self.printed = printed
 
 
-def run_forked(command: Sequence[str], num_ranks: int = 1) -> str:
-    """Runs `python -m megatron_sr1.cli ...` on so many ranks and returns what they printed on stdout and stderr.
+def run_forked(command: Sequence[str], num_ranks: int = 1, folder: Path = REPOSITORY) -> str:
+    """Runs `python -m MODULE ...`, of a module that has a `main`, on so many ranks in a folder and returns what they
+    printed on stdout and stderr.
 
     Several ranks find their numbers in the environment, and the group made, as under torchrun.
 
     Raises:
         ForkedError: it failed.
     """
-    assert list(command[1:3]) == MODULE, command
-    return call_forked(_main, list(command[3:]), num_ranks=num_ranks)
+    place = command.index("-m")
+    return call_forked(_main, command[place + 1], list(command[place + 2 :]), num_ranks=num_ranks, folder=folder)
 
 
-def call_forked(function: Callable[..., None], *arguments: Any, num_ranks: int = 1) -> str:
-    """Calls `function(*arguments)`, which is importable, on so many ranks at the repository's root, and returns what
-    they printed.
+def call_forked(function: Callable[..., None], *arguments: Any, num_ranks: int = 1, folder: Path = REPOSITORY) -> str:
+    """Calls `function(*arguments)`, which is importable, on so many ranks in a folder, and returns what they printed.
 
     Raises:
         ForkedError: it failed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
+    with tempfile.TemporaryDirectory() as logs:
+        log = Path(logs) / "log"
         try:
-            run_ranks(num_ranks, _printing_to, str(log), function, *arguments)
+            run_ranks(num_ranks, _printing_to, log, folder, function, *arguments)
         except (ProcessExitedException, ProcessRaisedException) as error:
             raise ForkedError(log.read_text(), error) from error
         return log.read_text()
 
 
-def _printing_to(rank: int, num_ranks: int, log: str, function: Callable[..., None], *arguments: Any) -> None:
-    with open(log, "a") as file:  # all ranks append
+def _printing_to(
+    rank: int, num_ranks: int, log: Path, folder: Path, function: Callable[..., None], *arguments: Any
+) -> None:
+    with log.open("a") as file:  # all ranks append
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
-    os.chdir(REPOSITORY)
+    os.chdir(folder)
     if num_ranks > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1")  # all five or none; nobody looks there
@@ -71,7 +73,5 @@ def _printing_to(rank: int, num_ranks: int, log: str, function: Callable[..., No
         sys.stdout.flush()
 
 
-def _main(words: list[str]) -> None:
-    from megatron_sr1.cli import main
-
-    main(words)
+def _main(module: str, words: list[str]) -> None:
+    import_module(module).main(words)

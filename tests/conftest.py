@@ -13,13 +13,14 @@ import pytest
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from tests.workspace import Workspace, build_workspace
 
-# Files of half a minute or more, the longest first. They start first, so that no worker ends with one of them
-# while the other has nothing left; the first needs `workspace`, which the next then finds made.
+# Files of ten seconds or more, the longest first. They start first, so that no worker ends with one of them while the
+# other has nothing left; the first needs `workspace`, which those behind it then find made.
 LONG = (
-    *("end_to_end", "layouts", "preemption", "sweep", "launch", "evaluation_run", "vision", "convert"),
-    *("triton_logprob", "weight_sync", "cpu_capabilities", "logprob_memory", "config", "checkpoint", "cli"),
-    *("fused_loss", "precision", "offload", "rollout", "families", "engine_ranks", "linear_logprob", "policy"),
-    *("shared_prefix", "study"),
+    *("end_to_end", "study", "layouts", "preemption", "weight_sync", "sweep", "convert", "joining", "resume", "vision"),
+    *("launch", "checkpoint", "sweep_report", "contrast", "cpu_capabilities", "evaluation_run", "triton_logprob"),
+    *("gradients", "rollout", "step_time", "logprob_memory", "parameter_counts", "engine_ranks", "credit", "recipes"),
+    *("private_names", "packaging", "processor", "config", "cli", "precision", "sweep_file", "families", "policy"),
+    *("fused_loss", "offload", "trackers", "report", "saved_rollouts", "pixels"),
 )
 
 # As in a terminal, for the commands that are started here: a shell's background jobs ignore Ctrl-C.

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.commands import call_forked
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 FILES = ("logprob_oracles", "linear_logprob", "fused_loss", "objective", "objective_liger", "objective_losses")
 # Several ranks and Triton's interpreter and compiler: minutes of start-up around the same sums.
@@ -37,14 +39,20 @@ def test_the_numbers_hold_on_a_smaller_cpu(capability: str) -> None:
     assert passed and int(passed[1]) > 200, run.stdout[-2000:]
 
 
-def test_the_environment_says_how_many_threads() -> None:
-    """More would wait for each other in loops, at the cost of whatever else the machine runs."""
-    code = "import torch; from megatron_sr1.platform import start_platform; start_platform(); "
-    code += "print(torch.get_num_threads())"
-    found = []
-    for threads in ("1", ""):
-        run = subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": threads}, capture_output=True, text=True
-        )
-        found.append(int(run.stdout))
-    assert found == [1, os.cpu_count()], found
+def test_the_environment_says_how_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More would wait for each other in loops, at the cost of whatever else the machine runs. Torch reads the variable
+    when it is imported; without it the platform changes what torch has, here one."""
+    code = "from tests.test_cpu_capabilities import say_threads; say_threads()"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = [run.stdout, call_forked(say_threads)]
+    assert [int(printed.splitlines()[-1]) for printed in found] == [1, os.cpu_count()], found
+
+
+def say_threads() -> None:
+    from megatron_sr1.platform import start_platform
+
+    start_platform()
+    print(torch.get_num_threads())

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_sr1.cli import main
 from megatron_sr1.config import Config, ConfigError
 from megatron_sr1.launch.experiment import Experiment, Step, Task, read_experiment
 from megatron_sr1.launch.ranks import first_node, slurm_ranks, started_rank
@@ -427,7 +428,9 @@ def test_a_launch_that_is_ended_asks_its_runs_to_stop(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- for real
 @needs_nemo_run
-def test_a_sweep_of_two_presets_for_real(workspace: Workspace) -> None:
+def test_a_sweep_of_two_presets_for_real(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through NeMo-Run's local executor: two runs of the digits task, each with its own preset and folder, and their
     report. `tests/test_sweep.py` stops and continues a sweep."""
     words = workspace.command("grpo", "unused")[4:]
@@ -456,9 +459,9 @@ def test_a_sweep_of_two_presets_for_real(workspace: Workspace) -> None:
     ]
     assert first[0]["reward/total"] != first[1]["reward/total"] or first[0]["grad_norm"] != first[1]["grad_norm"]
 
-    report = [sys.executable, "-m", "megatron_sr1.cli", "report", str(workspace.folder / "presets.yaml")]
-    printed = subprocess.run(report, cwd=REPOSITORY, check=True, text=True, capture_output=True).stdout
-    assert "Paired differences to see_think" in printed
+    monkeypatch.chdir(REPOSITORY)
+    main(["report", str(workspace.folder / "presets.yaml")])
+    assert "Paired differences to see_think" in capsys.readouterr().out
     _, group = json.loads((workspace.folder / "sweep" / "sweep.json").read_text())
     assert "reward/acc_vis" in group["after"]
     assert group["paired_differences_to_the_first"]["accuracy"]["num"] == 1

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from benchmarks import study
 from benchmarks.dependency import auc, graded, write_measures
 from benchmarks.step_cost import Cost, table
 from benchmarks.study import FULL, SHORT
 from megatron_sr1.launch.sweep import read_sweep
 from megatron_sr1.streams.methods import METHODS
+from tests.commands import run_forked
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,24 +72,31 @@ def test_costs_are_medians_beside_the_first() -> None:
     assert lines[2] == "| one | 2.00 | 3.00 | 1.00 | 200 | 4 |" and lines[3] == "| two | 2.00 | 6.00 | 2.00 | 50 | 9 |"
 
 
-def study(folder: Path, *words: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.study", "--short", *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+def run_here(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+    """A command of the study, forked from what has imported its libraries; a sweep starts its runs itself."""
+    if "sweep" in command:
+        return subprocess.run(command, check=check, text=True)
+    return subprocess.CompletedProcess(command, 0, run_forked(command, folder=Path.cwd()))
 
 
-def test_the_short_form_runs_whole_and_is_done_when_run_again(tmp_path: Path) -> None:
+def test_the_short_form_runs_whole_and_is_done_when_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    study(tmp_path, "--no-costs")
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("PYTHONPATH", str(ROOT)), ("OMP_NUM_THREADS", "1")):
+        monkeypatch.setenv(name, value)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"^0$"):
+        patch.setattr(study, "subprocess", SimpleNamespace(run=run_here))
+        study.main(["--short", "--no-costs"])
     folder = tmp_path / SHORT.folder
     sweep_runs = sorted(path.name for path in (folder / "runs").iterdir() if path.is_dir())
     assert sweep_runs == ["caprl-seed1", "pgpo-seed1", "see_think-seed1"]
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     for name in sweep_runs:
         assert "dependency_auc" in json.loads((folder / "runs" / name / "measures.json").read_text())
-    text = study(tmp_path)  # goes on with the costs alone
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.study", "--short"]  # goes on with the costs alone
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    text = done.stdout
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == written
     costs = json.loads((folder / "costs.json").read_text())
     assert list(costs) == ["see_think", "pgpo", "caprl", "external_reasoner"]

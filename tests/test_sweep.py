@@ -18,6 +18,7 @@ import psutil
 import pytest
 import yaml
 
+from megatron_sr1.cli import main
 from tests.workspace import REPOSITORY, RUN_TIMEOUT, Workspace
 
 SEEDS, STEPS = (1, 2, 3), 3
@@ -113,13 +114,16 @@ def check_report(folder: Path) -> None:
     assert found["std"] == pytest.approx(statistics.stdev(accuracies))
 
 
-def test_a_finished_sweep_is_only_reported(sweep_file: Path) -> None:
+def test_a_finished_sweep_is_only_reported(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
     folder = sweep_file.parent / "runs"
     logs = {name: (folder / f"{name}.log").stat().st_size for name in NAMES}
-    for command in (sweep_command(sweep_file), [*sweep_command(sweep_file)[:3], "report", str(sweep_file)]):
+    for command in ("sweep", "report"):
         (folder / "report.html").unlink()
-        printed = subprocess.run(command, cwd=REPOSITORY, check=True, text=True, capture_output=True).stdout
-        assert "see_think" in printed and (folder / "report.html").is_file()
+        main([command, str(sweep_file)])
+        assert "see_think" in capsys.readouterr().out and (folder / "report.html").is_file()
     assert logs == {name: (folder / f"{name}.log").stat().st_size for name in NAMES}
 
 

@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,8 +168,14 @@ def changes_of(config: Config) -> list[Change]:
         raise ConfigError(f"{path} is not a configuration: {error} Or choose another run_dir.") from error
     if kept.get("model.train_vision") is False:  # what releases before model.freeze said
         kept["model.freeze"] = ["vision", "merger"]
-    then = {key: kept.get(key, default) for key, default in values_by_key(Config()).items()}
+    then = {key: kept.get(key, default) for key, default in _defaults().items()}
     return [Change(key, then[key], value) for key, value in now.items() if then[key] != value]
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """Of every key; to be read only."""
+    return values_by_key(Config())
 
 
 def values_by_key(config: Config) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -51,6 +53,16 @@ def count_stages(
         ConfigError: the layout does not fit the model or `num_ranks`; `freeze` names what is not there, or everything.
         ValueError: a model class that is not supported.
     """
+    described = Path(hf_dir) / "config.json"
+    text = described.read_bytes() if described.is_file() else b""
+    return _counted(hf_dir, text, layout, num_ranks, freeze)
+
+
+@lru_cache(maxsize=256)  # a search for a layout asks for the same parts of many
+def _counted(
+    hf_dir: str, config_json: bytes, layout: LayoutConfig, num_ranks: int, freeze: tuple[str, ...]
+) -> tuple[StageCount, ...]:
+    """`config_json`: what the folder's now says; a model that was put in its place is another."""
     config = Config(
         model=ModelConfig(hf_dir=hf_dir, layer_spec="torch", freeze=freeze),
         layout=layout,
