@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -149,25 +146,6 @@ def test_evaluating_the_export_gives_the_same_numbers(finished: Workspace) -> No
     done = subprocess.run(words, cwd=REPOSITORY, check=True, timeout=RUN_TIMEOUT, capture_output=True, text=True)
     assert "Held-out evaluation" in done.stdout
     assert finished.summary("again", "evaluate") == finished.summary("whole", "after")
-
-
-def test_a_killed_run_continues_to_the_same_bits(finished: Workspace) -> None:
-    command = finished.command("grpo", "killed", "train.steps=8", "train.save_every=3")
-    log = (finished.folder / "killed.log").open("w")
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
-    checkpoint = finished.folder / "killed" / "checkpoints" / "step_000003"
-    deadline = time.monotonic() + START_TIMEOUT
-    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    assert checkpoint.exists() and process.poll() is None, (finished.folder / "killed.log").read_text()[-4000:]
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (finished.folder / "killed" / "hf").exists(), "it should have been killed before its end"
-
-    finished.run_forked("grpo", "killed", "train.steps=8", "train.save_every=3")
-    assert untimed(finished.metrics("killed")) == untimed(finished.metrics("whole"))
-    weights = [finished.folder / run / "hf" / "model.safetensors" for run in ("killed", "whole")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_a_run_trained_from_its_saved_rollouts_is_the_run(

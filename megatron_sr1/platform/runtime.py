@@ -40,7 +40,7 @@ from megatron_sr1.platform.joining import TIMEOUT, join, open_store
 from megatron_sr1.platform.ranks import GroupRanks
 from megatron_sr1.platform.torch_private import job_store
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
-from megatron_sr1.platform.watchdog import HUNG_STATUS
+from megatron_sr1.platform.watchdog import GONE, HUNG_STATUS
 from megatron_sr1.ranks import Element
 
 STOPPED_STATUS = os.EX_TEMPFAIL  # 75, sysexits.h: "the user is invited to retry"; of a run that was asked to stop
@@ -191,7 +191,8 @@ def _explain(error: ProcessException, folder: Path, asked: bool) -> None:
     if asked and error.signal_name in ("SIGTERM", "SIGUSR1"):  # a rank that is asked outside its steps just ends
         print("asked to stop outside of the steps; the same command goes on from what is saved", flush=True)
         sys.exit(STOPPED_STATUS)
-    if error.exit_code == HUNG_STATUS or (folder / CAUSE).exists():  # which the rank that has found it has said
+    cause = (folder / CAUSE).read_text(encoding="utf-8") if (folder / CAUSE).exists() else ""
+    if error.exit_code == HUNG_STATUS or (cause and GONE not in cause):  # the rank that has found it has said it
         sys.exit(HUNG_STATUS)
     number = abs(error.exit_code)
     how = f"was ended by {error.signal_name}" if error.signal_name else f"ended with status {error.exit_code}"

@@ -32,6 +32,7 @@ from megatron_sr1.phases import WAIT, Phases
 from megatron_sr1.platform.board import CAUSE, Board, job_board
 
 HUNG_STATUS = os.EX_SOFTWARE  # 70, sysexits.h: neither a mistake of the user's nor a request
+GONE = "has ended without a word"  # in a cause
 FOLDER = "hang"  # of the stacks, in the run's
 _TICK_SECONDS = 1.0
 _TALK_SECONDS = 2.0
@@ -216,7 +217,7 @@ class Watchdog:
         who = f"rank {rank} on {sign.host}, process {sign.process_id}, last at {sign.at}"
         state = _state(sign)
         if state in ("", "Z") and silent > _GRACE_SECONDS:
-            return f"{who}, has ended without a word: killed, or out of memory"
+            return f"{who}, {GONE}: killed, or out of memory"
         if state == "T" and silent > self._silent:
             return f"{who}, is stopped (SIGSTOP) for {silent:.0f} s"
         if state != "t" and silent > _UNSEEN * self._silent:  # t: a debugger has it

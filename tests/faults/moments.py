@@ -39,13 +39,13 @@ class Moments:
         if part == "evaluation":
             return _until(lambda: _has(folder / "eval" / "parts"), started) and _sleep(draw.uniform(0.0, 0.3), started)
         if part == "save":
-            return _until(lambda: _has(folder / "checkpoints", "*.partial-*"), started) and _sleep(
-                draw.uniform(0.0, 0.05), started
-            )
+            steps = _lines(folder) + draw.randint(1, 3)
+            begun = _until(lambda: _lines(folder) >= steps and _has(folder / "checkpoints", "*.partial-*"), started)
+            return begun and _sleep(draw.uniform(0.0, 0.05), started)
         if part == "export":
             return _until(lambda: _has(folder, "hf*"), started) and _sleep(draw.uniform(0.0, 0.5), started)
-        before = _lines(folder)
-        if not _until(lambda: _lines(folder) > before, started):
+        steps = _lines(folder) + draw.randint(2, 3)
+        if not _until(lambda: _lines(folder) >= steps, started):
             return False
         earlier = sum(self._seconds[other] for other in STEP_PARTS[: STEP_PARTS.index(part)])
         return _sleep(earlier + draw.uniform(0.0, self._seconds[part]), started)
