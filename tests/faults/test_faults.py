@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,16 @@ def test_a_run_that_is_killed_and_damaged_ends_in_the_same_bytes(finished: Works
     trials = chains.disturb("disturbed", faults, random.Random(0))
     assert [trial.wrong for trial in trials] == [(), ()], trials
     assert [(trial.fault, trial.went_on) for trial in trials] == [(fault, False) for fault in faults]
-    assert "continuing after step" in (finished.folder / "disturbed.2.log").read_text()
+    folder = finished.folder / "disturbed" / "checkpoints"
+    said = re.search(r"continuing after step (\d) of 8, (\d+) samples of the data, from (.*)", _log(finished, 2))
+    assert said and said.groups() == (said[1], str(4 * int(said[1])), f"{folder}/step_00000{said[1]}")
     (finished.folder / "disturbed" / "hf" / "model.safetensors").write_bytes(b"others")
     (finished.folder / "disturbed" / "eval" / "after.jsonl").unlink()
     assert chains.differences("disturbed") == ("other weights", "other evaluations")
+
+
+def _log(workspace: Workspace, attempt: int) -> str:
+    return (workspace.folder / f"disturbed.{attempt}.log").read_text()
 
 
 def test_the_trials_are_drawn_by_the_seed_and_counted_by_kind(tmp_path: Path) -> None:
