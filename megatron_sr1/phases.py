@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,12 @@ class Phases:
             yield
         finally:
             self._open, self._changed = before, time.monotonic()
+
+    def moved(self) -> None:
+        """What is open has come forward: its time counts anew. Of the main thread."""
+        if threading.current_thread() is threading.main_thread():
+            self._changed = time.monotonic()
+            self._open = tuple(replace(phase, since=self._changed) for phase in self._open)
 
     @property
     def open(self) -> tuple[Phase, ...]:

@@ -16,7 +16,16 @@ def steps(folder: Path, start: int, end: int, said: list[str]) -> None:
         for step in range(start, end):
             far = step in (5, 20, 30)
             values = {"grad_norm": 40.0 if far else 0.5 + 0.01 * (step % 7), "loss/visual/kl": 0.3 if far else -0.01}
-            writer.write(step, {**values, "loss/answer/kl": 0.02, "loss/answer/ratio_mean": 1.0, "entropy": 9.0 * far})
+            writer.write(
+                step,
+                {
+                    **values,
+                    "loss/answer/kl": 0.02,
+                    "loss/answer/ratio_mean": 1.0,
+                    "loss/own": 0.1,
+                    "entropy": 9.0 * far,
+                },
+            )
 
 
 def kept(folder: Path) -> list[dict[str, object]]:
@@ -29,12 +38,12 @@ def test_a_spike_is_told_with_its_streams_and_a_resumed_run_tells_the_same(tmp_p
     steps(whole, 0, 40, said)
     assert said == [
         f"step {step}: the gradient norm 40 is 75 times its usual {usual} and was clipped to 1; visual: kl 0.3 "
-        "(usually 0.01); answer: as usual"
+        "(usually 0.01); answer: as usual; own: as usual"
         for step, usual in ((21, "0.53"), (31, "0.53"))
     ], "not the sixth: too little is known by then"
     found = kept(whole)
     assert [entry["step"] for entry in found] == [20, 30]
-    assert found[0]["streams"] == {"visual": {"kl": [0.3, 0.01]}, "answer": {}}
+    assert found[0]["streams"] == {"visual": {"kl": [0.3, 0.01]}, "answer": {}, "own": {}}
     steps(resumed, 0, 33, said)
     with (resumed / "spikes.jsonl").open("a") as file:
         file.write('{"step": 32, "torn')  # by a kill

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_sr1.config.rules import Range, check_numbers
 
 _MINUTES = Range(0, 10**6, above=True)
+_LEAST = 1.0  # minutes: of a short timeout, as nobody waits for a rank that is alone
 _SHARE = 0.8  # of timeout_minutes: whoever hangs is named before those who wait for it give up
 
 
@@ -22,9 +23,9 @@ class WatchdogConfig:
     read: float | None = None  # the next samples of a step
     engine_step: float | None = None  # one forward pass of an engine
     reward: float | None = None  # the grading that is left when all responses are written; null: no end with a judge
-    sync: float | None = None  # the weights to the engines, once
+    sync: float = 60.0  # the weights to the engines, once
     train: float = 60.0  # the optimizer steps of a rollout step; sft: one
-    save: float = 60.0  # a checkpoint, where the run waits for it
+    save: float = 60.0  # without a further byte of a checkpoint that the run waits for
     other: float = 60.0  # without any change: starting, an evaluation, an export
 
     def __post_init__(self) -> None:
@@ -38,7 +39,7 @@ class WatchdogConfig:
             reward_seconds: that a group's grading may take; infinite where somebody else is asked, whose patience is
                 his own.
         """
-        usual = _SHARE * timeout_minutes
+        usual = max(_SHARE * timeout_minutes, _LEAST)
 
         def of(minutes: float | None) -> float:
             return 60 * (usual if minutes is None else minutes)

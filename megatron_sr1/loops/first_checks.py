@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from megatron_sr1.config import Command, Config
 from megatron_sr1.data import SampleFeed, StepPrompts
@@ -47,13 +48,16 @@ from megatron_sr1.types import SftSample
 class Checks:
     """Rows in the order of the checks, on the main rank; the others have none. All methods are collective."""
 
-    def __init__(self, run: Run, command: Command, config: Config, preset: Preset | None = None) -> None:
+    def __init__(
+        self, run: Run, command: Command, config: Config, preset: Preset | None = None, *, generates: bool = True
+    ) -> None:
         """
         Args:
             config: of the run, whose folder may be another than that of `run`, which alone is written to.
             preset: of a grpo run.
+            generates: engines are started; else nobody is asked, and less memory is needed than is planned.
         """
-        self._run, self._config, self._preset = run, config, preset
+        self._run, self._config, self._preset, self._generates = run, config, preset, generates
         self._command: Command = command
         self.rows: list[Row] = []
 
@@ -65,13 +69,14 @@ class Checks:
     def machines(self, policy: Policy) -> None:
         """The machines that the ranks are on, when the policy is there and no engine yet."""
         platform, config = self._run.platform, self._config
-        asks = self._preset is not None and self._preset.asks_endpoint
+        asks = self._preset is not None and self._preset.asks_endpoint and self._generates
         facts = platform.ranks.send_to_main([measure_rank(platform, config, asks_endpoint=asks)])
         written = platform.ranks.send_to_main([write_speed(config.run_dir)] if is_first_here(platform) else [])
         counts = policy.stage_counts()
         if platform.is_main:
             self.rows += fact_rows(facts, config)
-            self.rows += memory_rows(self._command, config, counts, facts)
+            planned = memory_rows(self._command, config, counts, facts)
+            self.rows += planned if self._generates else [_no_worse_than_warned(row) for row in planned]
             self.rows += disk_rows(config, counts, written)
 
     def engines(self, complaints: Sequence[str]) -> None:
@@ -134,10 +139,11 @@ class Checks:
 class Preflight:
     """The first phase of a run, unless `preflight.enabled` is false. All methods are collective."""
 
-    def __init__(self, run: Run, command: Command, preset: Preset | None = None) -> None:
+    def __init__(self, run: Run, command: Command, preset: Preset | None = None, *, generates: bool = True) -> None:
+        """See `Checks`."""
         self._run, self._seconds = run, 0.0
         self._file = run.folder / "preflight.json"
-        self._checks = Checks(run, command, run.config, preset)
+        self._checks = Checks(run, command, run.config, preset, generates=generates)
         self._enabled = run.config.preflight.enabled
         self._complaints: list[str] = []  # of this rank's engine
         self._whole = False
@@ -164,6 +170,7 @@ class Preflight:
                 self._checks.engines(self._complaints)
                 if self._looks():
                     self._checks.responses(feed, source, trainer, first)
+                    self._whole = not isinstance(trainer, NoTrainer)  # which compares no log-probs
 
     def demonstrations(self, feed: SampleFeed) -> None:
         """See `Checks.demonstrations`; as for `responses`."""
@@ -204,3 +211,7 @@ class Preflight:
         start = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - start
+
+
+def _no_worse_than_warned(row: Row) -> Row:
+    return replace(row, verdict="warn") if row.verdict == "fail" else row

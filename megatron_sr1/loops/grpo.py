@@ -52,7 +52,7 @@ def run_grpo(
         updates = config.rollout.prompts_per_step // config.train.batch_size * config.train.steps
         policy = Policy(config, platform, num_optimizer_steps=updates, keep_reference=preset.needs_reference)
         first = run.resume(policy)
-        preflight = Preflight(run, "grpo", preset)
+        preflight = Preflight(run, "grpo", preset, generates=from_rollouts is None)
         preflight.machines(policy)
         trainer = NoTrainer() if rollouts_only else Trainer(config, policy, preset, run.processor)
         evaluations: Evaluations | NoEvaluations = NoEvaluations()

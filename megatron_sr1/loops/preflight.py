@@ -30,12 +30,14 @@ def run_preflight(config: Config, platform: Platform, *, command: Command = "grp
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(replace(config, run_dir=scratch), platform)
         checks = Checks(run, command, config, preset_of(config) if command == "grpo" else None)
-        if command == "sft":
-            _check_sft(run, checks)
-        else:
-            _check_grpo(run, checks)
-    if platform.is_main:
-        print(to_json(checks.rows) if as_json else table_of(checks.rows), flush=True)
+        try:
+            if command == "sft":
+                _check_sft(run, checks)
+            else:
+                _check_grpo(run, checks)
+        finally:  # an engine that does not fit ends them
+            if platform.is_main and checks.rows:
+                print(to_json(checks.rows) if as_json else table_of(checks.rows), flush=True)
     platform.on_main(lambda: check_rows(checks.rows))
 
 

@@ -33,7 +33,7 @@ from megatron_sr1.prompts import templates_of
 from megatron_sr1.rollout import Limits, Planner
 from megatron_sr1.training.bad_steps import BadSteps
 from megatron_sr1.training.checkpointer import Checkpointer, HfSource, Progress
-from megatron_sr1.types import RolloutGroup
+from megatron_sr1.types import NamedTensors, RolloutGroup
 from megatron_sr1.weights import write_hf_dir
 
 _LONGEST_VERIFICATION = timedelta(hours=12)  # transformers on one rank's CPU, whatever the model's size
@@ -257,12 +257,14 @@ class Run:
     def export(self, policy: Policy) -> None:
         """Writes the policy's weights, with the starting model's configuration and processor files, in which the image
         processor has the run's pixel limits. Collective."""
-        if self.platform.is_main:
-            model = self.config.model
-            write_hf_dir(policy.hf_weights(), model.hf_dir, self.export_dir, pixels=pixel_limits(model))
-        else:
-            for _ in policy.hf_weights():
-                pass
+        with during("export"):
+            weights = _moving(policy.hf_weights())
+            if self.platform.is_main:
+                model = self.config.model
+                write_hf_dir(weights, model.hf_dir, self.export_dir, pixels=pixel_limits(model))
+            else:
+                for _ in weights:
+                    pass
         self.platform.ranks.meet()
 
     def verify_export(self, answers: Sequence[RolloutGroup]) -> None:
@@ -321,6 +323,13 @@ def open_run(config: Config, platform: Platform) -> Iterator[Run]:
             if error.errno in FULL and error.filename is None:  # a write does not know its file
                 raise OSError(error.errno, error.strerror, config.run_dir) from error
             raise
+
+
+def _moving(weights: NamedTensors) -> NamedTensors:
+    """The same; each is a step forward."""
+    for named in weights:
+        yield named
+        during.moved()
 
 
 def _watched(run: Run) -> AbstractContextManager[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import re
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ OPEN_SECONDS = 120.0  # W&B itself gives up after 90
 STEP_SECONDS = 5.0  # that a step waits for a tracker, until one is late
 END_SECONDS = 30.0  # that the end of a run waits
 _MOST_WAITING = 1000  # steps
+_NUMBERS = re.compile(r"\w*\d\w*")  # and addresses, and names of requests
 Value = TypeVar("Value")
 
 
@@ -121,10 +123,11 @@ class BackgroundTracker:
             call.run()
 
     def _say(self, what: str) -> None:
-        """Once of the same."""
-        if what == self._said:
+        """Once of the same, whatever number or address it ends in."""
+        kind = _NUMBERS.sub("#", what)
+        if kind == self._said:
             return
-        self._said = what
+        self._said = kind
         print(
             f"warning: tracker {self._name}: {what}. The run goes on; all its metrics are in metrics.jsonl.",
             file=sys.stderr,

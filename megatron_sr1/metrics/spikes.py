@@ -62,10 +62,10 @@ class SpikeSink:
             if not name.startswith(_STREAM) or not math.isfinite(value):
                 continue
             was = self._usual(name)
-            _, stream, number = name.split("/", 2)
+            stream, _, number = name.removeprefix(_STREAM).partition("/")
             far = streams.setdefault(stream, {})
             if was is not None and abs(value) > TIMES * was:
-                far[number] = (value, was)
+                far[number or stream] = (value, was)  # a loss of the user's own names its numbers as it likes
         entry = {"step": step, "grad_norm": norm, "usual": usual, "streams": streams}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")

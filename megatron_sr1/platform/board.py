@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -15,12 +16,14 @@ from torch.distributed import (
 
 from megatron_sr1.platform.torch_private import job_store_copy
 
-STORE_SECONDS = 20.0  # that the store of the job may take for an answer
+STORE_SECONDS = 20.0  # that the store of the job may take for a text that is there
 CAUSE = "cause"  # why the ranks end
 
 
 class Board(Protocol):
     """Texts by name."""
+
+    outlives: bool  # rank 0, which keeps it otherwise
 
     def write(self, name: str, text: str) -> None: ...
 
@@ -34,12 +37,14 @@ class Board(Protocol):
 class FolderBoard:
     """Of ranks on one machine, which share a folder of their own."""
 
+    outlives = True
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def write(self, name: str, text: str) -> None:
         path = self._folder / name
-        new = path.with_name(f"{name}.new.{os.getpid()}")
+        new = path.with_name(f"{name}.new.{os.getpid()}.{threading.get_ident()}")
         new.write_text(text, encoding="utf-8")
         new.rename(path)
 
@@ -59,6 +64,8 @@ class FolderBoard:
 
 class StoreBoard:
     """Of ranks on several machines: on the store through which they have met, over a connection of its own."""
+
+    outlives = False
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -156,7 +156,8 @@ def run_on_ranks(
         function(*arguments)
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_rank(num_ranks)))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo" if sys.platform == "linux" else "lo0")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it warns of each rank that it ends
     forked = sys.platform == "linux" and not torch.cuda.is_available()
     if forked:

@@ -21,7 +21,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,13 +33,20 @@ from megatron_sr1.phases import WAIT, Phases
 from megatron_sr1.platform.board import CAUSE, Board, job_board
 
 HUNG_STATUS = os.EX_SOFTWARE  # 70, sysexits.h: neither a mistake of the user's nor a request
+_FAILED = "failed ("
+_SILENT_STORE = (
+    "the store through which the ranks have met, which rank 0's machine keeps, has not answered for {:.0f} s"
+)
 GONE = "has ended without a word"  # in a cause
 FOLDER = "hang"  # of the stacks, in the run's
 _TICK_SECONDS = 1.0
 _TALK_SECONDS = 2.0
 _LEAP_SECONDS = 5.0  # between two ticks: this process was stopped itself
+_WAITING = 1.1  # times a limit, for a rank that only waits: who hangs speaks first
+_UNWINDING_SECONDS = 45.0  # for a main thread whose error may be that of another rank, too
 _GRACE_SECONDS = 5.0  # for all to hear of it, and for a main thread that is about to end by itself
 _LONGEST_END = 60.0  # of a process that says where it stood
+_DEAD = ("", "Z")  # states of processes
 _UNSEEN = 6  # times the silent seconds, where nothing is known of a process but its silence
 
 
@@ -118,16 +126,28 @@ class Watchdog:
         # a collective may fail because another rank has ended, and that is the cause
         if self._board is not None and isinstance(error, RuntimeError) and self._ending.wait(2 * _GRACE_SECONDS):
             time.sleep(_LONGEST_END)  # the other thread ends this process
+        board = self._board
+        if board is not None and failed:
+            reason = " ".join(str(error).split())[:500]
+            cause = f"rank {self._rank} {_FAILED}{type(error).__name__}: {reason})"
+            self._in_time(lambda: board.write_first(CAUSE, cause))
+            if self._rank == 0 and not board.outlives:  # until the others have asked
+                time.sleep(2 * _TALK_SECONDS)
         self._over.set()
-        if self._board is None:
-            return
-        try:
-            if failed:
-                reason = " ".join(str(error).split())[:500]
-                self._board.write_first(CAUSE, f"rank {self._rank} failed ({type(error).__name__}: {reason})")
-            self._board.write(self._name(self._rank), json.dumps(asdict(self._sign(over=True))))
-        except (OSError, DistError):  # whoever kept it has ended
-            pass
+        if board is not None:
+            self._threads[-1].join(_GRACE_SECONDS)  # whose sign would come after the last
+            self._in_time(lambda: board.write(self._name(self._rank), json.dumps(asdict(self._sign(over=True)))))
+
+    def _in_time(self, write: Callable[[], None]) -> None:
+        """Or not at all: a store that does not answer shall not keep this process."""
+
+        def attempt() -> None:
+            with suppress(OSError, DistError):  # whoever kept it has ended
+                write()
+
+        writing = threading.Thread(target=attempt, daemon=True)
+        writing.start()
+        writing.join(_GRACE_SECONDS)
 
     # ---------------------------------------------------------------- one thread: what others say
     def _talk(self) -> None:
@@ -137,7 +157,7 @@ class Watchdog:
                 self._board.write(self._name(self._rank), json.dumps(asdict(self._sign())))
                 self._listen(self._board)
                 self._cause = self._cause or self._board.read(CAUSE)
-            except (OSError, DistError):
+            except (OSError, DistError, ValueError):
                 continue  # the judge sees that it has not answered
             self._answered = time.monotonic()
 
@@ -183,15 +203,15 @@ class Watchdog:
     def _hangs(self, now: float, started: float) -> str | None:
         """What this rank's main thread is at for too long."""
         phases, changed = self._phases.open, self._phases.changed
+        innermost = phases[-1] if phases else None
+        only_waits = innermost is not None and innermost.name == WAIT
         for phase in phases:
             limit = self._limits.get(phase.name) if phase.longest is None else phase.longest
             took = now - max(phase.since, started)
-            if limit is not None and took > limit:
+            if limit is not None and took > limit * (_WAITING if only_waits else 1.0):
                 return self._told(phase.name, took, limit)
-        innermost = phases[-1] if phases else None
-        waits = innermost is not None and (innermost.name == WAIT or innermost.longest is not None)
         took = now - max(changed, started)
-        if waits or took <= self._idle:
+        if only_waits or (innermost is not None and innermost.longest is not None) or took <= self._idle:
             return None
         return self._told("one thing" if innermost is None else innermost.name, took, self._idle)
 
@@ -205,22 +225,22 @@ class Watchdog:
         """Whether a rank that this one looks at has stopped or ended."""
         if self._board is None:
             return None
-        unanswered = now - max(self._answered, started)
-        if unanswered > self._silent and self._rank != 0:
-            found = self._looked_up(0, self._keeper or _UNKNOWN, unanswered)
-            if found is not None:
-                return found
-        heard = self._heard
-        return None if heard is None else self._looked_up(heard.rank, heard.sign, now - max(heard.when, started))
+        answered, heard = self._answered, self._heard
+        unanswered = now - max(answered, started)
+        if unanswered > self._silent and self._rank != 0:  # and nothing is heard of anybody
+            if self._keeper is not None and _state(self._keeper) in (*_DEAD, "T"):
+                return self._looked_up(0, self._keeper, unanswered)
+            return _SILENT_STORE.format(unanswered) if unanswered > _UNSEEN * self._silent else None
+        return None if heard is None else self._looked_up(heard.rank, heard.sign, answered - max(heard.when, started))
 
     def _looked_up(self, rank: int, sign: Sign, silent: float) -> str | None:
         who = f"rank {rank} on {sign.host}, process {sign.process_id}, last at {sign.at}"
         state = _state(sign)
-        if state in ("", "Z") and silent > _GRACE_SECONDS:
+        if state in _DEAD and silent > _GRACE_SECONDS:
             return f"{who}, {GONE}: killed, or out of memory"
         if state == "T" and silent > self._silent:
             return f"{who}, is stopped (SIGSTOP) for {silent:.0f} s"
-        if state != "t" and silent > _UNSEEN * self._silent:  # t: a debugger has it
+        if state == "?" and silent > _UNSEEN * self._silent:  # a process that is seen is at something
             return f"{who}, gives no sign of life for {silent:.0f} s"
         return None
 
@@ -233,26 +253,28 @@ class Watchdog:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with path.open("w", encoding="utf-8") as file:
-                file.write(f"cause: {cause}\nrank {self._rank} at {self._phases}\n\n")
+                now = time.strftime("%Y-%m-%d %H:%M:%S")
+                file.write(f"cause: {cause}\nrank {self._rank} at {self._phases}, on {now}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
             pass  # a file system may be what hangs
         if not known:
-            print(f"megatron-sr1: {cause}. Where every rank stood: {self._folder}", file=sys.stderr, flush=True)
+            with suppress(OSError, ValueError):  # who reads it may be gone
+                print(f"megatron-sr1: {cause}. Where every rank stood: {self._folder}", file=sys.stderr, flush=True)
             self._post(cause)
-        if not self._over.wait(_GRACE_SECONDS):
+        if not self._over.wait(_UNWINDING_SECONDS if known and _FAILED in cause else _GRACE_SECONDS):
             os._exit(HUNG_STATUS)
 
     def _post(self, cause: str) -> None:
-        """In a thread: a store that does not answer shall not keep this process. And ends who is stopped."""
-        if self._board is not None:
-            post = threading.Thread(target=self._board.write_first, args=(CAUSE, cause), daemon=True)
-            post.start()
-            post.join(_GRACE_SECONDS)
+        """To all others. And ends who is stopped."""
+        board = self._board
+        if board is not None:
+            self._in_time(lambda: board.write_first(CAUSE, cause))
         for sign in (self._keeper, None if self._heard is None else self._heard.sign):
             if sign is not None and _state(sign) == "T":
-                os.kill(sign.process_id, signal.SIGKILL)
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(sign.process_id, signal.SIGKILL)
 
 
 def watched_rank(

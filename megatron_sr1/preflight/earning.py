@@ -38,7 +38,9 @@ def earning_rows(rollouts: StepRollouts, preset: Preset, config: Config, ranks: 
     """
     ledger, told = rollouts.ledger, summarise(rollouts.ledger)
     # a loss of a user's own may look at any token
-    hopeless: Verdict = "warn" if _contrasts_teach(preset) or config.objective.loss else "fail"
+    unknown = _contrasts_teach(preset) or config.objective.loss
+    # a run that goes on may have learnt all that its next prompts ask, and others come
+    hopeless: Verdict = "warn" if unknown or rollouts.step > 0 else "fail"
     rows = [
         _graded(rollouts, told["accuracy"] or 0.0),
         _format(told["format"] or 0.0),

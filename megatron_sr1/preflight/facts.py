@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import resource
 import shutil
 import socket
@@ -145,9 +146,13 @@ def _next_rank(platform: Platform, address: str) -> str:
     with closing(socket.socket(family, socket.SOCK_STREAM)) as listening:
         listening.bind((own, 0))
         listening.listen(2)
-        places = platform.ranks.gather([(own, listening.getsockname()[1])])
+        host = socket.gethostname()
+        places = platform.ranks.gather([(host, own, listening.getsockname()[1])])
         following = (platform.rank + 1) % platform.world_size
-        refusal = _refusal(f"rank {following}, at a port that the system chose", *places[following])
+        there, address, port = places[following]
+        # a machine may know itself by its loopback alone, which says nothing of where its ranks listen
+        is_hidden = there != host and ipaddress.ip_address(address).is_loopback
+        refusal = "" if is_hidden else _refusal(f"rank {following}, at a port that the system chose", address, port)
         platform.ranks.meet()  # nobody closes before all have connected
     return refusal
 

@@ -86,6 +86,7 @@ class BegunSave:
             sum(tensor.nbytes for _, tensor in tensors) + sum(data.getbuffer().nbytes for _, data in objects)
             for _, _, (objects, tensors) in self._buckets
         )  # that this rank writes of the state
+        self._files = [Path(path) for path, _, _ in self._buckets]
         self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
 
     def start(self) -> None:
@@ -96,6 +97,11 @@ class BegunSave:
         """Whether this rank's share is, or could not be. Waits for it so many seconds."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
+
+    @property
+    def num_written(self) -> int:
+        """Bytes of this rank's files, so far."""
+        return sum(path.stat().st_size for path in self._files if path.exists())
 
     def finish(self) -> None:
         """Writes what says where everything is, when every rank's share is written. Collective.
@@ -113,14 +119,13 @@ class BegunSave:
 
     def _write(self) -> None:
         written: dict[int, Any] | Exception = {}
-        files = [Path(path) for path, _, _ in self._buckets]
         for number, bucket in enumerate(self._buckets):
             answers, counts = queue.Queue[Any](), queue.Queue[int]()
             counts.put(number)  # which it takes when it is done
             _WRITE(self._transforms, number, bucket, answers, counts, True)
             _, found = answers.get_nowait()
             if isinstance(found, Exception):
-                written = _cause(found, files[number])
+                written = _cause(found, self._files[number])
                 break
             written[number] = found
         self._buckets = []
@@ -128,7 +133,7 @@ class BegunSave:
             self._results.put(written)
         try:
             if not isinstance(written, Exception):
-                self.checksums = checksums_of(files)
+                self.checksums = checksums_of(self._files)
             if self._further is not None:
                 self._further()
             self._failure = None

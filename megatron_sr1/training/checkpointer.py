@@ -151,10 +151,14 @@ class Checkpointer:
         begun = self._begun
         if begun is None:
             return
+        written = 0
         # a question that takes no longer than a second, however slow a disk: no collective waits for one
         while self.platform.ranks.any(not begun.writing.is_written(_POLL_SECONDS if wait else 0.0)):
             if not wait:
                 return
+            if (now := begun.writing.num_written) != written:
+                written = now
+                during.moved()
         self._begun = None
         try:
             begun.writing.finish()

@@ -37,16 +37,16 @@ watchdog._TICK_SECONDS, watchdog._TALK_SECONDS, watchdog._GRACE_SECONDS = 0.2, 0
 def work(folder, hangs):
     platform = start_platform(timedelta(minutes=10))
     place = (platform.rank, platform.world_size)
-    with watched_rank(during, {"read": 3.0}, 600.0, 5.0, Path(folder), *place):
+    with watched_rank(during, {"read": 8.0 if hangs else 600.0}, 600.0, 5.0, Path(folder), *place):
         during.step = 3
         platform.ranks.meet()
         Path(folder, f"pid{platform.rank}").write_text(str(os.getpid()))
-        if hangs and platform.rank == 1:
+        while True:
             with during("read"):
-                time.sleep(600)
-        for _ in range(6000):
+                if hangs and platform.rank == 1:
+                    time.sleep(600)
+                platform.ranks.meet()
             time.sleep(0.1)
-            platform.ranks.meet()
 
 if __name__ == "__main__":
     run_on_ranks(work, int(sys.argv[2]), sys.argv[1], sys.argv[3] == "hangs")
@@ -95,13 +95,13 @@ def test_a_rank_that_hangs_is_named_and_all_end(script: Path) -> None:
     assert process.returncode == HUNG_STATUS, printed
     (line,) = printed.strip().splitlines()
     assert line.startswith("megatron-sr1: rank 1 on ")
-    assert "hangs (step 3: read): " in line and "of read, where 3 s" in line
+    assert "hangs (step 3: read): " in line and "of read, where 8 s" in line
     assert not any(map(is_alive, ranks))
     found = stood(folder)
     cause = line.split(". Where")[0].removeprefix("megatron-sr1: ")
     assert found.keys() == {0, 1, 2} and all(f"cause: {cause}\n" in text for text in found.values())
     assert "time.sleep" not in found[1] and "in work" in found[1], "the stack of the main thread"
-    assert f"rank 0 at step 3: {WAIT}" in found[0] and "in meet" in found[0]
+    assert f"rank 0 at step 3: read, {WAIT}" in found[0] and "in meet" in found[0]
 
 
 def test_a_rank_that_is_stopped_is_found_to_be_stopped(script: Path) -> None:
@@ -169,7 +169,8 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr("megatron_sr1.platform.watchdog._TICK_SECONDS", 0.02)
     monkeypatch.setattr("megatron_sr1.platform.watchdog._TALK_SECONDS", 0.02)
-    monkeypatch.setattr("megatron_sr1.platform.watchdog._GRACE_SECONDS", 0.2)
+    for name in ("_GRACE_SECONDS", "_UNWINDING_SECONDS"):
+        monkeypatch.setattr(f"megatron_sr1.platform.watchdog.{name}", 0.2)
     yield statuses
 
 
@@ -196,6 +197,12 @@ def test_each_phase_has_its_limit_and_whatever_has_none_shares_one(tmp_path: Pat
                     time.sleep(0.01)
         assert ended == [HUNG_STATUS]
     assert "of save, where 0 s are allowed" in stood(tmp_path)[0]
+    ended.clear()
+    with watched(phases, tmp_path, {"save": 0.3}), phases("save"):
+        for _ in range(20):  # bytes come
+            time.sleep(0.05)
+            phases.moved()
+        assert not ended
 
 
 def test_what_has_no_limit_may_not_stand_still_but_waiting_and_own_patience_may(
@@ -247,7 +254,8 @@ def test_ranks_that_are_done_are_not_missed(tmp_path: Path, ended: list[int]) ->
 
 def test_limits_are_those_of_the_configuration_and_a_judge_has_a_patience_of_its_own(tmp_path: Path) -> None:
     limits = Config().watchdog.seconds(timeout_minutes=10.0, reward_seconds=120.0)
-    soon = dict.fromkeys(("read", "engine step", "reward", "sync"), 480.0)
-    assert limits == {**soon, "train": 3600.0, "save": 3600.0}
+    soon = dict.fromkeys(("read", "engine step", "reward"), 480.0)
+    assert limits == {**soon, "sync": 3600.0, "train": 3600.0, "save": 3600.0}
+    assert Config().watchdog.seconds(0.1, 1.0)["read"] == 60.0
     assert Config().watchdog.seconds(10.0, math.inf)["reward"] == math.inf
     assert Platform and during.step is None

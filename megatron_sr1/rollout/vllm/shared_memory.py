@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import socket
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 _FOLDER = Path("/dev/shm")
 _PREFIX = "megatron_sr1"
-_NAME = re.compile(rf"{_PREFIX}-(\d+)-(\d+)-[0-9a-f]+-")
+_NAME = re.compile(rf"{_PREFIX}-\d+-(\d+)-[0-9a-f]+-")
 
 
 def new_job() -> str:
@@ -36,7 +38,7 @@ def take_back_left_behind() -> None:
         return
     for path in _FOLDER.glob(f"{_PREFIX}-{_namespace()}-*"):
         found = _NAME.match(path.name)
-        if found is not None and not Path(f"/proc/{found[2]}").exists():
+        if found is not None and not Path(f"/proc/{found[1]}").exists():
             try:
                 path.unlink(missing_ok=True)
             except PermissionError:  # another user's
@@ -44,8 +46,9 @@ def take_back_left_behind() -> None:
 
 
 def _namespace() -> int:
-    """Of process ids: those of another container mean nothing here."""
+    """Of process ids: those of another container, or of another machine, mean nothing here."""
     try:
-        return os.stat("/proc/self/ns/pid").st_ino
+        number = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
-        return 0
+        number = 0
+    return zlib.crc32(f"{socket.gethostname()} {number}".encode())
