@@ -39,6 +39,7 @@ from megatron_sr1.ranks import ALONE
 from megatron_sr1.rewards import Ungraded, score_or_tell
 from megatron_sr1.rewards.table import for_prompt
 from megatron_sr1.streams import PRESETS, Preset, preset_from_config
+from megatron_sr1.training.trainer import NoTrainer
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair, SftSample
 from tests.data_cases import QUESTION, prompts, write_tar
 from tests.pass_cases import OTHERS
@@ -183,14 +184,15 @@ def pair(number: int, text: str, cut: bool = False) -> RolloutPair:
 
 
 def earned(
-    *groups: Sequence[tuple[str, bool]], preset: Preset = PRESETS["vision_r1"], **changes: Any
+    *groups: Sequence[tuple[str, bool]], preset: Preset = PRESETS["vision_r1"], step: int = 0, **changes: Any
 ) -> dict[str, Row]:
     made = [
         RolloutGroup(number, prompt(f"p{number}"), tuple(pair(i, *each) for i, each in enumerate(each_group)))
         for number, each_group in enumerate(groups)
     ]
     config = Config(objective=ObjectiveConfig(preset="vision_r1", **changes))
-    return rows_by_name(earning_rows(rollouts_of(made, None, preset), preset, config, ALONE))
+    rollouts = replace(rollouts_of(made, None, preset), step=step)
+    return rows_by_name(earning_rows(rollouts, preset, config, ALONE))
 
 
 GOOD, WRONG, LOOSE = (r"<think> x </think> \boxed{1}", False), (r"<think> x </think> \boxed{2}", False), ("no", False)
@@ -214,6 +216,8 @@ def test_what_cannot_earn_is_refused(groups: Any, failing: set[str]) -> None:
     assert {name for name, row in rows.items() if row.verdict == "fail"} == failing
     with pytest.raises(ValueError, match="the preflight failed: dead groups: 100%"):
         check_rows(list(rows.values()))
+    later = earned(*groups, step=100)
+    assert {name for name, row in later.items() if row.verdict == "warn"} >= failing, "a run that goes on has learnt"
 
 
 def test_poor_shares_are_warned_of() -> None:
@@ -326,7 +330,7 @@ def begun(
     """The first phase of a run on one rank, and what it says. `again`: the run goes on from a checkpoint."""
     said: list[str] = []
     checks = Scripted(*rows)
-    patch.setattr(first_checks, "Checks", lambda *arguments: checks)
+    patch.setattr(first_checks, "Checks", lambda *arguments, generates: checks)
     platform = SimpleNamespace(is_main=True, ranks=Alone(), on_main=lambda work: work())
     config = load_config(None, [f"run_dir={folder}", *settings])
     run: Any = SimpleNamespace(
@@ -335,12 +339,12 @@ def begun(
     return first_checks.Preflight(run, "grpo"), checks, said
 
 
-def go_through(preflight: first_checks.Preflight, complaint: str = "") -> None:
+def go_through(preflight: first_checks.Preflight, complaint: str = "", trainer: Any = None) -> None:
     nothing: Any = None
     preflight.machines(nothing)
     if complaint:
         preflight.complain(complaint)
-    preflight.responses(nothing, nothing, nothing, 0)
+    preflight.responses(nothing, nothing, trainer, 0)
     preflight.close()
 
 
@@ -370,6 +374,10 @@ def test_a_run_that_goes_on_asks_nothing_that_is_known(tmp_path: Path, monkeypat
     assert asked() == ["responses"], "it begins again"
     assert asked("rollout.temperature=0.5", again=True) == ["responses"]
     assert asked(again=True) == ["responses"], "the last was of another configuration"
+    preflight, checks, _ = begun(tmp_path, monkeypatch, again=True)
+    (tmp_path / "preflight.json").unlink()
+    go_through(preflight, trainer=NoTrainer())
+    assert checks.asked == ["responses"] and asked(again=True) == ["responses"], "no log-probs were compared"
 
 
 def test_a_preflight_that_is_switched_off_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,22 @@ def test_each_rank_is_reached_by_the_one_before(monkeypatch: pytest.MonkeyPatch)
         assert [line.split(",")[0] for line in pool.map(reach, range(3))] == ["rank 1", "rank 2", "rank 0"]
 
 
+def test_a_machine_that_knows_its_loopback_alone_is_not_said_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where /etc/hosts gives the machine's own name to 127.0.1.1: its ranks listen elsewhere."""
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    places: list[Any] = []
+
+    def gather(mine: list[Any]) -> list[Any]:
+        return [*mine, *places]
+
+    ranks = SimpleNamespace(gather=gather, meet=lambda: None)
+    platform: Any = SimpleNamespace(rank=0, world_size=2, ranks=ranks)
+    places[:] = [("another", "127.0.0.1", 9)]
+    assert _next_rank(platform, "") == ""
+    places[:] = [("another", "192.0.2.7", 9)]
+    assert _next_rank(platform, "").startswith("rank 1, at a port")
+
+
 def refuse(*arguments: Any) -> Any:
     raise ConnectionRefusedError(111, "Connection refused")
 
@@ -178,6 +194,7 @@ def test_too_small_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert rows(each + export - 1) == ["fail", "pass"]
     (tmp_path / "a/run/checkpoints/step_000010").mkdir(parents=True)
     assert rows(2 * each + export + 1) == ["pass", "pass"], "one of them is there"
+    assert rows(1) == ["warn", "pass"], "and makes room"
     assert rows(1e15, each / 601) == ["pass", "warn"]
     bad = disk_rows(config, [COUNT], [(0.0, "/x: Permission denied"), (1e9, "")])
     assert bad[1].verdict == "fail" and "Permission denied" in bad[1].found
