@@ -139,7 +139,7 @@ class Watchdog:
             self._in_time(lambda: board.write(self._name(self._rank), json.dumps(asdict(self._sign(over=True)))))
 
     def _in_time(self, write: Callable[[], None]) -> None:
-        """Or not at all: a store that does not answer shall not keep this process."""
+        """Or not at all: a store or a disk that does not answer shall not keep this process."""
 
         def attempt() -> None:
             with suppress(OSError, DistError):  # whoever kept it has ended
@@ -249,22 +249,21 @@ class Watchdog:
         """Of this process, when all others have heard of it: whoever has started them may end them with the first."""
         self._ending.set()
         known = self._cause is not None
-        path = self._folder / f"rank_{self._rank:05d}.txt"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with path.open("w", encoding="utf-8") as file:
-                now = time.strftime("%Y-%m-%d %H:%M:%S")
-                file.write(f"cause: {cause}\nrank {self._rank} at {self._phases}, on {now}\n\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
-        except OSError:
-            pass  # a file system may be what hangs
         if not known:
             with suppress(OSError, ValueError):  # who reads it may be gone
                 print(f"megatron-sr1: {cause}. Where every rank stood: {self._folder}", file=sys.stderr, flush=True)
             self._post(cause)
+        self._in_time(lambda: self._write_stacks(cause))  # a file system may be what hangs
         if not self._over.wait(_UNWINDING_SECONDS if known and _FAILED in cause else _GRACE_SECONDS):
             os._exit(HUNG_STATUS)
+
+    def _write_stacks(self, cause: str) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / f"rank_{self._rank:05d}.txt").open("w", encoding="utf-8") as file:
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"cause: {cause}\nrank {self._rank} at {self._phases}, on {now}\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
 
     def _post(self, cause: str) -> None:
         """To all others. And ends who is stopped."""
@@ -292,9 +291,10 @@ def watched_rank(
 
 
 def _place() -> tuple[str, str]:
-    """This machine, and which processes this one sees there."""
+    """This machine, and which processes this one sees there. Its name may be that of others, its boot is its own."""
     try:
-        return socket.gethostname(), os.readlink("/proc/self/ns/pid")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return socket.gethostname(), f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname(), ""
 
