@@ -132,7 +132,7 @@ $(CONTRACTS)/.installed: constraints-gpu.txt setup.py pyproject.toml $(STALE_CON
 	  || { $(call not_filled,$(CONTRACTS),contracts); $(if $(STALE_CONTRACTS),rm -rf $(CONTRACTS);) exit 1; }
 	@touch $@
 
-test: setup launch-env lint ## lint, then every test, about 25 minutes on two cores; GPU tests are skipped without a GPU
+test: setup launch-env lint ## lint, then every test, about 20 minutes on two cores; GPU tests are skipped without a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	@echo
 	@echo "Next: make quickstart; CONTRIBUTING.md says how to work here"
