@@ -30,7 +30,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ WARM_UP = 2  # steps that are not counted
 READER = "reader"  # the name that the server knows its model by
 POLL_SECONDS = 0.1
 READY_SECONDS = 300.0
+END_SECONDS = 20.0  # for the server to end by itself
 _STOPPED_WITH_THIS = partial(end_with_parent, signal.SIGTERM)
 
 
@@ -161,7 +162,11 @@ def reader_server(model: str) -> Iterator[tuple[str, int]]:
                 time.sleep(POLL_SECONDS)
             yield address, server.pid
         finally:
-            os.killpg(server.pid, signal.SIGKILL)
+            server.terminate()  # asked, it takes its shared memory back
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(END_SECONDS)
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
             server.wait()
 
 

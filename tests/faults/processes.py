@@ -27,6 +27,7 @@ class Started:
     def __init__(self, command: Sequence[str], log: Path) -> None:
         self.mark = secrets.token_hex(8)
         self._ids: set[int] = set()  # of all that were seen
+        self._before = {path.name for path in SHARED_MEMORY.iterdir()}
         self._out: IO[str] = log.open("w")
         environment = {**os.environ, MARK: self.mark, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
@@ -76,7 +77,7 @@ class Started:
 
     def left_in_memory(self) -> list[str]:
         """Names in /dev/shm that a process of the command has left: each is named after one."""
-        names = {path.name for path in SHARED_MEMORY.iterdir()}
+        names = {path.name for path in SHARED_MEMORY.iterdir()} - self._before
         return sorted(name for name in names if self._ids & set(map(int, re.findall(r"\d+", name))))
 
     def close(self) -> int:
