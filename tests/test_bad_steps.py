@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sr1.config import ConfigError, load_config
+from megatron_sr1.config import ConfigError, ObjectiveConfig, RewardsConfig, load_config
 from megatron_sr1.loops.run import Run
+from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.policy import StepResult
 from megatron_sr1.ranks import ALONE
+from megatron_sr1.rewards import RewardError
+from megatron_sr1.streams import preset_from_config
 from megatron_sr1.training.bad_steps import BadSteps, not_finite
-from megatron_sr1.types import LogProbs
+from megatron_sr1.training.live_groups import step_advantages
+from megatron_sr1.training.live_rollouts import LiveRollouts
+from megatron_sr1.training.saved_rollouts import SavedRollouts
+from megatron_sr1.types import LogProbs, Sampling
 from tests.sampled_run import Runs, texts
+from tests.step_cases import Listed, recorder
+from tests.test_saved_rollouts import Handing, groups
 from tests.thread_ranks import on_threads
 
 GOOD = StepResult({}, 1.0, 1e-3)
@@ -36,7 +45,10 @@ def test_they_are_counted_in_a_row_told_and_written_down(tmp_path: Path) -> None
     steps.take(1, [GOOD, BAD])
     assert steps.in_a_row == 1
     (text,) = said
-    assert "step 2: the gradient is not finite, nor are log-probs of 2 samples" in text and "is skipped" in text
+    assert (
+        "step 2: the gradient is not finite, nor are rewards or log-probs of 2 samples; see " in text
+        and "is skipped" in text
+    )
     tree = json.loads((tmp_path / "bad_steps" / "step_000001.json").read_text())
     assert tree["not_finite"] == [{"key": "a", "sample": 1}, {"key": "b", "sample": 3}]
     assert (tree["step"], tree["grad_norms"], tree["skipped"]) == (1, ["1.0", "nan"], [False, True])
@@ -46,8 +58,12 @@ def test_they_are_counted_in_a_row_told_and_written_down(tmp_path: Path) -> None
     assert steps.in_a_row == 2, "a step that trains nothing says nothing"
     steps.take(4, [GOOD])
     assert steps.in_a_row == 0
-    steps.take(5, [BAD], ["x", "y", "x"])
-    assert json.loads((tmp_path / "bad_steps" / "step_000005.json").read_text())["batch"] == ["x", "y"]
+    steps.take(5, [BAD], ["x", "y", "x"], ["the reward 'mine' gave nan for response 3 to sample 'b'"])
+    assert said[-1].count("the reward 'mine' gave nan for response 3 to sample 'b'; see") == 1
+    tree = json.loads((tmp_path / "bad_steps" / "step_000005.json").read_text())
+    assert tree["batch"] == ["x", "y"] and tree["rewards"] == [
+        "the reward 'mine' gave nan for response 3 to sample 'b'"
+    ]
 
 
 @pytest.mark.parametrize(("most", "before", "ends"), [(0, 0, True), (1, 0, False), (2, 2, True), (3, 2, False)])
@@ -119,3 +135,34 @@ def test_the_checkpoint_that_is_being_written_is_finished_before_a_run_ends(tmp_
     with pytest.raises(ValueError, match=r"train\.max_bad_steps is 0"):
         Run.take_bad(run, 2, [BAD], ["a"])
     assert log == ["settle"]
+
+
+# ---------------------------------------------------------------- rewards
+BAD_REWARD = """
+def mine(pair, prompt):
+    return float("nan") if prompt.key == "p1" and pair.sample_index else 1.0
+"""
+
+
+def test_a_reward_that_is_not_finite_stays_in_the_step_and_its_files_or_leaves_its_group_out(tmp_path: Path) -> None:
+    """The trainer skips that step (test_trainer); before a first step, and in an evaluation, it is refused."""
+    file = tmp_path / "bad.py"
+    file.write_text(BAD_REWARD)
+    name = f"{file}:mine"
+    streams = f"objective.streams=[{{name: answer, rewards: {{{name}: 1}}}}]"
+    preset = preset_from_config(load_config(None, [streams]).objective)
+    sampling, made = Sampling(2, 1.0, 10, 0), groups(3)
+    text = f"the reward {name!r} gave nan for response 1 to sample 'p1'"
+    with LiveRollouts(Handing(made), sampling, recorder(preset, 2), RewardsConfig(), ALONE, tmp_path) as live:
+        taken = live.take(Listed.of(made), 1, Clock())
+        assert not taken.skipped and taken.told_bad_rewards() == [text]
+        with pytest.raises(RewardError, match=re.escape(text)):
+            live.look(Listed.of(made), 2)
+    again = SavedRollouts(tmp_path, recorder(preset, 2), ALONE).take(Listed.of(made), 1, Clock())
+    assert again.told_bad_rewards() == [text] and torch.isnan(again.ledger.rewards[name][1, 1])
+    advantages = step_advantages(again.ledger, preset, ObjectiveConfig())
+    assert advantages.isnan().all() and advantages.shape == (len(preset.streams), 6, 1)
+    skips = RewardsConfig(on_error="skip_group")
+    with LiveRollouts(Handing(made), sampling, recorder(preset, 2), skips, ALONE, tmp_path) as live:
+        taken = live.take(Listed.of(made), 3, Clock())
+    assert list(taken.skipped) == [1] and taken.skipped[1].startswith(text) and not taken.told_bad_rewards()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
@@ -16,6 +17,7 @@ from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
 from megatron_sr1.ranks import ALONE
 from megatron_sr1.streams import preset_from_config
+from megatron_sr1.training.live_groups import live_groups
 from megatron_sr1.training.logprob_gap import check_logprob_gap, max_logprob_gap
 from megatron_sr1.training.trainer import Trainer
 from megatron_sr1.types import LogProbs, LossFn, MicroBatch, Scoring
@@ -239,6 +241,30 @@ def test_a_skipped_step_names_the_samples_whose_log_probs_are_not_finite(tiny_mo
     (culprit,) = result.culprits
     assert culprit[0] in rollouts.prompts.keys and culprit[1] in (0, 1)
     assert Trainer(config, cast(Policy, Recorder(0.0, 0.0)), preset, processor).update(rollouts)[0].culprits == ()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_reward_that_is_not_finite_skips_all_steps_of_the_batch_and_names_the_sample(
+    tiny_model_dir: str, value: float
+) -> None:
+    """It would enter the mean of its group, and with scope "batch" that of all: no loss is a number."""
+    batch = ("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "train.batch_size=1")
+    config = load_config(None, [*batch, "train.micro_batch_tokens=256", "objective.kl_coef=0"])
+    processor, preset = Processor.from_pretrained(tiny_model_dir), preset_from_config(config.objective)
+    rollouts = trained(processor, preset)
+    equal = torch.tensor([[1.0, 1.0], [0.0, 0.0]])  # nothing else keeps the second group alive
+    rewards = {name: each * equal for name, each in rollouts.ledger.rewards.items()}
+    ledger = replace(rollouts.ledger, rewards=rewards)
+    assert not live_groups(ledger, preset, config.objective)[0][:, 1].any()
+    rewards["acc"][1, 0] = value
+    rollouts = replace(rollouts, ledger=ledger)
+    results = Trainer(config, cast(Policy, Recorder(0.0, 0.0)), preset, processor).update(rollouts)
+    assert len(results) == 2 and all(math.isnan(result.metrics["loss/answer/policy"]) for result in results)
+    key = rollouts.prompts.keys[1]
+    assert [result.culprits for result in results] == [((key, 0),)] * 2
+    assert rollouts.told_bad_rewards() == [f"the reward 'acc' gave {value} for response 0 to sample {key!r}"]
+    alive, kept = live_groups(rollouts.ledger, preset, config.objective)
+    assert kept[1] and alive[:, 1].all(), "it is not replaced in silence"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

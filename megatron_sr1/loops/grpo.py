@@ -118,7 +118,10 @@ def _steps(
             clock = Clock()
             with clock("save"):
                 source.settle()  # a checkpoint says that the step is done, so its rollouts must be there
-                run.take_bad(step, results, rollouts.trained_keys if any(one.skipped for one in results) else [])
+                is_bad = any(one.skipped for one in results)
+                run.take_bad(
+                    step, results, *((rollouts.trained_keys, rollouts.told_bad_rewards()) if is_bad else ([],))
+                )
                 run.end_step(step, feed, stop, policy if results else None)
             if results:
                 with clock("sync"):

@@ -100,14 +100,16 @@ class Run:
         most, writes = self.config.train.max_bad_steps, self.platform.is_main
         return BadSteps(most, so_far, self.folder, self.say, writes=writes)
 
-    def take_bad(self, step: int, results: Sequence[StepResult], batch: Sequence[str]) -> None:
+    def take_bad(
+        self, step: int, results: Sequence[StepResult], batch: Sequence[str], rewards: Sequence[str] = ()
+    ) -> None:
         """Counts a step whose gradient is not finite, see `BadSteps.take`. Collective.
 
         Raises:
             ValueError: there are too many in a row; the checkpoint that is being written is finished.
         """
         try:
-            self.bad_steps.take(step, results, batch)
+            self.bad_steps.take(step, results, batch, rewards)
         except ValueError:
             self.checkpoints.settle()
             raise

@@ -21,10 +21,11 @@ class JudgedRewards:
     """Asks about each response by itself, `endpoint.concurrency` at a time. An answer that does not come is an error
     and never a 0."""
 
-    def __init__(self, endpoint: Endpoint, *, fails_fast: bool) -> None:
+    def __init__(self, endpoint: Endpoint, *, fails_fast: bool, finite: bool = True) -> None:
         """
         Args:
             fails_fast: one failure ends the step, so that nothing more is asked of an endpoint that is gone.
+            finite: as in `score_group`.
 
         Raises:
             ConfigError: as `judge_key`.
@@ -32,7 +33,7 @@ class JudgedRewards:
         self._closing = threading.Event()
         self._judge = Judge(endpoint, sleep=self._wait)
         self._threads = ThreadPoolExecutor(endpoint.concurrency, thread_name_prefix="judge")
-        self._fails_fast = fails_fast
+        self._fails_fast, self._finite = fails_fast, finite
         self._failure: Ungraded | None = None
         self._lock = threading.Lock()  # of what follows
         self._foreseen: dict[str, list[Future[str]]] = {}  # by question: answers that nobody has asked for yet
@@ -100,7 +101,7 @@ class JudgedRewards:
                 failures.append(error)
                 raise
 
-        scored = score_or_tell(group, names, ask=ask, asked=asked)
+        scored = score_or_tell(group, names, finite=self._finite, ask=ask, asked=asked)
         if failures and not isinstance(scored, Ungraded):  # a function that passes over it would make an outage a 0
             where = f"response {group.pairs[0].sample_index} to sample {group.prompt.key!r}"
             scored = Ungraded(f"the rewards {', '.join(names)} of {where} were not answered: {failures[0]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,37 +30,61 @@ class Ungraded:
 
 
 def score_or_tell(
-    group: RolloutGroup, names: Iterable[str], *, rounded: bool = False, ask: Ask | None = None, asked: Asked = OURS
+    group: RolloutGroup,
+    names: Iterable[str],
+    *,
+    rounded: bool = False,
+    finite: bool = True,
+    ask: Ask | None = None,
+    asked: Asked = OURS,
 ) -> Vectors | Ungraded:
     """As `score_group`, for ranks that must all hear of a RewardError."""
     try:
-        return score_group(group, names, rounded=rounded, ask=ask, asked=asked)
+        return score_group(group, names, rounded=rounded, finite=finite, ask=ask, asked=asked)
     except RewardError as error:
         return Ungraded(str(error))
 
 
 def score_group(
-    group: RolloutGroup, names: Iterable[str], *, rounded: bool = False, ask: Ask | None = None, asked: Asked = OURS
+    group: RolloutGroup,
+    names: Iterable[str],
+    *,
+    rounded: bool = False,
+    finite: bool = True,
+    ask: Ask | None = None,
+    asked: Asked = OURS,
 ) -> Vectors:
     """The named rewards of all samples of one prompt.
 
     Args:
         group: with its images where a reward needs them.
         rounded: as in `grade`.
+        finite: a NaN or an infinity is an error; else it stays what it is, for a step that is then skipped.
         ask: for the rewards that need a judge.
         asked: the templates of this prompt's passes, see `Asked.of`.
 
     Raises:
-        RewardError: a reward raised something, or gave another thing than a finite number for each sample.
+        RewardError: a reward raised something, or gave another thing than a number for each sample, or, with `finite`,
+            one that is not.
         ValueError: see `find_reward`.
     """
     vectors: Vectors = [{} for _ in group.pairs]
     for name in names:
         reward = find_reward(name)
         values = _values(name, reward.for_evaluation() if rounded else reward, group, ask, asked)
+        if finite:
+            _must_be_finite(name, group, values)
         for vector, value in zip(vectors, values, strict=True):
             vector[name] = value
     return vectors
+
+
+def _must_be_finite(name: str, group: RolloutGroup, values: Sequence[Value]) -> None:
+    for pair, value in zip(group.pairs, values, strict=True):
+        for number in value if isinstance(value, tuple) else (value,):
+            if not math.isfinite(number):
+                where = f"response {pair.sample_index} to sample {group.prompt.key!r}"
+                raise RewardError(f"the reward {name!r} gave {number} for {where}: it must be a finite number.")
 
 
 def mean_of(value: Value) -> float:
@@ -157,7 +182,8 @@ def _number(value: Any, name: str, where: str) -> float:
         number = float(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise RewardError(f"the reward {name!r} gave {value!r:.80} for {where}: it must be a number.") from error
-    if isinstance(value, str | bytes | bytearray) or not abs(number) <= LARGEST:
+    is_too_large = math.isfinite(number) and abs(number) > LARGEST
+    if isinstance(value, str | bytes | bytearray) or is_too_large:
         raise RewardError(
             f"the reward {name!r} gave {value!r:.80} for {where}: it must be a finite number, and none beyond "
             f"{LARGEST:g}."

@@ -49,6 +49,7 @@ class Graders:
         num_workers: int | None = None,
         *,
         rounded: bool = False,
+        finite: bool = True,
         judge: Endpoint | None = None,
         reads: bool = False,
         fails_fast: bool = True,
@@ -60,7 +61,7 @@ class Graders:
             names: of rewards, see `find_reward`.
             seconds: that a group may take; then its process is replaced, and it is tried once more.
             num_workers: None: `default_num_workers`.
-            rounded: as in `score_group`.
+            rounded, finite: as in `score_group`.
             judge: whom the rewards ask that need a judge, and passes that are read by an endpoint.
             reads: there are such passes: `ask` takes their questions.
             fails_fast: see `JudgedRewards`.
@@ -78,11 +79,13 @@ class Graders:
             raise ValueError(f"the rewards {', '.join(sorted(self._asking))} need a judge: set rewards.judge.url.")
         assert judge is not None or not reads, "a pass is read by an endpoint that is not named"
         asks = judge is not None and (reads or bool(self._asking))
-        self._judged = JudgedRewards(judge, fails_fast=fails_fast) if asks and judge is not None else None
+        self._judged = (
+            JudgedRewards(judge, fails_fast=fails_fast, finite=finite) if asks and judge is not None else None
+        )
         self._readings = EndpointReadings(self._judged) if reads and self._judged is not None else None
         self._see_images = {name for name in names if "images" in find_reward(name).needs}
         num_workers = num_workers or default_num_workers()
-        self._workers = [_Worker(self._names, seconds, rounded) for _ in range(num_workers)]
+        self._workers = [_Worker(self._names, seconds, rounded=rounded, finite=finite) for _ in range(num_workers)]
         self._idle: LifoQueue[_Worker] = LifoQueue()  # the last one first: it has started, and its tables are read
         for worker in self._workers:
             self._idle.put(worker)
@@ -169,8 +172,9 @@ class Graders:
 class _Worker:
     """One process at a time: the next takes over where one is killed, or takes too long and is killed here."""
 
-    def __init__(self, names: Sequence[str], seconds: float, rounded: bool) -> None:
-        self._names, self._seconds, self._rounded = names, seconds, rounded
+    def __init__(self, names: Sequence[str], seconds: float, *, rounded: bool, finite: bool) -> None:
+        self._names, self._seconds = names, seconds
+        self._how = {"rounded": rounded, "finite": finite}
         self._pool: ProcessPoolExecutor | None = None
         self._process_id = 0
 
@@ -179,7 +183,7 @@ class _Worker:
         for _ in range(TRIES):
             future: Future[Vectors] | None = None
             try:
-                future = self._running().submit(score_group, group, names, rounded=self._rounded, asked=asked)
+                future = self._running().submit(score_group, group, names, **self._how, asked=asked)
                 return future.result(self._seconds)
             except BrokenProcessPool:
                 logger.warning("the process that graded sample %r was killed: another takes over", key)

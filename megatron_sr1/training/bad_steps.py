@@ -36,11 +36,14 @@ class BadSteps:
         self.in_a_row = in_a_row
         self._most, self._folder, self._say, self._writes = most, folder / FOLDER, say, writes
 
-    def take(self, step: int, results: Sequence[StepResult], batch: Sequence[str] = ()) -> None:
+    def take(
+        self, step: int, results: Sequence[StepResult], batch: Sequence[str] = (), rewards: Sequence[str] = ()
+    ) -> None:
         """Counts a step, and writes `bad_steps/step_N.json` where its gradient was not finite.
 
         Args:
             batch: keys of the samples that were trained, some of them several times perhaps.
+            rewards: those that are not finite, in words.
 
         Raises:
             ValueError: there are too many in a row; on every rank.
@@ -52,9 +55,10 @@ class BadSteps:
         self.in_a_row += 1
         path = self._folder / f"step_{step:06d}.json"
         if self._writes:
-            self._write(path, step, results, batch)
-        told = sum(len(result.culprits) for result in bad)
-        named = f", nor are log-probs of {told} samples" if told else ""
+            self._write(path, step, results, batch, rewards)
+        told = len({culprit for result in bad for culprit in result.culprits})
+        named = f", nor are rewards or log-probs of {told} samples" if told else ""
+        named += f". First, {rewards[0]}" if rewards else ""
         text = f"step {step + 1}: the gradient is not finite{named}; see {path}"
         if self.in_a_row > self._most:
             raise ValueError(
@@ -64,7 +68,9 @@ class BadSteps:
             )
         self._say(f"{text}. It is skipped: weights and moments stay as they are")
 
-    def _write(self, path: Path, step: int, results: Sequence[StepResult], batch: Sequence[str]) -> None:
+    def _write(
+        self, path: Path, step: int, results: Sequence[StepResult], batch: Sequence[str], rewards: Sequence[str]
+    ) -> None:
         tree = {
             "step": step,
             "in_a_row": self.in_a_row,
@@ -75,6 +81,7 @@ class BadSteps:
                 for result in results
                 for key, sample in sorted(set(result.culprits))[:_MOST_TOLD]
             ],
+            "rewards": list(rewards[:_MOST_TOLD]),
             "batch": list(dict.fromkeys(batch))[:_MOST_TOLD],
         }
         path.parent.mkdir(exist_ok=True)

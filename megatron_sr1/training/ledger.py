@@ -118,6 +118,14 @@ class StepLedger:
         """[B] bool."""
         return self.shown.repeat_interleave(self.num_samples)
 
+    @property
+    def bad_rewards(self) -> Tensor:
+        """[G, K] bool: a reward of the sample is not finite."""
+        bad = torch.zeros_like(self.described)
+        for reward in self.rewards.values():
+            bad |= ~torch.isfinite(reward).unflatten(1, (self.num_samples, 1)).flatten(2).all(2)
+        return bad
+
     def of(self, groups: slice | Sequence[int] | Tensor) -> StepLedger:
         """The ledger of some of the groups."""
         chosen = groups if isinstance(groups, slice) else torch.as_tensor(groups, dtype=torch.long)

@@ -10,6 +10,7 @@ in its one reward; here a group is dead that is dead to every stream.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,7 +29,10 @@ def step_advantages(
     kl: Tensor | None = None,
     earned: Tensor | None = None,
 ) -> Tensor:
-    """[S, B, M]: those that a policy is trained with, see `rollout_advantages`."""
+    """[S, B, M]: those that a policy is trained with, see `rollout_advantages`. Where a reward is not finite none is a
+    number: it would enter those of others, so the step is skipped."""
+    if ledger.bad_rewards.any():
+        return torch.full((len(preset.streams), ledger.bad_rewards.numel(), preset.most_samples), torch.nan)
     rewards = ledger.rollout_rewards
     rewards = without_leaks(rewards, preset) if objective.leak_filter else rewards
     return rollout_advantages(ledger, rewards, preset, objective.advantage_eps, kl, earned)
@@ -38,11 +42,16 @@ def live_groups(ledger: StepLedger, preset: Preset, objective: ObjectiveConfig) 
     """Whether each group is alive to each stream, [S, G], and to any that has a weight in the loss, [G].
 
     By what they earn: a KL or a contrast in the reward, which tells most apart, is left out. A stream of `loss_weight`
-    0 is measured and teaches nothing, so it keeps no group alive.
+    0 is measured and teaches nothing, so it keeps no group alive. A group with a reward that is not finite is alive: it
+    must not be replaced in silence.
     """
+    bad = ledger.bad_rewards  # [G, K]
+    if bad.any():
+        rewards = {name: torch.nan_to_num(each, 0.0, 0.0, 0.0) for name, each in ledger.rewards.items()}
+        ledger = replace(ledger, rewards=rewards)
     none = torch.zeros(len(preset.streams), ledger.num_groups * ledger.num_samples, preset.most_samples)
     moves = step_advantages(ledger, preset, objective, none, none) != 0  # [S, B, M]
-    alive = moves.unflatten(1, (ledger.num_groups, ledger.num_samples)).flatten(2).any(2)
+    alive = moves.unflatten(1, (ledger.num_groups, ledger.num_samples)).flatten(2).any(2) | bad.any(1)
     weighted = torch.tensor([stream.loss_weight != 0 for stream in preset.streams])
     return alive, alive[weighted].any(0)
 

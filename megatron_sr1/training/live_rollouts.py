@@ -129,6 +129,7 @@ class LiveRollouts:
             judge=rewards.judge.endpoint if rewards.judge.url else None,
             reads=any(later.reader == "endpoint" for later in preset.passes.later),
             fails_fast=not self._skips,
+            finite=self._skips,  # else the step is skipped, see `bad_steps.py`
             asked=preset.asked,
         )
         self._writer = RolloutWriter(preset.asked, preset.passes.later)
@@ -171,10 +172,14 @@ class LiveRollouts:
 
     def look(self, prompts: StepPrompts, step: int) -> StepRollouts:
         """What a step would draw of these prompts, in one round: nothing is written. The engines stay awake.
-        Collective; raises as `take`."""
+        Collective; raises as `take`, and where a reward is not finite."""
         drawn = _Drawn(self._recorder, self._objective, self._ranks)
         self._answer(prompts.first, drawn, step, Clock())
-        return self._chosen(drawn, prompts, None, step)
+        chosen = self._chosen(drawn, prompts, None, step)
+        bad = chosen.told_bad_rewards()
+        if bad:
+            raise RewardError(f"{bad[0]}. Its step would be skipped")
+        return chosen
 
     def pixel_differences(self, prompts: Sequence[Prompt]) -> list[str]:
         """What trainer and engines see otherwise of this engine's prompts, on any engine. Collective."""

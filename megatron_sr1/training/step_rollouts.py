@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from megatron_sr1.training.ledger import StepLedger
 from megatron_sr1.training.recorder import GroupTracks
 from megatron_sr1.types import DrawnPrompts, RolloutGroup
@@ -32,6 +34,17 @@ class StepRollouts:
     def trained_keys(self) -> list[str]:
         """Of the prompts that are trained on."""
         return [self.prompts.keys[int(number)] for number in self.trained[0].number]
+
+    def told_bad_rewards(self) -> list[str]:
+        """What is not finite, of what is trained on, in words: one a sample and reward."""
+        ledger = self.trained[0]
+        keys = self.trained_keys
+        return [
+            f"the reward {name!r} gave {reward[group, sample].tolist()} for response {sample} to sample {keys[group]!r}"
+            for group, sample in ledger.bad_rewards.nonzero().tolist()
+            for name, reward in ledger.rewards.items()
+            if not torch.isfinite(reward[group, sample]).all()
+        ]
 
     @property
     def trained(self) -> tuple[StepLedger, list[int]]:

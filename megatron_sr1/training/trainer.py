@@ -144,9 +144,10 @@ class Trainer:
     def _advantages(
         self, ledger: StepLedger, preset: Preset, kl: Tensor | None, earned: Tensor | None
     ) -> tuple[Tensor, list[int]]:
-        """[S, B, M]; and the samples [B] whose KL or contrast is not finite. Those enter the advantages of others, so
-        none is a number then, and all optimizer steps are skipped."""
-        bad = bad_samples(kl, earned)
+        """[S, B, M]; and the samples [B] whose rewards, KL or contrast are not finite. Those enter the advantages of
+        others, so none is a number then, and all optimizer steps are skipped."""
+        spoilt = ledger.bad_rewards.flatten().nonzero().squeeze(1).tolist()
+        bad = sorted({*spoilt, *bad_samples(kl, earned)})
         advantages = step_advantages(ledger, preset, self._config.objective, finite(kl), finite(earned))
         return torch.full_like(advantages, torch.nan) if bad else advantages, bad
 
