@@ -441,6 +441,11 @@ def test_steps_and_folders_that_do_not_fit_are_refused(saver: Saver, tiny_model_
         run.credit("summed")
 
 
+def test_a_step_with_a_reward_that_is_not_finite_credits_nothing(saver: Saver) -> None:
+    with pytest.raises(ValueError, match=r"000000.jsonl: the reward 'acc' gave nan for response 0.*is skipped"):
+        saver.save(rewards=rewards(acc=[math.nan, 1.0, 0.0, 1.0])).credit("summed")
+
+
 def test_another_tokenizer_is_refused(saver: Saver) -> None:
     run = saver.save(rewards=their_rewards())
     groups = two_groups(saver.processor)

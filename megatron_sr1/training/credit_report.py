@@ -114,10 +114,14 @@ class Recorded:
     def of(cls, step: SavedStep, objective: Objective, processor: Processor) -> Recorded:
         """
         Raises:
-            ValueError: see `SavedStep.recorded`.
+            ValueError: see `SavedStep.recorded`; a reward is not finite, so nothing is credited.
         """
         preset, cut = objective.preset, objective.config.objective.cut_responses
-        return cls(objective, step.recorded(preset, processor, cut), step.missing(preset))
+        rollouts = step.recorded(preset, processor, cut)
+        bad = rollouts.told_bad_rewards()
+        if bad:
+            raise ValueError(f"{step.path}: {bad[0]}, so the step is skipped and credits nothing. Choose another step.")
+        return cls(objective, rollouts, step.missing(preset))
 
     @cached_property
     def credit(self) -> Credit:
