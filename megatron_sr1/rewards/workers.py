@@ -15,6 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context, parent_process
 from queue import LifoQueue
 
@@ -174,7 +175,7 @@ class _Worker:
 
     def __init__(self, names: Sequence[str], seconds: float, *, rounded: bool, finite: bool) -> None:
         self._names, self._seconds = names, seconds
-        self._how = {"rounded": rounded, "finite": finite}
+        self._score = partial(score_group, rounded=rounded, finite=finite)
         self._pool: ProcessPoolExecutor | None = None
         self._process_id = 0
 
@@ -183,7 +184,7 @@ class _Worker:
         for _ in range(TRIES):
             future: Future[Vectors] | None = None
             try:
-                future = self._running().submit(score_group, group, names, **self._how, asked=asked)
+                future = self._running().submit(self._score, group, names, asked=asked)
                 return future.result(self._seconds)
             except BrokenProcessPool:
                 logger.warning("the process that graded sample %r was killed: another takes over", key)
