@@ -35,7 +35,9 @@ def run_preflight(config: Config, platform: Platform, *, command: Command = "grp
                 _check_sft(run, checks)
             else:
                 _check_grpo(run, checks)
-        finally:  # an engine that does not fit ends them
+            checks.all_made = True
+        finally:  # an engine that does not fit ends them, or Ctrl-C
+            checks.end()
             if platform.is_main and checks.rows:
                 print(to_json(checks.rows) if as_json else table_of(checks.rows), flush=True)
     platform.on_main(lambda: check_rows(checks.rows))
@@ -55,7 +57,7 @@ def _check_grpo(run: Run, checks: Checks) -> None:
     feed = training_feed(run, preset, sampling)
     policy = Policy(config, run.platform, num_optimizer_steps=1, keep_reference=preset.needs_reference)
     checks.machines(policy)
-    if not config.preflight.prompts:
+    if not config.preflight.prompts or not checks.engines_have_room():
         return
     trainer = Trainer(config, policy, preset, run.processor)
     recorder = Recorder.of(preset, config.rollout.samples_per_prompt, run.processor, config.objective.cut_responses)
