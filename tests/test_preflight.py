@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -389,14 +390,23 @@ def test_a_preflight_that_is_switched_off_does_nothing(tmp_path: Path, monkeypat
 
 
 def test_what_ends_the_checks_has_not_passed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    platform: Any = SimpleNamespace(is_main=True, rank=0)
+    platform: Any = SimpleNamespace(is_main=True, on_main=lambda work: work())
+    watching: list[Path] = []
+
+    @contextmanager
+    def watched(run: Any, folder: Path) -> Iterator[None]:
+        watching.append(folder)
+        yield
+        watching.clear()
 
     def interrupted(run: Any, checks: Any) -> None:
+        assert watching == [run.folder], "a rank that hangs is found here as in a run"
         checks.rows.append(Row("clocks", "pass", "all"))
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(preflight, "watched", watched)
     monkeypatch.setattr(preflight, "_check_sft", interrupted)
     with pytest.raises(KeyboardInterrupt):
         preflight.run_preflight(load_config(None, []), platform, command="sft", as_json=True)
@@ -405,7 +415,7 @@ def test_what_ends_the_checks_has_not_passed(
 
 
 @pytest.mark.parametrize(("verdict", "room"), [("fail", False), ("warn", True)])
-def test_no_engine_is_started_without_shared_memory(tmp_path: Path, verdict: Any, room: bool) -> None:
+def test_no_engine_is_started_without_shared_memory(verdict: Any, room: bool) -> None:
     run: Any = SimpleNamespace(platform=SimpleNamespace(is_main=True, ranks=Alone()))
     checks = first_checks.Checks(run, "grpo", load_config(None, []))
     checks.rows.append(Row("shared memory", verdict, "8 MiB free"))

@@ -311,7 +311,7 @@ def open_run(config: Config, platform: Platform) -> Iterator[Run]:
     """
     run = Run(config, platform)
     with ExitStack() as stack:
-        stack.enter_context(_watched(run))
+        stack.enter_context(watched(run, run.folder))
         if not platform.ranks.any(platform.is_main and _lock(run.folder, stack)):
             raise ValueError(
                 f"run_dir={config.run_dir!r} is in use by another process. Wait for it, stop it, or choose "
@@ -332,15 +332,15 @@ def _moving(weights: NamedTensors) -> NamedTensors:
         during.moved()
 
 
-def _watched(run: Run) -> AbstractContextManager[object]:
-    """Ends this rank where it, or the next, hangs."""
+def watched(run: Run, folder: Path) -> AbstractContextManager[object]:
+    """Ends this rank where it, or the next, hangs; what it was at is in the folder then."""
     config = run.config
     settings, judge = config.watchdog, config.rewards.judge.url
     if not settings.enabled:
         return nullcontext()
     limits = settings.seconds(config.timeout_minutes, math.inf if judge else config.rewards.seconds)
     others = (run.platform.rank, run.platform.world_size)
-    return watched_rank(during, limits, 60 * settings.other, settings.silent_seconds, run.folder, *others)
+    return watched_rank(during, limits, 60 * settings.other, settings.silent_seconds, folder, *others)
 
 
 def _lock(folder: Path, stack: ExitStack) -> bool:
