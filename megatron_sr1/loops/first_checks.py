@@ -78,7 +78,7 @@ class Checks:
     def end(self) -> None:
         """Checks that are not made have not passed, and that is a row."""
         if not self.all_made:
-            self._add(Row("further checks", "fail", "not made: what has ended the command is told below"))
+            self._add(Row("further checks", "fail", "not made: what has ended the command is told outside this table"))
 
     def machines(self, policy: Policy) -> None:
         """The machines that the ranks are on, when the policy is there and no engine yet."""
