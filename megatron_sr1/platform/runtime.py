@@ -35,6 +35,7 @@ from megatron_sr1.phases import WAIT, during
 from megatron_sr1.platform.accelerator import Accelerator, find_accelerator
 from megatron_sr1.platform.board import CAUSE
 from megatron_sr1.platform.cpu_shim import install_cpu_shim, patch_megatron
+from megatron_sr1.platform.environment import check_environment
 from megatron_sr1.platform.fork_server import STOP_SIGNALS, begin_rank, held_back, start_fork_server, without_collecting
 from megatron_sr1.platform.joining import TIMEOUT, join, open_store
 from megatron_sr1.platform.ranks import GroupRanks
@@ -142,11 +143,12 @@ def run_on_ranks(
         timeout: of the process group that is made here.
 
     Raises:
-        ValueError: a rank ended with an error that a person can put right; its message.
+        ValueError: a rank ended with an error that a person can put right; its message. See `check_environment`.
         torch.multiprocessing.ProcessException: a rank failed; the message holds its traceback.
         SystemExit: the ranks were asked to stop and did, with STOPPED_STATUS; they hung, with HUNG_STATUS; one was
             killed, with 128 and the signal's number.
     """
+    check_environment()
     if os.environ.get("RANK") or num_ranks == 1:
         if not torch.cuda.is_available():
             with without_collecting():

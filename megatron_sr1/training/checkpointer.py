@@ -170,6 +170,12 @@ class Checkpointer:
         self.platform.on_main(lambda: self._complete(begun, checksums))
         self.last = begun.progress.step
 
+    def let_go(self, seconds: float) -> None:
+        """Waits for this rank's share of what is being written, but no longer: a thread that is writing when the
+        interpreter ends aborts the process (SIGABRT), whatever status it was to end with."""
+        if self._begun is not None:
+            self._begun.writing.is_written(seconds)
+
     def prune(self) -> None:
         """Removes the oldest beyond those to keep, when the newest may be the best."""
         self.platform.on_main(lambda: self._prune(self.steps()))
