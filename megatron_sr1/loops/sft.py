@@ -71,4 +71,5 @@ def _train(run: Run) -> None:
             run.take_bad(step, [result], policy.replicas.gather(keys) if result.skipped else [])
             run.end_step(step, feed, stop, policy)
     run.export(policy)
+    run.checkpoints.prune()
     run.say(f"exported to {run.export_dir}")
