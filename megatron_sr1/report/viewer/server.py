@@ -63,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, *, body: bool) -> None:
         # another site whose name was made to lead here would read the report as its own
-        if self.headers.get("Host", "").rpartition(":")[0] not in self.names:
+        if self.headers.get("Host", "").partition(":")[0] not in self.names:
             self.send_error(HTTPStatus.FORBIDDEN, "another host is asked for")
             return
         file = self._file()
