@@ -27,12 +27,20 @@ from megatron_sr1.report.viewer.shown import (
     joined_blocks,
 )
 from megatron_sr1.streams import Preset, preset_of
-from megatron_sr1.training.rollout_files import PLACE, TORN, rollouts_file, step_lines
+from megatron_sr1.training.rollout_files import PLACE, TORN, file_lines, rollouts_file, step_files
 from megatron_sr1.training.step_configs import StepConfigs
 from megatron_sr1.training.viewed_advantages import StepAdvantages, saved_advantages
 
 _TOLD_SKIPPED = 20
-_NEEDED = ("group_id", "key", "problem", "answer", "rewards", "first", "second", "description")
+_SAMPLE: Mapping[str, tuple[type, ...]] = {
+    **{"group_id": (int,), "sample": (int,), "key": (str,), "problem": (str,), "answer": (str,), "rewards": (dict,)},
+    **{"first": (dict,), "second": (dict, type(None)), "description": (str, type(None))},
+}
+_ROLLOUT: Mapping[str, tuple[type, ...]] = {
+    **{"prompt_ids": (list,), "response_ids": (list,), "response_text": (str,), "generator_logprobs": (list,)},
+    "finish_reason": (str,),
+}
+_READING: Mapping[str, tuple[type, ...]] = {"pass_name": (str,), "number": (int,), "rollout": (dict,)}
 _NOT_SAVED = "rollouts are saved with the generator's log-probs alone; the mean of the step is {} in the curves"
 ALWAYS_ABSENT: Mapping[str, str] = {
     "gap": _NOT_SAVED.format("logprob_gap"),
@@ -62,12 +70,12 @@ class StepReader:
             ValueError: the files of the step are not whole, or damaged.
         """
         path = rollouts_file(self.run / "rollouts", step)
-        lines = step_lines(path)
+        lines = [line for file in step_files(path) for line in file_lines(file)]
         samples = [line for line in lines if "sample" in line]
         for line in samples:
-            missing = [name for name in _NEEDED if name not in line]
-            if missing:
-                raise ValueError(f"{path}: a sample lacks {missing[0]!r}. {TORN}")
+            if wrong := wrong_field(line):
+                raise ValueError(f"{path}: a sample has no {wrong}, or another thing there. {TORN}")
+        samples.sort(key=lambda line: line["group_id"])  # stable: samples keep their order
         absent, advantages, preset = dict(ALWAYS_ABSENT), None, None
         try:
             preset = preset_of(self.configs.of(step)).at(step)
@@ -86,6 +94,24 @@ class StepReader:
         if isinstance(self.tokenizer, str):
             raise ValueError(self.tokenizer)
         return saved_advantages(self.run, step, config, preset, self.tokenizer)
+
+
+def wrong_field(line: Mapping[str, Any]) -> str:
+    """Of a sample's line what is not there or is of another type, by its name; "": all is well."""
+    parts: list[tuple[str, Any, Mapping[str, tuple[type, ...]]]] = [("", line, _SAMPLE)]
+    parts += [(f"{name}.", line.get(name), _ROLLOUT) for name in ("first", "second") if line.get(name) is not None]
+    readings = line.get("further", [])
+    for number, reading in enumerate(readings if isinstance(readings, list) else [None]):
+        parts.append((f"further[{number}].", reading, _READING))
+        parts.append((f"further[{number}].rollout.", isinstance(reading, dict) and reading.get("rollout"), _ROLLOUT))
+    for prefix, fields, types in parts:
+        if not isinstance(fields, dict):
+            return prefix.rstrip(".")
+        for name, allowed in types.items():
+            if name not in fields or type(fields[name]) not in allowed:
+                return f"{prefix}{name}"
+    values = [one for each in line["rewards"].values() for one in (each if isinstance(each, list) else [each])]
+    return "" if all(type(value) in (int, float) for value in values) else "rewards"
 
 
 def _notes(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:

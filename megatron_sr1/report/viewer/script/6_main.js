@@ -258,8 +258,8 @@ function begin() {
     byId("to-viewer").href = address({ run: INDEX.runs[0].name });
     byId("run").addEventListener("change", (event) => change({ run: event.target.value, step: "", sample: "" }));
     byId("step").addEventListener("change", (event) => change({ step: event.target.value, sample: "" }));
-    byId("sort").addEventListener("change", (event) => change({ sort: event.target.value }));
-    byId("order").addEventListener("click", () => change({ down: !state.down }));
+    byId("sort").addEventListener("change", (event) => change({ sort: event.target.value, sample: "" }));
+    byId("order").addEventListener("click", () => change({ down: !state.down, sample: "" }));
     byId("search").addEventListener("input", (event) => change({ search: event.target.value }));
     byId("colour").addEventListener("change", (event) => setColour(event.target.value));
     byId("list").addEventListener("scroll", drawRows);
