@@ -51,6 +51,8 @@ def run_report(args: argparse.Namespace) -> None:
     Raises:
         ValueError: no run is there, a damaged file in one, none has the step, or the page cannot be served so.
     """
+    from megatron_sr1.report import LOOPBACK, check_address
+
     runs, out, steps = args.runs, args.out, chosen(args.step)
     if out is not None and out.suffix != ".html":
         raise ValueError(
@@ -58,6 +60,8 @@ def run_report(args: argparse.Namespace) -> None:
         )
     if not args.serve and (args.port is not None or args.host is not None):
         raise ValueError("--port and --host are of the server. Add --serve, or leave them out.")
+    host, port = args.host or LOOPBACK, args.port or 0
+    check_address(host, port)
     if runs[0].is_file():
         if len(runs) > 1:
             raise ValueError(f"{runs[0]} is a sweep's file, and stands for all its runs. Give it alone.")
@@ -65,7 +69,7 @@ def run_report(args: argparse.Namespace) -> None:
     else:
         page = _runs_report(runs, out, steps)
     if args.serve:
-        _serve(page, args.host, args.port)
+        _serve(page, host, port)
 
 
 def chosen(words: Sequence[str] | None) -> list[int] | None:
@@ -96,10 +100,10 @@ def _runs_report(runs: Sequence[Path], out: Path | None, steps: Sequence[int] | 
     return page
 
 
-def _serve(page: Path, host: str | None, port: int | None) -> None:
+def _serve(page: Path, host: str, port: int) -> None:
     from megatron_sr1.report import report_server
 
-    with report_server(page, *([] if host is None else [host]), port=port or 0) as server:
+    with report_server(page, host, port) as server:
         address, number = server.server_address[:2]
         print(f"serving http://{address}:{number}/ on this machine alone; Ctrl-C ends it", flush=True)
         with suppress(KeyboardInterrupt):

@@ -11,11 +11,12 @@ from megatron_sr1.report.sweep.groups import GroupRow, RunGroup
 from megatron_sr1.report.sweep.page import write_sweep_report
 from megatron_sr1.report.sweep.tables import print_tables
 from megatron_sr1.report.viewer.evaluations import evaluation_sets, no_blocks
-from megatron_sr1.report.viewer.server import report_server
+from megatron_sr1.report.viewer.server import LOOPBACK, check_address, report_server
 from megatron_sr1.report.viewer.shown import RunToShow, SetToShow
 from megatron_sr1.report.viewer.steps import chosen_steps
 
 __all__ = [
+    "LOOPBACK",
     "CreditReport",
     "GroupRow",
     "ReportedRun",
@@ -23,6 +24,7 @@ __all__ = [
     "RunToShow",
     "SetToShow",
     "SummaryRow",
+    "check_address",
     "chosen_steps",
     "evaluation_sets",
     "find_runs",

@@ -16,19 +16,10 @@ _KINDS = {".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=
 def report_server(page: Path, host: str = LOOPBACK, port: int = 0) -> ThreadingHTTPServer:
     """A server of the page, at /, and of the folder beside it; of nothing else.
 
-    Args:
-        port: 0: a free one.
-
     Raises:
-        ValueError: the host is not this machine's own, or the port cannot be had.
+        ValueError: see `check_address`; the port cannot be had.
     """
-    if not _is_loopback(host):
-        raise ValueError(
-            f"--host {host} is not allowed: a report holds data and what a model wrote, so it is served on this "
-            "machine alone. Use 127.0.0.1, and an SSH tunnel from elsewhere."
-        )
-    if not 0 <= port < 2**16:
-        raise ValueError(f"--port {port} is not allowed: it must be 0 ... 65535, 0 for a free one.")
+    check_address(host, port)
 
     class Handler(_Handler):
         root, names = page.resolve(), (host, "localhost")
@@ -37,6 +28,23 @@ def report_server(page: Path, host: str = LOOPBACK, port: int = 0) -> ThreadingH
         return ThreadingHTTPServer((host, port), Handler)
     except OSError as error:
         raise ValueError(f"{host}:{port} cannot be had ({error.strerror or error}). Choose another --port.") from error
+
+
+def check_address(host: str, port: int) -> None:
+    """
+    Args:
+        port: 0: a free one.
+
+    Raises:
+        ValueError: the host is not this machine's own, or there is no such port.
+    """
+    if not _is_loopback(host):
+        raise ValueError(
+            f"--host {host} is not allowed: a report holds data and what a model wrote, so it is served on this "
+            "machine alone. Use 127.0.0.1, and an SSH tunnel from elsewhere."
+        )
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port {port} is not allowed: it must be 0 ... 65535, 0 for a free one.")
 
 
 def _is_loopback(host: str) -> bool:
