@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sr1.prompts import CAPTION_REASONER, extract_boxed
-from megatron_sr1.rewards import grade
 from megatron_sr1.report.starts import read_starts
+from megatron_sr1.rewards import grade
 from megatron_sr1.training.rollout_files import rollouts_file, step_files, step_lines, steps_in
 from tests.commands import ForkedError
 from tests.judge_server import serve

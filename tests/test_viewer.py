@@ -239,6 +239,7 @@ def test_of_lines_without_their_configuration_texts_are_left(saver: Saver, tmp_p
     (run.folder / "config.yaml").unlink()
     shown, groups = look(run, tmp_path / "images")
     assert "no config.yaml" in shown.absent["advantage"] and "no config.yaml" in groups[0].no_images
+    assert "no config.yaml" in shown.absent["undescribed"] and not samples_of(groups)[3].filters
 
 
 @pytest.mark.parametrize(

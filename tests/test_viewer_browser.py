@@ -137,6 +137,9 @@ def test_filters_search_and_order(browser: Browser, page: Path) -> None:
     assert browser.texts(".row .value")[-1] == "Infinity", "what is no number comes last"
     browser.choose("step", "all")
     browser.wait(f"document.getElementById('count').textContent.includes('of {3 * GROUPS * SAMPLES}')")
+    browser.press("k")
+    go(browser, page, step="all", sample="2/1.2")
+    assert browser.texts(".heading")[0].startswith("own-2/1 #2step 2")
 
 
 def test_keys_and_addresses(browser: Browser, beside: Path) -> None:
@@ -208,6 +211,15 @@ def is_dark(browser: Browser, folder: Path) -> bool:
         darkest, lightest = grey.getextrema()
         assert lightest - darkest > 150, "it can be read"
         return sum(grey.resize((1, 1)).getdata()) < 128
+
+
+def test_a_page_without_rollouts_is_an_overview(browser: Browser, tmp_path: Path) -> None:
+    page, sections = tmp_path / "r.html", ["<section><h2>Curves</h2></section>"]
+    write.write_page("nothing yet", sections, [], write.viewed_evaluations, page)
+    browser.open(addresses(page, run="gone", step="1"))
+    browser.press("o", "j", "?", "1", "t", "Escape")
+    assert browser.texts("h2")[0] == "Curves" and browser.told == []
+    browser.value("localStorage.clear()")
 
 
 def test_a_folder_that_is_gone_says_so(browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ _ABSENT = "–"
 
 
 def settings_of(run: ReportedRun, name: str = CONFIG_FILE) -> dict[str, str]:
-    """By dotted key, as JSON; {} where the run has no such file."""
+    """By dotted key, texts as they are and all else as JSON; {} where the run has no such file."""
     path = run.path / name
     return _flat(read_mapping(path)) if path.is_file() else {}
 
@@ -30,8 +30,17 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping) and value:
             found |= _flat(value, f"{name}.")
         else:
-            found[name] = json.dumps(value, ensure_ascii=False, default=str)
+            found[name] = value if isinstance(value, str) and value else json.dumps(_plain(value), ensure_ascii=False)
     return found
+
+
+def _plain(value: Any) -> Any:
+    """Of lists and mappings of other kinds those that JSON knows."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(each) for each in value]
+    return value
 
 
 def differences_section(runs: Sequence[ReportedRun]) -> str:

@@ -82,6 +82,8 @@ class StepReader:
             advantages = self._advantages(step, self.configs.of(step), preset)
         except ValueError as error:
             absent |= dict.fromkeys(("advantage", "opposite", "dead"), str(error))
+            if preset is None:  # nor whether descriptions were asked for
+                absent |= dict.fromkeys(("shortcut", "leak", "undescribed"), str(error))
         if isinstance(self.tokenizer, str):
             absent["surprise"] = self.tokenizer
         if not any("rounds" in line for line in lines):
@@ -166,7 +168,7 @@ class _Groups:
     def _sample(self, group: int, line: Mapping[str, Any], has_images: bool) -> ShownSample:
         number, rewards = line["sample"], line["rewards"]
         responses = tuple(self._responses(group, line, has_images))
-        described = has_images and (self._preset is None or self._preset.described)
+        described = has_images and self._preset is not None and self._preset.described
         cut = bool(line.get("description_cut")) or any(response.cut for response in responses)
         filters = set(filters_of(rewards, line["description"], described=described, cut=cut))
         surprise = [value for response in responses for value in response.surprise or ()]

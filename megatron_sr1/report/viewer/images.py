@@ -42,13 +42,13 @@ def put_images(stem: str, images: Sequence[Image.Image], folder: Path) -> tuple[
     names = []
     for number, image in enumerate(images):
         exact = image.width * image.height <= _EXACT_PIXELS
-        name = f"{stem}-{number}.{'png' if exact else 'webp'}"
+        name = f"{stem}-{number}.{'png' if exact else 'jpg'}"
         if not (folder / name).exists():
             small = image.copy()
             small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
             if exact:
                 small.save(folder / name, optimize=True)
             else:
-                small.save(folder / name, quality=85)
+                small.save(folder / name, quality=88)
         names.append(name)
     return tuple(names)

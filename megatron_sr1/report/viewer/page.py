@@ -60,7 +60,7 @@ def viewer_page(
         '<meta name="referrer" content="no-referrer">'
         f"<title>Megatron-SR1 report: {escape(title)}</title><style>{style}</style></head><body>{_top(title, runs)}"
         f'<main id="overview"><header><p>Megatron-SR1 report</p><h1>{escape(title)}</h1></header>{"".join(sections)}'
-        f"</main>{_viewer() if runs else ''}{_help()}"
+        f"</main>{_viewer()}{_help()}"
     )
     yield f'<script type="application/json" data-chunk="index">{script_json(index)}</script>'
     for name, text in blocks:

@@ -16,7 +16,8 @@ async function loadRows(run) {
 }
 
 const groupOf = (row, column) => row.table.groups[column][row.table.group[row.index]];
-const idOf = (row) => `${groupOf(row, "number")}.${row.table.sample[row.index]}`;
+// among those of one set; of several sets with the name of its own in front
+const idOf = (row) => `${state.step === ALL ? `${row.set.name}/` : ""}${groupOf(row, "number")}.${row.table.sample[row.index]}`;
 
 function sortKeys(sets) {
   const found = new Map([["", "order of the step"]]);
@@ -54,8 +55,7 @@ function chooseRows() {
     rows = keyed.map((pair) => pair[1]);
   } else if (state.down) rows = [...rows].reverse();
   list.shown = rows;
-  const [group, sample] = state.sample.split(".");
-  list.at = rows.findIndex((row) => String(groupOf(row, "number")) === group && String(row.table.sample[row.index]) === sample && (state.step !== ALL || row.set.name === list.open));
+  list.at = state.sample ? rows.findIndex((row) => idOf(row) === state.sample) : -1;
 }
 
 function drawList() {

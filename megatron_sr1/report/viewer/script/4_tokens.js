@@ -93,6 +93,7 @@ function responseText(response, colour, set, most) {
     starts.push(at);
     at += token.length;
   }
+  if (!text) return [el("p", { class: "note", text: "The response is empty." })];
   const parts = [];
   for (const [name, start, end] of pieces(text, response.blocks)) {
     const inside = text.slice(start, end);
@@ -104,7 +105,6 @@ function responseText(response, colour, set, most) {
     const kind = name ? `part part-${INDEX.segments[name] ? name : "other"}` : ending ? "part ending" : "part";
     parts.push(el("div", { class: kind }, name ? el("h4", { text: INDEX.segments[name] || name }) : null, pre));
   }
-  if (!text) parts.push(el("p", { class: "note", text: "The response is empty." }));
   return parts;
 }
 
@@ -128,6 +128,6 @@ function legend(colour, most) {
     return span;
   };
   if (colour.kind === "surprise") node.append(swatch("heat", "10%", "0"), swatch("heat", "40%", String(FULL_SURPRISE / 2)), swatch("heat", "70%", `${FULL_SURPRISE} nats and more`));
-  else node.append(swatch("loss", "70%", shown(-most)), swatch("zero", "0%", "0"), swatch("gain", "70%", shown(most, true)), el("span", { class: "token uncredited", text: "no stream credits it" }));
+  else node.append(swatch("loss", "70%", shown(-most)), swatch("zero", "0%", "0"), swatch("gain", "70%", shown(most, true)), el("span", { class: "token uncredited", text: colour.kind === "sum" ? "no stream credits it" : "the stream does not credit it" }));
   return node;
 }

@@ -33,7 +33,7 @@ function drawDetail() {
 }
 
 function heading(row, group, sample) {
-  const link = el("a", { href: address({ step: row.set.name, sample: idOf(row) }), text: "link to this sample" });
+  const link = el("a", { href: address({ step: row.set.name, sample: `${group.number}.${sample.number}` }), text: "link to this sample" });
   return el(
     "div",
     { class: "heading" },

@@ -83,7 +83,6 @@ async function show() {
     }
     if (list.place !== place) return;
     list.rows = rows;
-    list.open = null;
   }
   chooseRows();
   if (list.at < 0 && list.shown.length) list.at = 0;
@@ -103,7 +102,6 @@ async function openAt(place) {
   const row = list.shown[place];
   if (!row) return;
   list.at = place;
-  list.open = row.set.name;
   state.sample = idOf(row);
   writeAddress();
   drawRows();
