@@ -17,7 +17,7 @@ from megatron_sr1.prompts import CAPTION_REASONER, extract_boxed
 from megatron_sr1.report.starts import read_starts
 from megatron_sr1.rewards import grade
 from megatron_sr1.training.rollout_files import rollouts_file, step_files, step_lines, steps_in
-from tests.commands import ForkedError
+from tests.commands import ForkedError, run_forked
 from tests.judge_server import serve
 from tests.test_report import Page
 from tests.workspace import PHASES, REPOSITORY, RUN_TIMEOUT, Workspace, untimed
@@ -290,7 +290,7 @@ def test_a_folder_in_use_is_refused(finished: Workspace) -> None:
 def test_report_of_the_run(finished: Workspace) -> None:
     page = finished.folder / "report.html"
     command = [sys.executable, "-m", "megatron_sr1.cli", "report", str(finished.folder / "whole"), "--out", str(page)]
-    printed = subprocess.run(command, check=True, cwd=REPOSITORY, capture_output=True, text=True).stdout
+    printed = run_forked(command)
     assert "before" in printed and "after" in printed
     assert "data:image/png;base64," in page.read_text()
     assert "not shown" not in printed
