@@ -45,7 +45,7 @@ def viewed_run(
     """
     from megatron_sr1.report import RunToShow, chosen_steps, evaluation_sets, no_blocks
     from megatron_sr1.training.rollout_files import steps_in
-    from megatron_sr1.training.viewed_images import DataImages, NoImages
+    from megatron_sr1.training.viewed.images import DataImages, NoImages
 
     saved = [int(path.stem.partition("_")[2]) for path in steps_in(run.path / "rollouts")]
     path = run.path / "config.yaml"
@@ -61,9 +61,9 @@ def viewed_run(
 
 
 def _step_sets(run: ReportedRun, config: Config | None, steps: Sequence[int], image_folder: Path) -> list[SetToShow]:
-    from megatron_sr1.training.step_configs import StepConfigs
-    from megatron_sr1.training.viewed_images import DataImages, NoImages
-    from megatron_sr1.training.viewed_step import StepReader
+    from megatron_sr1.training.viewed.configs import StepConfigs
+    from megatron_sr1.training.viewed.images import DataImages, NoImages
+    from megatron_sr1.training.viewed.step import StepReader
 
     last = max((int(entry["step"] or 0) for entry in run.metrics), default=-1)
     images = NoImages(NO_CONFIG) if config is None else DataImages(run.path, config.data, "train")
@@ -85,7 +85,7 @@ def _blocks(config: Config) -> Callable[[str, str], Iterable[tuple[str, int, int
     """Finds the blocks of a response to a template, by its name."""
     from megatron_sr1.prompts import templates_of
     from megatron_sr1.streams import Preset
-    from megatron_sr1.training.viewed_step import blocks_of
+    from megatron_sr1.training.viewed.step import blocks_of
 
     templates = templates_of(config).by_name
     later = config.objective.second_template or Preset.second_template

@@ -28,8 +28,8 @@ from megatron_sr1.report.viewer.shown import (
 )
 from megatron_sr1.streams import Preset, preset_of
 from megatron_sr1.training.rollout_files import PLACE, TORN, file_lines, rollouts_file, step_files
-from megatron_sr1.training.step_configs import StepConfigs
-from megatron_sr1.training.viewed_advantages import StepAdvantages, saved_advantages
+from megatron_sr1.training.viewed.advantages import StepAdvantages, saved_advantages
+from megatron_sr1.training.viewed.configs import StepConfigs
 
 _TOLD_SKIPPED = 20
 _SAMPLE: Mapping[str, tuple[type, ...]] = {
