@@ -8,6 +8,7 @@ all` writes the page in a process of its own; then a headless Chromium opens it,
 seconds, unless it says otherwise:
 
     write     the report, all of it: images, tokens, advantages
+    cpu       of that, on all cores together
     peak      memory of that process, MiB
     page      of the page itself, MiB; beside it, the folder of chunks and images
     overview  until the page answers
@@ -51,7 +52,7 @@ REWARDS = ("acc", "acc_vis", "fmt", "fmt_vis", "leak", "format")
 
 def make_run(folder: Path, num_rollouts: int, num_tokens: int) -> Path:
     """A run's folder, with everything that its report reads."""
-    steps = max(1, num_rollouts // (SAMPLES * PER_STEP))
+    steps = -(-num_rollouts // (SAMPLES * PER_STEP))
     prompts = make_prompts("train", PER_STEP * max(1, steps // 4), seed=0)  # each comes back three times
     (shard,) = write_shards(prompts, folder / "data", "train", len(prompts))
     texts = [text for one in make_demonstrations(200, seed=0) for text in (one.prompt.problem, one.response)]
@@ -105,14 +106,16 @@ def _rollout(processor: Processor, text: str, prompt_ids: Sequence[int], draw: r
     return {**made, "generator_logprobs": logprobs, "finish_reason": "stop", "weight_version": 0}
 
 
-def write(run: Path, out: Path) -> tuple[float, float]:
-    """Seconds, and MiB at most."""
+def write(run: Path, out: Path) -> tuple[float, float, float]:
+    """Seconds, of these on a core, and MiB at most."""
     code = "import resource, sys; from megatron_sr1.cli import main; main(sys.argv[1:]); "
-    code += "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    code += "used = resource.getrusage(resource.RUSAGE_SELF); "
+    code += "print(used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)"
     start = time.perf_counter()
     command = [sys.executable, "-c", code, "report", str(run), "--step", "all", "--out", str(out)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return time.perf_counter() - start, float(printed.split()[-1])
+    cpu, peak = map(float, printed.split()[-2:])
+    return time.perf_counter() - start, cpu, peak
 
 
 def timed(act: Callable[[], None]) -> float:
@@ -183,10 +186,10 @@ def report(folder: Path, program: str, num_rollouts: int, num_tokens: int) -> No
     """Makes the run, its page, and the line."""
     run, page = make_run(folder, num_rollouts, num_tokens), folder / "page" / "report.html"
     steps = len(list((run / "rollouts").iterdir()))
-    seconds, peak = write(run, page)
+    seconds, cpu, peak = write(run, page)
     beside = sum(file.stat().st_size for file in page.with_name("report_files").rglob("*")) / 2**20
-    print(f"{steps * PER_STEP * SAMPLES} rollouts in {steps} steps: write {seconds:.1f}, peak {peak:.0f} MiB, ", end="")
-    print(f"page {page.stat().st_size / 2**20:.2f} MiB, beside it {beside:.1f} MiB")
+    print(f"{steps * PER_STEP * SAMPLES} rollouts in {steps} steps: write {seconds:.1f}, cpu {cpu:.1f}, ", end="")
+    print(f"peak {peak:.0f} MiB, page {page.stat().st_size / 2**20:.2f} MiB, beside it {beside:.1f} MiB")
     browser = Browser(program)
     try:
         print(", ".join(f"{name} {value:.2f}" for name, value in look(page, browser, steps).items()))

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -413,7 +414,7 @@ def test_a_small_page_is_one_file_and_a_large_one_has_a_folder(
     for name in ("r0-s0", "r0-s0-0", bucket):
         head, value = (folder / f"{name}.js").read_text().removesuffix(");\n").split(",", 1)
         assert head == f'sr1Chunk("{name}"' and json.loads(value) == inside[name]
-    ((*where, means),) = inside[bucket]["p0"]
+    ((*where, means, _),) = inside[bucket]["p0"]
     assert where == [0, 0, 2] and means["acc"] == 1.0 and means["leak"] == 0.0
     assert {path.name for path in (folder / "images").iterdir()} == inside["images"].keys()
     main(["report", str(shown_run.folder), "--out", str(out)])  # again: in the place of the first
@@ -441,3 +442,17 @@ def test_mistakes_are_one_line(
         main(["report", str(run.folder), *words])
     written = capsys.readouterr().err.strip()
     assert message in " ".join(written.split()) and "\n" not in written
+
+
+def test_the_command_serves_until_ctrl_c(
+    saver: Saver, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(server: ThreadingHTTPServer) -> None:
+        assert server.server_address[0] == "127.0.0.1"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", interrupted)
+    run = saver.save()
+    main(["report", str(run.folder), "--serve"])
+    printed = capsys.readouterr().out
+    assert "serving http://127.0.0.1:" in printed and (run.folder / "report.html").is_file()

@@ -181,6 +181,15 @@ def test_the_same_prompt_over_the_steps(browser: Browser, beside: Path) -> None:
     assert browser.texts(".steps .here th") == ["step 1"]
     browser.value("document.querySelector('.steps a').click()")
     browser.wait("document.querySelector('.heading')?.textContent.includes('step 0')")
+    go(browser, beside, step="2", sample="2.1")
+    browser.wait("document.querySelector('.steps')")
+    assert browser.texts(".steps tbody th") == ["first <run>, step 2", "second, evaluation after"], "in other runs, too"
+    browser.value("document.querySelector('.steps a').click()")
+    browser.wait("document.querySelector('.heading')?.textContent.includes('evaluation after')")
+    go(browser, beside, step="2", sample="1.1")
+    browser.wait("document.querySelector('.steps')")
+    assert browser.texts(".steps tbody th") == ["step 2"], "what asks something else is another prompt"
+    go(browser, beside, step="0", sample="0.0")
     browser.value("document.querySelectorAll('.sibling')[1].click()")
     browser.wait("location.hash.includes('sample=0.1')")
 

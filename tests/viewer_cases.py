@@ -62,7 +62,8 @@ def _evaluation() -> ShownSet:
     )
     response = ShownResponse("first", 0, EVIL, False, 5)
     sample = ShownSample(0, (response,), None, {"acc": 0.0}, {}, frozenset({"undescribed"}))
-    return ShownSet((), absent, (), [ShownGroup(0, "held/0", "What?", "1", (sample,), no_images="they are gone")])
+    group = ShownGroup(7, "own-2/2", f"What of 2? {EVIL}", "1", (sample,), no_images="they are gone")
+    return ShownSet((), absent, (), [group, ShownGroup(8, "own-2/1", "Another?", "1", (sample,))])
 
 
 def _set(step: int, image_folder: Path) -> ShownSet:

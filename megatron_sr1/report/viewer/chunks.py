@@ -35,8 +35,7 @@ def write_run(run: RunToShow, number: int, folder: ChunkFolder) -> dict[str, Any
     sets = []
     for place, shown in enumerate(run.sets):
         sets.append(_write_set(shown, f"r{number}-s{place}", folder, buckets, place))
-    buckets.finish()
-    return {"name": run.name, "leftOut": list(run.left_out), "sets": sets}
+    return {"name": run.name, "leftOut": list(run.left_out), "sets": sets, "buckets": buckets.finish()}
 
 
 def _write_set(shown: SetToShow, name: str, folder: ChunkFolder, buckets: _Buckets, place: int) -> dict[str, Any]:
@@ -151,13 +150,15 @@ class _Buckets:
             for name, value in sample.rewards.items():
                 rewards.setdefault(name, []).append(_reward(value))
         means = {name: _mean([value for value in values if math.isfinite(value)]) for name, values in rewards.items()}
-        line = json.dumps([group.key, place, group.number, len(group.samples), means])
+        line = json.dumps([group.key, place, group.number, len(group.samples), means, asked(group.problem)])
         self._waiting.setdefault(bucket_of(group.key), []).append(line)
 
-    def finish(self) -> None:
-        """One chunk a bucket: by key, [set, group, samples, mean of each reward] in the order of sets."""
+    def finish(self) -> list[int]:
+        """One chunk a bucket: by key, [set, group, samples, mean of each reward, question] in the order of sets.
+        Returns which there are."""
         self._flush()
-        for file in sorted(self._raw.iterdir()):
+        files = sorted(self._raw.iterdir())
+        for file in files:
             found: dict[str, list[Any]] = {}
             with file.open(encoding="ascii") as lines:
                 for line in lines:
@@ -166,6 +167,7 @@ class _Buckets:
             self._folder.write(f"{self._name}{file.name}", found)
             file.unlink()
         self._raw.rmdir()
+        return [int(file.name) for file in files]
 
     def _flush(self) -> None:
         for bucket, lines in self._waiting.items():
@@ -179,10 +181,16 @@ def bucket_of(key: str) -> int:
     return zlib.crc32(key.encode("utf-8", errors="surrogatepass")) % NUM_BUCKETS
 
 
+def asked(problem: str) -> int:
+    """Tells questions apart that data sets have under one key."""
+    return zlib.crc32(problem.encode("utf-8", errors="surrogatepass"))
+
+
 def _group_fields(group: ShownGroup) -> dict[str, Any]:
     """Without what is empty."""
     fields = {name: value for name, value in vars(group).items() if name != "samples" and value not in ("", ())}
-    return fields | {"number": group.number, "key": group.key, "samples": [_sample_fields(s) for s in group.samples]}
+    fields |= {"number": group.number, "key": group.key, "asked": asked(group.problem)}
+    return fields | {"samples": [_sample_fields(sample) for sample in group.samples]}
 
 
 def _sample_fields(sample: ShownSample) -> dict[str, Any]:

@@ -132,27 +132,35 @@ function filterNotes(row) {
   return found.length ? el("ul", { class: "note" }, ...found.map((one) => el("li", { text: `${one.title}: ${one.meaning}` }))) : null;
 }
 
-// The same prompt wherever else the page has it.
+// The same prompt wherever else the page has it, in this run and in others.
 function overSteps(group) {
   const part = el("div", { id: "over-steps" });
-  const run = theRun();
-  const bucket = detail.row.table.groups.bucket[detail.row.table.group[detail.row.index]];
-  load(`r${INDEX.runs.indexOf(run)}-p${bucket}`).then(
-    (buckets) => {
-      const entries = buckets[group.key] || [];
-      const names = [...new Set(entries.flatMap((entry) => Object.keys(entry[3])))];
-      const titles = new Map(run.sets.flatMap((set) => (set.rewards || []).map((one) => [one.name, one.title])));
-      const head = el("tr", {}, el("th", { text: "" }), el("th", { text: "samples" }), ...names.map((name) => el("th", { text: titles.get(name) || name, title: name })));
-      const rows = entries.map(([place, number, count, means]) => {
-        const set = run.sets[place];
-        const here = set === detail.row.set && number === group.number;
-        const link = el("a", { href: address({ step: set.name, sample: `${number}.0` }), text: set.title });
-        return el("tr", { class: here ? "here" : null }, el("th", {}, here ? set.title : link), el("td", { text: String(count) }), ...names.map((name) => el("td", { text: shown(means[name]) })));
-      });
-      const table = el("table", { class: "numbers steps" }, el("thead", {}, head), el("tbody", {}, ...rows));
-      part.replaceChildren(el("h3", { text: "This prompt over the steps" }), el("div", { class: "scroll" }, table));
+  const row = detail.row;
+  const bucket = row.table.groups.bucket[row.table.group[row.index]];
+  const runs = INDEX.runs.filter((run) => run.buckets.includes(bucket));
+  Promise.all(runs.map((run) => load(`r${INDEX.runs.indexOf(run)}-p${bucket}`))).then(
+    (found) => {
+      const own = (keys) => (keys[group.key] || []).filter((entry) => entry[4] === group.asked);
+      const entries = found.flatMap((keys, place) => own(keys).map((entry) => [runs[place], ...entry]));
+      part.replaceChildren(el("h3", { text: "This prompt over the steps" }), el("div", { class: "scroll" }, stepTable(entries, row.set, group)));
     },
     (error) => part.replaceChildren(el("p", { class: "note", text: error.message })),
   );
   return part;
+}
+
+function stepTable(entries, shownSet, group) {
+  const names = [...new Set(entries.flatMap((entry) => Object.keys(entry[4])))];
+  const sets = INDEX.runs.flatMap((run) => run.sets);
+  const titles = new Map(sets.flatMap((set) => (set.rewards || []).map((one) => [one.name, one.title])));
+  const several = new Set(entries.map((entry) => entry[0])).size > 1;
+  const head = el("tr", {}, el("th", {}), el("th", { text: "samples" }), ...names.map((name) => el("th", { text: titles.get(name) || name, title: name })));
+  const rows = entries.map(([run, place, number, count, means]) => {
+    const set = run.sets[place];
+    const here = set === shownSet && number === group.number;
+    const text = several ? `${run.name}, ${set.title}` : set.title;
+    const link = el("a", { href: address({ run: run.name, step: set.name, sample: `${number}.0` }), text });
+    return el("tr", { class: here ? "here" : null }, el("th", {}, here ? text : link), el("td", { text: String(count) }), ...names.map((name) => el("td", { text: shown(means[name]) })));
+  });
+  return el("table", { class: "numbers steps" }, el("thead", {}, head), el("tbody", {}, ...rows));
 }
