@@ -132,7 +132,18 @@ $(CONTRACTS)/.installed: constraints-gpu.txt setup.py pyproject.toml $(STALE_CON
 	  || { $(call not_filled,$(CONTRACTS),contracts); $(if $(STALE_CONTRACTS),rm -rf $(CONTRACTS);) exit 1; }
 	@touch $@
 
-test: setup launch-env lint ## lint, then every test, about 20 minutes on two cores; GPU tests are skipped without a GPU
+# What the tests of pages look at them with; where none can be had these are skipped, and say what to install.
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
+.PHONY: browser
+browser:
+	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit 0; done; \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || exit 0; \
+	  echo "== installing chromium for the tests of pages"; \
+	  install="apt-get install --yes --quiet --no-install-recommends chromium fonts-dejavu"; \
+	  { $$install || { apt-get update --quiet && $$install; }; } >/dev/null 2>&1 \
+	    || echo "== chromium cannot be installed: the tests of pages are skipped"
+
+test: setup launch-env lint browser ## lint, then every test, about 20 minutes on two cores; GPU tests are skipped without a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	@echo
 	@echo "Next: make quickstart; CONTRIBUTING.md says how to work here"

@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sr1.prompts import CAPTION_REASONER, extract_boxed
+from megatron_sr1.report.starts import read_starts
 from megatron_sr1.rewards import grade
 from megatron_sr1.training.rollout_files import rollouts_file, step_files, step_lines, steps_in
-from tests.commands import ForkedError
+from tests.commands import ForkedError, run_forked
 from tests.judge_server import serve
+from tests.test_report import Page
 from tests.workspace import PHASES, REPOSITORY, RUN_TIMEOUT, Workspace, untimed
 
 START_TIMEOUT = 300  # seconds
@@ -288,6 +290,30 @@ def test_a_folder_in_use_is_refused(finished: Workspace) -> None:
 def test_report_of_the_run(finished: Workspace) -> None:
     page = finished.folder / "report.html"
     command = [sys.executable, "-m", "megatron_sr1.cli", "report", str(finished.folder / "whole"), "--out", str(page)]
-    printed = subprocess.run(command, check=True, cwd=REPOSITORY, capture_output=True, text=True).stdout
+    printed = run_forked(command)
     assert "before" in printed and "after" in printed
     assert "data:image/png;base64," in page.read_text()
+    assert "not shown" not in printed
+    _check_viewer(finished, Page(page.read_text()))
+
+
+def _check_viewer(finished: Workspace, page: Page) -> None:
+    """Its advantages are those that training has measured: as many groups are dead to each stream. All have images."""
+    (run,) = page.data["index"]["runs"]
+    assert [one["name"] for one in run["sets"]] == [*map(str, range(8)), "before", "step-3", "step-6", "after"]
+    assert not [one["problem"] for one in run["sets"] if one["problem"]]
+    for number, measured in enumerate(finished.metrics("whole")):
+        told, table = run["sets"][number], page.data[f"r0-s{number}"]
+        assert told["absent"].keys() == {"gap", "entropy", "dependency", "dropped"} and told["samples"] == 16
+        for stream in told["streams"]:
+            values = table["advantages"][stream["name"]]
+            dead = [not any(values[first : first + 4]) for first in range(0, 16, 4)]
+            assert sum(dead) / 4 == measured[f"groups/dead/{stream['name']}"]
+        assert told["counts"]["dead"] / 16 == measured["groups/dead"]
+        groups = [group for name, chunk in page.data.items() if name.startswith(f"r0-s{number}-") for group in chunk]
+        assert len(groups) == 4 and all(len(group["images"]) == 1 for group in groups)
+        assert all(image in page.data["images"] for group in groups for image in group["images"])
+        first = groups[0]["samples"][0]["responses"][0]
+        assert len(first["tokens"]) == len(first["surprise"]) == len(first["streams"])
+    (start,) = read_starts(finished.folder / "whole")
+    assert start["step"] == 0 and start["ranks"] == 2 and "torch" in start["versions"] and start["memory"]

@@ -230,7 +230,7 @@ def test_a_sweep_of_cold_starts_has_losses_and_no_evaluation(tmp_path: Path) -> 
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_sweep_report([RunGroup("gdpo", "", {1: path})], tmp_path / "out")
     page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
-    assert list(page.tables) == ["sweep-training"]
+    assert list(page.tables) == ["sweep-training", "times"]
     assert page.tables["sweep-training"] == [
         ["", "gdpo"],
         ["seeds", "1"],

@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     runs = [read_run(path) for path in args.runs]
-    address = draw_chart(runs, [run.preset or run.name for run in runs], charts[args.chart], args.theme)
+    address = draw_chart(
+        [[run] for run in runs], [run.preset or run.name for run in runs], charts[args.chart], args.theme
+    )
     if address is None:
         parser.error(f"none of the runs has a metric of the chart {args.chart!r}.")
     args.out.parent.mkdir(parents=True, exist_ok=True)

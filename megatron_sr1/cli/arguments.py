@@ -41,10 +41,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     text = "checkpoints between Hugging Face and Megatron-Core, and their comparison"
     add_convert_options(commands.add_parser("convert", help=text, description=text))
     _add_plan(commands.add_parser("plan", help="the fastest layouts of a GRPO run on so many GPUs, by prediction"))
-    report = commands.add_parser("report", help="table and HTML page of finished runs, or of a sweep")
-    text = "run folders, folders that hold some, or a sweep's YAML file"
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN|SWEEP.yaml", help=text)
-    report.add_argument("--out", type=Path, help="the page; default: report.html in the first folder")
+    _add_report(commands.add_parser("report", help="table and page of runs, or of a sweep, with their rollouts"))
     _add_credit(commands.add_parser("credit", help="which tokens of a saved step two objectives would credit"))
     args, rest = parser.parse_known_args(arguments)
     if args.command in ("convert", "report", "credit", "sweep") or any(word.startswith("-") for word in rest):
@@ -108,6 +105,17 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("--jobs", type=int, default=1, help="runs at a time; each has the ranks that nproc says")
     command.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these runs of the sweep alone")
     command.add_argument("--dry-run", action="store_true", help="check everything, print the commands, stop")
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    text = "run folders, folders that hold some, or a sweep's YAML file"
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN|SWEEP.yaml", help=text)
+    text = "the rollouts of this step, several times for several, or all; default: as many steps as stay quick"
+    command.add_argument("--step", action="append", metavar="N|all", help=text)
+    command.add_argument("--out", type=Path, help="the page; default: report.html in the first folder")
+    command.add_argument("--serve", action="store_true", help="then serve the page on this machine, until Ctrl-C")
+    command.add_argument("--port", type=int, help="of the server; default: a free one")
+    command.add_argument("--host", help="of the server, one of this machine's own addresses; default: 127.0.0.1")
 
 
 def _add_credit(command: argparse.ArgumentParser) -> None:

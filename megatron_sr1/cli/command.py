@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     with one_line_for_mistakes(args.command):
         if args.command == "report":
-            run_report(args.runs, args.out)
+            run_report(args)
         elif args.command == "credit":
             run_credit(args)
         elif args.command == "convert":

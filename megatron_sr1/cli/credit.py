@@ -49,7 +49,7 @@ def saved_credit(run: Path, step: int, preset: str | None, against: str) -> Cred
     first, second = (
         _objective(option, name, run, config, step) for option, name in (("--preset", preset), ("--against", against))
     )
-    processor = _processor(run, config)
+    processor = tokenizer_of(run, config, Path(config.model.hf_dir))
     saved = SavedStep.read(run / "rollouts", step, processor.image_token_id)
     return credit_report(run, step, saved, (first, second), processor, SHOWN)
 
@@ -90,16 +90,23 @@ def _objective(option: str, name: str | None, run: Path, config: Config, step: i
         raise ValueError(f"{option} {label}: {error}") from error
 
 
-def _processor(run: Path, config: Config) -> Processor:
-    """Its tokenizer is all that is used."""
+def tokenizer_of(run: Path, config: Config, folder: Path) -> Processor:
+    """Its tokenizer is all that is used.
+
+    Args:
+        folder: model.hf_dir, or another with the tokenizer.
+
+    Raises:
+        ValueError: it is no folder, or see `Processor.from_pretrained`.
+    """
     from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
     from megatron_sr1.processor import Processor
 
     model = config.model
-    if not Path(model.hf_dir).is_dir():
+    if not folder.is_dir():
         raise ValueError(
-            f"model.hf_dir={model.hf_dir!r} of {run / 'config.yaml'} is no folder, and its tokenizer is needed. Start "
+            f"model.hf_dir={str(folder)!r} of {run / 'config.yaml'} is no folder, and its tokenizer is needed. Start "
             "the command where the run was started, or copy the model there."
         )
     define_missing_torchvision_ops()
-    return Processor.from_pretrained(model.hf_dir, pixels=pixel_limits(model), system_prompt=model.system_prompt)
+    return Processor.from_pretrained(str(folder), pixels=pixel_limits(model), system_prompt=model.system_prompt)

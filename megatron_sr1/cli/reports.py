@@ -6,10 +6,12 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from megatron_sr1.cli.runs import check_run
+from megatron_sr1.cli.viewing import viewer_of
 
 
 def run_sweep(args: argparse.Namespace) -> None:
@@ -43,32 +45,72 @@ def run_sweep(args: argparse.Namespace) -> None:
         sys.exit(f"megatron-sr1 sweep: failed: {', '.join(failed)}")
 
 
-def run_report(runs: Sequence[Path], out: Path | None) -> None:
-    """Table and page of finished runs, or of a sweep's file.
+def run_report(args: argparse.Namespace) -> None:
+    """Table and page of runs, or of a sweep's file; then serves the page, where that is asked for, until Ctrl-C.
 
     Raises:
-        ValueError: no run is there, or a damaged file in one.
+        ValueError: no run is there, a damaged file in one, none has the step, or the page cannot be served so.
     """
-    from rich.console import Console
+    from megatron_sr1.report import LOOPBACK, check_address
 
-    from megatron_sr1.report import find_runs, print_table, write_report
-
+    runs, out, steps = args.runs, args.out, chosen(args.step)
     if out is not None and out.suffix != ".html":
         raise ValueError(
             f"--out {out} is not allowed: the report is a page, and replaces what is there. Name it .html."
         )
+    if not args.serve and (args.port is not None or args.host is not None):
+        raise ValueError("--port and --host are of the server. Add --serve, or leave them out.")
+    host, port = args.host or LOOPBACK, args.port or 0
+    check_address(host, port)
     if runs[0].is_file():
         if len(runs) > 1:
             raise ValueError(f"{runs[0]} is a sweep's file, and stands for all its runs. Give it alone.")
-        _sweep_report(runs[0], out)
-        return
-    page = out or runs[0] / "report.html"
-    rows = write_report(find_runs(runs), page)
-    print_table(Console(), rows)
+        page = _sweep_report(runs[0], out, steps)
+    else:
+        page = _runs_report(runs, out, steps)
+    if args.serve:
+        _serve(page, host, port)
+
+
+def chosen(words: Sequence[str] | None) -> list[int] | None:
+    """The steps that --step names; []: all; None: it is not given.
+
+    Raises:
+        ValueError: one is neither a number nor all.
+    """
+    if words is None or "all" in words:
+        return None if words is None else []
+    wrong = next((word for word in words if not word.isdecimal()), None)
+    if wrong is not None:
+        raise ValueError(f"--step {wrong} is not allowed: it must be a step's number, as in metrics.jsonl, or all.")
+    return [int(word) for word in words]
+
+
+def _runs_report(runs: Sequence[Path], out: Path | None, steps: Sequence[int] | None) -> Path:
+    from rich.console import Console
+
+    from megatron_sr1.report import find_runs, print_table, write_report
+
+    page, found = out or runs[0] / "report.html", find_runs(runs)
+    written = write_report(found, page, viewer_of(found, steps))
+    print_table(Console(), written.rows)
+    for problem in written.problems:
+        print(f"not shown: {problem}")
     print(f"report: {page}")
+    return page
 
 
-def _sweep_report(path: Path, out: Path | None) -> None:
+def _serve(page: Path, host: str, port: int) -> None:
+    from megatron_sr1.report import report_server
+
+    with report_server(page, host, port) as server:
+        address, number = server.server_address[:2]
+        print(f"serving http://{address}:{number}/ on this machine alone; Ctrl-C ends it", flush=True)
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
+def _sweep_report(path: Path, out: Path | None, steps: Sequence[int] | None = None) -> Path:
     from rich.console import Console
 
     from megatron_sr1.launch.sweep import read_sweep
@@ -80,5 +122,7 @@ def _sweep_report(path: Path, out: Path | None) -> None:
         groups.setdefault((run.preset, run.variant), {})[run.seed] = Path(run.run_dir)
     found = [RunGroup(preset, variant, runs) for (preset, variant), runs in groups.items()]
     folder = Path(sweep.run_dir)
-    print_tables(Console(), write_sweep_report(found, folder, out))
-    print(f"report: {out or folder / 'report.html'}; the numbers: {folder / 'sweep'}.{{md,csv,json}}")
+    page, viewed = out or folder / "report.html", viewer_of([Path(run.run_dir) for run in sweep.runs], steps)
+    print_tables(Console(), write_sweep_report(found, folder, page, viewed))
+    print(f"report: {page}; the numbers: {folder / 'sweep'}.{{md,csv,json}}")
+    return page

@@ -96,7 +96,7 @@ def _steps(
     to the device; when the policy is trained and saved that leaves, and the engines wake with the new weights. So
     `seconds/save` and `seconds/sync` of a step are what its rollouts had to wait for.
     """
-    run.accept(own_code(run.config.objective, preset.templates))
+    run.accept(own_code(run.config.objective, preset.templates), first)
     clock = Clock()
     with clock("sync"):
         source.refresh(policy.hf_weights(), version=first)

@@ -26,10 +26,13 @@ from megatron_sr1.metrics import MetricsWriter, SpikeSink, Trackers
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform, watched_rank
+from megatron_sr1.platform.machine import machine_words
 from megatron_sr1.platform.precision import shares_prefixes
 from megatron_sr1.policy import Policy, StepResult
+from megatron_sr1.preflight.versions import shown_versions
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import templates_of
+from megatron_sr1.report.starts import note_start
 from megatron_sr1.rollout import Limits, Planner
 from megatron_sr1.training.bad_steps import BadSteps
 from megatron_sr1.training.checkpointer import Checkpointer, HfSource, Progress
@@ -176,12 +179,13 @@ class Run:
             self.say(f"continuing after step {step} of {steps}, {samples} samples of the data, from {path}")
         return 0 if self.progress is None else self.progress.step
 
-    def accept(self, code: Mapping[str, Callable[..., Any]] = MappingProxyType({})) -> None:
+    def accept(self, code: Mapping[str, Callable[..., Any]] = MappingProxyType({}), first: int | None = None) -> None:
         """Writes config.yaml, once nothing is left to be refused, and the code of the user's own. A config.yaml that
-        says otherwise is kept as config.0.yaml and so on, and the changes are said.
+        says otherwise is kept as config.0.yaml and so on, and the changes are said. starts.jsonl gets a line.
 
         Args:
             code: functions that the run is trained with, by import path.
+            first: the step that is made first; None: none is.
         """
         if not self.platform.is_main:
             return
@@ -193,6 +197,8 @@ class Run:
             for change in changes:
                 self.say(f"changed since the last start: {change} ({change.rule})")
         path.write_text(text, encoding="utf-8")
+        machine = {"ranks": self.platform.ranks.num_ranks, "versions": shown_versions(), **machine_words()}
+        note_start(self.folder, text, first, machine)
         for name in keep_code(self.folder / "code", code):
             self.say(f"changed since the last start: the code of {name} (takes effect)")
 

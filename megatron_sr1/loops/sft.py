@@ -51,7 +51,7 @@ def _train(run: Run) -> None:
     preflight.machines(policy)
     preflight.demonstrations(feed)
     preflight.close()
-    run.accept()
+    run.accept(first=first)
     with feed, metrics_of(run, first) as writer, watch_for_stop(run.platform) as stop:
         for step in range(first, config.train.steps):
             during.step = step

@@ -87,7 +87,7 @@ class Template:
         """Of the responses."""
         return Layout(self.tags, self.may_be_blank, self.answer, opened=bool(self.opens))
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """16 hex digits of everything but the name."""
         text = json.dumps(asdict(replace(self, name="")), sort_keys=True)

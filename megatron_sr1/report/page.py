@@ -1,39 +1,56 @@
-"""The HTML page: table, curves and examples in one file without external assets. Model text is always escaped."""
+"""The HTML page: tables, curves and the viewer, without anything from outside. Model text is always escaped."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 
 from megatron_sr1.report.controls_section import controls_section
-from megatron_sr1.report.examples import examples_section
-from megatron_sr1.report.plots import CHARTS, Chart, draw_chart
+from megatron_sr1.report.curves_section import curves_section
 from megatron_sr1.report.runs import ReportedRun, read_run
+from megatron_sr1.report.settings_sections import differences_section, machines_section, times_section
 from megatron_sr1.report.summary_table import COLUMNS, SummaryColumn, SummaryRow, comparison_rows, percent
+from megatron_sr1.report.viewer.write import Viewed, viewed_evaluations, write_page
 
 
-def write_report(run_dirs: Sequence[Path], out: Path) -> list[SummaryRow]:
-    """Writes the report of the runs to `out` and returns the rows of its table.
+@dataclass(frozen=True)
+class Written:
+    """What a report has found."""
+
+    rows: list[SummaryRow]  # of its table
+    problems: list[str]  # what of the rollouts and evaluations could not be read
+
+
+def write_report(run_dirs: Sequence[Path], out: Path, viewed: Viewed = viewed_evaluations) -> Written:
+    """Writes the report of the runs to `out`, and where its data are large a folder beside it.
 
     Args:
         run_dirs: run folders (see `find_runs`), in the order they are to be shown.
         out: the HTML file; its folder is made where missing.
+        viewed: what the viewer shows of a run.
 
     Raises:
-        ValueError: no run given, or a damaged file in one.
+        ValueError: no run given, a damaged file in one, or see `viewed`.
     """
     if not run_dirs:
         raise ValueError("a report needs at least one run folder.")
     runs = [read_run(path) for path in run_dirs]
     rows = comparison_rows(runs)
-    tables = (summary_section(rows), controls_section(rows), _sources_section(rows))
-    sections = (*tables, _curves_section(runs), examples_section(runs))
+    sections = (
+        summary_section(rows),
+        controls_section(rows),
+        _sources_section(rows),
+        curves_section(runs),
+        times_section(runs),
+        machines_section(runs),
+        differences_section(runs),
+        config_section(runs),
+    )
     title = " · ".join(run.name for run in runs)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(title, (*sections, config_section(runs))), encoding="utf-8")
-    return rows
+    return Written(rows, write_page(title, sections, runs, viewed, out))
 
 
 def page(title: str, sections: Sequence[str]) -> str:
@@ -96,32 +113,6 @@ def _sources_section(rows: Sequence[SummaryRow]) -> str:
     return (
         '<section><h2>Accuracy by kind of question</h2><div class="scroll"><table id="sources">'
         f"<thead><tr><th></th>{head}<th>prompts</th></tr></thead><tbody>{body}</tbody></table></div></section>"
-    )
-
-
-def _curves_section(runs: Sequence[ReportedRun]) -> str:
-    trained = [run for run in runs if run.metrics]
-    groups = [trained] if len({run.preset for run in trained}) == len(trained) else [[run] for run in trained]
-    blocks = ""
-    for group in groups:
-        labels = [run.preset or run.name for run in group]
-        figures = "".join(_chart(group, labels, chart) for chart in CHARTS)
-        heading = f"<h3>{escape(group[0].name)}</h3>" if len(groups) > 1 else ""
-        blocks += f'{heading}<div class="charts">{figures}</div>'
-    return f"<section><h2>Training</h2>{blocks or '<p class=note>No training step yet.</p>'}</section>"
-
-
-def _chart(runs: Sequence[ReportedRun], labels: Sequence[str], chart: Chart) -> str:
-    light, dark = (draw_chart(runs, labels, chart, theme) for theme in ("light", "dark"))
-    return "" if light is None or dark is None else figure(chart.title, light, dark)
-
-
-def figure(title: str, light: str, dark: str) -> str:
-    """A chart in both themes, each a data address."""
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption><picture>"
-        f'<source srcset="{dark}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{light}" alt="{escape(title)} over training steps"></picture></figure>'
     )
 
 

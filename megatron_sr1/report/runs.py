@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from megatron_sr1.config import load_config
 
 Kind = TypeVar("Kind")
-METRICS_FILE, CONFIG_FILE, EVAL_FOLDER, MEASURES_FILE = "metrics.jsonl", "config.yaml", "eval", "measures.json"
+METRICS_FILE, CONFIG_FILE, MEASURES_FILE = "metrics.jsonl", "config.yaml", "measures.json"
+EVAL_FOLDER, ROLLOUTS_FOLDER = "eval", "rollouts"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
         runs = [folder] if _is_run(folder) else [child for child in inside if _is_run(child)]
         if not runs:
             raise ValueError(
-                f"{folder} holds no run: neither it nor a folder in it has {METRICS_FILE} or {EVAL_FOLDER}/*.json. "
+                f"{folder} holds no run: neither it nor a folder in it has {METRICS_FILE}, {EVAL_FOLDER}/*.json or "
+                f"{ROLLOUTS_FOLDER}/step_*. "
                 "Give the run_dir of a finished or running command."
             )
         for run in runs:
@@ -80,7 +82,9 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / METRICS_FILE).is_file() or any((folder / EVAL_FOLDER).glob("*.json"))
+    """Also one that has not ended its first step."""
+    found = (folder / METRICS_FILE).is_file() or any((folder / EVAL_FOLDER).glob("*.json"))
+    return found or any((folder / ROLLOUTS_FOLDER).glob("step_*.jsonl*"))
 
 
 def read_run(path: Path) -> ReportedRun:

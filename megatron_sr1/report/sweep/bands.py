@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megatron_sr1.report.plots import COLORS, WINDOW, dress, png_address, running_mean, series
+from megatron_sr1.report.plots import COLORS, dress, png_address
+from megatron_sr1.report.series import band
 from megatron_sr1.report.sweep.groups import GroupRow
-from megatron_sr1.report.sweep.statistics import Estimate, estimate
 
 FIRST = (  # in this order; what else a run has of rewards follows
     *("reward/total", "accuracy", "second_pass_accuracy", "language_shortcut_rate", "faithful", "leak"),
@@ -24,18 +23,6 @@ def band_names(rows: Sequence[GroupRow]) -> list[str]:
     return [name for name in FIRST if name in known] + sorted(
         name for name in known if name.startswith("reward/") and name not in FIRST
     )
-
-
-def band(runs: Mapping[int, Sequence[Mapping[str, float | None]]], name: str) -> dict[float, Estimate]:
-    """Step -> estimate over the seeds that have the step; each seed's curve is its running mean over WINDOW of its
-    steps, gaps left out."""
-    by_step: dict[float, list[float]] = {}
-    for metrics in runs.values():
-        steps, values = series(metrics, name)
-        for step, value in zip(steps, running_mean(values, max(1, round(WINDOW * len(values)))), strict=True):
-            if not math.isnan(value):
-                by_step.setdefault(step, []).append(value)
-    return {step: estimate(values) for step, values in sorted(by_step.items())}
 
 
 def draw_bands(rows: Sequence[GroupRow], name: str, theme: str) -> str:

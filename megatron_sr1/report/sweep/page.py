@@ -6,23 +6,28 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from megatron_sr1.report.examples import examples_section
-from megatron_sr1.report.page import config_section, figure, page, summary_section
+from megatron_sr1.report.curves_section import figure
+from megatron_sr1.report.page import config_section, summary_section
+from megatron_sr1.report.settings_sections import machines_section, times_section
 from megatron_sr1.report.summary_table import comparison_rows
 from megatron_sr1.report.sweep.bands import band_names, draw_bands
 from megatron_sr1.report.sweep.files import write_sweep_files
 from megatron_sr1.report.sweep.groups import GroupRow, RunGroup, sweep_rows
 from megatron_sr1.report.sweep.tables import notes, text_tables
 from megatron_sr1.report.text_table import table_section
+from megatron_sr1.report.viewer.write import Viewed, viewed_evaluations, write_page
 
 
-def write_sweep_report(groups: Sequence[RunGroup], folder: Path, out: Path | None = None) -> list[GroupRow]:
+def write_sweep_report(
+    groups: Sequence[RunGroup], folder: Path, out: Path | None = None, viewed: Viewed = viewed_evaluations
+) -> list[GroupRow]:
     """Writes the page, sweep.md, sweep.csv and sweep.json, and returns the rows.
 
     Args:
         groups: the first is what the others are compared with.
         folder: of the sweep.
         out: the page; `<folder>/report.html` by default.
+        viewed: what the viewer shows of a run.
 
     Raises:
         ValueError: no run has made a step yet, or a damaged file in one.
@@ -31,18 +36,17 @@ def write_sweep_report(groups: Sequence[RunGroup], folder: Path, out: Path | Non
     runs = [run for row in rows for run in row.runs.values()]
     if not runs:
         raise ValueError(f"no run of the sweep in {folder} has made a step yet. Start it: megatron-sr1 sweep.")
-    firsts = [next(iter(row.runs.values())) for row in rows if row.runs]
     sections = (
         "".join(table_section(table, "sweep") for table in text_tables(rows)),
         "".join(f'<p class="note">{escape(note)}</p>' for note in notes(rows)),
         _curves_section(rows),
         summary_section(comparison_rows(runs), "Every run"),
-        examples_section(firsts),
+        times_section(runs),
+        machines_section(runs),
         config_section(runs),
     )
     out = out or folder / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(f"sweep {folder.name}", sections), encoding="utf-8")
+    write_page(f"sweep {folder.name}", sections, runs, viewed, out)
     write_sweep_files(rows, folder)
     return rows
 
