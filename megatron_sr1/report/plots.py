@@ -39,7 +39,9 @@ CHARTS = (
     Chart("Response length", ("*response_tokens", "*description_tokens", "*response_length"), "tokens"),
     Chart("Trainer against generator", ("*logprob_gap*",), "log-prob gap, nats per token"),
     Chart("Time per step", ("seconds", "seconds/*"), "seconds"),
-    Chart("Loss", ("loss", "loss/*/policy", "loss/*/nll"), "loss"),
+    Chart("Loss", ("loss", "loss/*/policy", "loss/*/nll", "heldout/loss"), "loss"),
+    Chart("Held-out demonstrations", ("heldout/token_accuracy",), "share of tokens that are likeliest"),
+    Chart("Learning rate", ("learning_rate",), "of the language model"),
     Chart("Gradient norm", ("grad_norm",), "L2 norm"),
 )
 
