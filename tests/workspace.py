@@ -75,11 +75,11 @@ def build_workspace(folder: Path) -> Workspace:
     made = Workspace(folder)
     one_rank = ("nproc=1", "layout.tensor=1")  # two would spend half of the time on each other
     learn = (
-        "train.epochs=4.8",
+        *("train.steps=null", "train.epochs=4.8"),
         "train.batch_size=32",
         "optimizer.lr=3e-3",
         "train.save_every=60",
-    )  # 60 steps of 400 samples
+    )
     made.run_forked("sft", "sft", *learn, *one_rank, num_ranks=1)
     return made
 
