@@ -20,6 +20,7 @@ from megatron_sr1.digits.tiny_model import (
     ROPE_THETA,
     VISION_PREPROCESSOR,
     VOCAB_MULTIPLE,
+    create_tiny_model,
     qwen_tokenizer,
     train_tokenizer,
 )
@@ -87,9 +88,6 @@ ZOO = {
 }
 
 
-PLAIN_FAMILIES = {"qwen2_5_vl": "qwen2_5_vl_tied", "qwen3_vl": "qwen3_vl", "qwen3_vl_moe": "qwen3_vl_moe"}
-
-
 def create_plain(folder: Path, family: str, texts: Iterable[str], seed: int = 0) -> None:
     """Writes a small model of a family of `config.families`, of random weights. The same seed writes the same bytes.
 
@@ -104,7 +102,11 @@ def create_plain(folder: Path, family: str, texts: Iterable[str], seed: int = 0)
         raise ValueError(f"--out {folder} is there already, and nothing is written over it. Give another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        made = create_family(Path(scratch) / "model", PLAIN_FAMILIES[family], seed=seed, texts=texts, plain=True)
+        made = Path(scratch) / "model"
+        if family == "qwen2_5_vl":
+            create_tiny_model(made, texts, seed)
+        else:
+            create_family(made, family, seed=seed, texts=texts, plain=True)
         os.replace(made, folder)
 
 
