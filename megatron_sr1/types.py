@@ -354,6 +354,7 @@ class MicroBatch:
     grad_rows: Tensor | None = None  # [G] int64: the scored tokens whose scores the loss depends on; None: all
     entropy_grad: bool = False  # whether it depends on their entropies too, and not on their log-probs alone
     keeps_hidden: bool = False  # whether the hidden states that predict them are wanted too; without gradient alone
+    marks_top: bool = False  # whether it is wanted which targets no token is likelier than; without gradient alone
     others: tuple[OtherContext, ...] = ()  # that the KL of whole distributions is wanted from
 
 
@@ -376,6 +377,7 @@ class LogProbs:
     entropy: Tensor | None  # [T] nats
     kl: Tensor | None = None  # [O, T] nats, from each of the micro-batch's `others`; 0 where that has no token
     hidden: Tensor | None = None  # [T, H], where they are kept and this is a rank of the last stage
+    is_top: Tensor | None = None  # [T] bool, where it is marked: no token of the vocabulary is likelier
 
 
 # ---------------------------------------------------------------- the objective

@@ -26,6 +26,7 @@ from tests.logprob_cases import (
     backward_both,
     check_no_scored_row,
     check_shards,
+    check_top,
     dense_reference,
     make_bias,
     make_exact_inputs,
@@ -251,4 +252,5 @@ def check_ranks(rank: int, num_ranks: int) -> None:
     for backend in ("triton", "fused"):
         check_shards(rank, group, [20, 33], 45, biased=True, backend=backend)
         check_shards(rank, group, [VOCAB - 2, 2], VOCAB - 2, backend=backend)  # a shard of padding
+        check_top(rank, group, [20, 33], 45, backend)
         check_no_scored_row(group, rank, backend)

@@ -153,6 +153,31 @@ def check_shards(
     assert_relative(shard.grad, w.grad[start : start + shards[rank]], 1e-5)
 
 
+def check_top(
+    rank: int,
+    group: ProcessGroup | None,
+    shards: list[int],
+    vocab_size: int,
+    backend: BackendName = "auto",
+    bias: Tensor | None = None,
+) -> None:
+    """Every other target is the likeliest id, and one is not scored."""
+    start = sum(shards[:rank])
+    hidden, weight, targets = (x.detach() for x in make_inputs())
+    weight[vocab_size:] = 100.0  # padding would win
+    shift = 0.0 if bias is None else bias[:vocab_size].double()
+    likeliest = (hidden.double() @ weight[:vocab_size].double().t() + shift).argmax(1)
+    targets = torch.where(torch.arange(TOKENS) % 2 == 0, likeliest, targets % vocab_size)
+    targets[4] = IGNORE_INDEX
+    part = slice(start, start + shards[rank])
+    how = {"temperature": 0.7, "tp_group": group, "vocab_start": start, "vocab_size": vocab_size, "backend": backend}
+    how["logit_bias"] = None if bias is None else bias[part]
+    found = linear_logprob(hidden, weight[part], targets, top=True, **how)
+    assert found.is_top is not None and torch.equal(found.is_top, targets == likeliest)
+    assert 15 < int(found.is_top.sum()) < TOKENS - 10, "both kinds occur"
+    assert linear_logprob(hidden, weight[part], targets, **how).is_top is None
+
+
 def check_no_scored_row(group: ProcessGroup, rank: int, backend: BackendName = "auto") -> None:
     hidden, weight, targets = make_inputs(4, 10)
     ignored = torch.full_like(targets, IGNORE_INDEX)

@@ -244,7 +244,8 @@ class Runs:
             )
         trainer: Any = policy if trains else NoTrainer()
         with feed, source:
-            grpo._steps(run, first, PRESET, feed, policy, source, trainer, NoEvaluations())
+            assert config.train.steps is not None
+            grpo._steps(run, range(first, config.train.steps), PRESET, feed, policy, source, trainer, NoEvaluations())
         return policy
 
     def metrics(self, name: str) -> list[dict[str, float]]:

@@ -46,7 +46,7 @@ LEVELS = {
         "digits",
         "evaluation",
     },
-    2: {"platform", "kernels", "weights", "policy", "convert", "rollout", "estimate", "training"},
+    2: {"platform", "kernels", "weights", "policy", "convert", "rollout", "estimate", "training", "show"},
     3: {"preflight", "loops"},
     4: {"cli", "launch", "__main__"},
 }

@@ -28,7 +28,7 @@ PARTS = ("response", "description", "think", "answer")
 
 def test_the_cold_start_learned_the_layouts(finished: Workspace) -> None:
     losses = [entry["loss/sft/nll"] for entry in finished.metrics("sft")]
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.3 * losses[0] and len(losses) == 60, "4.8 epochs of 400 samples, 32 a step"
     assert finished.summary("whole", "before")["format"] > 0.5
 
 

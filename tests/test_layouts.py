@@ -109,14 +109,16 @@ def _one_step(model_dir: str, overrides: tuple[str, ...], budget: int, share: bo
         prefixes = torch.tensor(max(max(batch.parents) for batch in batches))
         torch.distributed.all_reduce(prefixes, op=torch.distributed.ReduceOp.MAX)
         assert (int(prefixes) >= 0) == share, "prefixes are shared on some replica"
-        scores = policy.logprobs(batches, Scoring())
+        scores = policy.logprobs([replace(batch, marks_top=True) for batch in batches], Scoring())
         logprobs = gather_rows([score.logprobs for score in scores], batches, len(mine))
         entropies = gather_rows([score.entropy for score in scores], batches, len(mine))
+        tops = gather_rows([score.is_top for score in scores], batches, len(mine))
         batches = [replace(batch, entropy_grad=True) for batch in batches]
         result = policy.train_step(batches, MeanLoss(num_tokens, bonus=0.2), Scoring())
         return {
             "logprobs": dict(zip(mine, logprobs, strict=True)),
             "entropies": dict(zip(mine, entropies, strict=True)),
+            "tops": {index: row.tolist() for index, row in zip(mine, tops, strict=True)},
             "result": result,
             "gradients": {} if config.layout.distributed_optimizer else _gradients(policy),
             "weights": {name: tensor.clone() for name, tensor in policy.hf_weights()},
@@ -162,6 +164,7 @@ def _check(found: dict[str, Any], expected: dict[str, Any], name: str) -> None:
         for index, values in found[kind].items():
             error = relative_error(values, expected[kind][index])
             assert error < TOLERANCE, f"{name}: {kind} of sequence {index} differ by {error}"
+    assert all(values == expected["tops"][index] for index, values in found["tops"].items()), name
     assert found["result"].metrics["loss"] == pytest.approx(expected["result"].metrics["loss"], rel=TOLERANCE), name
     assert found["result"].grad_norm == pytest.approx(expected["result"].grad_norm, rel=TOLERANCE), name
     assert found["weights"].keys() == expected["weights"].keys(), name

@@ -8,7 +8,7 @@ import torch.distributed
 from torch.distributed import ProcessGroup
 
 from megatron_sr1.kernels import linear_logprob
-from tests.logprob_cases import VOCAB, check_no_scored_row, check_shards, make_inputs
+from tests.logprob_cases import VOCAB, check_no_scored_row, check_shards, check_top, make_bias, make_inputs
 from tests.ranks import run_ranks
 
 
@@ -28,6 +28,7 @@ def check_ranks(rank: int, num_ranks: int) -> None:
         check_shards(rank, group, uneven, VOCAB, biased=True)
         check_shards(rank, group, uneven, 45)  # padding inside the last shard
         check_shards(rank, group, [VOCAB - 2, 2] if size == 2 else [VOCAB - 2, 1, 1], VOCAB - 2)  # shards of padding
+        check_top(rank, group, uneven, 45, bias=make_bias())
         check_no_scored_row(group, rank)
         check_errors(group, rank)
 

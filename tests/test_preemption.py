@@ -158,17 +158,22 @@ def test_grpo_stops_at_a_reward_that_fails_at_a_word_to_one_rank_and_at_ctrl_c(
 
 def test_sft_stops_when_every_process_is_signalled(workspace: Workspace) -> None:
     """SIGTERM to the launcher and all ranks at once, as Slurm does it; the launcher passes it on too. It goes on as two
-    tasks of srun, by the variables that srun would set."""
-    workspace.run_forked("sft", "sft_whole", *SFT)
+    tasks of srun, by the variables that srun would set. What is measured of held-out demonstrations is the same, too.
+    """
+    sft = (*SFT, "train.heldout_every=2", "evaluate.max_prompts=12")
+    sft = (*sft, f"data.heldout=[{workspace.folder}/data/cold_start-*.tar]")
+    workspace.run_forked("sft", "sft_whole", *sft)
 
     def tell_everyone(launcher: psutil.Process) -> None:
         os.killpg(launcher.pid, signal.SIGTERM)
 
-    status, printed = stop_midway(workspace, "sft", "sft_asked", SFT, tell_everyone)
+    status, printed = stop_midway(workspace, "sft", "sft_asked", sft, tell_everyone)
     check_it_stopped(workspace, "sft_asked", status, printed, steps=6)
-    call_forked(srun_task, workspace.command("sft", "sft_asked", *SFT)[3:], str(os.getpid()), num_ranks=2)
+    call_forked(srun_task, workspace.command("sft", "sft_asked", *sft)[3:], str(os.getpid()), num_ranks=2)
     assert untimed(workspace.metrics("sft_asked")) == untimed(workspace.metrics("sft_whole"))
     assert weights(workspace, "sft_asked") == weights(workspace, "sft_whole")
+    measured = [entry.get("heldout/loss") for entry in workspace.metrics("sft_whole")]
+    assert [loss is not None for loss in measured] == [False, True] * 3 and measured[1] > measured[3] > measured[5]
 
 
 DEAF = """

@@ -309,7 +309,7 @@ class Scripted:
     def failed(self) -> bool:
         return any(row.verdict == "fail" for row in self.rows)
 
-    def machines(self, policy: Any) -> None:
+    def machines(self, policy: Any, num_steps: int) -> None:
         self.rows.append(self._machines)
 
     def engines(self, complaints: Sequence[str]) -> None:
@@ -342,7 +342,7 @@ def begun(
 
 def go_through(preflight: first_checks.Preflight, complaint: str = "", trainer: Any = None) -> None:
     nothing: Any = None
-    preflight.machines(nothing)
+    preflight.machines(nothing, 200)
     if complaint:
         preflight.complain(complaint)
     preflight.responses(nothing, nothing, trainer, 0)

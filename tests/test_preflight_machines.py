@@ -187,7 +187,7 @@ def test_too_small_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     def rows(free: float, speed: float = 1e12) -> list[str]:
         monkeypatch.setattr(machine, "free_bytes", lambda folder: asked.append(folder) or int(free))
-        return [row.verdict for row in disk_rows(config, [COUNT], [(speed, "")])]
+        return [row.verdict for row in disk_rows(config, [COUNT], [(speed, "")], 200)]
 
     assert rows(3 * each + export + 1) == ["pass", "pass"] and asked == [tmp_path], "what is there of the path"
     assert rows(3 * each + export - 1) == ["warn", "pass"]
@@ -196,7 +196,7 @@ def test_too_small_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert rows(2 * each + export + 1) == ["pass", "pass"], "one of them is there"
     assert rows(1) == ["warn", "pass"], "and makes room"
     assert rows(1e15, each / 601) == ["pass", "warn"]
-    bad = disk_rows(config, [COUNT], [(0.0, "/x: Permission denied"), (1e9, "")])
+    bad = disk_rows(config, [COUNT], [(0.0, "/x: Permission denied"), (1e9, "")], 200)
     assert bad[1].verdict == "fail" and "Permission denied" in bad[1].found
 
 

@@ -16,6 +16,7 @@ from megatron_sr1.config import (
     Config,
     ConfigError,
     changes_of,
+    check_epochs,
     check_resume,
     dump_config,
     load_config,
@@ -39,6 +40,7 @@ OTHER: dict[str, Any] = {
     "rollout.engine_tensor": (2, {"nproc": 2}),
     "rollout.max_running_requests": 7,
     "rollout.pull": True,
+    "train.epochs": (2.0, {"train.steps": None}),
     "train.keep_every": 20,
     "train.keep_best": ("accuracy", {"train.evaluate_every": 10}),
     "rollout.top_p": None,  # 1 and 0 are the only values
@@ -94,6 +96,7 @@ def _leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield key, hints[field.name], default
 
 
+LENGTH = ("train.steps", "train.epochs")
 LEAVES = {key: (hint, default) for key, hint, default in _leaves(Config)}
 
 
@@ -169,7 +172,7 @@ def test_a_change_of_any_key_is_refused_or_said(key: str, begun: Config, tmp_pat
         assert changes_of(now) == []
         return
     change = next(change for change in changes_of(now) if change.key == key)
-    finished = _with(now, {"train.steps": 3})
+    finished = _with(now, {"train.steps": 3, "train.epochs": None})
     rule = rule_of(key)
     if key == "optimizer.vision_lr":  # from none: the optimizer's groups would be others
         rule = "refused"
@@ -179,10 +182,10 @@ def test_a_change_of_any_key_is_refused_or_said(key: str, begun: Config, tmp_pat
         return
     check_resume(now)
     before = {change.key: change for change in changes_of(finished)}
-    if rule == "takes effect" and key != "train.steps":
+    if rule == "takes effect" and key not in LENGTH:
         with pytest.raises(ConfigError, match=r"is finished.*" + key.replace(".", r"\.")):
             check_resume(finished)
-    assert str(change).startswith(f"{key} was ") and (key in before or key == "train.steps")
+    assert str(change).startswith(f"{key} was ") and (key in before or key in LENGTH)
 
 
 def test_a_refusal_names_every_key_with_both_values_and_touches_nothing(begun: Config) -> None:
@@ -204,6 +207,28 @@ def test_a_finished_run_is_extended_by_more_steps_alone(begun: Config) -> None:
     check_resume(_with(finished, {"optimizer.lr": 1e-6, "train.steps": 9}))
     with pytest.raises(ConfigError, match=r"train\.steps=2 is not allowed: .* has done 3 steps"):
         check_resume(_with(finished, {"train.steps": 2}))
+
+
+def test_epochs_end_a_run_as_steps_do(begun: Config) -> None:
+    """The size of a step must be that of all before: else nobody knows from their number what was seen."""
+    kept, size = Path(begun.run_dir) / "config.yaml", "train.batch_size"
+    by_epochs = _with(begun, {"train.steps": None, "train.epochs": 2.0})
+    check_resume(by_epochs)
+    with pytest.raises(ConfigError, match=r"may not all be of one size: train\.epochs was None and is 2\.0"):
+        check_epochs(by_epochs, 6, size)
+    kept.write_text(dump_config(by_epochs))
+    check_epochs(by_epochs, 6, size)
+    check_epochs(_with(by_epochs, {"optimizer.lr": 1e-6, "train.epochs": 3.0}), 9, size)
+    check_epochs(_with(by_epochs, {"rollout.prompts_per_step": 7}), 6, size)
+    with pytest.raises(ConfigError, match=r"may not all be of one size: train\.batch_size was 128 and is 64"):
+        check_epochs(_with(by_epochs, {size: 64}), 12, size)
+    check_resume(_with(by_epochs, {size: 64, "train.steps": 9, "train.epochs": None}))
+    with pytest.raises(ConfigError, match=r"train\.epochs=0\.5 \(2 steps\) is not allowed: .* has done 3 steps"):
+        check_epochs(_with(by_epochs, {"train.epochs": 0.5}), 2, size)
+    with pytest.raises(ConfigError, match=r"is finished.*optimizer\.lr was .* raise train\.epochs to go on"):
+        check_epochs(_with(by_epochs, {"optimizer.lr": 1e-6}), 3, size)
+    shutil.rmtree(Path(begun.run_dir) / "checkpoints")
+    check_epochs(_with(by_epochs, {size: 64}), 1, size)
 
 
 def test_the_model_is_compared_by_content(begun: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ class Recorder:
         def call(*arguments: Any, **options: Any) -> Any:
             self._log.append(name)
             result = self._results.get(name)
-            return result(*arguments) if callable(result) else result
+            return result(*arguments, **options) if callable(result) else result
 
         return call
 
@@ -41,7 +41,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[Any], l
     """What two steps of a run do, until it is asked to leave."""
     log: list[str] = []
 
-    def end_step(step: int, *_: Any) -> None:
+    def end_step(step: int, *_: Any, **__: Any) -> None:
         if step + 1 == leaves_after:
             raise SystemExit(75)
 
@@ -75,7 +75,16 @@ def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[Any], l
     source.needs_room = True  # type: ignore[attr-defined]
     policy, trainer = Policy(log), Recorder(log, update=results)
     try:
-        grpo._steps(run, 0, SimpleNamespace(templates=None), feed, policy, source, trainer, Recorder(log))  # type: ignore[arg-type]
+        grpo._steps(
+            run,
+            range(run.config.train.steps),
+            SimpleNamespace(templates=None),
+            feed,
+            policy,
+            source,
+            trainer,
+            Recorder(log),
+        )  # type: ignore[arg-type]
     except SystemExit:
         log.append("leave")
     return log
@@ -127,6 +136,6 @@ def test_a_checkpoint_is_finished_before_an_evaluation_and_at_the_end() -> None:
     )
     stop: Any = SimpleNamespace(agreed=lambda: False)
     for step in range(10):
-        Run.end_step(run, step, None, stop, object())  # type: ignore[arg-type]
+        Run.end_step(run, step, None, stop, object(), is_last=step == 9)  # type: ignore[arg-type]
     assert saved == [2, 4, 6, 8, 10]
     assert [number for number, waited in enumerate(waits, start=1) if waited] == [4, 8, 10] and len(waits) == 10

@@ -74,7 +74,12 @@ def build_workspace(folder: Path) -> Workspace:
     call_forked(_build_digits, ["--out", str(folder), *sizes])
     made = Workspace(folder)
     one_rank = ("nproc=1", "layout.tensor=1")  # two would spend half of the time on each other
-    learn = ("train.steps=60", "train.batch_size=32", "optimizer.lr=3e-3", "train.save_every=60")
+    learn = (
+        *("train.steps=null", "train.epochs=4.8"),
+        "train.batch_size=32",
+        "optimizer.lr=3e-3",
+        "train.save_every=60",
+    )
     made.run_forked("sft", "sft", *learn, *one_rank, num_ranks=1)
     return made
 

@@ -1,6 +1,6 @@
-"""Builds WebDataset shards from Parquet, JSON Lines, JSON or other shards; leaves out what cannot be trained on.
+"""Builds WebDataset shards from rows, conversations or other shards; leaves out what cannot be trained on.
 
-    python tools/build_shards.py --input PATH --format parquet|jsonl|json|webdataset --out DIR [--model HF_DIR]
+    python tools/build_shards.py --input PATH --format parquet|jsonl|json|llava|webdataset --out DIR [--model HF_DIR]
     python tools/build_shards.py --check --out DIR
 
 PATH is a file, a folder or a pattern in quotes. DIR gets NAME-00000.tar ... with an index beside each,
@@ -34,11 +34,8 @@ from megatron_sr1.data.build.check import check_shards
 from megatron_sr1.data.build.layouts import boxed_answer
 from megatron_sr1.data.build.samples import Question
 from megatron_sr1.data.sources.columns import Columns
-from megatron_sr1.data.sources.json_files import JsonSource
-from megatron_sr1.data.sources.json_lines import JsonlSource
-from megatron_sr1.data.sources.parquet import ParquetSource
+from megatron_sr1.data.sources.opening import WITH_IMAGE_FOLDER, open_source
 from megatron_sr1.data.sources.source import Format, Source
-from megatron_sr1.data.sources.webdataset import WebDatasetSource
 from megatron_sr1.prompts import SHIPPED
 from megatron_sr1.types import SftSample, TemplateName
 
@@ -123,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", default="train", help="shards are called NAME-00000.tar")
     add_build_arguments(parser)
     parser.add_argument(
-        "--images", metavar="DIR", help="jsonl, json: where image paths begin; default: beside the file"
+        "--images", metavar="DIR", help="jsonl, json, llava: where image paths begin; default: beside the file"
     )
     parser.add_argument(
         "--rename", nargs="+", default=[], metavar="COLUMN=FIELD", help="e.g. question=problem; COLUMN= leaves it out"
@@ -232,8 +229,10 @@ def _check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) 
     if not args.input or args.format is None:
         parser.error("--input and --format are needed to build (only --check does without)")
     check_build_arguments(args, parser)
-    if args.images is not None and args.format not in ("jsonl", "json"):
-        parser.error(f"--images belongs to --format jsonl and json, not to {args.format}")
+    if args.images is not None and args.format not in WITH_IMAGE_FOLDER:
+        parser.error(f"--images belongs to --format jsonl, json and llava, not to {args.format}")
+    if args.rename and args.format == "llava":
+        parser.error("--rename does not go with --format llava, whose columns have their names")
     wrong = next((part for part in args.rename if not re.fullmatch(r"[^=]+=[^=]*", part)), None)
     if wrong is not None:
         parser.error(f"--rename {wrong!r}: write COLUMN=FIELD")
@@ -246,13 +245,7 @@ def _check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) 
 
 
 def _source(args: argparse.Namespace, columns: Columns) -> Source:
-    if args.format == "parquet":
-        return ParquetSource(args.input, columns)
-    if args.format == "jsonl":
-        return JsonlSource(args.input, columns, args.images)
-    if args.format == "json":
-        return JsonSource(args.input, columns, args.images)
-    return WebDatasetSource(args.input, columns)
+    return open_source(args.format, args.input, columns.rename, args.images)
 
 
 def _print_report(report: BuildReport, options: BuildOptions, console: Console) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sr1.cli.convert import add_convert_options
+from megatron_sr1.cli.tools import add_data_options, add_model_options
 from megatron_sr1.config import Config, load_config
 from megatron_sr1.config.yaml_files import read_mapping
 from megatron_sr1.launch import add_launch_options, started_rank
@@ -40,11 +41,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_launch_options(commands.add_parser("launch", help=text, description=text))
     text = "checkpoints between Hugging Face and Megatron-Core, and their comparison"
     add_convert_options(commands.add_parser("convert", help=text, description=text))
+    text = "samples as a model will see them"
+    add_data_options(commands.add_parser("data", help=text, description=text))
+    text = "small models to try things on"
+    add_model_options(commands.add_parser("model", help=text, description=text))
     _add_plan(commands.add_parser("plan", help="the fastest layouts of a GRPO run on so many GPUs, by prediction"))
     _add_report(commands.add_parser("report", help="table and page of runs, or of a sweep, with their rollouts"))
     _add_credit(commands.add_parser("credit", help="which tokens of a saved step two objectives would credit"))
     args, rest = parser.parse_known_args(arguments)
-    if args.command in ("convert", "report", "credit", "sweep") or any(word.startswith("-") for word in rest):
+    if args.command in ("convert", "report", "credit", "sweep", "data", "model") or any(
+        word.startswith("-") for word in rest
+    ):
         parser.parse_args(arguments)  # ends here where words are left that no option takes
         return args
     args.overrides += rest  # argparse takes overrides that follow an option for unknown words

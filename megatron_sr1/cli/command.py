@@ -1,5 +1,5 @@
 """megatron-sr1 sft, grpo, evaluate, preflight CONFIG.yaml [key=value ...]; sweep; launch; plan; report; credit;
-convert."""
+convert; data; model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from megatron_sr1.cli.credit import run_credit
 from megatron_sr1.cli.plans import run_plan
 from megatron_sr1.cli.reports import run_report, run_sweep
 from megatron_sr1.cli.runs import start, start_preflight
+from megatron_sr1.cli.tools import run_data, run_model
 from megatron_sr1.config.mistakes import EXPECTED_ERRORS, MISTAKE_STATUS, one_line
 from megatron_sr1.launch import run_launch
 
@@ -58,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_credit(args)
         elif args.command == "convert":
             sys.exit(run_convert(args))
+        elif args.command == "data":
+            run_data(args)
+        elif args.command == "model":
+            run_model(args)
         elif args.command == "plan":
             run_plan(args)
         elif args.command == "preflight":

@@ -31,9 +31,15 @@ TRAINING_DATA: dict[Command, tuple[DataList, ...]] = {
 }
 
 
+def data_of(command: Command, config: Config) -> tuple[DataList, ...]:
+    """The lists of data that a command reads."""
+    measures = command == "sft" and config.train.heldout_every
+    return (*TRAINING_DATA[command], "heldout") if measures else TRAINING_DATA[command]
+
+
 def check_run(command: Command, config: Config) -> list[str]:
-    """What can be checked of a run without torch. Returns what keeps it from its data: a line for each key of
-    TRAINING_DATA whose files are missing.
+    """What can be checked of a run without torch. Returns what keeps it from its data: a line for each list
+    of data whose files are missing.
 
     Raises:
         ValueError: anything else that is wrong, a key without files included.
@@ -42,7 +48,7 @@ def check_run(command: Command, config: Config) -> list[str]:
     from megatron_sr1.prompts import templates_of
 
     missing = []
-    for name in TRAINING_DATA[command]:
+    for name in data_of(command, config):
         try:
             check_data(config.data, name)
         except MissingFiles as error:
@@ -68,8 +74,8 @@ def start(command: Command, config: Config, args: argparse.Namespace) -> None:
         ValueError: what is wrong with the configuration, the data or the model.
     """
     missing_data = check_run(command, config)
-    if command == "grpo" and not missing_data:
-        _warn_of_shared_files(config)
+    if "heldout" in (names := data_of(command, config)) and len(names) > 1 and not missing_data:
+        _warn_of_shared_files(config, names[0])
     parts: dict[str, Any] = {}
     if command == "grpo":
         _check_parts(args)
@@ -122,15 +128,15 @@ def _prepare(command: Command, config: Config, missing_data: Sequence[str], *, o
     check_weights(config, weights=not (only_trained and config.model.megatron_dir))
     from megatron_sr1.data import prepare_data
 
-    for name in TRAINING_DATA[command]:
+    for name in data_of(command, config):
         prepare_data(config.data, name, _say)
 
 
-def _warn_of_shared_files(config: Config) -> None:
+def _warn_of_shared_files(config: Config, trained: DataList) -> None:
     """On stderr."""
     from megatron_sr1.data import files_of
 
-    train, heldout = files_of(config.data, "train"), files_of(config.data, "heldout")
+    train, heldout = files_of(config.data, trained), files_of(config.data, "heldout")
     if shared := sorted(train.keys() & heldout.keys()):
         _say(
             f"warning: {len(shared)} files of data.heldout are trained on, too ({shared[0]}): evaluations will look "
@@ -164,7 +170,9 @@ def _dry_run(command: Command, config: Config, args: argparse.Namespace, missing
 
     plan = make_plan(command, config, Machine(args.gpu_gib, args.gpus_per_node, args.host_gib))
     print(dump_config(config))
-    notes = [] if missing_data else [note for name in TRAINING_DATA[command] for note in check_data(config.data, name)]
+    notes = (
+        [] if missing_data else [note for name in data_of(command, config) for note in check_data(config.data, name)]
+    )
     for line in plan_text(plan, [*missing_data, *notes, *advice(plan)]).splitlines():
         print(f"# {line}".rstrip())
     check_fits(plan)

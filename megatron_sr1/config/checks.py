@@ -32,6 +32,7 @@ def check_command(command: Command, config: Config) -> None:
     check_trackers(config.track)
     if command == "grpo":
         check_train_batch(config)
+    _check_length(command, config)
     require(
         command != "sft" or config.train.batch_size >= config.data_ranks,
         "train.batch_size",
@@ -48,6 +49,40 @@ def check_command(command: Command, config: Config) -> None:
     )
     if command != "sft":
         check_engine(config)
+
+
+def _check_length(command: Command, config: Config) -> None:
+    """Whether it can be known how many steps train.epochs comes to; what is evaluated on the way."""
+    train, data = config.train, config.data
+    name, weights = ("train", data.train_weights) if command == "grpo" else ("cold_start", data.cold_start_weights)
+    require(
+        command == "evaluate" or train.epochs is None or not weights,
+        "train.epochs",
+        train.epochs,
+        f"null with data.{name}_weights: the parts of a mixture end one after the other",
+        "Set train.steps.",
+    )
+    require(
+        command != "grpo" or train.epochs is None or not config.rollout.dynamic_sampling,
+        "train.epochs",
+        train.epochs,
+        f"null with rollout.dynamic_sampling={config.rollout.dynamic_sampling}: a step draws what it needs",
+        "Set train.steps.",
+    )
+    require(
+        command != "grpo" or not train.heldout_every,
+        "train.heldout_every",
+        train.heldout_every,
+        "0 for grpo, whose evaluations answer the prompts of data.heldout",
+        "Set train.evaluate_every.",
+    )
+    require(
+        command != "sft" or not train.heldout_every or bool(data.heldout),
+        "train.heldout_every",
+        train.heldout_every,
+        "0 without data.heldout",
+        "Name demonstrations in data.heldout that are not trained on.",
+    )
 
 
 def check_model(config: Config) -> None:

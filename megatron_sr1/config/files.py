@@ -42,23 +42,28 @@ def load_config(
         ConfigError: no YAML, unknown key, wrong type, a value out of range, or values that do not fit together; a base
             that is missing or leads back to its own file; no section `objective` where it is all that counts.
     """
+    words = read_overrides(overrides)
+    refuse_resolvers(words, "an override")
     tree = OmegaConf.merge(_schema(), read_overrides(defaults))
     assert isinstance(tree, DictConfig), type(tree)
+    given = [words]
     if path is not None:
         if not Path(path).is_file():
             raise ConfigError(f"CONFIG={str(path)!r} is not a file. Give the path of a YAML configuration.")
         for file, part in _with_bases(Path(path), ()):
             tree = _merged(tree, part, f"{file}: ")
+            given.append(part)
     if objective is not None:
         parts = [(file, part["objective"]) for file, part in _with_bases(objective, ()) if part.get("objective")]
         if not parts:
             raise ConfigError(f"{objective} has no section objective, and nothing else of it counts. Give it one.")
         for file, part in parts:
             tree = _merged(tree, OmegaConf.create({"objective": part}), f"{file}: ")
-    words = read_overrides(overrides)
-    refuse_resolvers(words, "an override")
+    tree = _merged(tree, words, "")
+    if tree.train.epochs is not None and not any("steps" in (part.get("train") or {}) for part in given):
+        tree = _merged(tree, OmegaConf.create({"train": {"steps": None}}), "")  # its default is for who says nothing
     try:
-        config = OmegaConf.to_object(_merged(tree, words, ""))
+        config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise ConfigError(_reason(error)) from error
     assert isinstance(config, Config), type(config)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -199,16 +199,49 @@ def check_resume(config: Config) -> None:
     refused += _other_weights(config, Path(config.run_dir) / "checkpoints" / f"step_{steps[-1]:06d}")
     if refused:
         raise ConfigError(f"run_dir={config.run_dir!r} holds another run: {'; '.join(refused)}. {_REMEDY}")
-    if steps[-1] > config.train.steps:
+    if config.train.steps is not None:
+        _check_end(config, "train.steps", str(config.train.steps), config.train.steps, steps[-1], changes)
+
+
+def check_epochs(config: Config, num_steps: int, size_key: str) -> None:
+    """What `check_resume` asks of train.steps, of the steps that train.epochs comes to, once they are known.
+
+    Args:
+        size_key: what a step's share of an epoch is. Steps of another size than those that are done would be counted as
+            if all had been of it.
+
+    Raises:
+        ConfigError: the run goes on with steps of another size, or was begun by train.steps, under which they may have
+            been of any; see `check_resume`.
+    """
+    done = saved_steps(Path(config.run_dir) / "checkpoints")
+    if config.train.epochs is None or not done:
+        return
+    changes = changes_of(config)
+    begun_otherwise = [
+        one for one in changes if one.key == size_key or (one.key == "train.epochs" and one.then is None)
+    ]
+    if begun_otherwise:
         raise ConfigError(
-            f"train.steps={config.train.steps} is not allowed: run_dir={config.run_dir!r} has done {steps[-1]} steps. "
+            f"train.epochs={config.train.epochs} is not allowed: steps of run_dir={config.run_dir!r} may not all be "
+            f"of one size: {'; '.join(map(str, begun_otherwise))}. Set it back, set train.steps and "
+            "train.epochs=null, or choose another run_dir."
+        )
+    _check_end(config, "train.epochs", f"{config.train.epochs} ({num_steps} steps)", num_steps, done[-1], changes)
+
+
+def _check_end(config: Config, key: str, value: str, num_steps: int, done: int, changes: Sequence[Change]) -> None:
+    """Raises ConfigError where a run is past its end, or at it with something that was to take effect."""
+    if done > num_steps:
+        raise ConfigError(
+            f"{key}={value} is not allowed: run_dir={config.run_dir!r} has done {done} steps. "
             "Give at least as many, or choose another run_dir."
         )
     effects = [str(change) for change in changes if change.rule == "takes effect"]
-    if steps[-1] == config.train.steps and effects:
+    if done == num_steps and effects:
         raise ConfigError(
             f"run_dir={config.run_dir!r} holds a run that is finished, and nothing is left that could take effect: "
-            f"{'; '.join(effects)}. Set it back, raise train.steps to go on, or choose another run_dir."
+            f"{'; '.join(effects)}. Set it back, raise {key} to go on, or choose another run_dir."
         )
 
 

@@ -172,7 +172,10 @@ class ObjectiveConfig:
 class TrainConfig:
     """The training loop: how many steps, how large, saved how often."""
 
-    steps: int = 200  # of rollouts, each with prompts_per_step / batch_size optimizer steps; sft: optimizer steps
+    # of rollouts, each with prompts_per_step / batch_size optimizer steps; sft: optimizer steps; null: epochs says
+    steps: int | None = 200
+    # in place of steps: passes over data.train (sft: data.cold_start), 0.5 is half of one; the last step is whole
+    epochs: float | None = None
     batch_size: int = 128  # prompts per optimizer step (sft: samples)
     micro_batch_tokens: int = 8192  # token budget of one packed row
     # what sequences begin with alike, such as the question and image of a prompt's samples, is in a row once; on a GPU
@@ -188,11 +191,21 @@ class TrainConfig:
     # steps in a row whose gradient is not finite and which are skipped; one more ends the run
     max_bad_steps: int = 3
     evaluate_every: int = 0  # grpo: steps between evaluations; 0: only before the first and after the last
+    # sft: steps between losses on the demonstrations of data.heldout, which the last step has in any case; 0: none
+    heldout_every: int = 0
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("steps", "batch_size", "micro_batch_tokens", "save_every", "keep_checkpoints"), COUNT)
-        or_none = dict.fromkeys(("evaluate_every", "keep_every", "max_bad_steps"), COUNT_OR_NONE)
-        check_numbers("train", self, {**counts, **or_none})
+        or_none = dict.fromkeys(("evaluate_every", "heldout_every", "keep_every", "max_bad_steps"), COUNT_OR_NONE)
+        check_numbers("train", self, {**counts, **or_none, "epochs": Range(0, 10**6, above=True)})
+        require(
+            (self.steps is None) != (self.epochs is None),
+            "train.epochs",
+            self.epochs,
+            f"{'a number' if self.steps is None else 'null'} with train.steps={self.steps}: one of the two says how "
+            "long the run is",
+            "Set one of them to null." if self.steps is not None else "Give one of them.",
+        )
         require(
             self.keep_every % self.save_every == 0,
             "train.keep_every",

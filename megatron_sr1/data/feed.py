@@ -109,6 +109,11 @@ class SampleFeed:
         return self._position
 
     @property
+    def num_samples(self) -> int:
+        """Of a pass over the data, with those that turn out bad only when they are read."""
+        return self._stream.num_samples
+
+    @property
     def fingerprint(self) -> str:
         """Of the stream."""
         return self._stream.fingerprint

@@ -87,7 +87,7 @@ def create_tiny_model(out_dir: Path, texts: Iterable[str], seed: int) -> None:
         seed: of the weights.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = _qwen_tokenizer(train_tokenizer(texts))
+    tokenizer = qwen_tokenizer(train_tokenizer(texts))
     tokenizer.save_pretrained(out_dir)
     _save_processor(out_dir)
     _save_model(tokenizer.get_vocab(), out_dir, seed)
@@ -111,7 +111,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-def _qwen_tokenizer(tokenizer: Tokenizer) -> Qwen2Tokenizer:
+def qwen_tokenizer(tokenizer: Tokenizer) -> Qwen2Tokenizer:
     """The same vocabulary in transformers' class, with the special tokens behind it."""
     from transformers import Qwen2Tokenizer
 

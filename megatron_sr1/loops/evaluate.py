@@ -117,10 +117,9 @@ class Evaluations:
             evaluate(self._run, self._generator, self._heldout, label=f"step-{step}", step=step)
             self._say_best(step)
 
-    def after(self) -> list[RolloutGroup]:
-        """Of the trained policy. Returns as `evaluate`."""
+    def after(self, steps: int) -> list[RolloutGroup]:
+        """Of the trained policy, after all `steps` of the run. Returns as `evaluate`."""
         self._run.say(f"evaluating the trained policy on {len(self._heldout)} held-out prompts")
-        steps = self._run.config.train.steps
         answers = evaluate(self._run, self._generator, self._heldout, label="after", step=steps)
         self._say_best(steps)
         return answers
@@ -148,7 +147,7 @@ class NoEvaluations:
     def between(self, step: int) -> None:
         """No evaluation."""
 
-    def after(self) -> list[RolloutGroup]:
+    def after(self, steps: int) -> list[RolloutGroup]:
         """No answers."""
         return []
 

@@ -80,8 +80,12 @@ class Checks:
         if not self.all_made:
             self._add(Row("further checks", "fail", "not made: what has ended the command is told outside this table"))
 
-    def machines(self, policy: Policy) -> None:
-        """The machines that the ranks are on, when the policy is there and no engine yet."""
+    def machines(self, policy: Policy, num_steps: int) -> None:
+        """The machines that the ranks are on, when the policy is there and no engine yet.
+
+        Args:
+            num_steps: of the whole run.
+        """
         platform, config = self._run.platform, self._config
         asks = self._preset is not None and self._preset.asks_endpoint and self._generates
         facts = platform.ranks.send_to_main([measure_rank(platform, config, asks_endpoint=asks)])
@@ -91,7 +95,7 @@ class Checks:
             self.rows += fact_rows(facts, config)
             planned = memory_rows(self._command, config, counts, facts)
             self.rows += planned if self._generates else [_no_worse_than_warned(row) for row in planned]
-            self.rows += disk_rows(config, counts, written)
+            self.rows += disk_rows(config, counts, written, num_steps)
 
     def engines(self, complaints: Sequence[str]) -> None:
         """`complaints`: of this rank's, see `canary_complaints`."""
@@ -168,11 +172,11 @@ class Preflight:
             raise RuntimeError(text)
         self._complaints.append(text)
 
-    def machines(self, policy: Policy) -> None:
+    def machines(self, policy: Policy, num_steps: int) -> None:
         """See `Checks.machines`. Raises ValueError where one fails, before an engine is started."""
         if self._enabled:
             with self._timed():
-                self._checks.machines(policy)
+                self._checks.machines(policy, num_steps)
             if self._checks.failed:
                 self.close()
 

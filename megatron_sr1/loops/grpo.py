@@ -49,11 +49,13 @@ def run_grpo(
         feed = training_feed(run, preset, sampling)
         heldout = heldout_prompts(run)
         check_heldout(run, heldout)
-        updates = config.rollout.prompts_per_step // config.train.batch_size * config.train.steps
-        policy = Policy(config, platform, num_optimizer_steps=updates, keep_reference=preset.needs_reference)
-        first = run.resume(policy)
+        num_steps = run.count_steps(feed, "rollout.prompts_per_step")
+        updates = config.rollout.prompts_per_step // config.train.batch_size  # of a step
+        length = {"num_optimizer_steps": updates * num_steps, "updates_per_step": updates}
+        policy = Policy(config, platform, keep_reference=preset.needs_reference, **length)
+        steps = range(run.resume(policy, num_steps), num_steps)
         preflight = Preflight(run, "grpo", preset, generates=from_rollouts is None)
-        preflight.machines(policy)
+        preflight.machines(policy, num_steps)
         trainer = NoTrainer() if rollouts_only else Trainer(config, policy, preset, run.processor)
         evaluations: Evaluations | NoEvaluations = NoEvaluations()
         how = (run.processor, config.objective.cut_responses)
@@ -69,11 +71,11 @@ def run_grpo(
             evaluations = evaluations if rollouts_only else Evaluations(run, generator, heldout)
         with feed, source:
             if isinstance(source, LiveRollouts):
-                preflight.responses(feed, source, trainer, first)
+                preflight.responses(feed, source, trainer, steps.start)
             preflight.close()
-            _steps(run, first, preset, feed, policy, source, trainer, evaluations)
+            _steps(run, steps, preset, feed, policy, source, trainer, evaluations)
         if not rollouts_only:
-            answers = evaluations.after()
+            answers = evaluations.after(num_steps)
             run.export(policy)
             run.verify_export(answers)
             run.checkpoints.prune()  # the last evaluation may have found the best
@@ -82,7 +84,7 @@ def run_grpo(
 
 def _steps(
     run: Run,
-    first: int,
+    steps: range,
     preset: Preset,
     feed: SampleFeed,
     policy: Policy,
@@ -90,23 +92,23 @@ def _steps(
     trainer: Trainer | NoTrainer,
     evaluations: Evaluations | NoEvaluations,
 ) -> None:
-    """All steps from `first` on. Collective.
+    """All steps that are left of the run. Collective.
 
     Memory changes hands twice a step: the engines fall asleep at the end of `take`, and what only training needs comes
     to the device; when the policy is trained and saved that leaves, and the engines wake with the new weights. So
     `seconds/save` and `seconds/sync` of a step are what its rollouts had to wait for.
     """
-    run.accept(own_code(run.config.objective, preset.templates), first)
+    run.accept(own_code(run.config.objective, preset.templates), steps.start)
     clock = Clock()
     with clock("sync"):
-        source.refresh(policy.hf_weights(), version=first)
-    evaluations.before(first)
-    with metrics_of(run, first) as writer, watch_for_stop(run.platform) as stop:
-        for step in range(first, run.config.train.steps):
+        source.refresh(policy.hf_weights(), version=steps.start)
+    evaluations.before(steps.start)
+    with metrics_of(run, steps) as writer, watch_for_stop(run.platform) as stop:
+        for step in steps:
             during.step = step
             evaluations.between(step)
             prompts = StepPrompts(feed, run.config.rollout.prompts_per_step)
-            with run.kept_before(RewardError, step, feed, policy, first):
+            with run.kept_before(RewardError, step, feed, policy, steps.start):
                 rollouts = source.take(prompts, step, clock)  # both passes of every sample, graded
                 run.settle_checkpoint(clock)  # written while the engines were at work: no fault of training loses it
                 with clock("train"):
@@ -122,7 +124,8 @@ def _steps(
                 run.take_bad(
                     step, results, *((rollouts.trained_keys, rollouts.told_bad_rewards()) if is_bad else ([],))
                 )
-                run.end_step(step, feed, stop, policy if results else None)
+                is_last = step + 1 == steps.stop
+                run.end_step(step, feed, stop, policy if results else None, is_last=is_last)
             if results:
                 with clock("sync"):
                     if source.needs_room:

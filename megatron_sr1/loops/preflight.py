@@ -49,9 +49,10 @@ def run_preflight(config: Config, platform: Platform, *, command: Command = "grp
 
 
 def _check_sft(run: Run, checks: Checks) -> None:
-    policy = Policy(run.config, run.platform, num_optimizer_steps=1, keep_reference=False)
-    checks.machines(policy)
     with demonstrations(run) as feed:
+        num_steps = run.count_steps(feed, "train.batch_size")
+        policy = Policy(run.config, run.platform, num_optimizer_steps=1, keep_reference=False)
+        checks.machines(policy, num_steps)
         feed.divide(policy.replicas)
         checks.demonstrations(feed)
 
@@ -61,7 +62,7 @@ def _check_grpo(run: Run, checks: Checks) -> None:
     sampling = training_sampling(config, preset)
     feed = training_feed(run, preset, sampling)
     policy = Policy(config, run.platform, num_optimizer_steps=1, keep_reference=preset.needs_reference)
-    checks.machines(policy)
+    checks.machines(policy, run.count_steps(feed, "rollout.prompts_per_step"))
     if not config.preflight.prompts or not checks.engines_have_room():
         return
     trainer = Trainer(config, policy, preset, run.processor)

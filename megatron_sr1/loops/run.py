@@ -13,7 +13,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from megatron_sr1.config import Config, changes_of, check_resume, dump_config, model_fingerprint, pixel_limits
+from megatron_sr1.config import (
+    Config,
+    changes_of,
+    check_epochs,
+    check_resume,
+    dump_config,
+    model_fingerprint,
+    pixel_limits,
+)
+from megatron_sr1.config.length import LENGTH_FILE, epoch_steps
 from megatron_sr1.config.mistakes import EXPECTED_ERRORS, FULL, one_line
 from megatron_sr1.config.rules import require
 from megatron_sr1.convert.greedy import compare_greedy
@@ -161,8 +170,31 @@ class Run:
         self.platform.on_main(lambda: check_resume(self.config))  # it reads pieces of the weights
         return self.checkpoints.newest()
 
-    def resume(self, policy: Policy) -> int:
+    def count_steps(self, feed: SampleFeed, size_key: Literal["train.batch_size", "rollout.prompts_per_step"]) -> int:
+        """The steps of the whole run: train.steps, or what train.epochs comes to. Collective.
+
+        Args:
+            feed: of what is trained on.
+            size_key: whose value is the samples of a step.
+
+        Raises:
+            ConfigError: see `check_epochs`.
+        """
+        train, samples = self.config.train, feed.num_samples
+        if train.steps is not None:
+            return train.steps
+        assert train.epochs is not None, "one of the two is there"
+        size = self.config.rollout.prompts_per_step if size_key == "rollout.prompts_per_step" else train.batch_size
+        num_steps = epoch_steps(train.epochs, samples, size)
+        self.platform.on_main(lambda: check_epochs(self.config, num_steps, size_key))
+        self.say(f"train.epochs={train.epochs:g} of {samples} samples, {size_key}={size}: {num_steps} steps")
+        return num_steps
+
+    def resume(self, policy: Policy, num_steps: int) -> int:
         """Loads the newest checkpoint into the policy, and says where this machine cannot do what is asked.
+
+        Args:
+            num_steps: of the whole run.
 
         Returns:
             The step to go on with.
@@ -174,9 +206,9 @@ class Run:
             self.say("train.shared_prefix: every sequence has its own prompt, because attention in fp32 has no kernel")
         if self.progress is not None:
             self.checkpoints.restore(policy, self.progress)
-            step, steps, samples = self.progress.step, self.config.train.steps, self.progress.position
+            step, samples = self.progress.step, self.progress.position
             path = self.checkpoints.path(step)
-            self.say(f"continuing after step {step} of {steps}, {samples} samples of the data, from {path}")
+            self.say(f"continuing after step {step} of {num_steps}, {samples} samples of the data, from {path}")
         return 0 if self.progress is None else self.progress.step
 
     def accept(self, code: Mapping[str, Callable[..., Any]] = MappingProxyType({}), first: int | None = None) -> None:
@@ -202,18 +234,19 @@ class Run:
         for name in keep_code(self.folder / "code", code):
             self.say(f"changed since the last start: the code of {name} (takes effect)")
 
-    def end_step(self, step: int, feed: SampleFeed, stop: StopRequest, policy: Policy | None) -> None:
+    def end_step(self, step: int, feed: SampleFeed, stop: StopRequest, policy: Policy | None, *, is_last: bool) -> None:
         """Saves the policy where that is due, and leaves where the run is asked to. Collective.
 
         Args:
             policy: None: the step has not changed it, so there is nothing to save.
+            is_last: it is the run's last step.
 
         Raises:
             SystemExit: the run is asked to stop.
             ValueError: a checkpoint could not be written.
         """
         train, num_done = self.config.train, step + 1
-        stopping, is_last = stop.agreed(), num_done == train.steps
+        stopping = stop.agreed()
         evaluates = bool(train.evaluate_every) and num_done % train.evaluate_every == 0
         if policy is not None and (stopping or is_last or num_done % train.save_every == 0):
             self._save(num_done, feed, policy)
@@ -375,15 +408,20 @@ def _lock(folder: Path, stack: ExitStack) -> bool:
 
 
 @contextmanager
-def metrics_of(run: Run, start_step: int) -> Iterator[MetricsWriter | None]:
-    """The metrics writer on the main rank, None on the others."""
+def metrics_of(run: Run, steps: range) -> Iterator[MetricsWriter | None]:
+    """The metrics writer on the main rank, None on the others.
+
+    Args:
+        steps: those that are left of the run, whose length is noted where only its data says it.
+    """
     if not run.platform.is_main:
         yield None
         return
-    steps = run.config.train.steps
-    spikes = SpikeSink(run.folder, start_step, run.config.optimizer.clip_grad, run.say)
+    if run.config.train.steps is None:
+        (run.folder / LENGTH_FILE).write_text(json.dumps({"steps": steps.stop}) + "\n", encoding="utf-8")
+    spikes = SpikeSink(run.folder, steps.start, run.config.optimizer.clip_grad, run.say)
     with (
         Trackers(run.config) as trackers,
-        MetricsWriter(run.folder, start_step, steps, further=(spikes, trackers)) as writer,
+        MetricsWriter(run.folder, steps.start, steps.stop, further=(spikes, trackers)) as writer,
     ):
         yield writer

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from functools import partial
 
 from megatron_sr1.config import Config
-from megatron_sr1.data import SampleFeed, only_demonstrations
+from megatron_sr1.data import Check, SampleFeed, only_demonstrations, open_dataset
 from megatron_sr1.loops.first_checks import Preflight
 from megatron_sr1.loops.preemption import watch_for_stop
 from megatron_sr1.loops.run import Run, metrics_of, open_run
@@ -17,6 +18,7 @@ from megatron_sr1.prompts import templates_of
 from megatron_sr1.ranks import agreed
 from megatron_sr1.rollout import deal_samples
 from megatron_sr1.training.batches import Batcher
+from megatron_sr1.training.heldout_loss import HeldoutLoss
 from megatron_sr1.training.losses import SftLoss
 from megatron_sr1.types import Prompt, Scoring, SftSample
 
@@ -29,6 +31,11 @@ def run_sft(config: Config, platform: Platform) -> None:
 
 def demonstrations(run: Run) -> SampleFeed:
     """Those of `data.cold_start`. Raises as `Run.feed`."""
+    return run.feed("cold_start", _check_of(run))
+
+
+def _check_of(run: Run) -> Check:
+    """Whether a demonstration has the layout of its template, and images that the processor takes."""
     templates = templates_of(run.config)
 
     def check(sample: Prompt | SftSample) -> None:
@@ -37,23 +44,26 @@ def demonstrations(run: Run) -> SampleFeed:
             for image in sample.prompt.images:
                 run.processor.grid(image.size)
 
-    return run.feed("cold_start", check)
+    return check
 
 
 def _train(run: Run) -> None:
     config = run.config
     feed = demonstrations(run)
-    policy = Policy(config, run.platform, num_optimizer_steps=config.train.steps, keep_reference=False)
+    num_steps = run.count_steps(feed, "train.batch_size")
+    policy = Policy(config, run.platform, num_optimizer_steps=num_steps, keep_reference=False)
     feed.divide(policy.replicas, partial(deal_samples, run.processor))
     batcher = Batcher(config, run.processor, policy.replicas, run.platform.device)
-    first = run.resume(policy)
+    heldout = _Heldout(run, policy, batcher, num_steps)
+    steps = range(run.resume(policy, num_steps), num_steps)
     preflight = Preflight(run, "sft")
-    preflight.machines(policy)
+    preflight.machines(policy, num_steps)
     preflight.demonstrations(feed)
     preflight.close()
-    run.accept(first=first)
-    with feed, metrics_of(run, first) as writer, watch_for_stop(run.platform) as stop:
-        for step in range(first, config.train.steps):
+    run.accept(first=steps.start)
+    heldout.before(steps.start)
+    with feed, metrics_of(run, steps) as writer, watch_for_stop(run.platform) as stop:
+        for step in steps:
             during.step = step
             start = time.perf_counter()
             taken = feed.next(config.train.batch_size)
@@ -62,14 +72,53 @@ def _train(run: Run) -> None:
             with during("train"):
                 result = policy.train_step(batch.micro_batches, SftLoss(batch), Scoring())
             feed.finish(taken)
+            seconds = {"seconds/step": time.perf_counter() - start}
+            measured = heldout.after(step)
             if writer is not None:
                 optimizer = {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
                 optimizer["skipped_updates"] = float(result.skipped)
-                seconds = {"seconds/step": time.perf_counter() - start}
-                writer.write(step, {**result.metrics, **optimizer, **feed.metrics, **seconds})
+                writer.write(step, {**result.metrics, **measured, **optimizer, **feed.metrics, **seconds})
             keys = [sample.prompt.key for sample in samples]
             run.take_bad(step, [result], policy.replicas.gather(keys) if result.skipped else [])
-            run.end_step(step, feed, stop, policy)
+            run.end_step(step, feed, stop, policy, is_last=step + 1 == num_steps)
     run.export(policy)
     run.checkpoints.prune()
     run.say(f"exported to {run.export_dir}")
+
+
+class _Heldout:
+    """The losses on held-out demonstrations, every `train.heldout_every` steps. All methods are collective."""
+
+    def __init__(self, run: Run, policy: Policy, batcher: Batcher, num_steps: int) -> None:
+        """Raises ValueError as `open_dataset`, where there is anything to measure."""
+        self._run, self._num_steps, self._every = run, num_steps, run.config.train.heldout_every
+        self._loss: HeldoutLoss | None = None
+        if self._every:
+            config, quarantine = run.config, run.quarantine("heldout")
+            dataset = open_dataset(config.data, "heldout", quarantine)
+            self._loss = HeldoutLoss(
+                dataset=dataset,
+                quarantine=quarantine,
+                check=_check_of(run),
+                deal=partial(deal_samples, run.processor),
+                batcher=batcher,
+                policy=policy,
+                num_samples=min(len(dataset), config.evaluate.max_prompts or len(dataset)),
+                portion=config.train.batch_size,
+                workers=config.data.workers,
+            )
+
+    def before(self, step: int) -> None:
+        """Of the policy that a run begins with, which is told. It has no step whose metrics it could be among."""
+        if self._loss is not None and step == 0:
+            found = self._loss.measure()
+            loss, accuracy = found["heldout/loss"], found["heldout/token_accuracy"]
+            self._run.say(f"held out, before the first step: loss {loss:.4f}, token accuracy {100 * accuracy:.1f} %")
+
+    def after(self, step: int) -> Mapping[str, float]:
+        """Of the policy that the step leaves, where that is due."""
+        due = self._every and ((step + 1) % self._every == 0 or step + 1 == self._num_steps)
+        if self._loss is None or not due:
+            return {}
+        start = time.perf_counter()
+        return {**self._loss.measure(), "seconds/heldout": time.perf_counter() - start}

@@ -32,8 +32,8 @@ from megatron_sr1.types import BANNED_LOGIT_BIAS, MicroBatch, OtherContext, Scor
 class QwenVLModel(GPTModel):
     """One chunk of the policy. It returns hidden states [T_local, 1, H] (a part of them under sequence parallelism,
     followed by visual features that later layers add) or, after the last layer, [2 + O, R] of the micro-batch's scored
-    tokens: log-probs, entropies, and the KL from each of its O other contexts; below them, where they are wanted, the
-    hidden states, [H, R]."""
+    tokens: log-probs, entropies, and the KL from each of its O other contexts; below them, where they are wanted, 1 for
+    a target that no token is likelier than, [1, R], and the hidden states, [H, R]."""
 
     def __init__(
         self,
@@ -157,11 +157,13 @@ class QwenVLModel(GPTModel):
             "accumulate_into": weight.main_grad if torch.is_grad_enabled() and weight.requires_grad else None,
         }
         wanted = _local_grad_rows(batch, mine)
-        scores = linear_logprob(rows, weight, batch.targets[mine], entropy=True, grad_rows=wanted, **head)
+        asked = {"entropy": True, "top": batch.marks_top}
+        scores = linear_logprob(rows, weight, batch.targets[mine], grad_rows=wanted, **asked, **head)
         assert scores.entropy is not None, "it was asked for"
         entropy = scores.entropy if batch.entropy_grad else scores.entropy.detach()
         far = [_divergence(rows, weight, other, mine, len(place), head) for other in batch.others]
-        found = torch.stack([scores.logprobs, entropy, *far])
+        top = [] if scores.is_top is None else [scores.is_top.to(entropy.dtype)]
+        found = torch.stack([scores.logprobs, entropy, *far, *top])
         if batch.keeps_hidden:
             found = torch.cat([found, rows.detach().t().to(found.dtype)])
         return self._all_scores(found, mine, len(place))

@@ -46,14 +46,26 @@ class StepResult:
 class Policy(Scorer):
     """A scorer that is trained: with an optimizer and, where wanted, a frozen reference."""
 
-    def __init__(self, config: Config, platform: Platform, *, num_optimizer_steps: int, keep_reference: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        platform: Platform,
+        *,
+        num_optimizer_steps: int,
+        keep_reference: bool,
+        updates_per_step: int = 1,
+    ) -> None:
         """See `Scorer` for what it loads and raises.
+
+        Args:
+            num_optimizer_steps: of the whole run.
+            updates_per_step: optimizer steps of a step of the run.
 
         Raises:
             ConfigError: `model.freeze` leaves a rank nothing to train.
         """
         super().__init__(config, platform)
-        self._num_optimizer_steps = num_optimizer_steps
+        self._updates_per_step = updates_per_step
         self.model = wrap_chunks(self.chunks, config.layout, self.groups)
         self.optimizer, self.scheduler = build_optimizer(
             config.optimizer, config.precision, self.model, num_optimizer_steps, config.layout.distributed_optimizer
@@ -142,12 +154,12 @@ class Policy(Scorer):
         and all other settings of the optimizer are those of the configuration, as if it had always been this one.
 
         Args:
-            step: of `train.steps`, how many are done.
+            step: of the run's steps, how many are done.
         """
         self._must_be_here()
         load_sharded_weights(self.chunks, state["model"])
         load_optimizer_state(self.optimizer, state["optimizer"])
-        self.scheduler.step(increment=step * self._num_optimizer_steps // self.config.train.steps)
+        self.scheduler.step(increment=step * self._updates_per_step)
 
     def _must_be_here(self) -> None:
         if self._offload.is_away:

@@ -64,19 +64,22 @@ class Scorer:
 
     def logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
         """Scores of each micro-batch's R rows, without gradient, on every rank of the pipeline; hidden states, where a
-        micro-batch keeps them, on those of the last stage alone."""
+        micro-batch keeps them, on those of the last stage alone. All micro-batches mark the top, or none does."""
         self.chunks[0].start_images(batches)
         dtype = self.chunks[-1].config.params_dtype
+        num_scores = 2 + any(batch.marks_top for batch in batches)
 
         def collect(index: int, output: Tensor) -> tuple[Tensor, Tensor | None]:
             if not batches[index].keeps_hidden:
-                return output[:2], None
-            return output[:2].clone(), output[2:].t().to(dtype)  # no view: nobody is to keep the whole output
+                return output[:num_scores], None
+            return output[:num_scores].clone(), output[num_scores:].t().to(
+                dtype
+            )  # no view: nobody is to keep the whole output
 
         found = self._schedule.run(
             batches, scoring, forward_only=True, collect=collect, discard=lambda output: (output, None)
         )
-        return self._from_last_stage(found, batches) if batches else []
+        return self._from_last_stage(found, batches, num_scores) if batches else []
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights under their Hugging Face names, full, on every rank; all ranks iterate together."""
@@ -91,14 +94,17 @@ class Scorer:
         return tuple(self.platform.ranks.gather([count_chunks(stage, layers, self.chunks)] if speaks else []))
 
     def _from_last_stage(
-        self, found: list[tuple[Tensor, Tensor | None]], batches: Sequence[MicroBatch]
+        self, found: list[tuple[Tensor, Tensor | None]], batches: Sequence[MicroBatch], num_scores: int
     ) -> list[LogProbs]:
         scores = [each for each, _ in found]
         hidden = [kept for _, kept in found] if self.groups.is_last_stage else [None] * len(batches)
         if self.groups.pipeline.size() > 1:
             sizes = [len(batch.targets) for batch in batches]
-            empty = torch.empty(2, sum(sizes), device=self.platform.device)
+            empty = torch.empty(num_scores, sum(sizes), device=self.platform.device)
             joined = torch.cat(scores, dim=1) if self.groups.is_last_stage else empty
             torch.distributed.broadcast(joined, self.groups.last_stage_rank, group=self.groups.pipeline)
             scores = list(joined.split(sizes, dim=1))
-        return [LogProbs(*score, hidden=kept) for score, kept in zip(scores, hidden, strict=True)]
+        return [
+            LogProbs(score[0], score[1], hidden=kept, is_top=score[2] > 0 if num_scores > 2 else None)
+            for score, kept in zip(scores, hidden, strict=True)
+        ]

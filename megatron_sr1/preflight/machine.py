@@ -122,12 +122,15 @@ def _some(lines: Iterable[str]) -> str:
 
 
 # ---------------------------------------------------------------- the disk
-def disk_rows(config: Config, counts: Sequence[StageCount], written: Sequence[tuple[float, str]]) -> list[Row]:
+def disk_rows(
+    config: Config, counts: Sequence[StageCount], written: Sequence[tuple[float, str]], num_steps: int
+) -> list[Row]:
     """Room for checkpoints and export in the run folder's file system, and how long one takes.
 
     Args:
         counts: of a rank of every pipeline stage.
         written: of each machine, see `write_speed`.
+        num_steps: of the whole run.
     """
     folder, train = Path(config.run_dir), config.train
     each, export = checkpoint_bytes(counts, config), export_bytes(counts, config)
@@ -135,7 +138,7 @@ def disk_rows(config: Config, counts: Sequence[StageCount], written: Sequence[tu
     there = len(saved_steps(folder / "checkpoints"))
     # the newest is whole before the oldest goes
     further = max(1, train.keep_checkpoints + 1 - there)
-    further += train.steps // train.keep_every if train.keep_every else 0
+    further += num_steps // train.keep_every if train.keep_every else 0
     needed = further * each + export
     found = f"{_size(free)} free; a checkpoint takes about {_size(each)}, all that stay and the export {_size(needed)}"
     remedy = "Make room, lower train.keep_checkpoints, or choose another run_dir."

@@ -38,12 +38,14 @@ CHARTS = (
     Chart("Response length", ("*response_tokens", "*description_tokens", "*response_length"), "tokens"),
     Chart("Trainer against generator", ("*logprob_gap*",), "log-prob gap, nats per token"),
     Chart("Time per step", ("seconds", "seconds/*"), "seconds"),
-    Chart("Loss, by stream", ("loss", "loss/*/policy", "loss/*/nll"), "loss"),
+    Chart("Loss, by stream", ("loss", "loss/*/policy", "loss/*/nll", "heldout/loss"), "loss"),
     Chart("Clipped tokens, by stream", ("loss/*/clip_fraction", "loss/*/dual_clip_fraction"), "share of tokens"),
     Chart("Dead groups, by stream", ("groups/dead", "groups/dead/*", "groups/skipped"), "share of groups"),
     Chart("Cut responses", ("*/truncated",), "share of responses"),
     Chart("Entropy", ("entropy", "entropy/*"), "nats per token"),
     Chart("Visual dependency", ("dependency/*",), "nats per token"),
+    Chart("Held-out demonstrations", ("heldout/token_accuracy",), "share of tokens that are likeliest"),
+    Chart("Learning rate", ("learning_rate",), "of the language model"),
     Chart("Gradient norm", ("grad_norm",), "L2 norm"),
 )
 

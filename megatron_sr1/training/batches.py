@@ -177,6 +177,12 @@ class Batcher:
         weights = [torch.full((len(batch.targets),), weight, device=self._device) for batch in micro_batches]
         return SftBatch(micro_batches, weights)
 
+    def measured(self, samples: Sequence[SftSample]) -> list[MicroBatch]:
+        """Demonstrations whose tokens are scored and not trained on, rows that mark the top; none of none. Collective
+        over the replicas. Raises as `sft`."""
+        rows = agreed(self._replicas, lambda: self._pack([self._demonstration(sample) for sample in samples]))
+        return [replace(batch, marks_top=True) for batch in rows]
+
     def streams(
         self, rows: StreamRows, advantages: Tensor, preset: Preset, weights: Sequence[Tensor] | None = None
     ) -> StreamBatch:

@@ -18,7 +18,7 @@ _MAX_REASON = 300  # characters
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
 # PNG, JPEG, GIF, WebP, TIFF of either order, BMP
 BASE64_HEADS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkqA", "TU0AK", "Qk0", "Qk1", "Qk2", "Qk3")
-Format = Literal["parquet", "jsonl", "json", "webdataset"]
+Format = Literal["parquet", "jsonl", "json", "webdataset", "llava"]
 ProblemKind = Literal[
     "unreadable_sample",  # a line that is not JSON, a tar member that is not of the schema
     "unreadable_image",  # missing, damaged, or of an unknown format

@@ -21,7 +21,7 @@ def split_turns(column: str, turns: object) -> dict[str, str]:
     """
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise ValueError(f"{column}={str(turns)[:80]!r} must be a list of turns, {{role, content}} or {{from, value}}")
-    spoken = [_speaker_and_text(column, turn) for turn in turns]
+    spoken = [speaker_and_text(column, turn) for turn in turns]
     speakers = [speaker for speaker, _ in spoken]
     if speakers not in (["user"], ["user", "assistant"]):
         raise ValueError(
@@ -32,7 +32,12 @@ def split_turns(column: str, turns: object) -> dict[str, str]:
     return dict(zip(("problem", "answer"), (text for _, text in spoken), strict=False))
 
 
-def _speaker_and_text(column: str, turn: Mapping[str, Any]) -> tuple[str, str]:
+def speaker_and_text(column: str, turn: Mapping[str, Any]) -> tuple[str, str]:
+    """user, assistant, system or whoever else it is, and what is said, an image as a mark.
+
+    Raises:
+        ValueError: it lacks one of both, or says it otherwise.
+    """
     speaker, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(speaker, str) or not isinstance(text, str | list):
         raise ValueError(

@@ -28,9 +28,13 @@ class WebDatasetSource:
     path: str
     columns: Columns
 
-    @cached_property
+    @property
     def files(self) -> tuple[Path, ...]:
-        """Raises ValueError as `find_files`."""
+        """The files, in order. Raises ValueError as `find_files`."""
+        return self._files
+
+    @cached_property
+    def _files(self) -> tuple[Path, ...]:
         return find_files(self.path, (".tar",))
 
     def chunks(self) -> Iterator[Chunk]:

@@ -67,15 +67,19 @@ class Plan:
     rounded: bool  # products are rounded to bfloat16 before anything is done with them
     grad_rows: Tensor | None = None  # [G] the only rows that take part in backward, ascending; None: all
     accumulate_into: Tensor | None = None  # [V_local, H] receives the gradient of the head
+    top: bool = False  # also say which targets are the likeliest; without a graph alone
 
 
 def chunked_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, inverse_temperature: Tensor | None, plan: Plan
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs [T] and, where asked for, entropy [T]; linear_logprob has checked the arguments, nothing is ignored."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-probs [T] and, where asked for, entropy [T] and whether no id is likelier, [T] bool; linear_logprob has
+    checked the arguments, nothing is ignored."""
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _ChunkedLogProb.apply(hidden, weight, targets, inverse_temperature, plan)
-    return _forward(hidden, weight, targets, inverse_temperature, plan)[:2]
+        assert not plan.top, "linear_logprob has refused it"
+        return *_ChunkedLogProb.apply(hidden, weight, targets, inverse_temperature, plan), None
+    logprobs, nats, _, is_top = _forward(hidden, weight, targets, inverse_temperature, plan)
+    return logprobs, nats, is_top if plan.top else None
 
 
 class _ChunkedLogProb(torch.autograd.Function):
@@ -93,7 +97,7 @@ class _ChunkedLogProb(torch.autograd.Function):
         kept: _Tiles = {}
         # Tiles are kept by their place among all rows; a backward over chosen rows has other tiles.
         keep = kept if plan.grad_rows is None else None
-        logprobs, nats, logsumexp = _forward(hidden, weight, targets, inverse_temperature, plan, keep)
+        logprobs, nats, logsumexp, _ = _forward(hidden, weight, targets, inverse_temperature, plan, keep)
         ctx.save_for_backward(hidden, weight, targets, inverse_temperature, logsumexp, nats, *kept.values())
         ctx.kept = tuple(kept)
         ctx.plan = plan
@@ -131,9 +135,9 @@ def _forward(
     inverse_temperature: Tensor | None,
     plan: Plan,
     kept: _Tiles | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Log-probs, entropy (or None) and logsumexp of the scaled logits, [T] each, in the accumulation dtype.
-    Fills `kept` with the first tiles, as far as KEPT_ELEMENTS goes."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Log-probs, entropy (or None) and logsumexp of the scaled logits, [T] each, in the accumulation dtype; and whether
+    the target's logit is the largest, [T] bool. Fills `kept` with the first tiles, as far as KEPT_ELEMENTS goes."""
     rows = Rows(targets - plan.shard.start, inverse_temperature)
     if plan.backend.statistics is None:
         state = _local_state(hidden, weight, rows, plan, kept)
@@ -143,7 +147,8 @@ def _forward(
     log_total = total.log()
     # Both terms are <= 0 (total holds exp(0)), so no log-prob can be above 0.
     logprobs = (z_target - top) - log_total
-    return logprobs, log_total - weighted / total if plan.entropy else None, top + log_total
+    # both are of the same tiles, so the largest logit equals itself to the bit
+    return logprobs, log_total - weighted / total if plan.entropy else None, top + log_total, z_target == top
 
 
 def _local_state(hidden: Tensor, weight: Tensor, rows: Rows, plan: Plan, kept: _Tiles | None) -> Tensor:

@@ -70,6 +70,7 @@ def linear_logprob(
     logits: Literal["fp32", "bf16"] = "fp32",
     grad_rows: Tensor | None = None,
     accumulate_into: Tensor | None = None,
+    top: bool = False,
 ) -> LogProbs:
     """Natural-log probability of `targets`, differentiable in `hidden` and `weight`; the module tells the details.
 
@@ -91,11 +92,15 @@ def linear_logprob(
         logits: whether products are rounded to bfloat16; "fp32" keeps them in the accumulation dtype.
         grad_rows: [G] int64, ascending numbers of the rows that take part in backward; None: all.
         accumulate_into: [V_local, H] in the accumulation dtype, such as `weight.main_grad`.
+        top: also say of each target whether no id has a larger logit; of tokens that are not scored it is False.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit, a temperature that is not positive, a shard that is not
-            where it should be, a target that is no id and not IGNORE_INDEX, or a back end that cannot run here.
+            where it should be, a target that is no id and not IGNORE_INDEX, a back end that cannot run here, or `top`
+            where a gradient is followed.
     """
+    if top and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        raise ValueError("linear_logprob: top=True needs torch.no_grad(): it is for measuring, not for training.")
     check_tensors(hidden, weight, targets)
     size = vocabulary_size(weight, tp_group, vocab_start, vocab_size)
     scored = _scored_rows(targets, size)
@@ -107,6 +112,7 @@ def linear_logprob(
         rounded=is_rounded(logits),
         grad_rows=_grad_rows(grad_rows, targets, scored),
         accumulate_into=accumulator(accumulate_into, weight),
+        top=top,
     )
     return _score(hidden, weight, targets, inverse_temperature_of(temperature, hidden), scored, plan)
 
@@ -121,12 +127,16 @@ def _score(
 ) -> LogProbs:
     """Unscored rows are taken out, not masked: they cost nothing, and what they hold cannot reach a gradient."""
     if scored is None:
-        return LogProbs(*chunked_logprob(hidden, weight, targets, inverse_temperature, plan))
+        logprobs, nats, is_top = chunked_logprob(hidden, weight, targets, inverse_temperature, plan)
+        return LogProbs(logprobs, nats, is_top=is_top)
     if inverse_temperature is not None:
         inverse_temperature = inverse_temperature[scored]
     parts = chunked_logprob(hidden.index_select(0, scored), weight, targets[scored], inverse_temperature, plan)
-    zeros = torch.zeros(targets.shape, dtype=parts[0].dtype, device=hidden.device)
-    return LogProbs(*(part if part is None else zeros.index_copy(0, scored, part) for part in parts))
+    logprobs, nats, is_top = (
+        part if part is None else part.new_zeros(targets.shape).index_copy(0, scored, part) for part in parts
+    )
+    assert logprobs is not None
+    return LogProbs(logprobs, nats, is_top=is_top)
 
 
 def _grad_rows(rows: Tensor | None, targets: Tensor, scored: Tensor | None) -> Tensor | None:

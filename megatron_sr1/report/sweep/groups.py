@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sr1.config import load_config
+from megatron_sr1.config.length import known_steps
 from megatron_sr1.report.controls_section import CONTROL_COLUMNS
 from megatron_sr1.report.runs import CONFIG_FILE, Evaluation, ReportedRun, read_run
 from megatron_sr1.report.summary_table import COLUMNS
@@ -152,7 +153,7 @@ def common_start(rows: Sequence[GroupRow]) -> bool:
 
 def _progress(run: ReportedRun) -> tuple[int, int | None]:
     """Steps done, and steps of the whole run."""
-    steps = load_config(run.path / CONFIG_FILE, []).train.steps
+    steps = known_steps(run.path, load_config(run.path / CONFIG_FILE, []))
     return int(run.metrics[-1]["step"] or 0) + 1, steps
 
 
