@@ -22,7 +22,9 @@ class Phases:
     """Phases within phases. Other threads work for the main one, and what they are at is not noted."""
 
     def __init__(self) -> None:
-        self.step: int | None = None
+        self.step: int | None = None  # as in metrics.jsonl: how many are done
+        self.began = time.time()  # when the command did, or this process
+        self._spent: dict[str, float] = {}
         self._open: tuple[Phase, ...] = ()
         self._changed = time.monotonic()
 
@@ -36,13 +38,19 @@ class Phases:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = self._open
-        self._changed = time.monotonic()
-        self._open = (*before, Phase(name, self._changed, longest))
+        before, start = self._open, time.monotonic()
+        self._changed = start
+        self._open = (*before, Phase(name, start, longest))
         try:
             yield
         finally:
             self._open, self._changed = before, time.monotonic()
+            if all(phase.name != name for phase in before):
+                self._spent[name] = self.spent(name) + self._changed - start
+
+    def spent(self, name: str) -> float:
+        """Seconds of the main thread in phases of this name that have ended."""
+        return self._spent.get(name, 0.0)
 
     def moved(self) -> None:
         """What is open has come forward: its time counts anew. Of the main thread."""
@@ -61,9 +69,9 @@ class Phases:
         return self._changed
 
     def __str__(self) -> str:
-        """Step and phases, such as "step 3: rollout, engine step"."""
+        """Step and phases, such as "step 3: rollout, engine step" of the third."""
         names = ", ".join(phase.name for phase in self._open) or "between phases"
-        return names if self.step is None else f"step {self.step}: {names}"
+        return names if self.step is None else f"step {self.step + 1}: {names}"
 
 
 during = Phases()  # of this process
