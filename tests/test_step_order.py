@@ -75,7 +75,8 @@ def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[Any], l
     source.needs_room = True  # type: ignore[attr-defined]
     policy, trainer = Policy(log), Recorder(log, update=results)
     try:
-        grpo._steps(run, 0, SimpleNamespace(templates=None), feed, policy, source, trainer, Recorder(log))  # type: ignore[arg-type]
+        what: Any = (SimpleNamespace(templates=None), feed, policy, source, trainer, Recorder(log), None)
+        grpo._steps(run, 0, *what)  # type: ignore[arg-type]
     except SystemExit:
         log.append("leave")
     return log

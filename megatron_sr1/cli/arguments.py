@@ -45,9 +45,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     text = "run folders, folders that hold some, or a sweep's YAML file"
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN|SWEEP.yaml", help=text)
     report.add_argument("--out", type=Path, help="the page; default: report.html in the first folder")
+    _add_watch(commands.add_parser("watch", help="a run from another shell: how far it is, and whether it lives"))
     _add_credit(commands.add_parser("credit", help="which tokens of a saved step two objectives would credit"))
     args, rest = parser.parse_known_args(arguments)
-    if args.command in ("convert", "report", "credit", "sweep") or any(word.startswith("-") for word in rest):
+    if args.command in ("convert", "report", "credit", "sweep", "watch") or any(word.startswith("-") for word in rest):
         parser.parse_args(arguments)  # ends here where words are left that no option takes
         return args
     args.overrides += rest  # argparse takes overrides that follow an option for unknown words
@@ -108,6 +109,11 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("--jobs", type=int, default=1, help="runs at a time; each has the ranks that nproc says")
     command.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these runs of the sweep alone")
     command.add_argument("--dry-run", action="store_true", help="check everything, print the commands, stop")
+
+
+def _add_watch(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", type=Path, metavar="RUN", help="its folder, run_dir; it need not be there yet")
+    command.add_argument("--once", action="store_true", help="print what is known now, and end")
 
 
 def _add_credit(command: argparse.ArgumentParser) -> None:

@@ -13,7 +13,8 @@ from megatron_sr1.loops.evaluate import Evaluations, NoEvaluations, check_heldou
 from megatron_sr1.loops.first_checks import Preflight
 from megatron_sr1.loops.generation import build_generator, live_rollouts, training_feed, training_sampling
 from megatron_sr1.loops.preemption import watch_for_stop
-from megatron_sr1.loops.run import Run, check_verification, metrics_of, open_run
+from megatron_sr1.loops.run import Run, check_verification, course_of, metrics_of, open_run
+from megatron_sr1.metrics import Course
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform
@@ -44,14 +45,16 @@ def run_grpo(
     """
     check_verification(config, platform)
     preset = preset_of(config)
-    with open_run(config, platform) as run:
+    with open_run(config, platform, "grpo") as run:
         sampling = training_sampling(config, preset)
-        feed = training_feed(run, preset, sampling)
-        heldout = heldout_prompts(run)
-        check_heldout(run, heldout)
+        with run.stage("data"):
+            feed = training_feed(run, preset, sampling)
+            heldout = heldout_prompts(run)
+            check_heldout(run, heldout)
         updates = config.rollout.prompts_per_step // config.train.batch_size * config.train.steps
-        policy = Policy(config, platform, num_optimizer_steps=updates, keep_reference=preset.needs_reference)
-        first = run.resume(policy)
+        with run.stage("model"):
+            policy = Policy(config, platform, num_optimizer_steps=updates, keep_reference=preset.needs_reference)
+            first = run.resume(policy)
         preflight = Preflight(run, "grpo", preset, generates=from_rollouts is None)
         preflight.machines(policy)
         trainer = NoTrainer() if rollouts_only else Trainer(config, policy, preset, run.processor)
@@ -71,7 +74,8 @@ def run_grpo(
             if isinstance(source, LiveRollouts):
                 preflight.responses(feed, source, trainer, first)
             preflight.close()
-            _steps(run, first, preset, feed, policy, source, trainer, evaluations)
+            course = course_of(run, evaluates=isinstance(evaluations, Evaluations), saves=not rollouts_only)
+            _steps(run, first, preset, feed, policy, source, trainer, evaluations, course)
         if not rollouts_only:
             answers = evaluations.after()
             run.export(policy)
@@ -89,6 +93,7 @@ def _steps(
     source: RolloutSource,
     trainer: Trainer | NoTrainer,
     evaluations: Evaluations | NoEvaluations,
+    course: Course,
 ) -> None:
     """All steps from `first` on. Collective.
 
@@ -101,7 +106,7 @@ def _steps(
     with clock("sync"):
         source.refresh(policy.hf_weights(), version=first)
     evaluations.before(first)
-    with metrics_of(run, first) as writer, watch_for_stop(run.platform) as stop:
+    with metrics_of(run, first, course) as writer, watch_for_stop(run.platform) as stop:
         for step in range(first, run.config.train.steps):
             during.step = step
             evaluations.between(step)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from megatron_sr1.config import Config, changes_of, check_resume, dump_config, model_fingerprint, pixel_limits
+from rich.console import Console
+
+from megatron_sr1.config import Command, Config, changes_of, check_resume, dump_config, model_fingerprint, pixel_limits
 from megatron_sr1.config.mistakes import FULL
 from megatron_sr1.config.rules import require
 from megatron_sr1.convert.greedy import compare_greedy
@@ -22,12 +25,14 @@ from megatron_sr1.evaluation.best import best_step, measured
 from megatron_sr1.file_lock import lock_file
 from megatron_sr1.import_path import keep_code
 from megatron_sr1.loops.preemption import StopRequest
-from megatron_sr1.metrics import MetricsWriter, SpikeSink, Trackers
+from megatron_sr1.metrics import Course, MetricsWriter, Pace, SpikeSink, StatusFile, StatusSink, Trackers
 from megatron_sr1.metrics.clock import Clock
+from megatron_sr1.metrics.progress import draws
 from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform, watched_rank
 from megatron_sr1.platform.precision import shares_prefixes
 from megatron_sr1.policy import Policy, StepResult
+from megatron_sr1.printable import printable
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import templates_of
 from megatron_sr1.rollout import Limits, Planner
@@ -45,6 +50,7 @@ class Run:
 
     config: Config
     platform: Platform
+    status: StatusFile | None = None  # of the main rank, where the command is a run
 
     @property
     def folder(self) -> Path:
@@ -171,6 +177,8 @@ class Run:
             step, steps, samples = self.progress.step, self.config.train.steps, self.progress.position
             path = self.checkpoints.path(step)
             self.say(f"continuing after step {step} of {steps}, {samples} samples of the data, from {path}")
+            if self.status is not None:
+                self.status.note(done=step, going_on=step)
         return 0 if self.progress is None else self.progress.step
 
     def accept(self, code: Mapping[str, Callable[..., Any]] = MappingProxyType({})) -> None:
@@ -250,14 +258,39 @@ class Run:
         self.checkpoints.save(policy, Progress(*place, bad_steps=self.bad_steps.in_a_row), hf)
 
     def say(self, text: str) -> None:
-        """Tells whoever watches what the run is at."""
+        """Tells whoever watches what the run is at. Of others' text nothing moves the cursor."""
         if self.platform.is_main:
-            print(text, flush=True)
+            print(printable(text), flush=True)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Something of the start, or between steps: when it has ended, its time is said."""
+        start = time.perf_counter()
+        with during(name), self._turning(name):
+            yield
+        self.say_stage(name, time.perf_counter() - start)
+
+    def say_stage(self, name: str, seconds: float) -> None:
+        """What has ended, where the command is a run."""
+        if self.status is not None:
+            self.status.stage(name, seconds)
+            self.say(f"{name}: {seconds:.1f} s")
+
+    def _turning(self, name: str) -> AbstractContextManager[object]:
+        """Where a terminal shows that something goes on; during the steps another line does."""
+        console = Console()
+        turns = self.status is not None and during.step is None and draws(console)
+        return console.status(name) if turns else nullcontext()
+
+    def note(self, detail: str) -> None:
+        """How far the run is with what it is at, for `megatron-sr1 watch`."""
+        if self.status is not None:
+            self.status.note(detail=detail)
 
     def export(self, policy: Policy) -> None:
         """Writes the policy's weights, with the starting model's configuration and processor files, in which the image
         processor has the run's pixel limits. Collective."""
-        with during("export"):
+        with self.stage("export"):
             weights = _moving(policy.hf_weights())
             if self.platform.is_main:
                 model = self.config.model
@@ -301,9 +334,12 @@ def check_verification(config: Config, platform: Platform) -> None:
 
 
 @contextmanager
-def open_run(config: Config, platform: Platform) -> Iterator[Run]:
+def open_run(config: Config, platform: Platform, command: Command) -> Iterator[Run]:
     """Makes the folder and keeps other processes out while the run lasts.
     Collective: either every rank gets the run or none does.
+
+    Args:
+        command: that the run is of.
 
     Raises:
         ValueError: another process is at work in the folder.
@@ -317,6 +353,10 @@ def open_run(config: Config, platform: Platform) -> Iterator[Run]:
                 f"run_dir={config.run_dir!r} is in use by another process. Wait for it, stop it, or choose "
                 "another run_dir."
             )
+        if platform.is_main:
+            steps = 0 if command == "evaluate" else config.train.steps
+            run = replace(run, status=stack.enter_context(StatusFile(run.folder, command, steps)))
+            run.say_stage("ranks", time.time() - during.began)
         try:
             yield run
         except OSError as error:
@@ -349,16 +389,24 @@ def _lock(folder: Path, stack: ExitStack) -> bool:
     return stack.enter_context(lock_file(folder / ".lock"))
 
 
+def course_of(run: Run, *, evaluates: bool, saves: bool = True) -> Course:
+    """What the steps of a run are followed and interrupted by."""
+    train = run.config.train
+    every = train.evaluate_every if evaluates else 0
+    return Course(train.steps, train.save_every if saves else 0, every, evaluates_after=evaluates)
+
+
 @contextmanager
-def metrics_of(run: Run, start_step: int) -> Iterator[MetricsWriter | None]:
+def metrics_of(run: Run, start_step: int, course: Course) -> Iterator[MetricsWriter | None]:
     """The metrics writer on the main rank, None on the others."""
     if not run.platform.is_main:
         yield None
         return
-    steps = run.config.train.steps
+    pace = Pace(course)
     spikes = SpikeSink(run.folder, start_step, run.config.optimizer.clip_grad, run.say)
+    further = (spikes, *(() if run.status is None else (StatusSink(run.status, pace, start_step),)))
     with (
         Trackers(run.config) as trackers,
-        MetricsWriter(run.folder, start_step, steps, further=(spikes, trackers)) as writer,
+        MetricsWriter(run.folder, start_step, course.steps, further=(*further, trackers), pace=pace) as writer,
     ):
         yield writer

@@ -9,7 +9,7 @@ from megatron_sr1.config import Config
 from megatron_sr1.data import SampleFeed, only_demonstrations
 from megatron_sr1.loops.first_checks import Preflight
 from megatron_sr1.loops.preemption import watch_for_stop
-from megatron_sr1.loops.run import Run, metrics_of, open_run
+from megatron_sr1.loops.run import Run, course_of, metrics_of, open_run
 from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
@@ -23,7 +23,7 @@ from megatron_sr1.types import Prompt, Scoring, SftSample
 
 def run_sft(config: Config, platform: Platform) -> None:
     """Trains on `data.cold_start` and exports to `<run_dir>/hf`. Continues from the newest checkpoint."""
-    with open_run(config, platform) as run:
+    with open_run(config, platform, "sft") as run:
         _train(run)
 
 
@@ -42,17 +42,20 @@ def demonstrations(run: Run) -> SampleFeed:
 
 def _train(run: Run) -> None:
     config = run.config
-    feed = demonstrations(run)
-    policy = Policy(config, run.platform, num_optimizer_steps=config.train.steps, keep_reference=False)
-    feed.divide(policy.replicas, partial(deal_samples, run.processor))
-    batcher = Batcher(config, run.processor, policy.replicas, run.platform.device)
-    first = run.resume(policy)
+    with run.stage("data"):
+        feed = demonstrations(run)
+    with run.stage("model"):
+        policy = Policy(config, run.platform, num_optimizer_steps=config.train.steps, keep_reference=False)
+        feed.divide(policy.replicas, partial(deal_samples, run.processor))
+        batcher = Batcher(config, run.processor, policy.replicas, run.platform.device)
+        first = run.resume(policy)
     preflight = Preflight(run, "sft")
     preflight.machines(policy)
     preflight.demonstrations(feed)
     preflight.close()
     run.accept()
-    with feed, metrics_of(run, first) as writer, watch_for_stop(run.platform) as stop:
+    course = course_of(run, evaluates=False)
+    with feed, metrics_of(run, first, course) as writer, watch_for_stop(run.platform) as stop:
         for step in range(first, config.train.steps):
             during.step = step
             start = time.perf_counter()

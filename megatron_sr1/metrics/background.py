@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from megatron_sr1.config import ConfigError
 from megatron_sr1.metrics.tracker import Ending, Tracker
+from megatron_sr1.printable import printable
 
 OPEN_SECONDS = 120.0  # W&B itself gives up after 90
 STEP_SECONDS = 5.0  # that a step waits for a tracker, until one is late
@@ -129,7 +130,7 @@ class BackgroundTracker:
             return
         self._said = kind
         print(
-            f"warning: tracker {self._name}: {what}. The run goes on; all its metrics are in metrics.jsonl.",
+            f"warning: tracker {self._name}: {printable(what)}. The run goes on; all its metrics are in metrics.jsonl.",
             file=sys.stderr,
             flush=True,
         )
