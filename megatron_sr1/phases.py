@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 
@@ -24,6 +24,8 @@ class Phases:
     def __init__(self) -> None:
         self.step: int | None = None  # as in metrics.jsonl: how many are done
         self.began = time.time()  # when the command did, or this process
+        # what a profiler calls a part of the main thread's time
+        self.mark: Callable[[str], AbstractContextManager[object]] | None = None
         self._spent: dict[str, float] = {}
         self._open: tuple[Phase, ...] = ()
         self._changed = time.monotonic()
@@ -42,11 +44,18 @@ class Phases:
         self._changed = start
         self._open = (*before, Phase(name, start, longest))
         try:
-            yield
+            with self.marked(name):
+                yield
         finally:
             self._open, self._changed = before, time.monotonic()
             if all(phase.name != name for phase in before):
                 self._spent[name] = self.spent(name) + self._changed - start
+
+    def marked(self, name: str | Callable[[], str]) -> AbstractContextManager[object]:
+        """A part of the main thread's time that only a profiler is told of."""
+        if self.mark is None or threading.current_thread() is not threading.main_thread():
+            return nullcontext()
+        return self.mark(name if isinstance(name, str) else name())
 
     def spent(self, name: str) -> float:
         """Seconds of the main thread in phases of this name that have ended."""

@@ -224,7 +224,7 @@ class Runs:
     ) -> Number:
         """Goes on with the run of this name, or begins it; `saved` names the run whose rollouts it is trained from."""
         config = self.config(name, *settings, *(["rewards.on_error=skip_group"] if skips else []))
-        platform: Any = SimpleNamespace(is_main=True, ranks=Alone())
+        platform: Any = SimpleNamespace(is_main=True, ranks=Alone(), rank=0, device=None)
         run = NumberRun(config, platform, kept=self.kept.setdefault(name, {}))
         first = max(run.kept, default=0)
         policy: Any = Number(run.kept[first][0] if first else 0, bad)

@@ -67,7 +67,7 @@ ALLOWED_SIDEWAYS = {  # within a level; a room that is not here imports no neigh
     "weights": {"platform"},
     "policy": {"platform", "kernels", "weights"},
     "convert": {"platform", "weights", "policy"},
-    "training": {"platform", "kernels", "weights", "policy"},
+    "training": {"platform", "kernels", "weights", "policy", "estimate"},  # the operations that a step has done
     "rollout": {"platform", "weights"},
     "estimate": {"platform", "kernels", "policy"},
     "loops": {"preflight"},  # the first phase of a run

@@ -51,6 +51,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[Any], l
     )
     run.platform = None  # type: ignore[attr-defined]
     monkeypatch.setattr(grpo, "own_code", lambda objective, templates: {})
+    run.profiler = lambda first: lambda step: nullcontext()  # type: ignore[attr-defined]
     run.kept_before = lambda *arguments: nullcontext()  # type: ignore[attr-defined]
 
     def take(prompts: Any, step: int, clock: Clock) -> StepRollouts:

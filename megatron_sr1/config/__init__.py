@@ -23,6 +23,7 @@ from megatron_sr1.config.model_files import check_folders, check_weights, how_to
 from megatron_sr1.config.paths import home_path
 from megatron_sr1.config.pixels import PixelLimits, check_pixels, pixel_limits, write_pixel_limits
 from megatron_sr1.config.preflight import PreflightConfig
+from megatron_sr1.config.profile import ProfileConfig
 from megatron_sr1.config.resume import Change, changes_of, check_resume, rule_of, saved_steps, values_by_key
 from megatron_sr1.config.rewards import RewardsConfig
 from megatron_sr1.config.rollout import (
@@ -62,6 +63,7 @@ __all__ = [
     "PixelLimits",
     "PrecisionConfig",
     "PreflightConfig",
+    "ProfileConfig",
     "RecomputeConfig",
     "RewardsConfig",
     "RolloutConfig",

@@ -117,6 +117,7 @@ RULES: Mapping[str, Rule] = {
     "evaluate.gold_field": "takes effect",
     "evaluate.other_questions": "takes effect",
     "preflight": "free",
+    "profile": "free",
     "track": "free",
     "watchdog": "free",
 }

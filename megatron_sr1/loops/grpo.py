@@ -102,7 +102,7 @@ def _steps(
     `seconds/save` and `seconds/sync` of a step are what its rollouts had to wait for.
     """
     run.accept(own_code(run.config.objective, preset.templates))
-    clock = Clock()
+    profiler, clock = run.profiler(first), Clock()
     with clock("sync"):
         source.refresh(policy.hf_weights(), version=first)
     evaluations.before(first)
@@ -110,23 +110,26 @@ def _steps(
         for step in range(first, run.config.train.steps):
             during.step = step
             evaluations.between(step)
-            prompts = StepPrompts(feed, run.config.rollout.prompts_per_step)
-            with run.kept_before(RewardError, step, feed, policy, first):
-                rollouts = source.take(prompts, step, clock)  # both passes of every sample, graded
-                run.settle_checkpoint(clock)  # written while the engines were at work: no fault of training loses it
-                with clock("train"):
-                    results = trainer.update(rollouts)  # advantages, packed rows, optimizer steps
-            prompts.finish()
-            if writer is not None:
-                measured = step_metrics(rollouts, preset, run.config.objective, results, clock)
-                writer.write(step, {**measured, **feed.metrics})
-            clock = Clock()
-            with clock("save"):
-                source.settle()  # a checkpoint says that the step is done, so its rollouts must be there
-                run.take_bad(step, results, rollouts.trained_keys if any(one.skipped for one in results) else [])
-                run.end_step(step, feed, stop, policy if results else None)
-            if results:
-                with clock("sync"):
-                    if source.needs_room:
-                        policy.leave_device()
-                    source.refresh(policy.hf_weights(), version=step + 1)
+            with profiler(step):
+                prompts = StepPrompts(feed, run.config.rollout.prompts_per_step)
+                with run.kept_before(RewardError, step, feed, policy, first):
+                    rollouts = source.take(prompts, step, clock)  # both passes of every sample, graded
+                    run.settle_checkpoint(
+                        clock
+                    )  # written while the engines were at work: no fault of training loses it
+                    with clock("train"):
+                        results = trainer.update(rollouts)  # advantages, packed rows, optimizer steps
+                prompts.finish()
+                if writer is not None:
+                    measured = step_metrics(rollouts, preset, run.config.objective, results, clock)
+                    writer.write(step, {**measured, **feed.metrics})
+                clock = Clock()
+                with clock("save"):
+                    source.settle()  # a checkpoint says that the step is done, so its rollouts must be there
+                    run.take_bad(step, results, rollouts.trained_keys if any(one.skipped for one in results) else [])
+                    run.end_step(step, feed, stop, policy if results else None)
+                if results:
+                    with clock("sync"):
+                        if source.needs_room:
+                            policy.leave_device()
+                        source.refresh(policy.hf_weights(), version=step + 1)

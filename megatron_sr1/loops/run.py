@@ -31,6 +31,7 @@ from megatron_sr1.metrics.progress import draws
 from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform, watched_rank
 from megatron_sr1.platform.precision import shares_prefixes
+from megatron_sr1.platform.profiling import StepProfiler, check_profiler
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.printable import printable
 from megatron_sr1.processor import Processor
@@ -282,6 +283,18 @@ class Run:
         turns = self.status is not None and during.step is None and draws(console)
         return console.status(name) if turns else nullcontext()
 
+    def profiler(self, first: int) -> StepProfiler:
+        """Of this rank.
+
+        Args:
+            first: the step that the run begins or goes on with.
+        """
+        settings = self.config.profile
+        done = [step for step in settings.steps if step < first]
+        if done:
+            self.say(f"profile.steps: {done} are done already, nothing will be seen of them")
+        return StepProfiler(settings, self.platform, self.folder, self.say)
+
     def note(self, detail: str) -> None:
         """How far the run is with what it is at, for `megatron-sr1 watch`."""
         if self.status is not None:
@@ -342,11 +355,12 @@ def open_run(config: Config, platform: Platform, command: Command) -> Iterator[R
         command: that the run is of.
 
     Raises:
-        ValueError: another process is at work in the folder.
+        ValueError: another process is at work in the folder; see `check_profiler`.
         OSError: it cannot be written to; where that is full, the error names it.
     """
     run = Run(config, platform)
     with ExitStack() as stack:
+        check_profiler(config.profile, platform)
         stack.enter_context(_watched(run))
         if not platform.ranks.any(platform.is_main and _lock(run.folder, stack)):
             raise ValueError(

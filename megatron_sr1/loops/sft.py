@@ -10,6 +10,7 @@ from megatron_sr1.data import SampleFeed, only_demonstrations
 from megatron_sr1.loops.first_checks import Preflight
 from megatron_sr1.loops.preemption import watch_for_stop
 from megatron_sr1.loops.run import Run, course_of, metrics_of, open_run
+from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
@@ -18,6 +19,7 @@ from megatron_sr1.ranks import agreed
 from megatron_sr1.rollout import deal_samples
 from megatron_sr1.training.batches import Batcher
 from megatron_sr1.training.losses import SftLoss
+from megatron_sr1.training.step_work import take_work
 from megatron_sr1.types import Prompt, Scoring, SftSample
 
 
@@ -54,24 +56,28 @@ def _train(run: Run) -> None:
     preflight.demonstrations(feed)
     preflight.close()
     run.accept()
-    course = course_of(run, evaluates=False)
+    course, profiler = course_of(run, evaluates=False), run.profiler(first)
     with feed, metrics_of(run, first, course) as writer, watch_for_stop(run.platform) as stop:
         for step in range(first, config.train.steps):
             during.step = step
-            start = time.perf_counter()
-            taken = feed.next(config.train.batch_size)
-            samples = agreed(run.platform.ranks, partial(only_demonstrations, taken.samples, "data.cold_start"))
-            batch = batcher.sft(samples)
-            with during("train"):
-                result = policy.train_step(batch.micro_batches, SftLoss(batch), Scoring())
-            feed.finish(taken)
-            if writer is not None:
-                optimizer = {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
-                optimizer["skipped_updates"] = float(result.skipped)
-                seconds = {"seconds/step": time.perf_counter() - start}
-                writer.write(step, {**result.metrics, **optimizer, **feed.metrics, **seconds})
-            keys = [sample.prompt.key for sample in samples]
-            run.take_bad(step, [result], policy.replicas.gather(keys) if result.skipped else [])
-            run.end_step(step, feed, stop, policy)
+            with profiler(step):
+                start = time.perf_counter()
+                taken = feed.next(config.train.batch_size)
+                samples = agreed(run.platform.ranks, partial(only_demonstrations, taken.samples, "data.cold_start"))
+                batch = batcher.sft(samples)
+                clock = Clock()
+                with clock("train"):
+                    result = policy.train_step(batch.micro_batches, SftLoss(batch), Scoring())
+                work = take_work(policy)
+                feed.finish(taken)
+                if writer is not None:
+                    optimizer = {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+                    optimizer["skipped_updates"] = float(result.skipped)
+                    seconds = {**clock.seconds, "seconds/step": time.perf_counter() - start}
+                    taken_of_all = work.metrics(clock.seconds["seconds/train"])
+                    writer.write(step, {**result.metrics, **optimizer, **feed.metrics, **taken_of_all, **seconds})
+                keys = [sample.prompt.key for sample in samples]
+                run.take_bad(step, [result], policy.replicas.gather(keys) if result.skipped else [])
+                run.end_step(step, feed, stop, policy)
     run.export(policy)
     run.say(f"exported to {run.export_dir}")

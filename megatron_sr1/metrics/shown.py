@@ -9,6 +9,7 @@ from megatron_sr1.printable import printable
 
 Entry = Mapping[str, float | None]  # of metrics.jsonl: null where a number is not finite
 _OF_STREAM = re.compile(r"loss/(.+)/(kl)")
+_MEMORY = ("memory/peak_gib", "memory/host_gib")  # of a device, or where there is none
 STREAM_REWARD = "reward/stream/"
 
 
@@ -53,7 +54,7 @@ _JOINED: tuple[tuple[str, tuple[str, ...] | Callable[[Entry], list[str]], Callab
     ("generated/s", ("tokens_per_second",), _count),
     ("trained/s", ("trained_tokens_per_second",), _count),
     ("MFU", ("mfu",), _share),
-    ("memory", ("memory/peak_gib",), _gib),
+    ("memory", lambda values: [name for name in _MEMORY if name in values][:1], _gib),
 )
 
 

@@ -57,6 +57,9 @@ def step_metrics(
         log.add("grad_norm", result.grad_norm)
         log.add("skipped_updates", result.skipped, "sum")
         log.add("learning_rate", result.learning_rate, "last")
+        if result.work is not None:
+            for name, value in result.work.metrics(clock.seconds["seconds/train"]).items():
+                log.add(name, value)
     for name, value in clock.seconds.items():
         log.add(name, value)
     return log.reduce()
