@@ -34,7 +34,7 @@ from megatron_sr1.config.rollout import (
     typical_tokens,
 )
 from megatron_sr1.config.rules import ConfigError
-from megatron_sr1.config.tracking import MlflowConfig, TrackConfig, WandbConfig
+from megatron_sr1.config.tracking import MlflowConfig, SamplesConfig, TrackConfig, TrackioConfig, WandbConfig
 from megatron_sr1.config.training import PRESET_NAMES, ObjectiveConfig, OptimizerConfig, TrainConfig
 from megatron_sr1.config.whole import Config
 from megatron_sr1.config.yaml_files import read_mapping, read_overrides
@@ -67,7 +67,9 @@ __all__ = [
     "RecomputeConfig",
     "RewardsConfig",
     "RolloutConfig",
+    "SamplesConfig",
     "TrackConfig",
+    "TrackioConfig",
     "TrainConfig",
     "WandbConfig",
     "changes_of",

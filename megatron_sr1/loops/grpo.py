@@ -25,6 +25,7 @@ from megatron_sr1.training.live_rollouts import LiveRollouts
 from megatron_sr1.training.recorder import Recorder
 from megatron_sr1.training.rollout_source import RolloutSource
 from megatron_sr1.training.saved_rollouts import SavedRollouts
+from megatron_sr1.training.shown_samples import SamplePicker
 from megatron_sr1.training.step_metrics import step_metrics
 from megatron_sr1.training.trainer import NoTrainer, Trainer
 
@@ -102,7 +103,7 @@ def _steps(
     `seconds/save` and `seconds/sync` of a step are what its rollouts had to wait for.
     """
     run.accept(own_code(run.config.objective, preset.templates))
-    profiler, clock = run.profiler(first), Clock()
+    profiler, picker, clock = run.profiler(first), SamplePicker(run.config.track.samples), Clock()
     with clock("sync"):
         source.refresh(policy.hf_weights(), version=first)
     evaluations.before(first)
@@ -123,6 +124,7 @@ def _steps(
                 if writer is not None:
                     measured = step_metrics(rollouts, preset, run.config.objective, results, clock)
                     writer.write(step, {**measured, **feed.metrics})
+                    writer.show(step, picker.pick(rollouts))
                 clock = Clock()
                 with clock("save"):
                     source.settle()  # a checkpoint says that the step is done, so its rollouts must be there

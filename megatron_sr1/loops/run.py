@@ -421,6 +421,8 @@ def metrics_of(run: Run, start_step: int, course: Course) -> Iterator[MetricsWri
     further = (spikes, *(() if run.status is None else (StatusSink(run.status, pace, start_step),)))
     with (
         Trackers(run.config) as trackers,
-        MetricsWriter(run.folder, start_step, course.steps, further=(*further, trackers), pace=pace) as writer,
+        MetricsWriter(
+            run.folder, start_step, course.steps, further=(*further, trackers), pace=pace, samples=trackers
+        ) as writer,
     ):
         yield writer

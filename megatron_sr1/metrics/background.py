@@ -6,11 +6,12 @@ import queue
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from megatron_sr1.config import ConfigError
+from megatron_sr1.metrics.samples import SampleRow
 from megatron_sr1.metrics.tracker import Ending, Tracker
 from megatron_sr1.printable import printable
 
@@ -85,6 +86,11 @@ class BackgroundTracker:
         """Whether the tracker has taken them by now."""
         tracker = self._tracker
         return tracker is not None and self._call(lambda: tracker.write(step, values), STEP_SECONDS)
+
+    def show(self, step: int, name: str, rows: Sequence[SampleRow]) -> bool:
+        """As `write`, of samples."""
+        tracker = self._tracker
+        return tracker is not None and self._call(lambda: tracker.show(step, name, rows), STEP_SECONDS)
 
     def finish(self, ending: Ending) -> None:
         """Waits no longer than END_SECONDS, whatever the tracker does."""

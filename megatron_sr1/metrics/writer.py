@@ -12,6 +12,8 @@ from rich.console import Console
 from megatron_sr1.metrics.files import JsonlSink, TensorBoardSink
 from megatron_sr1.metrics.pace import Pace
 from megatron_sr1.metrics.progress import ProgressSink, plain_pace
+from megatron_sr1.metrics.samples import SampleRow
+from megatron_sr1.metrics.tracking import Trackers
 
 
 class MetricsSink(Protocol):
@@ -34,6 +36,7 @@ class MetricsWriter:
         console: where progress goes; standard output by default.
         further: sinks that whoever made them opens and closes, the run's `Trackers` for one.
         pace: of the run, which is told of each step before any sink; None: of one that only does steps.
+        samples: take the samples that `show` is given; the trackers of `further`.
     """
 
     def __init__(
@@ -44,12 +47,13 @@ class MetricsWriter:
         console: Console | None = None,
         further: Sequence[MetricsSink] = (),
         pace: Pace | None = None,
+        samples: Trackers | None = None,
     ) -> None:
         self._run_dir, self._start = run_dir, start_step
         self._pace = pace or plain_pace(total_steps)
         self._console = console or Console()
         self._files: list[_File] = []
-        self._further = further
+        self._further, self._samples = further, samples
 
     def __enter__(self) -> MetricsWriter:
         self._files = [
@@ -70,3 +74,8 @@ class MetricsWriter:
         self._pace.step_done(step + 1)
         for sink in (*self._files, *self._further):
             sink.write(step, values)
+
+    def show(self, step: int, rows: Sequence[SampleRow]) -> None:
+        """Hands samples of the rollouts of `step` to trackers."""
+        if rows and self._samples is not None:
+            self._samples.show(step, rows)
