@@ -479,4 +479,6 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(ConfigError, match=rf"{key} needs {package}.*pip install 'megatron_sr1\[track\]'"):
             check_trackers(track)
     monkeypatch.setattr(configured, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"track\.trackio\.enabled needs trackio.*'megatron_sr1\[trackio\]'"):
+        check_trackers(load_config(None, ["track.trackio.enabled=true"]).track)
     check_trackers(load_config(None, []).track)

@@ -14,9 +14,8 @@ ProfileKind = Literal["torch", "nsys", "memory"]
 class ProfileConfig:
     """Traces of steps of `grpo` and `sft`, in `<run_dir>/profile`: docs/training.md."""
 
-    steps: tuple[
-        int, ...
-    ] = ()  # as in metrics.jsonl, the first is 0; [2, 3] are past what a start compiles; empty: off
+    # as in metrics.jsonl, the first is 0: [2, 3] are past what a start compiles; empty: none
+    steps: tuple[int, ...] = ()
     # torch: a trace of torch.profiler; nsys: the range that `nsys profile --capture-range=cudaProfilerApi` takes;
     # memory: what each phase takes of memory, on GPUs with a snapshot of all allocations
     kind: ProfileKind = "torch"

@@ -56,7 +56,7 @@ class MlflowConfig:
 class TrackioConfig:
     """Trackio, in files of this machine alone: `<run_dir>/trackio`. TRACKIO_DIR=<run_dir>/trackio trackio show"""
 
-    enabled: bool = False  # true: needs the package trackio
+    enabled: bool = False  # true: needs the extra trackio
     project: str = "megatron-sr1"  # that the run is filed under
     name: str = ""  # of the run; empty: the last two parts of run_dir
 
@@ -99,7 +99,8 @@ def check_trackers(track: TrackConfig) -> None:
     for key, packages in wanted.items():
         missing = [package for package in packages if find_spec(package) is None]
         if missing:
+            extra = "trackio" if "trackio" in missing else "track"
             raise ConfigError(
-                f"{key} needs {', '.join(missing)}, not installed here: pip install "
-                f"{'trackio' if missing == ['trackio'] else repr('megatron_sr1[track]')}, or leave the key out."
+                f"{key} needs {', '.join(missing)}, not installed here: pip install 'megatron_sr1[{extra}]', or leave "
+                "the key out."
             )
