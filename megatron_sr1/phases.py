@@ -23,6 +23,7 @@ class Phases:
 
     def __init__(self) -> None:
         self.step: int | None = None  # as in metrics.jsonl: how many are done
+        self.detail = ""  # how far the outermost phase is, for whoever watches
         self.began = time.time()  # when the command did, or this process
         # what a profiler calls a part of the main thread's time
         self.mark: Callable[[str], AbstractContextManager[object]] | None = None

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_sr1.metrics.watching import look, written
 from megatron_sr1.prompts import CAPTION_REASONER, extract_boxed
@@ -86,6 +87,10 @@ def test_a_run_says_what_its_steps_have_computed_and_how_it_went(finished: Works
     assert stages.count("evaluation") == 4 and "evaluated after step 8" in view.evaluation
     (last, *_) = (line for line in written(view) if line.startswith("step 8/8"))
     assert "reward" in last and "left" not in last
+    events = EventAccumulator(str(finished.folder / "whole" / "tensorboard" / "samples"), {"images": 0})
+    events.Reload()
+    rollouts, evaluations = (events.Images(f"samples/{name}/0/image_0") for name in ("rollouts", "eval"))
+    assert [event.step for event in rollouts] == [0, 3, 6] and [event.step for event in evaluations] == [0, 3, 6, 8]
 
 
 def test_every_sampled_token_agrees_to_a_thousandth(finished: Workspace) -> None:

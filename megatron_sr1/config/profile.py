@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from megatron_sr1.config.rules import one_of, require
+from megatron_sr1.config.rules import Range, check_numbers, one_of, require
 
 ProfileKind = Literal["torch", "nsys", "memory"]
 
@@ -23,10 +23,9 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         one_of("profile.kind", self.kind, get_args(ProfileKind))
+        check_numbers("profile", self, {"steps": Range(0, 10**9), "ranks": Range(0, 10**6)})
         for key, numbers in (("profile.steps", self.steps), ("profile.ranks", self.ranks)):
-            allowed = "whole numbers from 0 on, each once"
-            distinct = len(set(numbers)) == len(numbers) and all(number >= 0 for number in numbers)
-            require(distinct, key, list(numbers), allowed, "Correct the list.")
+            require(len(set(numbers)) == len(numbers), key, list(numbers), "each number once", "Correct the list.")
 
 
 def check_profile(profile: ProfileConfig, num_steps: int, num_ranks: int) -> None:

@@ -269,6 +269,7 @@ class Run:
         start = time.perf_counter()
         with during(name), self._turning(name):
             yield
+        during.detail = ""
         self.say_stage(name, time.perf_counter() - start)
 
     def say_stage(self, name: str, seconds: float) -> None:
@@ -296,9 +297,8 @@ class Run:
         return StepProfiler(settings, self.platform, self.folder, self.say)
 
     def note(self, detail: str) -> None:
-        """How far the run is with what it is at, for `megatron-sr1 watch`."""
-        if self.status is not None:
-            self.status.note(detail=detail)
+        """How far the run is with the stage that it is at, for whoever watches."""
+        during.detail = detail
 
     def export(self, policy: Policy) -> None:
         """Writes the policy's weights, with the starting model's configuration and processor files, in which the image

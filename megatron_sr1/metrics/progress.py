@@ -13,7 +13,7 @@ from rich.text import Text
 
 from megatron_sr1.metrics.pace import Course, Pace, duration
 from megatron_sr1.metrics.shown import shown_metrics
-from megatron_sr1.phases import Phase, Phases, during
+from megatron_sr1.phases import Phases, during
 
 LIVE_FROM = 30  # columns; on fewer, lines are printed as they are
 BAR_FROM = 70  # columns; on fewer, the numbers need them all
@@ -57,13 +57,16 @@ class ProgressSink:
 
     def _drawn(self) -> StepLines:
         pace = self._pace
-        times = [*pace_words(pace.step_seconds, pace.seconds_left), *phase_words(self._phases.open, time.monotonic())]
+        times = [*pace_words(pace.step_seconds, pace.seconds_left), *phase_words(self._phases, time.monotonic())]
         return StepLines(self._done, pace.course.steps, times, self._metrics)
 
 
-def phase_words(phases: Sequence[Phase], now: float) -> list[str]:
-    """What is being done, and for how long: ["rollout 0:12"]."""
-    return [f"{phases[0].name} {duration(now - phases[0].since)}"] if phases else []
+def phase_words(phases: Phases, now: float) -> list[str]:
+    """What is being done, for how long, and how far it is: ["evaluation 0:12 (40 of 100 prompts)"]."""
+    opened = phases.open
+    if not opened:
+        return []
+    return [f"{opened[0].name} {duration(now - opened[0].since)}" + (f" ({phases.detail})" if phases.detail else "")]
 
 
 def plain_pace(steps: int) -> Pace:

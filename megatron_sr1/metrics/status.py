@@ -98,7 +98,7 @@ class StatusFile:
 
     def stage(self, name: str, seconds: float) -> None:
         """Something of the start, or between steps, has ended."""
-        self.note(stages=(*self._status.stages, (name, round(seconds, 3))), detail="")
+        self.note(stages=(*self._status.stages, (name, round(seconds, 3))))
 
     def _watch(self) -> None:
         while not self._over.wait(TICK_SECONDS):
@@ -108,7 +108,9 @@ class StatusFile:
         """Where something has changed, or a sign of life is due."""
         now, opened = time.time(), self._phases.open
         since = now - (time.monotonic() - opened[0].since) if opened else now
-        told = replace(self._status, phases=tuple(phase.name for phase in opened), since=since)
+        told = replace(
+            self._status, phases=tuple(phase.name for phase in opened), since=since, detail=self._phases.detail
+        )
         before = self._written
         if before is not None and now - before.updated < SIGN_SECONDS:
             rest = {"updated": before.updated, "since": before.since}
@@ -139,7 +141,7 @@ class StatusSink:
             start_step: the first that will be written.
         """
         self._status, self._pace = status, pace
-        status.note(done=start_step, going_on=start_step, detail="")
+        status.note(done=start_step, going_on=start_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """`values` are in metrics.jsonl."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,7 @@ class TrackioTracker:
         folder = (Path(config.run_dir) / FOLDER).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["TRACKIO_DIR"] = str(folder)  # read when the library is imported; it has no other switch
-        import trackio
-
-        self._library: Any = trackio
+        self._library: Any = import_module("trackio")
         own = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         self._run = self._library.init(
             config.track.trackio.project, name=name, resume="allow", config=dict(parameters), **own

@@ -179,7 +179,7 @@ def drawn(view: View, width: int) -> RenderableType:
     """The whole view, no line longer than the terminal is wide."""
     parts: list[RenderableType] = [Text(view.headline)]
     if view.stages:
-        parts.append(Text(f"start: {view.stages}", style="dim"))
+        parts.append(Text(f"phases: {view.stages}", style="dim"))
     if view.entries or (view.status is not None and view.status.steps):
         parts.append(StepLines(view.done, _steps(view), view.times, shown_metrics(view.last)))
     parts += [Text(line) for line in (view.evaluation, *view.faults) if line]
@@ -190,7 +190,7 @@ def written(view: View) -> list[str]:
     """The same in lines, for what is no terminal."""
     lines = [view.headline]
     if view.stages:
-        lines.append(f"start: {view.stages}")
+        lines.append(f"phases: {view.stages}")
     if view.entries or (view.status is not None and view.status.steps):
         lines.append(BETWEEN.join([step_words(view), *view.times, *shown_metrics(view.last)]))
     return [*lines, *(line for line in (view.evaluation, *view.faults) if line)]
