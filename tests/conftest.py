@@ -96,7 +96,8 @@ def finished(
         words = ("train.steps=8", "train.save_every=3", "evaluate.verify_export=12", *leaves, *kept, *looks)
         words = (*words, "profile.steps=[3]", "track.samples.every=3")
         printed = workspace.run("grpo", "whole", *words)
-        assert "step 8/8" in printed
+        told = [line.split("  ")[0] for line in printed.splitlines() if line.startswith("step ")]
+        assert told == [f"step {number}/8" for number in range(1, 9)], "a line a step, of one rank"
         return workspace.folder
 
     return Workspace(made_once(request, tmp_path_factory, "finished", make))

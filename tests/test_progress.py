@@ -25,6 +25,7 @@ from megatron_sr1.metrics.status import FILE, Status, read_status
 from megatron_sr1.metrics.watching import View, drawn, look, watch, written
 from megatron_sr1.phases import Phases
 from megatron_sr1.printable import one_printable_line, printable
+from megatron_sr1.report.text_table import TextTable, print_text_table
 
 STEP = {
     "reward/total": 0.25,
@@ -202,6 +203,12 @@ def test_what_others_have_written_moves_no_cursor_and_is_no_markup() -> None:
         sink.close()
         assert "[red]x[/red]" in out.getvalue() and "[bold]b" in out.getvalue()
         assert "\x1b]0" not in out.getvalue() and "\x07" not in out.getvalue()
+
+
+def test_tables_of_names_from_files_move_no_cursor() -> None:
+    out, evil = io.StringIO(), "\x1b[2J[red]x"
+    print_text_table(console_of(out, 80), TextTable("k", evil, (evil, "n"), ((evil, "1"),)))
+    assert "\x1b[2J" not in out.getvalue() and out.getvalue().count("\\x1b[2J[red]x") == 3
 
 
 # ---------------------------------------------------------------- watch

@@ -74,8 +74,11 @@ def _example(run_dir: Path, example: Mapping[str, Any]) -> SampleRow:
         if path.is_file():
             with images.open(path) as image:
                 found.append(png_of(image))
-    texts = {name: str(example[name] or "") for name in ("key", "answer", "first", "description", "second")}
-    return SampleRow(**texts, question=str(example["problem"]), rewards=dict(example["rewards"]), images=tuple(found))
+    key, question, answer, first, description, second = (
+        str(example[name] or "") for name in ("key", "problem", "answer", "first", "description", "second")
+    )
+    shown = {"rewards": dict(example["rewards"]), "images": tuple(found)}
+    return SampleRow(key, question, answer, first, description, second, **shown)
 
 
 def as_code(text: str) -> str:

@@ -27,7 +27,7 @@ def controls_section(rows: Sequence[SummaryRow]) -> str:
     shown = [column for column in CONTROL_COLUMNS if any(row.values.get(column[0]) is not None for row in asked)]
     head = "".join(f'<th title="{escape(meaning)}">{escape(title)}</th>' for _, title, meaning in shown)
     body = "".join(
-        f"<tr><th>{escape(row.label)} <small>after step {row.step}</small></th>"
+        f"<tr><th>{escape(row.label)} <small>step {row.step}</small></th>"
         + "".join(f"<td>{_cell(row, name)}</td>" for name, _, _ in shown)
         + "</tr>"
         for row in asked

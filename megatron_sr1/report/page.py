@@ -54,7 +54,7 @@ def summary_section(rows: Sequence[SummaryRow], title: str = "Held-out evaluatio
         return f'<section><h2>{title}</h2><p class="note">No evaluation yet.</p></section>'
     head = "".join(f'<th title="{escape(c.meaning)}">{escape(c.title)} {_arrow(c)}</th>' for c in COLUMNS)
     body = "".join(
-        f"<tr><th>{escape(row.label)} <small>after step {row.step}</small></th>"
+        f"<tr><th>{escape(row.label)} <small>step {row.step}</small></th>"
         + "".join(_cell(column, row, rows[0]) for column in COLUMNS)
         + f"<td>{row.num_prompts}</td></tr>"
         for row in rows
