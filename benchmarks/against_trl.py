@@ -145,7 +145,7 @@ def measure_ours(two_passes: bool, options: argparse.Namespace, folder: Path) ->
 
     config = our_config(options, two_passes, folder)
     preset = preset_of(config)
-    with open_run(config, platform) as run:
+    with open_run(config, platform, "grpo") as run:
         feed = run.feed("train", prompt_check(run.planner, preset.passes.of, leaves_out=True))
         policy = CountingPolicy(config, platform, num_optimizer_steps=config.train.steps, keep_reference=False)
         learner = trainer.Trainer(config, policy, preset, run.processor)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 
@@ -22,7 +22,12 @@ class Phases:
     """Phases within phases. Other threads work for the main one, and what they are at is not noted."""
 
     def __init__(self) -> None:
-        self.step: int | None = None
+        self.step: int | None = None  # as in metrics.jsonl: how many are done
+        self.detail = ""  # how far the outermost phase is, for whoever watches
+        self.began = time.time()  # when the command did, or this process
+        # what a profiler calls a part of the main thread's time
+        self.mark: Callable[[str], AbstractContextManager[object]] | None = None
+        self._spent: dict[str, float] = {}
         self._open: tuple[Phase, ...] = ()
         self._changed = time.monotonic()
 
@@ -36,13 +41,26 @@ class Phases:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = self._open
-        self._changed = time.monotonic()
-        self._open = (*before, Phase(name, self._changed, longest))
+        before, start = self._open, time.monotonic()
+        self._changed = start
+        self._open = (*before, Phase(name, start, longest))
         try:
-            yield
+            with self.marked(name):
+                yield
         finally:
             self._open, self._changed = before, time.monotonic()
+            if all(phase.name != name for phase in before):
+                self._spent[name] = self.spent(name) + self._changed - start
+
+    def marked(self, name: str | Callable[[], str]) -> AbstractContextManager[object]:
+        """A part of the main thread's time that only a profiler is told of."""
+        if self.mark is None or threading.current_thread() is not threading.main_thread():
+            return nullcontext()
+        return self.mark(name if isinstance(name, str) else name())
+
+    def spent(self, name: str) -> float:
+        """Seconds of the main thread in phases of this name that have ended."""
+        return self._spent.get(name, 0.0)
 
     def moved(self) -> None:
         """What is open has come forward: its time counts anew. Of the main thread."""
@@ -61,9 +79,9 @@ class Phases:
         return self._changed
 
     def __str__(self) -> str:
-        """Step and phases, such as "step 3: rollout, engine step"."""
+        """Step and phases, such as "step 3: rollout, engine step" of the third."""
         names = ", ".join(phase.name for phase in self._open) or "between phases"
-        return names if self.step is None else f"step {self.step}: {names}"
+        return names if self.step is None else f"step {self.step + 1}: {names}"
 
 
 during = Phases()  # of this process

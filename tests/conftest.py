@@ -94,8 +94,10 @@ def finished(
         kept = ("train.save_hf=true", "train.evaluate_every=3", "train.keep_best=accuracy")
         looks = ("preflight.enabled=true", "preflight.prompts=4")  # the others begin without
         words = ("train.steps=8", "train.save_every=3", "evaluate.verify_export=12", *leaves, *kept, *looks)
+        words = (*words, "profile.steps=[3]", "track.samples.every=3")
         printed = workspace.run("grpo", "whole", *words)
-        assert "step 8/8" in printed
+        told = [line.split("  ")[0] for line in printed.splitlines() if line.startswith("step ")]
+        assert told == [f"step {number}/8" for number in range(1, 9)], "a line a step, of one rank"
         return workspace.folder
 
     return Workspace(made_once(request, tmp_path_factory, "finished", make))

@@ -20,7 +20,7 @@ from megatron_sr1.data import Quarantine, SampleFeed, SampleStream, ShardDataset
 from megatron_sr1.loops import grpo
 from megatron_sr1.loops.evaluate import NoEvaluations
 from megatron_sr1.loops.run import Run
-from megatron_sr1.metrics import read_jsonl
+from megatron_sr1.metrics import Course, read_jsonl
 from megatron_sr1.policy import StepResult
 from megatron_sr1.ranks import OneRank
 from megatron_sr1.rewards import Ungraded, Vectors, score_or_tell
@@ -224,8 +224,8 @@ class Runs:
     ) -> Number:
         """Goes on with the run of this name, or begins it; `saved` names the run whose rollouts it is trained from."""
         config = self.config(name, *settings, *(["rewards.on_error=skip_group"] if skips else []))
-        platform: Any = SimpleNamespace(is_main=True, ranks=Alone())
-        run = NumberRun(config, platform, self.kept.setdefault(name, {}))
+        platform: Any = SimpleNamespace(is_main=True, ranks=Alone(), rank=0, device=None)
+        run = NumberRun(config, platform, kept=self.kept.setdefault(name, {}))
         first = max(run.kept, default=0)
         policy: Any = Number(run.kept[first][0] if first else 0, bad)
         feed = SampleFeed(SampleStream(self._dataset, config.seed, window=8), Quarantine(0))
@@ -244,8 +244,10 @@ class Runs:
             )
         trainer: Any = policy if trains else NoTrainer()
         with feed, source:
-            assert config.train.steps is not None
-            grpo._steps(run, range(first, config.train.steps), PRESET, feed, policy, source, trainer, NoEvaluations())
+            length = config.train.steps
+            assert length is not None
+            steps, course = range(first, length), Course(length)
+            grpo._steps(run, steps, PRESET, feed, policy, source, trainer, NoEvaluations(), course)
         return policy
 
     def metrics(self, name: str) -> list[dict[str, float]]:

@@ -30,7 +30,7 @@ from tests.source_tree import (
 
 LEVELS = {
     0: {"__init__", "ahead", "bounded_answers", "config", "encoded_image", "file_lock", "import_path"}
-    | {"parent_process", "phases", "ranks", "reward_stream", "schedule", "types"},
+    | {"parent_process", "phases", "printable", "processes", "ranks", "reward_stream", "schedule", "types"},
     1: {
         "data",
         "prompts",
@@ -67,7 +67,7 @@ ALLOWED_SIDEWAYS = {  # within a level; a room that is not here imports no neigh
     "weights": {"platform"},
     "policy": {"platform", "kernels", "weights"},
     "convert": {"platform", "weights", "policy"},
-    "training": {"platform", "kernels", "weights", "policy"},
+    "training": {"platform", "kernels", "weights", "policy", "estimate"},  # the operations that a step has done
     "rollout": {"platform", "weights"},
     "estimate": {"platform", "kernels", "policy"},
     "loops": {"preflight"},  # the first phase of a run

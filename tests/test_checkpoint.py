@@ -341,7 +341,7 @@ def _fill_the_disk(folder: Path) -> None:
         "no-room": save_without_room,
     }.items():
         try:
-            with one_line_for_mistakes(name), open_run(load_config(None, [f"run_dir={folder}"]), platform):
+            with one_line_for_mistakes(name), open_run(load_config(None, [f"run_dir={folder}"]), platform, "grpo"):
                 write()
         except SystemExit as ended:
             assert ended.code == 2, ended.code

@@ -338,7 +338,7 @@ def test_groups_that_cannot_be_graded_are_replaced(runs: Runs) -> None:
     def spoils(step: int, call: int, place: int) -> bool:
         return (call == 0 and place < 3) or step == 2
 
-    with pytest.raises(RewardError, match=r"no group of step 2 could be graded.*\(11 groups more failed\.\)"):
+    with pytest.raises(RewardError, match=r"no group of step 3 could be graded.*\(11 groups more failed\.\)"):
         runs.go("skipping", "train.save_every=1", skips=True, wrapped=lambda made: Spoiling(made, spoils))
     for step in range(2):
         metrics, trained = runs.metrics("skipping")[step], runs.lines("skipping", step)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_sr1.metrics.watching import look, written
 from megatron_sr1.prompts import CAPTION_REASONER, extract_boxed
 from megatron_sr1.report.starts import read_starts
 from megatron_sr1.rewards import grade
@@ -61,6 +65,34 @@ def test_trainer_and_generator_agree_after_every_update(finished: Workspace) -> 
     tokens. Stale weights in the engine would show here at once."""
     gaps = [entry["logprob_gap"] for entry in finished.metrics("whole")]
     assert len(gaps) == 8 and max(gaps) < 1e-5
+
+
+def test_a_step_that_was_traced_has_its_parts_by_name(finished: Workspace) -> None:
+    with gzip.open(finished.folder / "whole" / "profile" / "step_000003_rank_00000.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    names = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
+    assert names["rollout"] == names["train"] == names["sync"] == names["reference"] == 1
+    assert names["rollout/first"] and names["rollout/second"] and names["save"]
+    assert names["rollout/first"] + names["rollout/second"] == names["engine step"]
+
+
+def test_a_run_says_what_its_steps_have_computed_and_how_it_went(finished: Workspace) -> None:
+    entries = finished.metrics("whole")
+    assert all(entry["flops"] > 1e8 and entry["trained_tokens_per_second"] > 0 for entry in entries)
+    assert not any("mfu" in entry or "memory/peak_gib" in entry for entry in entries), "nobody knows these of a CPU"
+    streams = {name for name in entries[0] if name.startswith("reward/stream/")}
+    assert len(streams) == 2 and sum(entries[0][name] for name in streams) == pytest.approx(entries[0]["reward/total"])
+    view = look(finished.folder / "whole")
+    assert view.is_over and view.status is not None and view.status.done == view.status.steps == 8
+    stages = [name for name, _ in view.status.stages]
+    assert stages[:6] == ["ranks", "data", "model", "engines", "canary", "preflight"] and "export" in stages
+    assert stages.count("evaluation") == 4 and "evaluated after step 8" in view.evaluation
+    (last, *_) = (line for line in written(view) if line.startswith("step 8/8"))
+    assert "reward" in last and "left" not in last
+    events = EventAccumulator(str(finished.folder / "whole" / "tensorboard" / "samples"), {"images": 0})
+    events.Reload()
+    rollouts, evaluations = (events.Images(f"samples/{name}/0/image_0") for name in ("rollouts", "eval"))
+    assert [event.step for event in rollouts] == [0, 3, 6] and [event.step for event in evaluations] == [0, 3, 6, 8]
 
 
 def test_every_sampled_token_agrees_to_a_thousandth(finished: Workspace) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_sr1.ahead import Later
 from megatron_sr1.config import load_config, typical_tokens
 from megatron_sr1.config.rollout import TYPICAL
+from megatron_sr1.encoded_image import EncodedImage, Normalisation
 from megatron_sr1.estimate.arithmetic import training_flops
 from megatron_sr1.estimate.flops import Flops, image_flops, sequence_flops
+from megatron_sr1.estimate.step_flops import pass_flops, step_flops
+from megatron_sr1.packing import pack
+from megatron_sr1.platform.usage import peak_flops
 from megatron_sr1.policy.read import read_architecture
+from megatron_sr1.policy.work import PassWork, StepWork, Work
+from megatron_sr1.types import TokenSequence
 from tests.model_zoo import ZOO, create_family
 
 MODELS = sorted((Path(__file__).parent.parent / "examples" / "models").glob("*/config.json"))
@@ -55,6 +64,93 @@ def test_small_models_of_every_family_on_real_tensors(family: str, tmp_path: Pat
     )
     tower = _counted(lambda: model.model.visual(patches, grid_thw=torch.tensor([grid])))
     assert tower == pytest.approx(image_flops(architecture, grid).total, rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl_tied", "qwen3_vl_moe"])
+def test_a_step_forward_and_backward_of_texts_and_images(family: str, tmp_path: Path) -> None:
+    """What a run reports as `flops`, of rows as they are trained: packed, padded, text and image, and some tokens that
+    the loss does not look at."""
+    import transformers
+
+    folder = create_family(tmp_path / family, family)
+    architecture, hf = read_architecture(str(folder)), transformers.AutoConfig.from_pretrained(folder)
+    model = getattr(transformers, hf.architectures[0]).from_pretrained(
+        folder, attn_implementation="eager", experts_implementation="eager"
+    )
+    grid, merged = (1, 10, 14), hf.vision_config.spatial_merge_size**2
+    image = EncodedImage(grid, Later(lambda: torch.zeros(0)), Normalisation(1.0, (0.0,) * 3, (1.0,) * 3))
+    visual = 140 // merged
+    seen = TokenSequence([5, *[hf.image_token_id] * visual, 6, 7], list(range(10, 40)), (image,))
+    plain = TokenSequence(list(range(8, 61)), list(range(9, 26)), ())
+    where = {"image_token_id": hf.image_token_id, "merge_size": hf.vision_config.spatial_merge_size}
+    rows = pack([seen, plain], max_tokens=256, row_multiple=64, **where)
+    work = Work(trains_vision=True)
+    work.add(rows, trains=True)
+    work.add(rows, trains=False)
+    forward, trained = work.take()
+    values = hf.vision_config.temporal_patch_size * 3 * hf.vision_config.patch_size**2
+    pixels = {"pixel_values": torch.randn(140, values), "image_grid_thw": torch.tensor([grid])}
+
+    def scored(sequence: TokenSequence, **images: torch.Tensor) -> torch.Tensor:
+        ids = torch.tensor([[*sequence.prompt_ids, *sequence.response_ids]])
+        kinds = {"mm_token_type_ids": (ids == hf.image_token_id).int()} if images else {}
+        return model(input_ids=ids, logits_to_keep=len(sequence.response_ids), **images, **kinds).logits
+
+    counted = _counted(lambda: (scored(seen, **pixels), scored(plain)))
+    with FlopCounterMode(display=False) as counter:
+        (scored(seen, **pixels).sum() + scored(plain).sum()).backward()
+    whole = counter.get_total_flops()
+    assert step_flops(architecture, forward, PassWork(), causal=False) == pytest.approx(counted, rel=0.02)
+    assert step_flops(architecture, PassWork(), trained, causal=False) == pytest.approx(whole, rel=0.02)
+    assert step_flops(architecture, forward, trained, causal=False) == pytest.approx(counted + whole, rel=0.02)
+    both = sum(len(one.prompt_ids) + len(one.response_ids) for one in (seen, plain))
+    assert trained.tokens == both < sum(len(row.input_ids) for row in rows), "padding is nobody's work"
+
+
+def test_a_prompt_that_is_shared_is_counted_once_and_what_is_frozen_has_no_gradient() -> None:
+    model = read_architecture(str(MODELS[0].parent))
+    prompt, responses = list(range(3, 43)), [list(range(50, 60)), list(range(70, 95))]
+    where = {"max_tokens": 256, "row_multiple": 8, "image_token_id": 1, "merge_size": 2}
+    one, apart = PassWork(), PassWork()
+    for work, shares in ((one, True), (apart, False)):
+        for row in pack([TokenSequence(prompt, own, ()) for own in responses], share_prefix=shares, **where):
+            work.add(row, encodes=True)
+    assert (one.tokens, apart.tokens) == (40 + 10 + 25, 2 * 40 + 10 + 25)
+    assert (one.squares, one.seen) == (40**2 + 10**2 + 25**2, 40 * 35) and apart.seen == 0
+    saved = sequence_flops(model, 40, 0).total
+    assert pass_flops(model, apart).total - pass_flops(model, one).total == pytest.approx(saved, rel=1e-12)
+    whole, forward = step_flops(model, PassWork(), one), pass_flops(model, one).total
+    assert whole == pytest.approx(3 * forward) and step_flops(model, PassWork(), one, ["language"]) == 2 * forward
+    one.graded = 0
+    head = sequence_flops(model, 0, 35).head
+    assert whole - step_flops(model, PassWork(), one) == pytest.approx(2 * head)
+    one.grids[1, 16, 16] = 2
+    tower, text = 2 * image_flops(model, (1, 16, 16)).total, step_flops(model, PassWork(), one, ["vision"])
+    assert text - step_flops(model, PassWork(), replace(one, grids=Counter())) == pytest.approx(tower)
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA H100 80GB HBM3", "fp8", 1979e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA H200", "bf16", 989e12),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
+        ("NVIDIA A100-SXM4-80GB", "fp8", None),
+        ("NVIDIA B200", "fp8", 4500e12),
+        ("NVIDIA GH200 480GB", "bf16", None),
+        ("NVIDIA GB200", "bf16", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
+        ("NVIDIA H100 80GB HBM3", "fp32", None),
+        ("NVIDIA L4", "bf16", None),
+    ],
+)
+def test_the_peak_of_a_card_is_known_by_its_name_or_not_at_all(card: str, dtype: str, peak: float | None) -> None:
+    assert peak_flops(card, dtype) == peak
+    found = StepWork(1e15, 4000, None if peak is None else 2 * peak, {"memory/host_gib": 2.0}).metrics(4.0)
+    expected = {"flops": 1e15, "trained_tokens_per_second": 1000.0, "memory/host_gib": 2.0}
+    assert found == (expected if peak is None else {**expected, "mfu": 1e15 / (8 * peak)})
 
 
 @pytest.mark.parametrize("path", MODELS, ids=[path.parent.name for path in MODELS])

@@ -20,6 +20,8 @@ _IS_NEWER = Version(version("megatron-core")) >= Version("0.19")
 _QUEUE_GETTER = "get_write_results_queue" if _IS_NEWER else "_get_write_results_queue"
 LIBRARIES = ("torch", "megatron", "vllm", "transformers", "triton")
 DEFINED = [  # module:name
+    "torch.cuda.memory:_dump_snapshot",
+    "torch.cuda.memory:_record_memory_history",
     "torch.distributed.checkpoint.filesystem:_StorageInfo",
     "torch.distributed.checkpoint.filesystem:_StoragePrefix",
     "torch.distributed.checkpoint.metadata:_MEM_FORMAT_ENCODING",

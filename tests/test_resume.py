@@ -79,6 +79,8 @@ OTHER: dict[str, Any] = {
     "evaluate.judge_parameters": {"temperature": 0.5},
     "rollout.engine": {"max_num_batched_tokens": 16384},
     **{f"offload.{name}": True for name in ("gradients", "optimizer", "reference")},
+    "profile.steps": (0, 1),
+    "profile.ranks": (0, 1),
     "objective.advantage_scope": "batch",
     "track.wandb.mode": "offline",
     "track.mlflow.uri": "sqlite:///x.db",

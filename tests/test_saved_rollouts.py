@@ -355,7 +355,7 @@ def test_a_group_that_cannot_be_graded_ends_the_step_on_every_rank_or_is_skipped
     assert again.groups == made[1:] and same(again.ledger, kept.ledger)
     with (
         LiveRollouts(Failing(made[:1]), sampling, recorder(PRESET, 2), skips, ALONE, tmp_path) as live,
-        pytest.raises(RewardError, match="no group of step 2 could be graded"),
+        pytest.raises(RewardError, match="no group of step 3 could be graded"),
     ):
         live.take(Listed.of(made[:1]), 2, Clock())
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sr1.config import ConfigError, load_config
+from megatron_sr1.config import ConfigError, SamplesConfig, load_config
 from megatron_sr1.data import Batch
 from megatron_sr1.loops import grpo
 from megatron_sr1.loops.run import Run, check_verification
@@ -47,17 +47,22 @@ def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[Any], l
 
     run = Recorder(log, end_step=end_step)
     run.config = SimpleNamespace(  # type: ignore[attr-defined]
-        objective=None, rollout=SimpleNamespace(prompts_per_step=1), train=SimpleNamespace(steps=num_steps)
+        objective=None,
+        rollout=SimpleNamespace(prompts_per_step=1),
+        train=SimpleNamespace(steps=num_steps),
+        track=SimpleNamespace(samples=SamplesConfig()),
     )
     run.platform = None  # type: ignore[attr-defined]
     monkeypatch.setattr(grpo, "own_code", lambda objective, templates: {})
+    run.profiler = lambda first: lambda step: nullcontext()  # type: ignore[attr-defined]
     run.kept_before = lambda *arguments: nullcontext()  # type: ignore[attr-defined]
 
     def take(prompts: Any, step: int, clock: Clock) -> StepRollouts:
         assert "seconds/sync" in clock.seconds or step == 0 or not results, "what the rollouts waited for"
-        return StepRollouts(*[None] * 5)  # type: ignore[arg-type]
+        return StepRollouts(*[None] * 5, step=step)  # type: ignore[arg-type]
 
     nothing = Recorder(log, write=None)
+    nothing.show = lambda step, rows: None  # type: ignore[attr-defined]
     feed, source = Recorder(log, next=Batch((), (), (), {})), Recorder(log, take=take)
     feed.metrics, feed.ranks = {}, ALONE  # type: ignore[attr-defined]
 
@@ -75,16 +80,8 @@ def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[Any], l
     source.needs_room = True  # type: ignore[attr-defined]
     policy, trainer = Policy(log), Recorder(log, update=results)
     try:
-        grpo._steps(
-            run,
-            range(run.config.train.steps),
-            SimpleNamespace(templates=None),
-            feed,
-            policy,
-            source,
-            trainer,
-            Recorder(log),
-        )  # type: ignore[arg-type]
+        what: Any = (SimpleNamespace(templates=None), feed, policy, source, trainer, Recorder(log), None)
+        grpo._steps(run, range(run.config.train.steps), *what)  # type: ignore[arg-type]
     except SystemExit:
         log.append("leave")
     return log

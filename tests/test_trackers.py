@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -12,19 +13,26 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
+from PIL import Image
 from rich.console import Console
+from tensorboard.backend.event_processing import event_accumulator
 from wandb.proto import wandb_internal_pb2
 
 from megatron_sr1.config import Config, ConfigError, load_config
 from megatron_sr1.config.tracking import check_trackers
 from megatron_sr1.metrics import MetricsWriter, Trackers, background, read_jsonl, send_evaluations, tracking
+from megatron_sr1.metrics.samples import COLUMNS, LONGEST_TEXT, SampleRow, as_code, png_of
 from megatron_sr1.metrics.tracking import evaluation_metrics, parameters
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
+EVIL = "[red]x[/red] \x1b[2J ![p](http://example.invalid/p.png) <b>bold</b> | cell"
+SHOWN = (3, 5)  # steps whose samples are
+SAMPLES = ("track.samples.every=2", "track.samples.count=2")
 
 
 def config_of(folder: Path, *overrides: str) -> Config:
@@ -41,14 +49,35 @@ def evaluate(config: Config, label: str, step: int, accuracy: float) -> None:
     folder = Path(config.run_dir) / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     summary = {"accuracy": accuracy, "faithful": None, "interval": [0.1, 0.9], "num_prompts": 40}
-    (folder / f"{label}.json").write_text(json.dumps({"label": label, "step": step, "summary": summary}))
+    (folder / "images").mkdir(exist_ok=True)
+    Image.new("RGB", (900, 30), "blue").save(folder / "images" / "0000_0.png")
+    example = {
+        "key": "q1",
+        "problem": "Sum?",
+        "answer": "3",
+        "images": ["eval/images/0000_0.png", "eval/images/gone.png"],
+    }
+    example |= {"first": EVIL, "second": None, "description": f"{label} seen", "rewards": {"acc": 1.0}}
+    tree = {"label": label, "step": step, "summary": summary, "examples": [example, example, example]}
+    (folder / f"{label}.json").write_text(json.dumps(tree))
+
+
+def rows(step: int) -> list[SampleRow]:
+    """One with two images, and one without."""
+    images = tuple(png_of(Image.new("RGB", (1024, 16), color)) for color in ("red", "lime"))
+    whole = SampleRow(
+        "a", "What?", "7", EVIL, f"described at {step}", "second", {"blind 1": "no"}, {"acc": 0.5}, images
+    )
+    return [whole, SampleRow("b", "Why?", "8", "first", rewards={"acc": 0.0})]
 
 
 def train(config: Config, start: int, stop: int) -> None:
     folder, console = Path(config.run_dir), Console(file=io.StringIO())
-    with Trackers(config) as trackers, MetricsWriter(folder, start, 10, console, further=(trackers,)) as writer:
+    how = {"further": (trackers := Trackers(config),), "samples": trackers}
+    with trackers, MetricsWriter(folder, start, 10, console, **how) as writer:
         for step in range(start, stop):
             writer.write(step, {"reward/total": step / 2, "loss": float("nan") if step == 1 else 1.0})
+            writer.show(step, rows(step) if step in SHOWN else [])
 
 
 def mlflow_runs(config: Config) -> list[MlflowRun]:
@@ -106,9 +135,10 @@ def wandb_points(config: Config, name: str) -> list[tuple[int, float]]:
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run of six steps, stopped after the fourth with a checkpoint of the third, evaluated before and after."""
-    config = config_of(tmp_path_factory.mktemp("tracked"))
+    config = config_of(tmp_path_factory.mktemp("tracked"), *SAMPLES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_API_KEY", SECRET)
+        patch.delenv("WANDB_DATA_DIR", raising=False)
         patch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
         patch.setattr(sys, "argv", ["/home/someone/bin/megatron-sr1", "grpo", "my config.yaml", "train.steps=6"])
         evaluate(config, "before", 0, 0.25)
@@ -176,6 +206,112 @@ def test_evaluations_are_sent_once(tracked: Config) -> None:
     send_evaluations(tracked)
     assert len(wandb_records(tracked)) == records, "nothing is new"
     assert "eval/interval" not in mlflow_runs(tracked)[0].data.metrics
+
+
+def wandb_tables(config: Config) -> dict[str, list[tuple[dict[str, Any], dict[str, Path]]]]:
+    """By name the tables, each with its files by their names in it: the run's own file is a summary without images."""
+    found: dict[str, list[tuple[dict[str, Any], dict[str, Path]]]] = {}
+    for record in wandb_records(config):
+        if record.HasField("artifact"):
+            files = {entry.path: Path(entry.local_path) for entry in record.artifact.manifest.contents}
+            (name,) = (path for path in files if path.endswith(".table.json"))
+            assert all(path.is_relative_to(config.run_dir) for path in files.values()), "nothing waits elsewhere"
+            found.setdefault(name.removesuffix(".table.json"), []).append((json.loads(files[name].read_text()), files))
+    return found
+
+
+def test_wandb_has_tables_with_images_in_its_files(tracked: Config) -> None:
+    tables = wandb_tables(tracked)
+    assert {name: len(found) for name, found in tables.items()} == {"samples/rollouts": 2, "samples/eval": 2}
+    for table, files in tables["samples/rollouts"]:
+        assert table["columns"] == ["image_0", "image_1", *COLUMNS]
+        (red, lime, *texts), (none, _, *others) = table["data"]
+        assert texts[:4] == ["a", "What?", "7", EVIL] and texts[6:] == ["blind 1: no", "acc 0.5"]
+        assert none is None and others[:4] == ["b", "Why?", "8", "first"]
+        images = [Image.open(files[image["path"]]).convert("RGB") for image in (red, lime)]
+        assert [image.getpixel((0, 0)) for image in images] == [(255, 0, 0), (0, 255, 0)] and images[0].width == 512
+    examples = [table["data"] for table, _ in tables["samples/eval"]]
+    assert sorted(data[0][-4] for data in examples) == ["after seen", "before seen"]
+    assert all(len(data) == 2 and data[0][0]["_type"] == "image-file" for data in examples), "track.samples.count"
+    history = {item.key or "/".join(item.nested_key) for r in wandb_records(tracked) for item in r.history.item}
+    assert {"samples/rollouts/path", "samples/eval/path"} <= history
+
+
+def test_mlflow_has_tables_with_images_in_its_store(tracked: Config, tmp_path: Path) -> None:
+    client, (run,) = MlflowClient(tracking_uri=tracked.track.mlflow.uri), mlflow_runs(tracked)
+    tables = [entry["path"] for entry in json.loads(run.data.tags["mlflow.loggedArtifacts"])]
+    rollouts = [f"samples/rollouts/step_{step:06d}.json" for step in SHOWN]
+    assert sorted(tables) == sorted([*rollouts, "samples/eval/step_000000.json", "samples/eval/step_000006.json"])
+    for name in tables:
+        table = json.loads(Path(client.download_artifacts(run.info.run_id, name, str(tmp_path))).read_text())
+        cells = dict(zip(table["columns"], table["data"][0], strict=True))
+        assert cells["first"] == EVIL and cells["image_0"]["type"] == "image"
+        image = client.download_artifacts(run.info.run_id, cells["image_0"]["filepath"], str(tmp_path))
+        assert Image.open(image).size[0] == 512
+    assert not Path("mlruns").exists(), "what an SQLite file keeps lies beside it"
+
+
+def test_tensorboard_has_images_and_texts_as_text(tracked: Config) -> None:
+    folder = Path(tracked.run_dir) / "tensorboard" / "samples"
+    events = event_accumulator.EventAccumulator(str(folder), {"tensors": 0, "images": 0})
+    events.Reload()
+    assert {"samples/rollouts/0/image_0", "samples/rollouts/0/image_1", "samples/eval/0/image_0"} <= set(
+        events.Tags()["images"]
+    )
+    shown = events.Images("samples/rollouts/0/image_1")
+    assert [event.step for event in shown] == list(SHOWN) and shown[0].width == 512
+    assert Image.open(io.BytesIO(shown[0].encoded_image_string)).convert("RGB").getpixel((9, 3)) == (0, 255, 0)
+    text = events.Tensors("samples/rollouts/0/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert f"**first**\n\n    {EVIL}\n" in text, "indented, so that nothing in it is Markdown"
+    assert [event.step for event in events.Tensors("samples/eval/0/text_summary")] == [0, 6]
+
+
+def test_texts_of_samples_are_shown_whole_or_with_their_length() -> None:
+    assert as_code("a\n# b") == "    a\n    # b\n" and as_code("") == "    \n"
+    cells = SampleRow("k", "q", "a", "x" * (LONGEST_TEXT + 1)).cells()
+    assert cells["first"].endswith(f"... ({LONGEST_TEXT + 1} characters)") and cells["second"] == ""
+
+
+def test_a_tracker_that_fails_with_samples_is_said_once_and_stops_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(MlflowClient, "log_image", full)
+    config = config_of(folder, "track.wandb.mode=disabled", *SAMPLES)
+    with Trackers(config) as trackers:
+        for step in range(3):
+            trackers.show(step, rows(step))
+            trackers.write(step, {"loss": 1.0})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tracker mlflow" in line and "No space left" in line
+    assert [step for step, _ in mlflow_points(config, "loss")] == [0, 1, 2]
+
+
+TRACKIO = """
+import sys
+from tests.test_trackers import *
+train(load_config(None, sys.argv[1:]), 3, 6)
+"""
+
+
+def test_trackio_has_points_and_tables_in_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: the library reads its folder when it is imported."""
+    pytest.importorskip("trackio")
+    words = [f"run_dir={tmp_path}/one", "track.trackio.enabled=true", "track.trackio.project=digits", *SAMPLES]
+    code = [sys.executable, "-c", TRACKIO, *words]
+    subprocess.run(code, check=True, cwd=Path(__file__).parent.parent)
+    with sqlite3.connect(tmp_path / "one" / "trackio" / "digits.db") as store:
+        found = [(step, json.loads(values)) for step, values in store.execute("SELECT step, metrics FROM metrics")]
+    points = {step: values["reward/total"] for step, values in found if "reward/total" in values}
+    assert points == {3: 1.5, 4: 2.0, 5: 2.5}
+    tables = {step: values["samples/rollouts"] for step, values in found if "samples/rollouts" in values}
+    assert set(tables) == set(SHOWN) and EVIL.split()[-1] in json.dumps(tables[3])
+    assert len(list((tmp_path / "one" / "trackio").rglob("*.png"))) == 4
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "someone/space")
+    with pytest.raises(ConfigError, match="TRACKIO_SPACE_ID would send it away"):
+        Trackers(load_config(None, words)).__enter__()
 
 
 def test_configuration_and_command_are_parameters(tracked: Config) -> None:
@@ -254,11 +390,14 @@ class _Hostile:
     def write(self, step: int, values: object) -> None:
         self.do("write")
 
+    def show(self, step: int, name: str, rows: object) -> None:
+        self.do("show")
+
     def finish(self, ending: str) -> None:
         self.do("finish")
 
 
-@pytest.mark.parametrize("where", ["open", "write", "finish"])
+@pytest.mark.parametrize("where", ["open", "write", "show", "finish"])
 @pytest.mark.parametrize("blocks", [False, True])
 def test_a_tracker_that_raises_or_blocks_never_stops_a_run(
     where: str, blocks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -340,4 +479,6 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(ConfigError, match=rf"{key} needs {package}.*pip install 'megatron_sr1\[track\]'"):
             check_trackers(track)
     monkeypatch.setattr(configured, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"track\.trackio\.enabled needs trackio.*'megatron_sr1\[trackio\]'"):
+        check_trackers(load_config(None, ["track.trackio.enabled=true"]).track)
     check_trackers(load_config(None, []).track)

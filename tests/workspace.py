@@ -19,7 +19,7 @@ PHASES = {  # a part of a GRPO step, as its seconds are called -> the phase of t
     "reward": "rollout",
     "train": "training",
 }
-TIMED = ("seconds/", "tokens_per_second")  # metrics that differ from run to run
+TIMED = ("seconds/", "tokens_per_second", "trained_tokens_per_second", "memory/")  # metrics that differ from run to run
 
 
 @dataclass(frozen=True)

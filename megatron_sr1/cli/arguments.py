@@ -47,9 +47,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_model_options(commands.add_parser("model", help=text, description=text))
     _add_plan(commands.add_parser("plan", help="the fastest layouts of a GRPO run on so many GPUs, by prediction"))
     _add_report(commands.add_parser("report", help="table and page of runs, or of a sweep, with their rollouts"))
+    _add_watch(commands.add_parser("watch", help="a run from another shell: how far it is, and whether it lives"))
     _add_credit(commands.add_parser("credit", help="which tokens of a saved step two objectives would credit"))
     args, rest = parser.parse_known_args(arguments)
-    if args.command in ("convert", "report", "credit", "sweep", "data", "model") or any(
+    if args.command in ("convert", "report", "credit", "sweep", "watch", "data", "model") or any(
         word.startswith("-") for word in rest
     ):
         parser.parse_args(arguments)  # ends here where words are left that no option takes
@@ -123,6 +124,11 @@ def _add_report(command: argparse.ArgumentParser) -> None:
     command.add_argument("--serve", action="store_true", help="then serve the page on this machine, until Ctrl-C")
     command.add_argument("--port", type=int, help="of the server; default: a free one")
     command.add_argument("--host", help="of the server, one of this machine's own addresses; default: 127.0.0.1")
+
+
+def _add_watch(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", type=Path, metavar="RUN", help="its folder, run_dir; it need not be there yet")
+    command.add_argument("--once", action="store_true", help="print what is known now, and end")
 
 
 def _add_credit(command: argparse.ArgumentParser) -> None:

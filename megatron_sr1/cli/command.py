@@ -1,4 +1,4 @@
-"""megatron-sr1 sft, grpo, evaluate, preflight CONFIG.yaml [key=value ...]; sweep; launch; plan; report; credit;
+"""megatron-sr1 sft, grpo, evaluate, preflight CONFIG.yaml [key=value ...]; sweep; launch; watch; plan; report; credit;
 convert; data; model."""
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from megatron_sr1.cli.plans import run_plan
 from megatron_sr1.cli.reports import run_report, run_sweep
 from megatron_sr1.cli.runs import start, start_preflight
 from megatron_sr1.cli.tools import run_data, run_model
+from megatron_sr1.cli.watch import run_watch
 from megatron_sr1.config.mistakes import EXPECTED_ERRORS, MISTAKE_STATUS, one_line
 from megatron_sr1.launch import run_launch
+from megatron_sr1.printable import printable
 
 INTERRUPTED_STATUS = os.EX_TEMPFAIL  # platform.STOPPED_STATUS, which torch would have to be imported for
 
@@ -27,7 +29,7 @@ class Mistake(SystemExit):
     def __init__(self, message: str, status: int = MISTAKE_STATUS) -> None:
         super().__init__(status)
         self.message = message
-        print(message, file=sys.stderr)
+        print(printable(message), file=sys.stderr)
 
     def __str__(self) -> str:
         return self.message
@@ -57,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_report(args)
         elif args.command == "credit":
             run_credit(args)
+        elif args.command == "watch":
+            run_watch(args.run, once=args.once)
         elif args.command == "convert":
             sys.exit(run_convert(args))
         elif args.command == "data":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -19,6 +20,9 @@ from megatron_sr1.config import (
     dump_config,
 )
 from megatron_sr1.config.credentials import without_queries
+from megatron_sr1.launch import started_rank
+from megatron_sr1.phases import during
+from megatron_sr1.printable import printable
 
 if TYPE_CHECKING:
     from megatron_sr1.data import DataList
@@ -88,6 +92,9 @@ def start(command: Command, config: Config, args: argparse.Namespace) -> None:
     only_trained = command == "sft" or (command == "grpo" and args.train_only)
     _prepare(command, config, missing_data, only_trained=only_trained)
     imports = (f"megatron_sr1.loops.{command}", *(() if only_trained else (ENGINE,)))
+    if started_rank(os.environ) is None:  # else others start as many commands
+        ranks = f"{config.nproc} ranks" if config.nproc > 1 else "1 rank"
+        print(printable(f"starting {ranks} of {command} in {config.run_dir}"), flush=True)
     _start_ranks(command, config, parts, imports)
 
 
@@ -107,7 +114,7 @@ def _start_ranks(command: str, config: Config, parts: dict[str, Any], imports: S
     from megatron_sr1.platform import run_on_ranks
 
     timeout = timedelta(minutes=config.timeout_minutes)
-    run_on_ranks(_run, config.nproc, command, config, parts, imports=imports, timeout=timeout)
+    run_on_ranks(_run, config.nproc, command, config, parts, during.began, imports=imports, timeout=timeout)
 
 
 def _prepare(command: Command, config: Config, missing_data: Sequence[str], *, only_trained: bool) -> None:
@@ -146,7 +153,7 @@ def _warn_of_shared_files(config: Config, trained: DataList) -> None:
 
 def _say(line: str) -> None:
     """On stderr; of URLs without what signs them."""
-    print(without_queries(line), file=sys.stderr, flush=True)
+    print(printable(without_queries(line)), file=sys.stderr, flush=True)
 
 
 def _check_parts(args: argparse.Namespace) -> None:
@@ -178,8 +185,10 @@ def _dry_run(command: Command, config: Config, args: argparse.Namespace, missing
     check_fits(plan)
 
 
-def _run(command: str, config: Config, parts: dict[str, Any]) -> None:
-    """One rank. The platform comes first: Megatron-Core may be imported only after it is prepared."""
+def _run(command: str, config: Config, parts: dict[str, Any], began: float) -> None:
+    """One rank, of a command that began at `began`, as of time.time(). The platform comes first: Megatron-Core may be
+    imported only after it is prepared."""
+    during.began = began
     from megatron_sr1.platform import make_deterministic, start_platform
 
     if config.precision.deterministic:

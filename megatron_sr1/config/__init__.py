@@ -23,6 +23,7 @@ from megatron_sr1.config.model_files import check_folders, check_weights, how_to
 from megatron_sr1.config.paths import home_path
 from megatron_sr1.config.pixels import PixelLimits, check_pixels, pixel_limits, write_pixel_limits
 from megatron_sr1.config.preflight import PreflightConfig
+from megatron_sr1.config.profile import ProfileConfig
 from megatron_sr1.config.resume import (
     Change,
     changes_of,
@@ -41,7 +42,7 @@ from megatron_sr1.config.rollout import (
     typical_tokens,
 )
 from megatron_sr1.config.rules import ConfigError
-from megatron_sr1.config.tracking import MlflowConfig, TrackConfig, WandbConfig
+from megatron_sr1.config.tracking import MlflowConfig, SamplesConfig, TrackConfig, TrackioConfig, WandbConfig
 from megatron_sr1.config.training import PRESET_NAMES, ObjectiveConfig, OptimizerConfig, TrainConfig
 from megatron_sr1.config.whole import Config
 from megatron_sr1.config.yaml_files import read_mapping, read_overrides
@@ -70,10 +71,13 @@ __all__ = [
     "PixelLimits",
     "PrecisionConfig",
     "PreflightConfig",
+    "ProfileConfig",
     "RecomputeConfig",
     "RewardsConfig",
     "RolloutConfig",
+    "SamplesConfig",
     "TrackConfig",
+    "TrackioConfig",
     "TrainConfig",
     "WandbConfig",
     "changes_of",

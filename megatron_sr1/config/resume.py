@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 
 from megatron_sr1.config.credentials import without_secrets
 from megatron_sr1.config.model_files import model_fingerprint
+from megatron_sr1.config.profile import check_profile
 from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.whole import Config
 from megatron_sr1.config.yaml_files import read_mapping
@@ -117,6 +118,7 @@ RULES: Mapping[str, Rule] = {
     "evaluate.gold_field": "takes effect",
     "evaluate.other_questions": "takes effect",
     "preflight": "free",
+    "profile": "free",
     "track": "free",
     "watchdog": "free",
 }
@@ -212,8 +214,9 @@ def check_epochs(config: Config, num_steps: int, size_key: str) -> None:
 
     Raises:
         ConfigError: the run goes on with steps of another size, or was begun by train.steps, under which they may have
-            been of any; see `check_resume`.
+            been of any; see `check_resume` and `check_profile`.
     """
+    check_profile(config.profile, num_steps, config.nproc)
     done = saved_steps(Path(config.run_dir) / "checkpoints")
     if config.train.epochs is None or not done:
         return

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Literal, get_args
 from urllib.parse import urlsplit
 
-from megatron_sr1.config.rules import ConfigError, one_of, require
+from megatron_sr1.config.rules import COUNT, COUNT_OR_NONE, ConfigError, check_numbers, one_of, require
 
 WandbMode = Literal["disabled", "offline", "online"]
 MLFLOW_SCHEMES = ("sqlite", "http", "https")
@@ -53,11 +53,37 @@ class MlflowConfig:
 
 
 @dataclass(frozen=True)
+class TrackioConfig:
+    """Trackio, in files of this machine alone: `<run_dir>/trackio`. TRACKIO_DIR=<run_dir>/trackio trackio show"""
+
+    enabled: bool = False  # true: needs the extra trackio
+    project: str = "megatron-sr1"  # that the run is filed under
+    name: str = ""  # of the run; empty: the last two parts of run_dir
+
+    def __post_init__(self) -> None:
+        reason = "Trackio files runs under a project."
+        require(not self.enabled or bool(self.project), "track.trackio.project", "", "a name", reason)
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    """Samples with their images and all passes, for trackers and TensorBoard. Images leave the machine with them."""
+
+    every: int = 0  # steps, the first among them; then the examples of evaluations go along, too; 0: none are sent
+    count: int = 4  # samples of a step, at most
+
+    def __post_init__(self) -> None:
+        check_numbers("track.samples", self, {"every": COUNT_OR_NONE, "count": COUNT})
+
+
+@dataclass(frozen=True)
 class TrackConfig:
     """Trackers of a run, beside metrics.jsonl and TensorBoard's files, which it always writes."""
 
     wandb: WandbConfig = field(default_factory=WandbConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+    trackio: TrackioConfig = field(default_factory=TrackioConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
 
 
 def check_trackers(track: TrackConfig) -> None:
@@ -69,10 +95,12 @@ def check_trackers(track: TrackConfig) -> None:
     wanted: dict[str, tuple[str, ...]] = {"track.wandb.mode": ("wandb",) if track.wandb.mode != "disabled" else ()}
     store = ("sqlalchemy", "alembic") if track.mlflow.uri.startswith("sqlite:") else ()
     wanted["track.mlflow.uri"] = ("mlflow", *store) if track.mlflow.uri else ()
+    wanted["track.trackio.enabled"] = ("trackio",) if track.trackio.enabled else ()
     for key, packages in wanted.items():
         missing = [package for package in packages if find_spec(package) is None]
         if missing:
+            extra = "trackio" if "trackio" in missing else "track"
             raise ConfigError(
-                f"{key} needs {', '.join(missing)}, not installed here: pip install 'megatron_sr1[track]', or leave "
+                f"{key} needs {', '.join(missing)}, not installed here: pip install 'megatron_sr1[{extra}]', or leave "
                 "the key out."
             )

@@ -10,6 +10,7 @@ from megatron_sr1.config.data import DataConfig
 from megatron_sr1.config.evaluation import EvaluateConfig
 from megatron_sr1.config.model import LayoutConfig, ModelConfig, OffloadConfig, PrecisionConfig, RecomputeConfig
 from megatron_sr1.config.preflight import PreflightConfig
+from megatron_sr1.config.profile import ProfileConfig, check_profile
 from megatron_sr1.config.rewards import RewardsConfig
 from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.rules import Range, check_numbers, require
@@ -45,11 +46,13 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     def __post_init__(self) -> None:
         check_numbers("", self, _NUMBERS)
         check_templates(self.templates)
+        check_profile(self.profile, self.train.steps, self.nproc)
         require(
             bool(self.run_dir), "run_dir", self.run_dir, "the path of a folder", "Give the run a folder of its own."
         )

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from megatron_sr1.convert.parity import Agreement
 from megatron_sr1.convert.verify import Comparison
+from megatron_sr1.printable import printable
 
 HASH_LETTERS = 12
 
@@ -21,7 +22,7 @@ def print_tensors(console: Console, found: Sequence[Comparison], only_difference
         if item.equal and only_differences:
             continue
         table.add_row(
-            Text(item.name),
+            Text(printable(item.name)),
             str(item.first or "missing"),
             str(item.second or "missing"),
             *((digest or "-")[:HASH_LETTERS] for digest in (item.first_hash, item.second_hash)),
@@ -48,5 +49,5 @@ def print_agreements(console: Console, agreements: Sequence[Agreement]) -> None:
     table = Table("sample", "tokens", "log-prob, abs", "relative", "entropy, abs", "relative")
     for item in agreements:
         apart = (item.logprob_abs, item.logprob_rel, item.entropy_abs, item.entropy_rel)
-        table.add_row(Text(item.sample), str(item.num_tokens), *(f"{value:.3g}" for value in apart))
+        table.add_row(Text(printable(item.sample)), str(item.num_tokens), *(f"{value:.3g}" for value in apart))
     console.print(table)

@@ -63,11 +63,11 @@ def _contrasts(config: Config, model: Architecture, preset: Preset) -> float:
     seen, read, image = _passes(config, model)
     rollout, total = config.rollout, 0.0
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
-    own = _times(samples, seen) + _times(rollout.prompts_per_step, image)
+    own = seen.times(samples) + image.times(rollout.prompts_per_step)
     if preset.full_contrasts:
         total += own.total
     for contrast in preset.contrasts:
-        one = own if contrast.context in ("masked", "noise") else _times(samples, read)
+        one = own if contrast.context in ("masked", "noise") else read.times(samples)
         total += (4 if contrast.name in preset.trained_contrasts else 1) * one.total
     return total
 
@@ -100,16 +100,12 @@ def _forward(command: Command, config: Config, model: Architecture) -> Flops:
     seen, read, image = _passes(config, model)
     rollout = config.rollout
     if command == "sft":  # half of the demonstrations see an image
-        return _times(config.train.batch_size / 2, seen + read + image)
+        return (seen + read + image).times(config.train.batch_size / 2)
     first, _ = typical_tokens(rollout)
     prompt = sequence_flops(model, max(0.0, first - TYPICAL * rollout.max_response_tokens), 0)
-    seen = seen + _times(prompts_of_group(config) / rollout.samples_per_prompt - 1, prompt)
+    seen = seen + prompt.times(prompts_of_group(config) / rollout.samples_per_prompt - 1)
     preset = preset_of(config)
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
     trained = sum(later.samples for later in preset.passes.later if preset.trains(later.name))
     # siblings share their image's pass through the tower
-    return _times(samples, seen) + _times(samples * trained, read) + _times(rollout.prompts_per_step, image)
-
-
-def _times(factor: float, flops: Flops) -> Flops:
-    return Flops(*(factor * value for value in (flops.language, flops.head, flops.vision)))
+    return seen.times(samples) + read.times(samples * trained) + image.times(rollout.prompts_per_step)

@@ -37,6 +37,10 @@ class Flops:
     def __add__(self, other: Flops) -> Flops:
         return Flops(self.language + other.language, self.head + other.head, self.vision + other.vision)
 
+    def times(self, factor: float) -> Flops:
+        """So many of these."""
+        return Flops(factor * self.language, factor * self.head, factor * self.vision)
+
 
 def sequence_flops(model: Architecture, num_tokens: float, num_scored: float, *, causal: bool = True) -> Flops:
     """Of one sequence of text and visual tokens, whose last `num_scored` have their probabilities computed.
@@ -49,8 +53,19 @@ def sequence_flops(model: Architecture, num_tokens: float, num_scored: float, *,
     dense = 6 * hidden * model.ffn_size
     mixture = 2 * hidden * model.num_experts + model.experts_per_token * 6 * hidden * model.expert_ffn_size
     per_token = sum(projections + (mixture if is_moe else dense) for is_moe in model.moe_layers)
-    attention = model.num_layers * (2 if causal else 4) * num_tokens**2 * wide
+    attention = attention_flops(model, num_tokens**2 * (0.5 if causal else 1.0))
     return Flops(num_tokens * per_token + attention, 2.0 * hidden * model.vocab_size * num_scored)
+
+
+def attention_flops(model: Architecture, scores: float) -> float:
+    """Of all layers, for so many pairs of a token and one that it attends to."""
+    return 4.0 * model.num_layers * model.num_heads * model.head_dim * scores
+
+
+def patch_flops(model: Architecture, grid: tuple[int, int, int]) -> float:
+    """Of the tower's first product, from pixels to channels."""
+    tower = model.hf.vision_config.to_dict()
+    return 2.0 * grid[0] * grid[1] * grid[2] * tower["hidden_size"] * patch_values(tower)
 
 
 def image_flops(model: Architecture, grid: tuple[int, int, int]) -> Flops:

@@ -13,6 +13,7 @@ from megatron_sr1.config.evaluation import CONTROLS
 from megatron_sr1.evaluation.control_tally import gap_of
 from megatron_sr1.evaluation.percent import percent, with_interval
 from megatron_sr1.evaluation.summary import Numbers
+from megatron_sr1.printable import printable
 
 _TITLES = {"prior": "sufficiency", "reference": "second reader", "other_question": "other question"}
 
@@ -33,7 +34,7 @@ def print_controls(console: Console, summary: Numbers, by_source: Mapping[str, N
     rows = {**{source or "(no source)": numbers for source, numbers in by_source.items()}, "all": summary}
     for source, numbers in rows.items():
         if any(f"{name}_accuracy" in numbers for name in asked):
-            table.add_row(Text(source), *_cells(numbers, asked))
+            table.add_row(Text(printable(source)), *_cells(numbers, asked))
     table.caption = "sufficiency: second pass minus prior"
     if "shuffled" in asked:
         table.caption += "; same question: of the descriptions that shuffled read"

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from megatron_sr1.evaluation.percent import percent, with_interval
 from megatron_sr1.evaluation.summary import Numbers
+from megatron_sr1.printable import printable
 
 _COLUMNS = (  # (number, title)
     ("accuracy", "accuracy"),
@@ -49,7 +50,7 @@ def print_sources(console: Console, summary: Numbers, by_source: Mapping[str, Nu
         ]
         tokens = "–" if numbers["first_tokens"] is None else f"{numbers['first_tokens']:.0f}"
         passing = [percent(numbers.get(share)) for share in passes]
-        table.add_row(Text(name), *cells, *passing, tokens, f"{numbers['num_prompts']:.0f}")
+        table.add_row(Text(printable(name)), *cells, *passing, tokens, f"{numbers['num_prompts']:.0f}")
     if summary["macro_accuracy"] is not None and sum("/" not in source for source in by_source) > 1:
         table.caption = f"mean accuracy of the benchmarks, each counted the same: {percent(summary['macro_accuracy'])}"
         table.caption_justify = "left"
@@ -69,7 +70,9 @@ def _yes_no_table(rows: Mapping[str, Numbers]) -> Table:
         table.add_column(title, justify="right", min_width=len(title))
     table.add_column("prompts", justify="right")
     for source, numbers in rows.items():
-        table.add_row(Text(source), *(percent(numbers.get(name)) for name, _ in shown), f"{numbers['num_prompts']:.0f}")
+        table.add_row(
+            Text(printable(source)), *(percent(numbers.get(name)) for name, _ in shown), f"{numbers['num_prompts']:.0f}"
+        )
     table.caption = "neither: an answer that is neither yes nor no; it is wrong"
     if any(name == "precision" for name, _ in shown):
         table.caption += "\nprecision, recall, F1: of yes in POPE, of no in AMBER"

@@ -189,6 +189,7 @@ class Grading:
         self.first = kept[: self._settings.verify_export]
         self.taken.add(group.group_id)
         self._num_taken += 1
+        self._run.note(f"{self._count} of {self._num_prompts} prompts")
         if self._num_taken % max(1, self._settings.chunk_prompts // self._num_engines) == 0:
             self._tell()
 
@@ -199,8 +200,13 @@ class Grading:
             future.result()
         return [] if self._failure is None else [self._failure]
 
+    @property
+    def _count(self) -> int:
+        """Prompts that are answered, about, as other engines are as far as this one."""
+        return min(self._num_prompts, self._num_before + self._num_taken * self._num_engines)
+
     def _tell(self) -> None:
-        count = self._num_before + self._num_taken * self._num_engines
+        count = self._count
         if count < self._num_prompts:
             about = "" if self._num_engines == 1 else "about "
             self._run.say(f"answered {about}{count} of {self._num_prompts} prompts")

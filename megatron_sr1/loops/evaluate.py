@@ -40,6 +40,7 @@ from megatron_sr1.loops.control_material import check_material
 from megatron_sr1.loops.controls import ask_controls, chosen_controls
 from megatron_sr1.loops.generation import build_generator, engine_ranks, prompt_check
 from megatron_sr1.loops.run import Run, open_run
+from megatron_sr1.metrics.pace import EVALUATION
 from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform
 from megatron_sr1.prompts import OURS
@@ -70,8 +71,9 @@ def run_evaluate(config: Config, platform: Platform, *, restart: bool = False) -
         ConfigError: the judge's key is not in the environment, or the judge refuses every question.
     """
     label, settings = "evaluate", config.evaluate
-    with open_run(config, platform) as run:
-        heldout = heldout_prompts(run)
+    with open_run(config, platform, "evaluate") as run:
+        with run.stage("data"):
+            heldout = heldout_prompts(run)
         files = EvaluationFiles(run.folder, label)
         model = model_digest(platform.ranks.gather(file_digests(Path(config.model.hf_dir), platform.ranks)))
         identity = _identity(config, heldout, model)
@@ -79,9 +81,10 @@ def run_evaluate(config: Config, platform: Platform, *, restart: bool = False) -
         recorded = heldout.places(keys)
         run.accept()
         engines = functools.cache(lambda: build_generator(run))  # not where all is answered
-        answer(run, engines, heldout, files, digest_of(identity), 0, recorded, parts)
         reader = config.objective.reference_dir
-        ask_controls(run, engines, files, 0, reader)
+        with run.stage(EVALUATION):
+            answer(run, engines, heldout, files, digest_of(identity), 0, recorded, parts)
+            ask_controls(run, engines, files, 0, reader)
         if platform.is_main:  # the others are done: no collective may wait for a judge
             if settings.judge_url:
                 _judge(run, files, settings)
@@ -161,13 +164,15 @@ def evaluate(run: Run, generator: Generator, heldout: Heldout, *, label: str, st
     """
     files = EvaluationFiles(run.folder, label)
     identity = _identity(run.config, heldout, f"the policy after step {step}")
+    reader = run.config.objective.reference_dir or run.config.model.hf_dir
     if run.platform.is_main:
         files.remove()
         keep_identity(files.identity, identity)
-    answers = answer(run, lambda: generator, heldout, files, digest_of(identity), step)
-    ask_controls(run, lambda: generator, files, step, run.config.objective.reference_dir or run.config.model.hf_dir)
-    if run.platform.is_main:
-        write_summary(files, identity, heldout, replace(run.config.evaluate, judge_url=""), step)
+    with run.stage(EVALUATION):
+        answers = answer(run, lambda: generator, heldout, files, digest_of(identity), step)
+        ask_controls(run, lambda: generator, files, step, reader)
+        if run.platform.is_main:
+            write_summary(files, identity, heldout, replace(run.config.evaluate, judge_url=""), step)
     return answers
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from megatron_sr1.config import Command, Config
 from megatron_sr1.data import SampleFeed, StepPrompts
 from megatron_sr1.loops.run import Run
+from megatron_sr1.phases import during
 from megatron_sr1.policy import Policy
 from megatron_sr1.preflight import (
     LOGPROBS,
@@ -211,6 +212,8 @@ class Preflight:
             if row.verdict != "pass":
                 run.say(f"preflight, {row.verdict}: {row}")
         run.platform.on_main(lambda: check_rows(rows))
+        if run.status is not None:
+            run.status.stage("preflight", self._seconds)
         passed = sum(row.verdict == "pass" for row in rows)
         run.say(f"preflight: {passed} of {len(rows)} checks passed in {self._seconds:.1f} s")
 
@@ -227,7 +230,8 @@ class Preflight:
     @contextmanager
     def _timed(self) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with during("preflight"):
+            yield
         self._seconds += time.perf_counter() - start
 
 

@@ -61,17 +61,19 @@ def build_generator(
         pixels=pixel_limits(run.config.model),
         more=rollout.engine,
     )
-    engine = Engine(
-        run.config.model.hf_dir,
-        limits,
-        checksum_every=rollout.checksum_every,
-        sleeps=rollout.sleep,
-        filled_later=weights is not None,
-    )
+    with run.stage("engines"):
+        engine = Engine(
+            run.config.model.hf_dir,
+            limits,
+            checksum_every=rollout.checksum_every,
+            sleeps=rollout.sleep,
+            filled_later=weights is not None,
+        )
     if weights is not None:
-        engine.update_weights(weights(), 0)
-        for complaint in canary_complaints(engine, run.processor, _canary_image(), weights):
-            complain(complaint)
+        with run.stage("canary"):
+            engine.update_weights(weights(), 0)
+            for complaint in canary_complaints(engine, run.processor, _canary_image(), weights):
+                complain(complaint)
     engines = engine_ranks(run)
     hands_on = run.platform.ranks.rank % rollout.engine_tensor == 0
     own, reference = run.config.model.hf_dir, run.config.objective.reference_dir

@@ -13,7 +13,8 @@ from megatron_sr1.loops.evaluate import Evaluations, NoEvaluations, check_heldou
 from megatron_sr1.loops.first_checks import Preflight
 from megatron_sr1.loops.generation import build_generator, live_rollouts, training_feed, training_sampling
 from megatron_sr1.loops.preemption import watch_for_stop
-from megatron_sr1.loops.run import Run, check_verification, metrics_of, open_run
+from megatron_sr1.loops.run import Run, check_verification, course_of, metrics_of, open_run
+from megatron_sr1.metrics import Course
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform
@@ -24,6 +25,7 @@ from megatron_sr1.training.live_rollouts import LiveRollouts
 from megatron_sr1.training.recorder import Recorder
 from megatron_sr1.training.rollout_source import RolloutSource
 from megatron_sr1.training.saved_rollouts import SavedRollouts
+from megatron_sr1.training.shown_samples import SamplePicker
 from megatron_sr1.training.step_metrics import step_metrics
 from megatron_sr1.training.trainer import NoTrainer, Trainer
 
@@ -44,16 +46,18 @@ def run_grpo(
     """
     check_verification(config, platform)
     preset = preset_of(config)
-    with open_run(config, platform) as run:
+    with open_run(config, platform, "grpo") as run:
         sampling = training_sampling(config, preset)
-        feed = training_feed(run, preset, sampling)
-        heldout = heldout_prompts(run)
-        check_heldout(run, heldout)
-        num_steps = run.count_steps(feed, "rollout.prompts_per_step")
+        with run.stage("data"):
+            feed = training_feed(run, preset, sampling)
+            heldout = heldout_prompts(run)
+            check_heldout(run, heldout)
+            num_steps = run.count_steps(feed, "rollout.prompts_per_step")
         updates = config.rollout.prompts_per_step // config.train.batch_size  # of a step
         length = {"num_optimizer_steps": updates * num_steps, "updates_per_step": updates}
-        policy = Policy(config, platform, keep_reference=preset.needs_reference, **length)
-        steps = range(run.resume(policy, num_steps), num_steps)
+        with run.stage("model"):
+            policy = Policy(config, platform, keep_reference=preset.needs_reference, **length)
+            steps = range(run.resume(policy, num_steps), num_steps)
         preflight = Preflight(run, "grpo", preset, generates=from_rollouts is None)
         preflight.machines(policy, num_steps)
         trainer = NoTrainer() if rollouts_only else Trainer(config, policy, preset, run.processor)
@@ -73,7 +77,8 @@ def run_grpo(
             if isinstance(source, LiveRollouts):
                 preflight.responses(feed, source, trainer, steps.start)
             preflight.close()
-            _steps(run, steps, preset, feed, policy, source, trainer, evaluations)
+            course = course_of(run, num_steps, evaluates=isinstance(evaluations, Evaluations), saves=not rollouts_only)
+            _steps(run, steps, preset, feed, policy, source, trainer, evaluations, course)
         if not rollouts_only:
             answers = evaluations.after(num_steps)
             run.export(policy)
@@ -91,6 +96,7 @@ def _steps(
     source: RolloutSource,
     trainer: Trainer | NoTrainer,
     evaluations: Evaluations | NoEvaluations,
+    course: Course,
 ) -> None:
     """All steps that are left of the run. Collective.
 
@@ -99,35 +105,35 @@ def _steps(
     `seconds/save` and `seconds/sync` of a step are what its rollouts had to wait for.
     """
     run.accept(own_code(run.config.objective, preset.templates), steps.start)
-    clock = Clock()
+    profiler, picker, clock = run.profiler(steps.start), SamplePicker(run.config.track.samples), Clock()
     with clock("sync"):
         source.refresh(policy.hf_weights(), version=steps.start)
     evaluations.before(steps.start)
-    with metrics_of(run, steps) as writer, watch_for_stop(run.platform) as stop:
+    with metrics_of(run, steps, course) as writer, watch_for_stop(run.platform) as stop:
         for step in steps:
             during.step = step
             evaluations.between(step)
-            prompts = StepPrompts(feed, run.config.rollout.prompts_per_step)
-            with run.kept_before(RewardError, step, feed, policy, steps.start):
-                rollouts = source.take(prompts, step, clock)  # both passes of every sample, graded
-                run.settle_checkpoint(clock)  # written while the engines were at work: no fault of training loses it
-                with clock("train"):
-                    results = trainer.update(rollouts)  # advantages, packed rows, optimizer steps
-            prompts.finish()
-            if writer is not None:
-                measured = step_metrics(rollouts, preset, run.config.objective, results, clock)
-                writer.write(step, {**measured, **feed.metrics})
-            clock = Clock()
-            with clock("save"):
-                source.settle()  # a checkpoint says that the step is done, so its rollouts must be there
-                is_bad = any(one.skipped for one in results)
-                run.take_bad(
-                    step, results, *((rollouts.trained_keys, rollouts.told_bad_rewards()) if is_bad else ([],))
-                )
-                is_last = step + 1 == steps.stop
-                run.end_step(step, feed, stop, policy if results else None, is_last=is_last)
-            if results:
-                with clock("sync"):
-                    if source.needs_room:
-                        policy.leave_device()
-                    source.refresh(policy.hf_weights(), version=step + 1)
+            with profiler(step):
+                prompts = StepPrompts(feed, run.config.rollout.prompts_per_step)
+                with run.kept_before(RewardError, step, feed, policy, steps.start):
+                    rollouts = source.take(prompts, step, clock)  # both passes of every sample, graded
+                    run.settle_checkpoint(clock)  # written beside the engines: no fault of training loses it
+                    with clock("train"):
+                        results = trainer.update(rollouts)  # advantages, packed rows, optimizer steps
+                prompts.finish()
+                if writer is not None:
+                    measured = step_metrics(rollouts, preset, run.config.objective, results, clock)
+                    writer.write(step, {**measured, **feed.metrics})
+                    writer.show(step, picker.pick(rollouts))
+                clock = Clock()
+                with clock("save"):
+                    source.settle()  # a checkpoint says that the step is done, so its rollouts must be there
+                    is_bad = any(one.skipped for one in results)
+                    told = (rollouts.trained_keys, rollouts.told_bad_rewards()) if is_bad else ([],)
+                    run.take_bad(step, results, *told)
+                    run.end_step(step, feed, stop, policy if results else None, is_last=step + 1 == steps.stop)
+                if results:
+                    with clock("sync"):
+                        if source.needs_room:
+                            policy.leave_device()
+                        source.refresh(policy.hf_weights(), version=step + 1)

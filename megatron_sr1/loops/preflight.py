@@ -16,6 +16,7 @@ from megatron_sr1.loops.sft import demonstrations
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
 from megatron_sr1.preflight import check_rows, table_of, to_json
+from megatron_sr1.printable import printable
 from megatron_sr1.streams import preset_of
 from megatron_sr1.training.recorder import Recorder
 from megatron_sr1.training.trainer import Trainer
@@ -44,7 +45,7 @@ def run_preflight(config: Config, platform: Platform, *, command: Command = "grp
         finally:  # an engine that does not fit ends them, or Ctrl-C
             checks.end()
             if platform.is_main and checks.rows:
-                print(to_json(checks.rows) if as_json else table_of(checks.rows), flush=True)
+                print(to_json(checks.rows) if as_json else printable(table_of(checks.rows)), flush=True)
     platform.on_main(lambda: check_rows(checks.rows))
 
 

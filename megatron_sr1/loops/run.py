@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from rich.console import Console
+
 from megatron_sr1.config import (
+    Command,
     Config,
     changes_of,
     check_epochs,
@@ -31,14 +35,17 @@ from megatron_sr1.evaluation.best import best_step, measured
 from megatron_sr1.file_lock import lock_file
 from megatron_sr1.import_path import keep_code
 from megatron_sr1.loops.preemption import StopRequest
-from megatron_sr1.metrics import MetricsWriter, SpikeSink, Trackers
+from megatron_sr1.metrics import Course, MetricsWriter, Pace, SpikeSink, StatusFile, StatusSink, Trackers
 from megatron_sr1.metrics.clock import Clock
+from megatron_sr1.metrics.progress import draws
 from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform, watched_rank
 from megatron_sr1.platform.machine import machine_words
 from megatron_sr1.platform.precision import shares_prefixes
+from megatron_sr1.platform.profiling import StepProfiler, check_profiler
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.preflight.versions import shown_versions
+from megatron_sr1.printable import printable
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import templates_of
 from megatron_sr1.report.starts import note_start
@@ -58,6 +65,7 @@ class Run:
 
     config: Config
     platform: Platform
+    status: StatusFile | None = None  # of the main rank, where the command is a run
 
     @property
     def folder(self) -> Path:
@@ -188,6 +196,8 @@ class Run:
         num_steps = epoch_steps(train.epochs, samples, size)
         self.platform.on_main(lambda: check_epochs(self.config, num_steps, size_key))
         self.say(f"train.epochs={train.epochs:g} of {samples} samples, {size_key}={size}: {num_steps} steps")
+        if self.status is not None:
+            self.status.note(steps=num_steps)
         return num_steps
 
     def resume(self, policy: Policy, num_steps: int) -> int:
@@ -209,6 +219,8 @@ class Run:
             step, samples = self.progress.step, self.progress.position
             path = self.checkpoints.path(step)
             self.say(f"continuing after step {step} of {num_steps}, {samples} samples of the data, from {path}")
+            if self.status is not None:
+                self.status.note(done=step, going_on=step)
         return 0 if self.progress is None else self.progress.step
 
     def accept(self, code: Mapping[str, Callable[..., Any]] = MappingProxyType({}), first: int | None = None) -> None:
@@ -229,7 +241,7 @@ class Run:
             for change in changes:
                 self.say(f"changed since the last start: {change} ({change.rule})")
         path.write_text(text, encoding="utf-8")
-        machine = {"ranks": self.platform.ranks.num_ranks, "versions": shown_versions(), **machine_words()}
+        machine = {"ranks": self.platform.world_size, "versions": shown_versions(), **machine_words()}
         note_start(self.folder, text, first, machine)
         for name in keep_code(self.folder / "code", code):
             self.say(f"changed since the last start: the code of {name} (takes effect)")
@@ -306,14 +318,51 @@ class Run:
         self.checkpoints.save(policy, Progress(*place, bad_steps=self.bad_steps.in_a_row), hf)
 
     def say(self, text: str) -> None:
-        """Tells whoever watches what the run is at."""
+        """Tells whoever watches what the run is at. Of others' text nothing moves the cursor."""
         if self.platform.is_main:
-            print(text, flush=True)
+            print(printable(text), flush=True)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Something of the start, or between steps: when it has ended, its time is said."""
+        start = time.perf_counter()
+        with during(name), self._turning(name):
+            yield
+        during.detail = ""
+        self.say_stage(name, time.perf_counter() - start)
+
+    def say_stage(self, name: str, seconds: float) -> None:
+        """What has ended, where the command is a run."""
+        if self.status is not None:
+            self.status.stage(name, seconds)
+            self.say(f"{name}: {seconds:.1f} s")
+
+    def _turning(self, name: str) -> AbstractContextManager[object]:
+        """Where a terminal shows that something goes on; during the steps another line does."""
+        console = Console()
+        turns = self.status is not None and during.step is None and draws(console)
+        return console.status(name) if turns else nullcontext()
+
+    def profiler(self, first: int) -> StepProfiler:
+        """Of this rank.
+
+        Args:
+            first: the step that the run begins or goes on with.
+        """
+        settings = self.config.profile
+        done = [step for step in settings.steps if step < first]
+        if done:
+            self.say(f"profile.steps: {done} are done already, nothing will be seen of them")
+        return StepProfiler(settings, self.platform, self.folder, self.say)
+
+    def note(self, detail: str) -> None:
+        """How far the run is with the stage that it is at, for whoever watches."""
+        during.detail = detail
 
     def export(self, policy: Policy) -> None:
         """Writes the policy's weights, with the starting model's configuration and processor files, in which the image
         processor has the run's pixel limits. Collective."""
-        with during("export"):
+        with self.stage("export"):
             weights = _moving(policy.hf_weights())
             if self.platform.is_main:
                 model = self.config.model
@@ -357,16 +406,20 @@ def check_verification(config: Config, platform: Platform) -> None:
 
 
 @contextmanager
-def open_run(config: Config, platform: Platform) -> Iterator[Run]:
+def open_run(config: Config, platform: Platform, command: Command) -> Iterator[Run]:
     """Makes the folder and keeps other processes out while the run lasts.
     Collective: either every rank gets the run or none does.
 
+    Args:
+        command: that the run is of.
+
     Raises:
-        ValueError: another process is at work in the folder.
+        ValueError: another process is at work in the folder; see `check_profiler`.
         OSError: it cannot be written to; where that is full, the error names it.
     """
     run = Run(config, platform)
     with ExitStack() as stack:
+        check_profiler(config.profile, platform)
         stack.callback(lambda: run.checkpoints.let_go(_LET_GO_SECONDS))  # last of all: nobody waits for this rank
         stack.enter_context(watched(run, run.folder))
         if not platform.ranks.any(platform.is_main and _lock(run.folder, stack)):
@@ -374,6 +427,10 @@ def open_run(config: Config, platform: Platform) -> Iterator[Run]:
                 f"run_dir={config.run_dir!r} is in use by another process. Wait for it, stop it, or choose "
                 "another run_dir."
             )
+        if platform.is_main:
+            steps = 0 if command == "evaluate" else config.train.steps or 0  # epochs: not known yet
+            run = replace(run, status=stack.enter_context(StatusFile(run.folder, command, steps)))
+            run.say_stage("ranks", time.time() - during.began)
         try:
             with run.finished_alone():
                 yield run
@@ -407,8 +464,15 @@ def _lock(folder: Path, stack: ExitStack) -> bool:
     return stack.enter_context(lock_file(folder / ".lock"))
 
 
+def course_of(run: Run, num_steps: int, *, evaluates: bool, saves: bool = True) -> Course:
+    """What the steps of a run are followed and interrupted by."""
+    train = run.config.train
+    every = train.evaluate_every if evaluates else 0
+    return Course(num_steps, train.save_every if saves else 0, every, evaluates_after=evaluates)
+
+
 @contextmanager
-def metrics_of(run: Run, steps: range) -> Iterator[MetricsWriter | None]:
+def metrics_of(run: Run, steps: range, course: Course) -> Iterator[MetricsWriter | None]:
     """The metrics writer on the main rank, None on the others.
 
     Args:
@@ -419,9 +483,13 @@ def metrics_of(run: Run, steps: range) -> Iterator[MetricsWriter | None]:
         return
     if run.config.train.steps is None:
         (run.folder / LENGTH_FILE).write_text(json.dumps({"steps": steps.stop}) + "\n", encoding="utf-8")
+    pace = Pace(course)
     spikes = SpikeSink(run.folder, steps.start, run.config.optimizer.clip_grad, run.say)
+    further = (spikes, *(() if run.status is None else (StatusSink(run.status, pace, steps.start),)))
     with (
         Trackers(run.config) as trackers,
-        MetricsWriter(run.folder, steps.start, steps.stop, further=(spikes, trackers)) as writer,
+        MetricsWriter(
+            run.folder, steps.start, steps.stop, further=(*further, trackers), pace=pace, samples=trackers
+        ) as writer,
     ):
         yield writer

@@ -10,7 +10,8 @@ from megatron_sr1.config import Config
 from megatron_sr1.data import Check, SampleFeed, only_demonstrations, open_dataset
 from megatron_sr1.loops.first_checks import Preflight
 from megatron_sr1.loops.preemption import watch_for_stop
-from megatron_sr1.loops.run import Run, metrics_of, open_run
+from megatron_sr1.loops.run import Run, course_of, metrics_of, open_run
+from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
@@ -20,12 +21,13 @@ from megatron_sr1.rollout import deal_samples
 from megatron_sr1.training.batches import Batcher
 from megatron_sr1.training.heldout_loss import HeldoutLoss
 from megatron_sr1.training.losses import SftLoss
+from megatron_sr1.training.step_work import take_work
 from megatron_sr1.types import Prompt, Scoring, SftSample
 
 
 def run_sft(config: Config, platform: Platform) -> None:
     """Trains on `data.cold_start` and exports to `<run_dir>/hf`. Continues from the newest checkpoint."""
-    with open_run(config, platform) as run:
+    with open_run(config, platform, "sft") as run:
         _train(run)
 
 
@@ -49,38 +51,45 @@ def _check_of(run: Run) -> Check:
 
 def _train(run: Run) -> None:
     config = run.config
-    feed = demonstrations(run)
-    num_steps = run.count_steps(feed, "train.batch_size")
-    policy = Policy(config, run.platform, num_optimizer_steps=num_steps, keep_reference=False)
-    feed.divide(policy.replicas, partial(deal_samples, run.processor))
-    batcher = Batcher(config, run.processor, policy.replicas, run.platform.device)
-    heldout = _Heldout(run, policy, batcher, num_steps)
-    steps = range(run.resume(policy, num_steps), num_steps)
+    with run.stage("data"):
+        feed = demonstrations(run)
+        num_steps = run.count_steps(feed, "train.batch_size")
+    with run.stage("model"):
+        policy = Policy(config, run.platform, num_optimizer_steps=num_steps, keep_reference=False)
+        feed.divide(policy.replicas, partial(deal_samples, run.processor))
+        batcher = Batcher(config, run.processor, policy.replicas, run.platform.device)
+        heldout = _Heldout(run, policy, batcher, num_steps)
+        steps = range(run.resume(policy, num_steps), num_steps)
     preflight = Preflight(run, "sft")
     preflight.machines(policy, num_steps)
     preflight.demonstrations(feed)
     preflight.close()
     run.accept(first=steps.start)
+    course, profiler = course_of(run, num_steps, evaluates=False), run.profiler(steps.start)
     heldout.before(steps.start)
-    with feed, metrics_of(run, steps) as writer, watch_for_stop(run.platform) as stop:
+    with feed, metrics_of(run, steps, course) as writer, watch_for_stop(run.platform) as stop:
         for step in steps:
             during.step = step
-            start = time.perf_counter()
-            taken = feed.next(config.train.batch_size)
-            samples = agreed(run.platform.ranks, partial(only_demonstrations, taken.samples, "data.cold_start"))
-            batch = batcher.sft(samples)
-            with during("train"):
-                result = policy.train_step(batch.micro_batches, SftLoss(batch), Scoring())
-            feed.finish(taken)
-            seconds = {"seconds/step": time.perf_counter() - start}
-            measured = heldout.after(step)
-            if writer is not None:
-                optimizer = {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
-                optimizer["skipped_updates"] = float(result.skipped)
-                writer.write(step, {**result.metrics, **measured, **optimizer, **feed.metrics, **seconds})
-            keys = [sample.prompt.key for sample in samples]
-            run.take_bad(step, [result], policy.replicas.gather(keys) if result.skipped else [])
-            run.end_step(step, feed, stop, policy, is_last=step + 1 == num_steps)
+            with profiler(step):
+                start = time.perf_counter()
+                taken = feed.next(config.train.batch_size)
+                samples = agreed(run.platform.ranks, partial(only_demonstrations, taken.samples, "data.cold_start"))
+                batch = batcher.sft(samples)
+                clock = Clock()
+                with clock("train"):
+                    result = policy.train_step(batch.micro_batches, SftLoss(batch), Scoring())
+                work = take_work(policy)
+                feed.finish(taken)
+                seconds = {**clock.seconds, "seconds/step": time.perf_counter() - start}
+                measured = heldout.after(step)
+                if writer is not None:
+                    optimizer = {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+                    optimizer["skipped_updates"] = float(result.skipped)
+                    of_all = work.metrics(clock.seconds["seconds/train"])
+                    writer.write(step, {**result.metrics, **measured, **optimizer, **feed.metrics, **of_all, **seconds})
+                keys = [sample.prompt.key for sample in samples]
+                run.take_bad(step, [result], policy.replicas.gather(keys) if result.skipped else [])
+                run.end_step(step, feed, stop, policy, is_last=step + 1 == num_steps)
     run.export(policy)
     run.checkpoints.prune()
     run.say(f"exported to {run.export_dir}")

@@ -6,12 +6,14 @@ import queue
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from megatron_sr1.config import ConfigError
+from megatron_sr1.metrics.samples import SampleRow
 from megatron_sr1.metrics.tracker import Ending, Tracker
+from megatron_sr1.printable import printable
 
 OPEN_SECONDS = 120.0  # W&B itself gives up after 90
 STEP_SECONDS = 5.0  # that a step waits for a tracker, until one is late
@@ -85,6 +87,11 @@ class BackgroundTracker:
         tracker = self._tracker
         return tracker is not None and self._call(lambda: tracker.write(step, values), STEP_SECONDS)
 
+    def show(self, step: int, name: str, rows: Sequence[SampleRow]) -> bool:
+        """As `write`, of samples."""
+        tracker = self._tracker
+        return tracker is not None and self._call(lambda: tracker.show(step, name, rows), STEP_SECONDS)
+
     def finish(self, ending: Ending) -> None:
         """Waits no longer than END_SECONDS, whatever the tracker does."""
         tracker = self._tracker
@@ -129,7 +136,7 @@ class BackgroundTracker:
             return
         self._said = kind
         print(
-            f"warning: tracker {self._name}: {what}. The run goes on; all its metrics are in metrics.jsonl.",
+            f"warning: tracker {self._name}: {printable(what)}. The run goes on; all its metrics are in metrics.jsonl.",
             file=sys.stderr,
             flush=True,
         )

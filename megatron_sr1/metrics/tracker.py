@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
+
+from megatron_sr1.metrics.samples import SampleRow
 
 Ending = Literal["finished", "stopped", "failed"]  # stopped: on request, and saved
 
@@ -18,5 +20,9 @@ class Tracker(Protocol):
     run_id: str
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def show(self, step: int, name: str, rows: Sequence[SampleRow]) -> None:
+        """A table of samples; `name` is that of the step's rollouts or of an evaluation."""
+        ...
 
     def finish(self, ending: Ending) -> None: ...

@@ -13,7 +13,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -21,9 +21,12 @@ from typing import Any
 
 from megatron_sr1.config import Config, TrackConfig
 from megatron_sr1.metrics.background import BackgroundTracker
+from megatron_sr1.metrics.samples import SampleRow, evaluation_rows
 from megatron_sr1.metrics.tracker import Ending, Tracker
 
 STATE_FILE = "trackers.json"
+SAMPLES = "samples"  # what names of tables begin with
+TENSORBOARD = "tensorboard"  # it has the scalars of each step in any case
 STARTED_FROM = ("before", "after", "step-")  # labels of evaluations during training, one curve; others are on their own
 
 
@@ -71,12 +74,21 @@ class Trackers:
             tracker.write(step, values)
         self._send_evaluations()
 
+    def show(self, step: int, rows: Sequence[SampleRow]) -> None:
+        """Hands samples of the rollouts of `step` to every tracker."""
+        for tracker in self._trackers.values():
+            tracker.show(step, f"{SAMPLES}/rollouts", rows)
+
     def _send_evaluations(self) -> None:
+        samples = self._config.track.samples
         for name, tracker in self._trackers.items():
             for path, digest in _unsent(self._folder, self._state[name]).items() if tracker.is_open else ():
                 tree = json.loads(path.read_text(encoding="utf-8"))
                 if not tracker.write(tree["step"], evaluation_metrics(tree["label"], tree["summary"])):
                     break
+                if samples.every:
+                    rows = evaluation_rows(self._folder, tree, samples.count)
+                    tracker.show(tree["step"], f"{SAMPLES}/{_curve(tree['label'])}", rows)
                 self._state[name]["evaluations"][path.name] = digest
                 _write_state(self._folder, self._state)
 
@@ -98,9 +110,13 @@ def send_evaluations(config: Config) -> None:
 def evaluation_metrics(label: str, summary: Mapping[str, Any]) -> dict[str, float]:
     """`eval/<name>` of an evaluation before, during or after training, `eval/<label>/<name>` of any other; numbers
     only, and only what was measured."""
-    prefix = "eval" if label.startswith(STARTED_FROM) else f"eval/{label}"
+    prefix = _curve(label)
     numbers = {name: value for name, value in summary.items() if type(value) in (int, float)}
     return {f"{prefix}/{name}": float(value) for name, value in numbers.items() if math.isfinite(value)}
+
+
+def _curve(label: str) -> str:
+    return "eval" if label.startswith(STARTED_FROM) else f"eval/{label}"
 
 
 def parameters(config: Config) -> dict[str, str]:
@@ -128,6 +144,10 @@ def _targets(track: TrackConfig) -> dict[str, list[str]]:
         targets["wandb"] = [track.wandb.entity, track.wandb.project]
     if track.mlflow.uri:
         targets["mlflow"] = [track.mlflow.uri, track.mlflow.experiment]
+    if track.trackio.enabled:
+        targets["trackio"] = [track.trackio.project]
+    if track.samples.every:
+        targets[TENSORBOARD] = []
     return targets
 
 
@@ -136,6 +156,14 @@ def _open(name: str, config: Config, run_id: str | None) -> Tracker:
         from megatron_sr1.metrics.wandb_tracker import WandbTracker  # each imports a package of an extra
 
         return WandbTracker(config, parameters(config), run_name(config, config.track.wandb.name), run_id)
+    if name == "trackio":
+        from megatron_sr1.metrics.trackio_tracker import TrackioTracker
+
+        return TrackioTracker(config, parameters(config), run_id or run_name(config, config.track.trackio.name))
+    if name == TENSORBOARD:
+        from megatron_sr1.metrics.tensorboard_samples import TensorBoardSamples
+
+        return TensorBoardSamples(Path(config.run_dir) / TENSORBOARD / SAMPLES)
     from megatron_sr1.metrics.mlflow_tracker import MlflowTracker
 
     return MlflowTracker(config.track.mlflow, parameters(config), run_name(config, config.track.mlflow.name), run_id)

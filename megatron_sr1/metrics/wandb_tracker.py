@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import wandb
 from wandb.errors import AuthenticationError, CommError
 
 from megatron_sr1.config import Config, ConfigError
+from megatron_sr1.metrics.samples import COLUMNS, SampleRow
 from megatron_sr1.metrics.tracker import Ending, TrackerAway
 
 # reports of the library's own errors, and Weave, which would record the calls to a judge; it has no other switches
@@ -37,7 +38,8 @@ class WandbTracker:
         self.run_id = run_id or uuid.uuid4().hex[:12]
         track, folder = config.track.wandb, Path(config.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        for variable, value in _QUIET.items():
+        # what tables hold waits there for `wandb sync`; the library would have it wait in the user's home
+        for variable, value in {**_QUIET, "WANDB_DATA_DIR": str((folder / "wandb" / "data").resolve())}.items():
             os.environ.setdefault(variable, value)
         try:
             self._run = wandb.init(
@@ -68,6 +70,16 @@ class WandbTracker:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One point per name; sent in the background."""
         self._run.log({"step": step, **values})
+
+    def show(self, step: int, name: str, rows: Sequence[SampleRow]) -> None:
+        """A table with a column for each image."""
+        most = max((len(row.images) for row in rows), default=0)
+        table = wandb.Table(columns=[*(f"image_{number}" for number in range(most)), *COLUMNS])
+        for row in rows:
+            images = [wandb.Image(image) for image in row.opened()]
+            cells = row.cells()
+            table.add_data(*images, *[None] * (most - len(images)), *(cells[column] for column in COLUMNS))
+        self._run.log({"step": step, name: table})
 
     def finish(self, ending: Ending) -> None:
         """Waits until all is on its way, or on the disk."""

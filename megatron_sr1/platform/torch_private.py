@@ -182,3 +182,15 @@ def deterministic_kernels() -> Iterator[None]:
     finally:
         if warns:
             torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+# Which call has allocated what of the device's memory: https://docs.pytorch.org/memory_viz draws it. The documentation
+# of torch names these functions, with their underscores; there are no others.
+def record_allocations(*, on: bool) -> None:
+    """Has every allocation noted with its stack, or no more."""
+    torch.cuda.memory._record_memory_history(enabled="all" if on else None)
+
+
+def dump_allocations(path: str) -> None:
+    """Writes what is allocated, and what was since it has been noted."""
+    torch.cuda.memory._dump_snapshot(path)

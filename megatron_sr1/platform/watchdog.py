@@ -31,6 +31,8 @@ from torch.distributed import DistError
 
 from megatron_sr1.phases import WAIT, Phases
 from megatron_sr1.platform.board import CAUSE, Board, job_board
+from megatron_sr1.processes import GONE as _DEAD
+from megatron_sr1.processes import place, state_of
 
 HUNG_STATUS = os.EX_SOFTWARE  # 70, sysexits.h: neither a mistake of the user's nor a request
 _FAILED = "failed ("
@@ -46,7 +48,6 @@ _WAITING = 1.1  # times a limit, for a rank that only waits: who hangs speaks fi
 _UNWINDING_SECONDS = 45.0  # for a main thread whose error may be that of another rank, too
 _GRACE_SECONDS = 5.0  # for all to hear of it, and for a main thread that is about to end by itself
 _LONGEST_END = 60.0  # of a process that says where it stood
-_DEAD = ("", "Z")  # states of processes
 _UNSEEN = 6  # times the silent seconds, where nothing is known of a process but its silence
 
 
@@ -182,7 +183,7 @@ class Watchdog:
 
     def _sign(self, *, over: bool = False) -> Sign:
         since = time.monotonic() - self._phases.changed
-        return Sign(next(self._numbers), *_place(), os.getpid(), str(self._phases), since, over)
+        return Sign(next(self._numbers), *place(), os.getpid(), str(self._phases), since, over)
 
     @staticmethod
     def _name(rank: int) -> str:
@@ -290,23 +291,5 @@ def watched_rank(
     return Watchdog(phases, limits, idle_seconds, silent_seconds, folder, **others)
 
 
-def _place() -> tuple[str, str]:
-    """This machine, and which processes this one sees there. Its name may be that of others, its boot is its own."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return socket.gethostname(), f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname(), ""
-
-
 def _state(sign: Sign) -> str:
-    """Of a process, as in proc(5); "": it is gone; "?": it cannot be seen from here."""
-    if not sign.namespace or (sign.host, sign.namespace) != _place():
-        return "?"
-    try:
-        text = Path(f"/proc/{sign.process_id}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-    except OSError:
-        return "?"
-    return text.rpartition(")")[2].split()[0]
+    return state_of(sign.host, sign.namespace, sign.process_id)

@@ -13,6 +13,7 @@ import torch.distributed
 from torch import Tensor
 
 from megatron_sr1.config import Config
+from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy.frozen import check_shares
 from megatron_sr1.policy.gradients import wrap_chunks, zero_gradients
@@ -29,6 +30,7 @@ from megatron_sr1.policy.optimizer_state import sharded_optimizer_state
 from megatron_sr1.policy.schedule import Schedule
 from megatron_sr1.policy.scorer import Scorer
 from megatron_sr1.policy.sharded import load_sharded_weights, sharded_weights
+from megatron_sr1.policy.work import StepWork
 from megatron_sr1.types import LogProbs, LossFn, MicroBatch, Scoring
 
 
@@ -41,6 +43,7 @@ class StepResult:
     learning_rate: float
     skipped: bool = False  # the gradient was not finite: weights and moments are what they were
     culprits: tuple[tuple[str, int], ...] = ()  # of a skipped step: key and number of samples whose log-probs are not
+    work: StepWork | None = None  # of all optimizer steps up to this one, where it was the last of a step
 
 
 class Policy(Scorer):
@@ -105,7 +108,7 @@ class Policy(Scorer):
 
     def reference_logprobs(self, batches: Sequence[MicroBatch], scoring: Scoring) -> list[LogProbs]:
         """`logprobs` under the weights the policy started from."""
-        with self._reference_weights():
+        with during("reference"), self._reference_weights():
             return self.logprobs(batches, scoring)
 
     def train_step(self, batches: Sequence[MicroBatch], loss_fn: LossFn, scoring: Scoring) -> StepResult:
@@ -114,6 +117,7 @@ class Policy(Scorer):
         self._must_be_here()
         zero_gradients(self.model)
         self.chunks[0].start_images(batches)
+        self.work.add(batches, trains=True)
         self.optimizer.zero_grad()
         no_tokens = torch.zeros((), dtype=torch.int)  # the schedule's own normalisation, which is not used
 

@@ -20,6 +20,7 @@ from megatron_sr1.policy.parameter_counts import StageCount, count_chunks
 from megatron_sr1.policy.read import open_tensors, read_architecture
 from megatron_sr1.policy.schedule import Schedule
 from megatron_sr1.policy.sharded import load_model_weights
+from megatron_sr1.policy.work import Work
 from megatron_sr1.types import LogProbs, MicroBatch, Scoring
 from megatron_sr1.weights import export_hf_weights, load_hf_weights, mark_shards
 
@@ -48,6 +49,7 @@ class Scorer:
         self.chunks = build_chunks(self.architecture, config, platform, self.groups, platform.device)
         self._load_weights()
         self._schedule = Schedule(self.chunks, self.groups, config)
+        self.work = Work(trains_vision=not {"vision", "merger"} <= set(config.model.freeze))
 
     def _load_weights(self) -> None:
         """From the Megatron checkpoint where one is named, else from the Hugging Face directory."""
@@ -66,6 +68,7 @@ class Scorer:
         """Scores of each micro-batch's R rows, without gradient, on every rank of the pipeline; hidden states, where a
         micro-batch keeps them, on those of the last stage alone. All micro-batches mark the top, or none does."""
         self.chunks[0].start_images(batches)
+        self.work.add(batches, trains=False)
         dtype = self.chunks[-1].config.params_dtype
         num_scores = 2 + any(batch.marks_top for batch in batches)
 

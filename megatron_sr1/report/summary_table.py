@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_sr1.printable import printable
 from megatron_sr1.report.runs import ReportedRun, read_run
 
 
@@ -110,5 +111,5 @@ def print_table(console: Console, rows: Sequence[SummaryRow]) -> None:
     table.add_column("prompts", justify="right")
     for row in rows:
         cells = [percent(row.values[column.key]) for column in COLUMNS]
-        table.add_row(Text(row.label), *cells, str(row.num_prompts))
+        table.add_row(Text(printable(row.label)), *cells, str(row.num_prompts))
     console.print(table)

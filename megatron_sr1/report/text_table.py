@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_sr1.printable import printable
+
 
 @dataclass(frozen=True)
 class TextTable:
@@ -25,6 +27,8 @@ class TextTable:
 def print_text_table(console: Console, table: TextTable) -> None:
     """Prints it, with its title above. Where it does not fit it is folded as far as words allow, and is as wide as that
     takes: no column is cut off in a file, or in a narrow terminal."""
+    lines = tuple(tuple(map(printable, line)) for line in table.lines)
+    table = TextTable(table.key, printable(table.title), tuple(map(printable, table.head)), lines)
     console.print(table.title, style="italic", markup=False, highlight=False, soft_wrap=True)
     columns = [[line[number] for line in (table.head, *table.lines)] for number in range(len(table.head))]
     folds = _width(columns) > console.width

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 from megatron_sr1.data.shown import digest_of_images
+from megatron_sr1.phases import during
 from megatron_sr1.rollout.distortion import Distortion
 from megatron_sr1.rollout.later import OpenReading, ask_later
 from megatron_sr1.rollout.plan import PassPrompt, Planner, check_same_ids
@@ -159,7 +160,7 @@ class PassRequests:
         self._take_some(waiting)
         while waiting or engine.has_unfinished():
             self._submit_some(engine, waiting)
-            with _engine_call():
+            with _engine_call(), during.marked(self._range):
                 generations = engine.step()
             for generation in generations:
                 further = self._finish(self._open.pop(generation.request_id), generation, engine)
@@ -170,6 +171,11 @@ class PassRequests:
             self._take_some(waiting)
             if not self._streamed and not waiting and not engine.has_unfinished():
                 waiting = self._possible()
+
+    def _range(self) -> str:
+        """What a profiler calls a step of the engine: that of first passes, while there are some in it."""
+        firsts = any(request.asked is None for request in self._open.values())
+        return "rollout/first" if firsts else "rollout/second"
 
     def descriptions(self) -> list[Described]:
         """What the responses of this engine describe."""

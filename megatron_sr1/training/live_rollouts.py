@@ -15,6 +15,7 @@ from types import TracebackType
 from megatron_sr1.config import ObjectiveConfig, RewardsConfig
 from megatron_sr1.data import StepPrompts
 from megatron_sr1.metrics.clock import Clock
+from megatron_sr1.printable import printable
 from megatron_sr1.ranks import Exchange
 from megatron_sr1.rewards import RewardError, Ungraded, Vectors, for_prompt
 from megatron_sr1.rewards.reading import with_readings
@@ -165,7 +166,7 @@ class LiveRollouts:
         chosen = self._chosen(drawn, prompts, rounds if self._rounds else None, step)
         if self._ranks.rank == 0:
             for reason in drawn.skipped.values():
-                logger.warning("a group is skipped: %s", reason)
+                logger.warning("a group is skipped: %s", printable(reason))
         if chosen.groups:
             self._writer.write(rollouts_file(self._folder, step), chosen, len(prompts.first.keys), self._ranks.rank)
         return chosen
@@ -197,7 +198,7 @@ class LiveRollouts:
         if reasons and not self._skips:
             raise RewardError(_joined(reasons))
         if len(reasons) == drawn.num_prompts:
-            raise RewardError(f"no group of step {step} could be graded. {_joined(reasons)}")
+            raise RewardError(f"no group of step {step + 1} could be graded. {_joined(reasons)}")
         return drawn.chosen(prompts, rounds, step)
 
     def sleep(self) -> None:

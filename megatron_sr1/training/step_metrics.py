@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_sr1.config import ObjectiveConfig
 from megatron_sr1.metrics import MetricLog
 from megatron_sr1.metrics.clock import Clock
+from megatron_sr1.metrics.shown import STREAM_REWARD
 from megatron_sr1.policy import StepResult
 from megatron_sr1.rewards import find_reward
 from megatron_sr1.streams import Preset
@@ -56,6 +57,9 @@ def step_metrics(
         log.add("grad_norm", result.grad_norm)
         log.add("skipped_updates", result.skipped, "sum")
         log.add("learning_rate", result.learning_rate, "last")
+        if result.work is not None:
+            for name, value in result.work.metrics(clock.seconds["seconds/train"]).items():
+                log.add(name, value)
     for name, value in clock.seconds.items():
         log.add(name, value)
     return log.reduce()
@@ -102,8 +106,12 @@ def _log_rewards(log: MetricLog, ledger: StepLedger, preset: Preset) -> None:
         values = reward[shown] if further else reward  # of prompts that are asked such a pass
         if len(values):
             log.add(f"reward/{find_reward(name).shown}", values.mean().item())
-    earned = [weight * rewards[name].mean().item() for stream in preset.streams for name, weight in stream.rewards]
-    log.add("reward/total", sum(earned))
+    total = 0.0
+    for stream in preset.streams:
+        earned = sum(weight * rewards[name].mean().item() for name, weight in stream.rewards)
+        log.add(f"{STREAM_REWARD}{stream.name}", earned)
+        total += earned
+    log.add("reward/total", total)
 
 
 def _log_siblings(log: MetricLog, ledger: StepLedger, preset: Preset, step: int) -> None:

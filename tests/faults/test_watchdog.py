@@ -95,13 +95,13 @@ def test_a_rank_that_hangs_is_named_and_all_end(script: Path) -> None:
     assert process.returncode == HUNG_STATUS, printed
     (line,) = printed.strip().splitlines()
     assert line.startswith("megatron-sr1: rank 1 on ")
-    assert "hangs (step 3: read): " in line and "of read, where 8 s" in line
+    assert "hangs (step 4: read): " in line and "of read, where 8 s" in line
     assert not any(map(is_alive, ranks))
     found = stood(folder)
     cause = line.split(". Where")[0].removeprefix("megatron-sr1: ")
     assert found.keys() == {0, 1, 2} and all(f"cause: {cause}\n" in text for text in found.values())
     assert "time.sleep" not in found[1] and "in work" in found[1], "the stack of the main thread"
-    assert f"rank 0 at step 3: read, {WAIT}" in found[0] and "in meet" in found[0]
+    assert f"rank 0 at step 4: read, {WAIT}" in found[0] and "in meet" in found[0]
 
 
 def test_a_rank_that_is_stopped_is_found_to_be_stopped(script: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_rank_that_is_stopped_is_found_to_be_stopped(script: Path) -> None:
     printed = process.communicate(timeout=SOON)[0]
     assert process.returncode == HUNG_STATUS, printed
     (line,) = printed.strip().splitlines()
-    assert f"process {ranks[1]}, last at step 3: " in line and "is stopped (SIGSTOP) for" in line
+    assert f"process {ranks[1]}, last at step 4: " in line and "is stopped (SIGSTOP) for" in line
     assert not any(map(is_alive, ranks)), "the stopped one, too"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 
+from megatron_sr1.printable import printable
 from megatron_sr1.report.credit.numbers import Comparison, CreditReport, Shift, Side, Signs
 from megatron_sr1.report.text_table import TextTable, print_text_table
 
@@ -73,7 +74,7 @@ def summary_lines(report: CreditReport) -> list[str]:
 def print_credit(console: Console, report: CreditReport) -> None:
     """Prints the tables and the first samples."""
     for line in summary_lines(report):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
     console.print()
     samples = samples_table(report)
     first = TextTable(samples.key, samples.title, samples.head, samples.lines[:PRINTED])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
+from megatron_sr1.printable import printable
 from megatron_sr1.report.sweep.groups import (
     CONTROLS,
     LAST_STEPS,
@@ -108,7 +109,7 @@ def print_tables(console: Console, rows: Sequence[GroupRow]) -> None:
     for table in text_tables(rows):
         print_text_table(console, table)
     for note in notes(rows):
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(note), markup=False, highlight=False, soft_wrap=True)
 
 
 def markdown(rows: Sequence[GroupRow]) -> str:
