@@ -107,6 +107,21 @@ def test_a_response_is_its_tokens_and_its_blocks(saver: Saver, tmp_path: Path) -
     assert [sample.filters >= {"undescribed"} for sample in samples_of(shown)] == [False, False, False, True]
 
 
+@pytest.mark.parametrize(
+    ("measured", "note"),
+    [
+        ({}, "Nothing was trained in this step"),
+        ({"grad_norm": None, "skipped_updates": 1.0}, "1 optimizer steps of it were skipped"),
+        ({"grad_norm": 1.0, "skipped_updates": 0.0}, ""),
+    ],
+)
+def test_what_has_moved_no_weight_says_so(saver: Saver, tmp_path: Path, measured: dict[str, Any], note: str) -> None:
+    run = saver.save()
+    (run.folder / "metrics.jsonl").write_text(json.dumps({"step": 0, **measured}) + "\n")
+    notes = look(run, tmp_path / "images")[0].notes
+    assert (note in notes[0]) if note else not notes
+
+
 def test_what_was_not_saved_says_so(saver: Saver, tmp_path: Path) -> None:
     shown, _ = look(saver.save(), tmp_path / "images")
     assert shown.absent.keys() == {"gap", "entropy", "dependency", "dropped"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,7 +68,20 @@ def _step_sets(run: ReportedRun, config: Config | None, steps: Sequence[int], im
     last = max((int(entry["step"] or 0) for entry in run.metrics), default=-1)
     images = NoImages(NO_CONFIG) if config is None else DataImages(run.path, config.data, "train")
     tokenizer = NO_CONFIG if config is None else _tokenizer(run.path, config)
-    return StepReader(run.path, StepConfigs(run.path, last), tokenizer, images, image_folder).sets(steps)
+    told = _untrained(run.metrics)
+    return StepReader(run.path, StepConfigs(run.path, last), tokenizer, images, image_folder, told).sets(steps)
+
+
+def _untrained(metrics: Sequence[Mapping[str, float | None]]) -> dict[int, str]:
+    """By step, what of it has moved no weight."""
+    found = {}
+    for entry in metrics:
+        step, skipped = int(entry["step"] or 0), entry.get("skipped_updates")
+        if "grad_norm" not in entry:
+            found[step] = "Nothing was trained in this step: its advantages are those that training would have used."
+        elif skipped:
+            found[step] = f"{skipped:g} optimizer steps of it were skipped: their gradient was not finite."
+    return found
 
 
 def _tokenizer(run: Path, config: Config) -> Processor | str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -59,6 +59,7 @@ class StepReader:
     tokenizer: Processor | str  # or why there is none
     images: ImageStore
     image_folder: Path  # where they go
+    told: Mapping[int, str] = field(default_factory=dict)  # by step, what else is to be said of it
 
     def sets(self, steps: Sequence[int]) -> list[SetToShow]:
         """Those of the steps, in this order."""
@@ -90,7 +91,8 @@ class StepReader:
             absent["dropped"] = "without dynamic sampling every group that is graded is trained on"
         groups = _Groups(self, preset, advantages)
         streams = () if advantages is None else advantages.streams
-        return ShownSet(streams, absent, tuple(_notes(lines)), groups.of(samples))
+        notes = (*([self.told[step]] if step in self.told else []), *_notes(lines))
+        return ShownSet(streams, absent, notes, groups.of(samples))
 
     def _advantages(self, step: int, config: Config, preset: Preset) -> StepAdvantages:
         if isinstance(self.tokenizer, str):

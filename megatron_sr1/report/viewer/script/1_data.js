@@ -22,9 +22,10 @@ function load(name) {
   const found = {};
   found.promise = new Promise((take, refuse) => Object.assign(found, { take, refuse }));
   waiting.set(name, found);
-  for (const old of waiting.keys()) {
+  found.promise.then(() => (found.here = true)).catch(() => {}); // whoever asked is told
+  for (const [old, other] of waiting) {
     if (waiting.size <= KEPT) break;
-    waiting.delete(old);
+    if (other.here) waiting.delete(old); // what is on its way is looked for by its name
   }
   const inside = block(name);
   if (inside) found.take(JSON.parse(inside.textContent));

@@ -109,7 +109,7 @@ function rewardTable(sample, set) {
 }
 
 function advantageTable(sample, set) {
-  const part = el("div", {}, el("h3", { text: "Advantages, as trained" }));
+  const part = el("div", {}, el("h3", { text: "Advantages" }));
   if ("advantage" in set.absent) {
     part.append(el("p", { class: "note", text: `Not known: ${set.absent.advantage}` }));
     return part;
