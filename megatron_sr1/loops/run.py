@@ -416,13 +416,10 @@ def metrics_of(run: Run, start_step: int, course: Course) -> Iterator[MetricsWri
     if not run.platform.is_main:
         yield None
         return
-    pace = Pace(course)
     spikes = SpikeSink(run.folder, start_step, run.config.optimizer.clip_grad, run.say)
-    further = (spikes, *(() if run.status is None else (StatusSink(run.status, pace, start_step),)))
-    with (
-        Trackers(run.config) as trackers,
-        MetricsWriter(
-            run.folder, start_step, course.steps, further=(*further, trackers), pace=pace, samples=trackers
-        ) as writer,
-    ):
-        yield writer
+    with Trackers(run.config) as trackers:
+        pace = Pace(course)  # when trackers are open, which takes its time
+        status = () if run.status is None else (StatusSink(run.status, pace, start_step),)
+        how = {"further": (spikes, *status, trackers), "pace": pace, "samples": trackers}
+        with MetricsWriter(run.folder, start_step, course.steps, **how) as writer:
+            yield writer
