@@ -50,7 +50,7 @@ class TrackioTracker:
         os.environ["TRACKIO_DIR"] = str(folder)  # read when the library is imported; it has no other switch
         self._library: Any = import_module("trackio")
         for module in _SPEAKING:
-            import_module(module).print = _only_warnings  # it greets, in colours, on standard output
+            vars(import_module(module))["print"] = _only_warnings  # it greets, in colours, on standard output
         own = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         self._run = self._library.init(
             config.track.trackio.project, name=name, resume="allow", config=dict(parameters), **own
