@@ -335,7 +335,12 @@ def begun(
     platform = SimpleNamespace(is_main=True, ranks=Alone(), on_main=lambda work: work())
     config = load_config(None, [f"run_dir={folder}", *settings])
     run: Any = SimpleNamespace(
-        folder=folder, config=config, platform=platform, say=said.append, progress=object() if again else None
+        folder=folder,
+        config=config,
+        platform=platform,
+        status=None,
+        say=said.append,
+        progress=object() if again else None,
     )
     return first_checks.Preflight(run, "grpo"), checks, said
 

@@ -76,6 +76,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, results: list[Any], l
 
     monkeypatch.setattr(grpo, "metrics_of", Within)
     monkeypatch.setattr(grpo, "watch_for_stop", Within)
+    monkeypatch.setattr(grpo, "take_work", lambda policy: None)
     monkeypatch.setattr(grpo, "step_metrics", lambda *arguments, **options: {})
     source.needs_room = True  # type: ignore[attr-defined]
     policy, trainer = Policy(log), Recorder(log, update=results)

@@ -301,7 +301,8 @@ def test_trackio_has_points_and_tables_in_the_run_folder(tmp_path: Path, monkeyp
     pytest.importorskip("trackio")
     words = [f"run_dir={tmp_path}/one", "track.trackio.enabled=true", "track.trackio.project=digits", *SAMPLES]
     code = [sys.executable, "-c", TRACKIO, *words]
-    subprocess.run(code, check=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(code, check=True, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", ""), "it has nothing to say"
     with sqlite3.connect(tmp_path / "one" / "trackio" / "digits.db") as store:
         found = [(step, json.loads(values)) for step, values in store.execute("SELECT step, metrics FROM metrics")]
     points = {step: values["reward/total"] for step, values in found if "reward/total" in values}

@@ -27,6 +27,7 @@ from megatron_sr1.training.rollout_source import RolloutSource
 from megatron_sr1.training.saved_rollouts import SavedRollouts
 from megatron_sr1.training.shown_samples import SamplePicker
 from megatron_sr1.training.step_metrics import step_metrics
+from megatron_sr1.training.step_work import take_work
 from megatron_sr1.training.trainer import NoTrainer, Trainer
 
 
@@ -109,6 +110,7 @@ def _steps(
     with clock("sync"):
         source.refresh(policy.hf_weights(), version=steps.start)
     evaluations.before(steps.start)
+    take_work(policy)  # of whoever has looked before
     with metrics_of(run, steps, course) as writer, watch_for_stop(run.platform) as stop:
         for step in steps:
             during.step = step
@@ -121,8 +123,9 @@ def _steps(
                     with clock("train"):
                         results = trainer.update(rollouts)  # advantages, packed rows, optimizer steps
                 prompts.finish()
+                work = take_work(policy) if results else None
                 if writer is not None:
-                    measured = step_metrics(rollouts, preset, run.config.objective, results, clock)
+                    measured = step_metrics(rollouts, preset, run.config.objective, results, clock, work)
                     writer.write(step, {**measured, **feed.metrics})
                     writer.show(step, picker.pick(rollouts))
                 clock = Clock()

@@ -483,13 +483,10 @@ def metrics_of(run: Run, steps: range, course: Course) -> Iterator[MetricsWriter
         return
     if run.config.train.steps is None:
         (run.folder / LENGTH_FILE).write_text(json.dumps({"steps": steps.stop}) + "\n", encoding="utf-8")
-    pace = Pace(course)
     spikes = SpikeSink(run.folder, steps.start, run.config.optimizer.clip_grad, run.say)
-    further = (spikes, *(() if run.status is None else (StatusSink(run.status, pace, steps.start),)))
-    with (
-        Trackers(run.config) as trackers,
-        MetricsWriter(
-            run.folder, steps.start, steps.stop, further=(*further, trackers), pace=pace, samples=trackers
-        ) as writer,
-    ):
-        yield writer
+    with Trackers(run.config) as trackers:
+        pace = Pace(course)  # when trackers are open, which takes its time
+        status = () if run.status is None else (StatusSink(run.status, pace, steps.start),)
+        how = {"further": (spikes, *status, trackers), "pace": pace, "samples": trackers}
+        with MetricsWriter(run.folder, steps.start, steps.stop, **how) as writer:
+            yield writer

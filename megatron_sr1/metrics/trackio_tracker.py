@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -12,9 +13,17 @@ from typing import Any
 from megatron_sr1.config import Config, ConfigError
 from megatron_sr1.metrics.samples import COLUMNS, SampleRow, as_code
 from megatron_sr1.metrics.tracker import Ending
+from megatron_sr1.printable import printable
 
 FOLDER = "trackio"
+_SPEAKING = ("trackio", "trackio.run", "trackio.utils")  # its modules that print
 _ELSEWHERE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_BUCKET_ID")  # where the library would send a run
+
+
+def _only_warnings(*parts: object, **options: object) -> None:
+    text = " ".join(map(str, parts))
+    if "warning" in text.lower():
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 class TrackioTracker:
@@ -40,6 +49,8 @@ class TrackioTracker:
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["TRACKIO_DIR"] = str(folder)  # read when the library is imported; it has no other switch
         self._library: Any = import_module("trackio")
+        for module in _SPEAKING:
+            vars(import_module(module))["print"] = _only_warnings  # it greets, in colours, on standard output
         own = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         self._run = self._library.init(
             config.track.trackio.project, name=name, resume="allow", config=dict(parameters), **own

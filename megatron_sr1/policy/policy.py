@@ -30,7 +30,6 @@ from megatron_sr1.policy.optimizer_state import sharded_optimizer_state
 from megatron_sr1.policy.schedule import Schedule
 from megatron_sr1.policy.scorer import Scorer
 from megatron_sr1.policy.sharded import load_sharded_weights, sharded_weights
-from megatron_sr1.policy.work import StepWork
 from megatron_sr1.types import LogProbs, LossFn, MicroBatch, Scoring
 
 
@@ -43,7 +42,6 @@ class StepResult:
     learning_rate: float
     skipped: bool = False  # the gradient was not finite: weights and moments are what they were
     culprits: tuple[tuple[str, int], ...] = ()  # of a skipped step: key and number of samples whose log-probs are not
-    work: StepWork | None = None  # of all optimizer steps up to this one, where it was the last of a step
 
 
 class Policy(Scorer):

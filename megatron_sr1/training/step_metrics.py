@@ -12,6 +12,7 @@ from megatron_sr1.metrics import MetricLog
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.metrics.shown import STREAM_REWARD
 from megatron_sr1.policy import StepResult
+from megatron_sr1.policy.work import StepWork
 from megatron_sr1.rewards import find_reward
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.ledger import FIRST, StepLedger, slots_of
@@ -29,8 +30,11 @@ def step_metrics(
     objective: ObjectiveConfig,
     results: Sequence[StepResult],
     clock: Clock,
+    work: StepWork | None = None,
 ) -> dict[str, float]:
     """All of them by name; those of several optimizer steps as their mean.
+
+    `work`: of them all; None: nothing was trained.
 
     Of what: `reward/*` and what the optimizer steps measure, of the groups that are trained on; everything else, of all
     that was drawn, so that it speaks of the data as they come, whatever dynamic sampling keeps of them.
@@ -57,10 +61,8 @@ def step_metrics(
         log.add("grad_norm", result.grad_norm)
         log.add("skipped_updates", result.skipped, "sum")
         log.add("learning_rate", result.learning_rate, "last")
-        if result.work is not None:
-            for name, value in result.work.metrics(clock.seconds["seconds/train"]).items():
-                log.add(name, value)
-    for name, value in clock.seconds.items():
+    taken = {} if work is None else work.metrics(clock.seconds["seconds/train"])
+    for name, value in {**taken, **clock.seconds}.items():
         log.add(name, value)
     return log.reduce()
 

@@ -26,7 +26,6 @@ from megatron_sr1.training.losses import PolicyLoss, gaps_by_kind, logprob_gaps
 from megatron_sr1.training.payload import Payload, Place, share_responses
 from megatron_sr1.training.response_kl import response_kl
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.training.step_work import take_work
 from megatron_sr1.types import DrawnPrompts, LogProbs, OldLogprobs, Scoring
 
 NUM_COMPARED = 8  # groups whose log-probs are compared before a first step
@@ -68,7 +67,6 @@ class Trainer:
             RewardError: so many groups were skipped that a replica has none; before the first step.
         """
         self._policy.return_to_device()
-        self._policy.work.take()  # of whoever has looked before
         ledger, places = rollouts.trained
         shares = list(self._shares(places))
         rows = [self._rows(ledger.of(share), rollouts) for share in shares]
@@ -113,7 +111,7 @@ class Trainer:
             results.append(self._with_penalties(result, preset, None if kl is None else kl[:, self._rollouts(share)]))
             if same and not result.skipped:
                 check_logprob_gap(result.metrics, self._max_logprob_gap)
-        return [*results[:-1], replace(results[-1], work=take_work(self._policy))]
+        return results
 
     def compare(self, rollouts: StepRollouts) -> dict[str, float] | None:
         """How far trainer and generator are apart: `logprob_gap` and `mismatch/*` as `update` measures them, on the
