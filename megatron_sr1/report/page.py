@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from megatron_sr1.report.controls_section import controls_section
+from megatron_sr1.report.demonstrations import demonstrations_section
 from megatron_sr1.report.examples import examples_section
 from megatron_sr1.report.plots import CHARTS, Chart, draw_chart
 from megatron_sr1.report.runs import ReportedRun, read_run
@@ -29,7 +30,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> list[SummaryRow]:
     runs = [read_run(path) for path in run_dirs]
     rows = comparison_rows(runs)
     tables = (summary_section(rows), controls_section(rows), _sources_section(rows))
-    sections = (*tables, _curves_section(runs), examples_section(runs))
+    sections = (*tables, _curves_section(runs), demonstrations_section(runs), examples_section(runs))
     title = " · ".join(run.name for run in runs)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page(title, (*sections, config_section(runs))), encoding="utf-8")
