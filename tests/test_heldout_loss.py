@@ -52,7 +52,7 @@ def good(sample: Any) -> None:
 
 def heldout(policy: Any, batcher: Batcher, shards: Sequence[Path], portion: int, budget: int = 0) -> HeldoutLoss:
     dataset = ShardDataset(shards)
-    how = {"num_samples": len(dataset), "portion": portion, "workers": 2}
+    how = {"num_samples": len(dataset), "portion": portion, "workers": 2, "num_examples": 6}
     return HeldoutLoss(dataset, Quarantine(budget), good, equal_runs, batcher, policy, **how)
 
 
@@ -89,7 +89,12 @@ def test_every_token_counts_once_however_it_is_shared(model_dir: str, tmp_path: 
             made = heldout(policy, Batcher(config, processor, ranks), shards, portion, budget=1)
             first, second = made.measure(), made.measure()
             assert first == second, "to the bit, with the bad sample known"
-            return first, policy.most_rows
+            assert [example.key for example in first.examples] == ["d0", "d1", "d2", "d3", "d4"], "without the bad one"
+            for example, sample in zip(first.examples, samples, strict=False):
+                its_ids = torch.tensor(processor.response_ids(sample.response))
+                assert example.loss == pytest.approx(float(its_ids.double().mean()) / 64)
+                assert (example.tokens, example.response) == (len(its_ids), sample.response)
+            return first.metrics, policy.most_rows
 
         found = on_threads(num_ranks, one)
         assert len({str(each) for each, _ in found}) == 1, "the same on every rank"
@@ -175,6 +180,6 @@ def _walk(rank: int, num_ranks: int, model_dir: str, shards: list[str], expected
     for overrides in LAYOUTS:
         with built(model_dir, ["train.batch_size=2", *overrides]) as (policy, config):
             batcher = Batcher(config, processor_of(model_dir), policy.replicas)
-            found = heldout(policy, batcher, [Path(path) for path in shards], portion=4).measure()
+            found = heldout(policy, batcher, [Path(path) for path in shards], portion=4).measure().metrics
             assert found["heldout/loss"] == pytest.approx(loss, rel=TOLERANCE), overrides
             assert found["heldout/token_accuracy"] == pytest.approx(accuracy), overrides

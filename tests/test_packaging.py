@@ -88,7 +88,7 @@ exit 0
 OLD_PYTHON = '#!/bin/sh\n[ "$1" = -V ] && echo "Python 3.9.18" && exit 0\nexit 1\n'
 
 
-def make_setup(folder: Path, python: str) -> subprocess.CompletedProcess[str]:
+def make_setup(folder: Path, python: str, *words: str) -> subprocess.CompletedProcess[str]:
     """`make setup` in a copy of the Makefile, with a program in place of Python."""
     for name in ("Makefile", "setup.py", "pyproject.toml"):
         shutil.copy2(REPOSITORY / name, folder)
@@ -98,7 +98,7 @@ def make_setup(folder: Path, python: str) -> subprocess.CompletedProcess[str]:
     program.write_text(python)
     program.chmod(0o755)
     return subprocess.run(
-        ["make", "setup", f"PYTHON={program}"],
+        ["make", "setup", f"PYTHON={program}", *words],
         cwd=folder,
         env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},  # of the make above
         text=True,
@@ -141,6 +141,52 @@ def test_an_environment_that_cannot_be_filled_does_not_stay(tmp_path: Path) -> N
     done = make_setup(tmp_path, GOOD_PYTHON.format(pip="#!/bin/sh\nexit 1\n"))
     assert done.returncode and "TORCH_INDEX_URL=" in done.stdout
     assert not (tmp_path / ".venv").exists()
+
+
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+LACKS_TORCH = """#!/bin/sh
+echo "pip $*"
+case "$*" in *{given}*) exit 0 ;; *torch==*) echo "ERROR: No matching distribution"; exit 1 ;; esac
+"""
+
+
+def pip_calls(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What pip was called with, in order; make's echo of a command begins otherwise."""
+    return [line.removeprefix("pip install ") for line in done.stdout.splitlines() if line.startswith("pip install ")]
+
+
+def test_pip_s_own_index_comes_first_and_is_enough(tmp_path: Path) -> None:
+    torch, project = pip_calls(done := make_setup(tmp_path, GOOD_PYTHON.format(pip=PIP)))
+    assert torch.startswith("torch==") and "index-url" not in torch and "--editable" in project
+    assert "trying" not in done.stdout
+
+
+def test_where_it_lacks_torch_pytorch_s_own_is_tried_and_said(tmp_path: Path) -> None:
+    python = GOOD_PYTHON.format(pip=LACKS_TORCH.format(given=CPU_INDEX))
+    done = make_setup(tmp_path, python)
+    first, second, project = pip_calls(done)
+    assert done.returncode == 0, done.stdout
+    assert "index-url" not in first and second == f"{first} torchvision --index-url {CPU_INDEX}"
+    assert "index-url" not in project, "nothing else comes from there"
+    assert f"does not give {first}: trying {CPU_INDEX}" in done.stdout
+    (tmp_path / "other").mkdir()
+    failed = make_setup(tmp_path / "other", GOOD_PYTHON.format(pip=LACKS_TORCH.format(given="--editable")))
+    assert failed.returncode and len(pip_calls(failed)) == 2 and not (tmp_path / "other/.venv").exists()
+    assert f"not to be had from pip's own index or {CPU_INDEX}" in failed.stdout
+
+
+def test_an_index_that_is_named_is_the_only_one(tmp_path: Path) -> None:
+    word, python = (
+        "TORCH_INDEX_URL=https://host/simple",
+        GOOD_PYTHON.format(pip=LACKS_TORCH.format(given="https://host")),
+    )
+    torch, _ = pip_calls(make_setup(tmp_path, python, word))
+    assert torch.endswith("torchvision --index-url https://host/simple")
+    (tmp_path / "other").mkdir()
+    failed = make_setup(tmp_path / "other", GOOD_PYTHON.format(pip=LACKS_TORCH.format(given=CPU_INDEX)), word)
+    assert (
+        failed.returncode and len(pip_calls(failed)) == 1 and "not to be had from https://host/simple" in failed.stdout
+    )
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def test_the_page_leads_to_a_trained_evaluated_exported_model(walked: tuple[Path
     summary: dict[str, Any] = json.loads((mine / "grpo" / "eval" / "after.json").read_text())["summary"]
     assert summary["num_prompts"] == 4 and (mine / "grpo" / "evaluate" / "eval" / "evaluate.json").is_file()
     report = (mine / "grpo" / "report.html").read_text()
+    assert "After step 2" in report and "demonstrations-heldout-00000003" in report
     assert "Held-out demonstrations" in report and "Learning rate" in report and "Loss" in report
     assert "written" not in printed["megatron-sr1 report"] or "report.html" in printed["megatron-sr1 report"]
     answer = next(text for line, text in printed.items() if "batch_decode" in line)

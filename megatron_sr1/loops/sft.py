@@ -19,7 +19,7 @@ from megatron_sr1.prompts import templates_of
 from megatron_sr1.ranks import agreed
 from megatron_sr1.rollout import deal_samples
 from megatron_sr1.training.batches import Batcher
-from megatron_sr1.training.heldout_loss import HeldoutLoss
+from megatron_sr1.training.heldout_loss import HeldoutLoss, keep_examples
 from megatron_sr1.training.losses import SftLoss
 from megatron_sr1.training.step_work import take_work
 from megatron_sr1.types import Prompt, Scoring, SftSample
@@ -115,12 +115,13 @@ class _Heldout:
                 num_samples=min(len(dataset), config.evaluate.max_prompts or len(dataset)),
                 portion=config.train.batch_size,
                 workers=config.data.workers,
+                num_examples=config.evaluate.examples,
             )
 
     def before(self, step: int) -> None:
         """Of the policy that a run begins with, which is told. It has no step whose metrics it could be among."""
         if self._loss is not None and step == 0:
-            found = self._loss.measure()
+            found = self._loss.measure().metrics
             loss, accuracy = found["heldout/loss"], found["heldout/token_accuracy"]
             self._run.say(f"held out, before the first step: loss {loss:.4f}, token accuracy {100 * accuracy:.1f} %")
 
@@ -130,4 +131,7 @@ class _Heldout:
         if self._loss is None or not due:
             return {}
         start = time.perf_counter()
-        return {**self._loss.measure(), "seconds/heldout": time.perf_counter() - start}
+        found = self._loss.measure()
+        if self._run.platform.is_main:
+            keep_examples(self._run.folder, step, found.examples)
+        return {**found.metrics, "seconds/heldout": time.perf_counter() - start}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_sr1.report.controls_section import controls_section
 from megatron_sr1.report.curves_section import curves_section
+from megatron_sr1.report.demonstrations import demonstrations_section
 from megatron_sr1.report.runs import ReportedRun, read_run
 from megatron_sr1.report.settings_sections import differences_section, machines_section, times_section
 from megatron_sr1.report.summary_table import COLUMNS, SummaryColumn, SummaryRow, comparison_rows, percent
@@ -44,6 +45,7 @@ def write_report(run_dirs: Sequence[Path], out: Path, viewed: Viewed = viewed_ev
         controls_section(rows),
         _sources_section(rows),
         curves_section(runs),
+        demonstrations_section(runs),
         times_section(runs),
         machines_section(runs),
         differences_section(runs),

@@ -10,21 +10,48 @@ with the bad samples known already or found on the way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_sr1.data import Check, Deal, Quarantine, ShardDataset, only_demonstrations
+from megatron_sr1.packing import gather_rows
 from megatron_sr1.phases import during
 from megatron_sr1.policy import Policy
 from megatron_sr1.ranks import agreed
 from megatron_sr1.training.batches import Batcher
 from megatron_sr1.types import LogProbs, Prompt, Scoring, SftSample
 
+EXAMPLES_FILE = "heldout.json"  # of a run folder
 _Share = list[tuple[int, Future[Prompt | SftSample]]]  # number of a sample, and the sample when it is read
+
+
+@dataclass(frozen=True, order=True)
+class HeldoutExample:
+    """One of the demonstrations, with the loss that the policy has of it."""
+
+    number: int  # in data.heldout
+    key: str
+    template: str
+    problem: str
+    response: str
+    loss: float | None  # mean over its own tokens, nats; None: not finite
+    tokens: int
+
+
+@dataclass(frozen=True)
+class HeldoutResult:
+    """What was measured, the same on every rank."""
+
+    metrics: dict[str, float]  # heldout/loss, heldout/token_accuracy, heldout/tokens
+    examples: tuple[HeldoutExample, ...]  # the first good ones
 
 
 @dataclass(frozen=True)
@@ -40,20 +67,25 @@ class HeldoutLoss:
     num_samples: int  # the first of the dataset
     portion: int  # samples that are read and scored at once, of all replicas together
     workers: int  # threads that read
+    num_examples: int = 0  # of the first samples, those that are good are told one by one
 
-    def measure(self) -> dict[str, float]:
-        """`heldout/loss`, `heldout/token_accuracy` and `heldout/tokens`, the same on every rank. Collective.
+    def measure(self) -> HeldoutResult:
+        """Collective.
 
         Raises:
             ValueError: on every rank: a sample is no demonstration, more of them are bad than the quarantine takes, or
                 none is left.
         """
         totals = torch.zeros(3, dtype=torch.float64)  # loss, hits, tokens
+        examples: list[HeldoutExample] = []
         with ThreadPoolExecutor(self.workers, thread_name_prefix="heldout") as pool:
             for share in self._shares(pool):
-                batches = self.batcher.measured(self._taken(share))
-                for scores in self.policy.logprobs(batches, Scoring()):
-                    totals += _sums(scores)
+                samples = self._taken(share)
+                batches = self.batcher.measured([sample for _, sample in samples])
+                scores = self.policy.logprobs(batches, Scoring())
+                totals += sum(map(_sums, scores), torch.zeros(3, dtype=torch.float64))
+                logprobs = gather_rows([each.logprobs for each in scores], batches, len(samples))
+                examples += self._examples(samples, logprobs)
                 during.moved()
         whole = self.policy.replicas.gather_rows(totals[None]).sum(0)  # of numbers that every layout has, as ranks go
         loss, hits, tokens = whole.tolist()
@@ -61,7 +93,18 @@ class HeldoutLoss:
             raise ValueError(
                 "data.heldout: no demonstration of it can be used. quarantine/heldout.jsonl has the reasons."
             )
-        return {"heldout/loss": loss / tokens, "heldout/token_accuracy": hits / tokens, "heldout/tokens": tokens}
+        metrics = {"heldout/loss": loss / tokens, "heldout/token_accuracy": hits / tokens, "heldout/tokens": tokens}
+        return HeldoutResult(metrics, tuple(sorted(self.policy.replicas.gather(examples))))
+
+    def _examples(self, samples: list[tuple[int, SftSample]], logprobs: list[Tensor]) -> list[HeldoutExample]:
+        """`logprobs`: [n] of each sample's response."""
+        found = []
+        for (number, sample), values in zip(samples, logprobs, strict=True):
+            if number < self.num_examples:
+                loss, prompt = -float(values.double().mean()), sample.prompt
+                told = (prompt.key, sample.template, prompt.problem, sample.response)
+                found.append(HeldoutExample(number, *told, loss if math.isfinite(loss) else None, len(values)))
+        return found
 
     def _shares(self, pool: Executor) -> Iterator[_Share]:
         """This replica's of each portion; the next is read while one is used."""
@@ -81,20 +124,22 @@ class HeldoutLoss:
         good = [index for index in mine if self.dataset.place(index) not in self.quarantine]
         return [(index, pool.submit(self.dataset.read, index)) for index in good]
 
-    def _taken(self, share: _Share) -> list[SftSample]:
+    def _taken(self, share: _Share) -> list[tuple[int, SftSample]]:
         """Those that are good; what is bad all ranks know from now on."""
-        samples, bad = [], []
+        numbers, samples, bad = [], [], []
         for index, future in share:
             try:
                 sample = future.result()
                 self.check(sample)
                 samples.append(sample)
+                numbers.append(index)
             except ValueError as error:
                 bad.append(self.dataset.bad(index, error))
         ranks = self.policy.platform.ranks
         for found in ranks.gather(bad):
             self.quarantine.add(found)
-        return agreed(ranks, lambda: only_demonstrations(samples, "data.heldout"))
+        demonstrations = agreed(ranks, lambda: only_demonstrations(samples, "data.heldout"))
+        return list(zip(numbers, demonstrations, strict=True))
 
 
 def _sums(scores: LogProbs) -> Tensor:
@@ -102,3 +147,11 @@ def _sums(scores: LogProbs) -> Tensor:
     assert scores.is_top is not None, "the rows mark it"
     numbers = (-scores.logprobs.double().sum(), scores.is_top.double().sum())
     return torch.tensor([*(float(number) for number in numbers), float(len(scores.logprobs))], dtype=torch.float64)
+
+
+def keep_examples(folder: Path, step: int, examples: Sequence[HeldoutExample]) -> None:
+    """Writes them to `EXAMPLES_FILE` of a run folder, in the place of those of an earlier step."""
+    tree = {"step": step, "examples": [asdict(example) for example in examples]}
+    partial = folder / f"{EXAMPLES_FILE}.tmp"
+    partial.write_text(json.dumps(tree, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, folder / EXAMPLES_FILE)
