@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import pickle
 import resource
@@ -144,7 +145,10 @@ def _check_shares(rank: int, folder: str) -> None:
         assert collects and all(collects), "a thread that writes does not stop the rank's collection of garbage"
         assert best.steps() == [2, 8], "the best, and the newest"
         assert given == ([[2, 4, 5], [2, 6], [2, 7]] if rank == 0 else []), "the newest is not measured yet"
+        if rank == 0:
+            (path / "step_000007.partial-0").mkdir()
         best.prune()
+        assert not list(path.glob("*.partial*")), "what a killed run has left"
         assert given[3:] == ([[2, 8]] if rank == 0 else [])
 
 
@@ -225,7 +229,18 @@ def _check_damage(rank: int, checkpoints: Any) -> None:
         if rank == 0:
             (newest / name).write_bytes(kept)
         assert checkpoints.newest().step == 3
+    torch.distributed.barrier()
     if rank == 0:
+        (newest / "checksums.json").rename(newest / "kept")
+    torch.distributed.barrier()
+    from megatron_sr1.training import checksums
+
+    told: list[logging.LogRecord] = []
+    checksums.logger.addFilter(lambda record: told.append(record) or True)
+    assert checkpoints.newest().step == 3 and len(told) == (rank == 0), "of an earlier release, perhaps: it is said"
+    torch.distributed.barrier()
+    if rank == 0:
+        (newest / "kept").rename(newest / "checksums.json")
         (newest / "progress.json").rename(newest / "kept")
         (newest.with_name("step_000002") / "progress.json").rename(newest / "older")
     with pytest.raises(ValueError, match=r"no checkpoint in .* can be read: .*step_000003.*step_000002"):

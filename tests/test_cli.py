@@ -149,6 +149,8 @@ def test_a_run_does_not_replace_the_model_that_it_starts_from(
         capsys, "grpo", str(config_file), f"run_dir={tmp_path}/sft", f"model.hf_dir={tmp_path}/model/../sft/hf"
     )
     assert "and would replace" in message and "Choose another run_dir" in message
+    for run in (config_file, config_file / "run"):
+        assert f"{config_file} is a file" in refused(capsys, "preflight", str(config_file), f"run_dir={run}")
 
 
 def test_a_report_replaces_no_file_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

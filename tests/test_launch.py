@@ -39,7 +39,8 @@ def test_hours_without_quotes_are_no_minutes() -> None:
     with pytest.raises(ConfigError, match=r"12:00:00 without quotes is a number in YAML.*quotes"):
         load_settings(None, ["slurm.time=12:00:00"])
     assert load_settings(None, ["slurm.time='12:00:00'"]).slurm.time == "12:00:00"
-    assert load_settings(None, ["slurm.time=90"]).slurm.time == "90"
+    for limit in ("90", "1-12", "2-00:30:00", "UNLIMITED"):
+        assert load_settings(None, [f"slurm.time={limit}"]).slurm.time == limit
 
 
 def test_paths_of_the_settings_may_begin_with_the_user_s_folder() -> None:
@@ -167,6 +168,10 @@ def test_settings_from_file_and_command_line(tmp_path: Path) -> None:
         (["slurm.nodes=0"], ["slurm.nodes=0", "greater than 0"]),
         (["slurm.nodes=many"], ["many"]),
         (["slurm.dependency=afterwards"], ["slurm.dependency", "afterok"]),
+        (["slurm.signal=KILL"], ["slurm.signal='KILL'", "USR1, TERM or INT", "without saving"]),
+        (["slurm.signal=B:USR1@60"], ["slurm.signal='B:USR1@60'"]),
+        (["slurm.time=forever"], ["slurm.time='forever'", "hours:minutes:seconds"]),
+        (["python=-c"], ["python='-c'", "without arguments"]),
         (["retries=-1"], ["retries=-1"]),
         (["container.mounts=[data]"], ["container.mounts", "/outside:/inside"]),
         (["env=[wandb_api_key]"], ["wandb_api_key", "capitals"]),

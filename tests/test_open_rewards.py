@@ -245,16 +245,18 @@ def test_graders_give_the_reason_and_go_on(file: Path) -> None:
         "    if text == 'raise': raise KeyError('seen')",
         "    if text == 'die': os._exit(1)",
         "    if text == 'hang': time.sleep(600)",
+        "    if text == 'interrupt': raise KeyboardInterrupt",
         "    return 0.5",
     ]
     name = write(file, "\n".join(lines))
     with closing(Graders([name], 1.0, num_workers=1)) as graders:
-        for number, text in enumerate(("raise", "fine", "die", "hang", "fine")):
+        for number, text in enumerate(("raise", "fine", "die", "hang", "fine", "interrupt")):
             made = group(text)
             graders.submit(RolloutGroup(number, made.prompt, made.pairs))
         graded = dict(graders.collect())
     assert isinstance(graded[0], Ungraded) and f"{file}:4 in f: KeyError: 'seen'" in graded[0].reason
     assert graded[1] == graded[4] == [{name: 0.5}]
+    assert isinstance(graded[5], Ungraded) and "interrupted its process on sample 'p7'" in graded[5].reason
     for number in (2, 3):
         assert isinstance(graded[number], Ungraded) and "sample 'p7' ended 2 grading processes" in graded[number].reason
         assert "rewards.seconds=1 " in graded[number].reason

@@ -233,6 +233,32 @@ def test_a_second_request_ends_at_once(num_ranks: int, number: signal.Signals, t
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
 
+OUTSIDE = """
+import sys, time
+from pathlib import Path
+from megatron_sr1.platform import run_on_ranks
+
+def wait(path):
+    Path(path).touch()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    run_on_ranks(wait, 1, sys.argv[1])
+"""
+
+
+def test_a_rank_alone_that_is_asked_outside_its_steps_says_so_and_ends(tmp_path: Path) -> None:
+    script, ready = tmp_path / "waits.py", tmp_path / "ready"
+    script.write_text(OUTSIDE)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, str(script), str(ready)]
+    process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for(ready.exists, process)
+    process.terminate()
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == STOPPED and said.startswith("asked to stop outside of the steps")
+
+
 def test_the_status_is_the_one_the_launcher_looks_for() -> None:
     from megatron_sr1.platform import STOPPED_STATUS
 

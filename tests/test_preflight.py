@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import pytest
 
 from megatron_sr1.config import Config, ObjectiveConfig, load_config
 from megatron_sr1.data import Quarantine, SampleFeed, SampleStream, ShardDataset, StepPrompts, write_shards
-from megatron_sr1.loops import first_checks, grpo
+from megatron_sr1.loops import first_checks, grpo, preflight
 from megatron_sr1.preflight import (
     Row,
     canary_row,
@@ -386,6 +387,40 @@ def test_a_preflight_that_is_switched_off_does_nothing(tmp_path: Path, monkeypat
     assert said == checks.rows == checks.asked == list(tmp_path.iterdir()) == []
     with pytest.raises(RuntimeError, match="stale"):
         preflight.complain("stale")
+
+
+def test_what_ends_the_checks_has_not_passed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    platform: Any = SimpleNamespace(is_main=True, on_main=lambda work: work())
+    watching: list[Path] = []
+
+    @contextmanager
+    def watched(run: Any, folder: Path) -> Iterator[None]:
+        watching.append(folder)
+        yield
+        watching.clear()
+
+    def interrupted(run: Any, checks: Any) -> None:
+        assert watching == [run.folder], "a rank that hangs is found here as in a run"
+        checks.rows.append(Row("clocks", "pass", "all"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preflight, "watched", watched)
+    monkeypatch.setattr(preflight, "_check_sft", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        preflight.run_preflight(load_config(None, []), platform, command="sft", as_json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["verdict"] == "fail" and printed["rows"][-1]["name"] == "further checks"
+
+
+@pytest.mark.parametrize(("verdict", "room"), [("fail", False), ("warn", True)])
+def test_no_engine_is_started_without_shared_memory(verdict: Any, room: bool) -> None:
+    run: Any = SimpleNamespace(platform=SimpleNamespace(is_main=True, ranks=Alone()))
+    checks = first_checks.Checks(run, "grpo", load_config(None, []))
+    checks.rows.append(Row("shared memory", verdict, "8 MiB free"))
+    assert checks.engines_have_room() is room
+    assert [row.name for row in checks.rows[1:]] == [] if room else ["engines"]
 
 
 # ---------------------------------------------------------------- real ones

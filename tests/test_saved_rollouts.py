@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -440,36 +441,56 @@ def test_several_graders_work_at_once() -> None:
 
 PARENT = """
 import os
+import sys
 import time
 from megatron_sr1.rewards.workers import Graders
 from megatron_sr1.ranks import ALONE
 from megatron_sr1.types import Prompt, Rollout, RolloutGroup, RolloutPair
 if __name__ == "__main__":
-    graders = Graders(["acc"])
+    graders = Graders(["acc", sys.argv[1]])
     first = Rollout("0/p/0/first", (1,), (2,), "<think> t </think> \\\\boxed{10}", (-0.1,), "stop", 0)
     graders.submit(RolloutGroup(0, Prompt("p", "?", "10"), (RolloutPair(0, first, None, None),)))
-    assert graders.collect() == [(0, [{"acc": 1.0}])]
+    (_, (vector,)), = graders.collect()
+    assert vector["acc"] == 1.0
+    child = int(vector[sys.argv[1]])
     (worker,) = [worker._process_id for worker in graders._workers if worker._process_id]
     if os.fork() == 0:  # holds open every pipe of the rank, as a writer of checkpoints does
-        print(worker, os.getpid(), flush=True)
+        print(worker, os.getpid(), child, flush=True)
         time.sleep(100)
     time.sleep(100)
+"""
+
+
+CHILD = """
+import os, time
+def child(pair, prompt):
+    process_id = os.fork()
+    if process_id == 0:
+        time.sleep(100)
+    return process_id
 """
 
 
 def test_workers_are_light_and_end_with_a_killed_rank(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
+    (tmp_path / "own.py").write_text(CHILD)
     repository = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(repository)}
-    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    parent = subprocess.Popen(
+        [sys.executable, str(script), f"{tmp_path}/own.py:child"], stdout=subprocess.PIPE, text=True, env=environment
+    )
     assert parent.stdout is not None
-    worker, fork = map(int, parent.stdout.readline().split())
+    worker, fork, child = map(int, parent.stdout.readline().split())
     assert "torch" not in Path(f"/proc/{worker}/maps").read_text(), "workers stay light"
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 20
-    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+    while any(map(is_running, (worker, child))) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(fork, signal.SIGKILL)
-    assert not Path(f"/proc/{worker}").exists()
+    assert not is_running(worker) and not is_running(child), "nor does what a reward has started"
+
+
+def is_running(process_id: int) -> bool:
+    return psutil.pid_exists(process_id) and psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE

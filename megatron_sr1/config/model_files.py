@@ -84,8 +84,15 @@ def check_folders(config: Config) -> None:
     """Whether the run may write where it does.
 
     Raises:
-        ConfigError: its export, <run_dir>/hf, would replace the model that it starts from.
+        ConfigError: a file stands where it wants a folder; its export, <run_dir>/hf, would replace the model that it
+            starts from.
     """
+    folder = Path(config.run_dir).absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise ConfigError(
+            f"run_dir={config.run_dir!r} is not allowed: {there} is a file. Choose another run_dir, or move it away."
+        )
     export = (Path(config.run_dir) / "hf").resolve()
     for key in ("hf_dir", "megatron_dir"):
         value = getattr(config.model, key)

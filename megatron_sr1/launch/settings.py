@@ -19,6 +19,9 @@ from megatron_sr1.launch.unquoted import sbatch_problems, unquoted_problems
 EXECUTORS = ("local", "slurm", "docker")
 DEPENDENCIES = ("afterok", "afterany", "aftercorr")  # aftercorr: element by element of two arrays
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+_SIGNAL = re.compile(r"(R:)?(SIG)?(USR1|TERM|INT)(@[0-9]{1,5})?")  # those that a run saves on
+_SIGNAL_WORDS = "USR1, TERM or INT, with @ and seconds, such as USR1@300: at another one a run ends without saving"
+_TIME = re.compile(r"[0-9]+(:[0-9]{1,2}){0,2}|[0-9]+-[0-9]{1,2}(:[0-9]{1,2}){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
 _MOUNT = re.compile(r"/[^:]*:/[^:]*(:r[ow])?")
 _SECRET = re.compile(
     r"KEY|TOKEN|SECRET|PASS(?!_?THROUGH)|PWD|PSWD|AUTH(?!ORS?(_|$))|CREDENTIAL|CREDS?(_|$)|COOKIE|BEARER|WEBHOOK|DSN"
@@ -134,10 +137,14 @@ def _problems(settings: LaunchSettings) -> list[str]:
     need(settings.parallel > 0, "parallel", settings.parallel, "greater than 0")
     need(slurm.nodes > 0, "slurm.nodes", slurm.nodes, "greater than 0")
     need(slurm.tasks_per_node > 0, "slurm.tasks_per_node", slurm.tasks_per_node, "greater than 0")
+    python = settings.python or ""
+    need(not python.startswith("-"), "python", python, "a command, without arguments")
     need(slurm.dependency in DEPENDENCIES, "slurm.dependency", slurm.dependency, "one of " + ", ".join(DEPENDENCIES))
     need(slurm.parallel >= 0, "slurm.parallel", slurm.parallel, "0 or more")
     lines = {f"slurm.{name}": getattr(slurm, name) for name in ("partition", "qos", "time", "mem", "signal")}
     found += sbatch_problems(lines, slurm.extra)
+    need(slurm.signal is None or bool(_SIGNAL.fullmatch(slurm.signal)), "slurm.signal", slurm.signal, _SIGNAL_WORDS)
+    need(bool(_TIME.fullmatch(slurm.time)), "slurm.time", slurm.time, "[days-]hours:minutes:seconds")
     paths = {"workdir": str(settings.folder), "logs": str(settings.log_folder)}
     found += unquoted_problems(settings.executor, paths, slurm.account, container.image, container.mounts)
     for mount in container.mounts:

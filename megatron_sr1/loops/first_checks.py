@@ -60,11 +60,25 @@ class Checks:
         self._run, self._config, self._preset, self._generates = run, config, preset, generates
         self._command: Command = command
         self.rows: list[Row] = []
+        self.all_made = False
 
     @property
     def failed(self) -> bool:
         """Whether one of the rows has. Collective."""
         return self._run.platform.ranks.any(bool(failed(self.rows)))
+
+    def engines_have_room(self) -> bool:
+        """Whether the machines have the shared memory that engines map; else there is a row more. An engine without is
+        no error that could be told, but SIGBUS to the rank, which would take all rows with it. Collective."""
+        lacks = self._run.platform.ranks.any(any(row.name == "shared memory" for row in failed(self.rows)))
+        if lacks:
+            self._add(not_checked("engines", "none is started without shared memory"))
+        return not lacks
+
+    def end(self) -> None:
+        """Checks that are not made have not passed, and that is a row."""
+        if not self.all_made:
+            self._add(Row("further checks", "fail", "not made: what has ended the command is told outside this table"))
 
     def machines(self, policy: Policy, num_steps: int) -> None:
         """The machines that the ranks are on, when the policy is there and no engine yet.

@@ -4,12 +4,14 @@ at work."""
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_sr1.config import Command, Config
 from megatron_sr1.loops.first_checks import Checks
 from megatron_sr1.loops.generation import build_generator, live_rollouts, training_feed, training_sampling
-from megatron_sr1.loops.run import Run
+from megatron_sr1.loops.run import Run, watched
 from megatron_sr1.loops.sft import demonstrations
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
@@ -27,15 +29,20 @@ def run_preflight(config: Config, platform: Platform, *, command: Command = "grp
         ValueError: a check failed, once all is printed; see `open_run` and `run_grpo` for what keeps them from being
             made.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
         run = Run(replace(config, run_dir=scratch), platform)
+        # where a rank hangs, what all were at stays in the main rank's folder, which every rank can name
+        stack.enter_context(watched(run, Path(platform.on_main(lambda: scratch))))
         checks = Checks(run, command, config, preset_of(config) if command == "grpo" else None)
         try:
             if command == "sft":
                 _check_sft(run, checks)
             else:
                 _check_grpo(run, checks)
-        finally:  # an engine that does not fit ends them
+            checks.all_made = True
+        finally:  # an engine that does not fit ends them, or Ctrl-C
+            checks.end()
             if platform.is_main and checks.rows:
                 print(to_json(checks.rows) if as_json else table_of(checks.rows), flush=True)
     platform.on_main(lambda: check_rows(checks.rows))
@@ -56,7 +63,7 @@ def _check_grpo(run: Run, checks: Checks) -> None:
     feed = training_feed(run, preset, sampling)
     policy = Policy(config, run.platform, num_optimizer_steps=1, keep_reference=preset.needs_reference)
     checks.machines(policy, run.count_steps(feed, "rollout.prompts_per_step"))
-    if not config.preflight.prompts:
+    if not config.preflight.prompts or not checks.engines_have_room():
         return
     trainer = Trainer(config, policy, preset, run.processor)
     recorder = Recorder.of(preset, config.rollout.samples_per_prompt, run.processor, config.objective.cut_responses)

@@ -23,7 +23,7 @@ from megatron_sr1.config import (
     pixel_limits,
 )
 from megatron_sr1.config.length import LENGTH_FILE, epoch_steps
-from megatron_sr1.config.mistakes import FULL
+from megatron_sr1.config.mistakes import EXPECTED_ERRORS, FULL, one_line
 from megatron_sr1.config.rules import require
 from megatron_sr1.convert.greedy import compare_greedy
 from megatron_sr1.data import Check, Quarantine, SampleFeed, StreamState, open_stream
@@ -46,6 +46,7 @@ from megatron_sr1.types import NamedTensors, RolloutGroup
 from megatron_sr1.weights import write_hf_dir
 
 _LONGEST_VERIFICATION = timedelta(hours=12)  # transformers on one rank's CPU, whatever the model's size
+_LET_GO_SECONDS = 60.0  # for a checkpoint of a rank that has failed
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,20 @@ class Run:
                 self.say(f"saved after step {step}; the same command continues from here")
             raise
 
+    @contextmanager
+    def finished_alone(self) -> Iterator[None]:
+        """Finishes the checkpoint that is being written where its `with` ends by a mistake or Ctrl-C, and this rank is
+        the only one: of several, the others may be at something else."""
+        try:
+            yield
+        except (*EXPECTED_ERRORS, KeyboardInterrupt):
+            if self.platform.world_size == 1 and self.checkpoints.is_writing:
+                try:
+                    self.checkpoints.settle()
+                except ValueError as error:  # what has ended the run comes first
+                    self.say(one_line(error))
+            raise
+
     def _save(self, num_done: int, feed: SampleFeed, policy: Policy) -> None:
         model = self.config.model.megatron_dir or self.config.model.hf_dir
         fingerprint = self._fingerprint if self.platform.is_main else ""  # who writes it reads for it
@@ -346,14 +361,16 @@ def open_run(config: Config, platform: Platform) -> Iterator[Run]:
     """
     run = Run(config, platform)
     with ExitStack() as stack:
-        stack.enter_context(_watched(run))
+        stack.callback(lambda: run.checkpoints.let_go(_LET_GO_SECONDS))  # last of all: nobody waits for this rank
+        stack.enter_context(watched(run, run.folder))
         if not platform.ranks.any(platform.is_main and _lock(run.folder, stack)):
             raise ValueError(
                 f"run_dir={config.run_dir!r} is in use by another process. Wait for it, stop it, or choose "
                 "another run_dir."
             )
         try:
-            yield run
+            with run.finished_alone():
+                yield run
         except OSError as error:
             if error.errno in FULL and error.filename is None:  # a write does not know its file
                 raise OSError(error.errno, error.strerror, config.run_dir) from error
@@ -367,15 +384,15 @@ def _moving(weights: NamedTensors) -> NamedTensors:
         during.moved()
 
 
-def _watched(run: Run) -> AbstractContextManager[object]:
-    """Ends this rank where it, or the next, hangs."""
+def watched(run: Run, folder: Path) -> AbstractContextManager[object]:
+    """Ends this rank where it, or the next, hangs; what it was at is in the folder then."""
     config = run.config
     settings, judge = config.watchdog, config.rewards.judge.url
     if not settings.enabled:
         return nullcontext()
     limits = settings.seconds(config.timeout_minutes, math.inf if judge else config.rewards.seconds)
     others = (run.platform.rank, run.platform.world_size)
-    return watched_rank(during, limits, 60 * settings.other, settings.silent_seconds, run.folder, *others)
+    return watched_rank(during, limits, 60 * settings.other, settings.silent_seconds, folder, *others)
 
 
 def _lock(folder: Path, stack: ExitStack) -> bool:

@@ -82,6 +82,7 @@ def _train(run: Run) -> None:
             run.take_bad(step, [result], policy.replicas.gather(keys) if result.skipped else [])
             run.end_step(step, feed, stop, policy, is_last=step + 1 == num_steps)
     run.export(policy)
+    run.checkpoints.prune()
     run.say(f"exported to {run.export_dir}")
 
 

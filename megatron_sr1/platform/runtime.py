@@ -35,6 +35,7 @@ from megatron_sr1.phases import WAIT, during
 from megatron_sr1.platform.accelerator import Accelerator, find_accelerator
 from megatron_sr1.platform.board import CAUSE
 from megatron_sr1.platform.cpu_shim import install_cpu_shim, patch_megatron
+from megatron_sr1.platform.environment import check_environment
 from megatron_sr1.platform.fork_server import STOP_SIGNALS, begin_rank, held_back, start_fork_server, without_collecting
 from megatron_sr1.platform.joining import TIMEOUT, join, open_store
 from megatron_sr1.platform.ranks import GroupRanks
@@ -44,6 +45,7 @@ from megatron_sr1.platform.watchdog import GONE, HUNG_STATUS
 from megatron_sr1.ranks import Element
 
 STOPPED_STATUS = os.EX_TEMPFAIL  # 75, sysexits.h: "the user is invited to retry"; of a run that was asked to stop
+_OUTSIDE = "asked to stop outside of the steps; the same command goes on from what is saved"
 _MISTAKES = "mistake{}.txt"  # by rank: the message that it ended with
 _LEAST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between two questions whether all ranks are there
 _WAITS = itertools.count()  # every rank counts alike
@@ -142,18 +144,20 @@ def run_on_ranks(
         timeout: of the process group that is made here.
 
     Raises:
-        ValueError: a rank ended with an error that a person can put right; its message.
+        ValueError: a rank ended with an error that a person can put right; its message. See `check_environment`.
         torch.multiprocessing.ProcessException: a rank failed; the message holds its traceback.
         SystemExit: the ranks were asked to stop and did, with STOPPED_STATUS; they hung, with HUNG_STATUS; one was
             killed, with 128 and the signal's number.
     """
+    check_environment()
     if os.environ.get("RANK") or num_ranks == 1:
-        if not torch.cuda.is_available():
-            with without_collecting():
-                prepare_process()
-                for name in imports:
-                    import_module(name)
-        function(*arguments)
+        with _ended_outside_steps():
+            if not torch.cuda.is_available():
+                with without_collecting():
+                    prepare_process()
+                    for name in imports:
+                        import_module(name)
+            function(*arguments)
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_rank(num_ranks)))
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -180,6 +184,24 @@ def run_on_ranks(
                 raise
 
 
+@contextmanager
+def _ended_outside_steps() -> Iterator[None]:
+    """While it lasts, this rank, which nothing has started from here, ends on a stop signal: where it is within its
+    steps, `watch_for_stop` takes the signal first."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        if os.environ.get("RANK", "0") == "0":
+            print(_OUTSIDE, flush=True)
+        os._exit(STOPPED_STATUS)  # as without a handler: what a library does at its end may wait for other ranks
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _explain(error: ProcessException, folder: Path, asked: bool) -> None:
     """Ends the command in plainer words than the error of the ranks, where there are any: those of the first."""
     messages = sorted(folder.glob(_MISTAKES.format("*")), key=lambda path: path.stat().st_mtime_ns)
@@ -190,7 +212,7 @@ def _explain(error: ProcessException, folder: Path, asked: bool) -> None:
     if error.exit_code == STOPPED_STATUS:
         sys.exit(STOPPED_STATUS)
     if asked and error.signal_name in ("SIGTERM", "SIGUSR1"):  # a rank that is asked outside its steps just ends
-        print("asked to stop outside of the steps; the same command goes on from what is saved", flush=True)
+        print(_OUTSIDE, flush=True)
         sys.exit(STOPPED_STATUS)
     cause = (folder / CAUSE).read_text(encoding="utf-8") if (folder / CAUSE).exists() else ""
     if error.exit_code == HUNG_STATUS or (cause and GONE not in cause):  # the rank that has found it has said it

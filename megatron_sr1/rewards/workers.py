@@ -175,7 +175,7 @@ class _Worker:
 
     def __init__(self, names: Sequence[str], seconds: float, *, rounded: bool, finite: bool) -> None:
         self._names, self._seconds = names, seconds
-        self._score = partial(score_group, rounded=rounded, finite=finite)
+        self._score = partial(_score, rounded=rounded, finite=finite)
         self._pool: ProcessPoolExecutor | None = None
         self._process_id = 0
 
@@ -205,7 +205,7 @@ class _Worker:
             return
         if self._process_id:
             with suppress(ProcessLookupError):
-                os.kill(self._process_id, signal.SIGKILL)
+                os.killpg(self._process_id, signal.SIGKILL)  # with what a reward has started
         self._pool.shutdown(cancel_futures=True)
         self._pool, self._process_id = None, 0
 
@@ -214,6 +214,17 @@ class _Worker:
             self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_live_with_parent)
             self._process_id = self._pool.submit(_import_rewards, self._names).result(START_SECONDS)
         return self._pool
+
+
+def _score(group: RolloutGroup, names: Sequence[str], *, rounded: bool, finite: bool, asked: Asked) -> Vectors:
+    """Nobody interrupts a worker by hand: it is a reward that does, with a time limit of its own."""
+    try:
+        return score_group(group, names, rounded=rounded, finite=finite, asked=asked)
+    except KeyboardInterrupt as error:
+        raise RewardError(
+            f"a reward of {', '.join(names)} interrupted its process on sample {group.prompt.key!r}, as Ctrl-C would. "
+            "Have its time limit raise another exception."
+        ) from error
 
 
 def _import_rewards(names: Sequence[str]) -> int:
@@ -226,7 +237,9 @@ def _import_rewards(names: Sequence[str]) -> int:
 def _live_with_parent() -> None:
     """A worker waits for work on a pipe that it holds open itself: without this it would outlive a killed rank. It
     looks at its parent's id, because a pipe from there may be held open by what the rank has forked. And a cluster that
-    asks a run to stop signals all its processes, and so does Ctrl-C: without this the rank could not end its step."""
+    asks a run to stop signals all its processes, and so does Ctrl-C: without this the rank could not end its step. It
+    leads a process group, so that what a reward starts ends with it."""
+    os.setpgid(0, 0)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     parent = parent_process()
@@ -235,6 +248,6 @@ def _live_with_parent() -> None:
     def wait() -> None:
         while os.getppid() == parent.pid:
             time.sleep(0.5)
-        os._exit(1)
+        os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -170,20 +170,35 @@ class Checkpointer:
         self.platform.on_main(lambda: self._complete(begun, checksums))
         self.last = begun.progress.step
 
+    def let_go(self, seconds: float) -> None:
+        """Waits for this rank's share of what is being written, but no longer: a thread that is writing when the
+        interpreter ends aborts the process (SIGABRT), whatever status it was to end with."""
+        if self._begun is not None:
+            self._begun.writing.is_written(seconds)
+
     def prune(self) -> None:
-        """Removes the oldest beyond those to keep, when the newest may be the best."""
-        self.platform.on_main(lambda: self._prune(self.steps()))
+        """At the end of a run, removes the oldest beyond those to keep, when the newest may be the best, and what a
+        killed run has left unfinished."""
+
+        def remove() -> None:
+            self._prune(self.steps())
+            self._remove_unfinished()
+
+        self.platform.on_main(remove)
 
     def _room(self, step: int) -> str:
         """A folder that no other process writes to, whatever is left of an earlier run."""
         try:
-            for left in self.folder.glob("step_*.partial*"):
-                shutil.rmtree(left, ignore_errors=True)
+            self._remove_unfinished()
             partial = self.path(step).with_suffix(f".partial-{secrets.token_hex(4)}")
             partial.mkdir(parents=True)
         except OSError as error:
             raise ValueError(f"{self.path(step)} could not be written: {error}. Choose another run_dir.") from error
         return str(partial)
+
+    def _remove_unfinished(self) -> None:
+        for left in self.folder.glob("step_*.partial*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _refusal(self, begun: _Begun, reason: str) -> str:
         """Gives back the room of a checkpoint that could not be written."""

@@ -9,12 +9,15 @@ Hugging Face format, nothing is said.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from megatron_sr1.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 FILE = "checksums.json"
 _PIECE = 1 << 22  # bytes that are read at a time
@@ -36,12 +39,14 @@ def write_checksums(folder: Path, known: Checksums) -> None:
 
 
 def check_checksums(folder: Path, ranks: Ranks) -> list[str]:
-    """What is wrong with the files of a folder, on every rank the same; nothing where it has no checksums, as those of
-    earlier releases. Collective."""
+    """What is wrong with the files of a folder, on every rank the same. One without checksums, as earlier releases
+    wrote them, is taken for whole, and the main rank says so. Collective."""
     try:
         known = read_checksums(folder)
     except ValueError as error:
         return ranks.gather([str(error)])[:1]
+    if not known and ranks.rank == 0:
+        logger.warning("%s has no %s: whether its files are what was written is not known", folder, FILE)
     wrong = []
     for name in sorted(known)[ranks.rank :: ranks.num_ranks]:
         try:
