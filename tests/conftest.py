@@ -22,7 +22,7 @@ LONG = (
     *("gradients", "rollout", "step_time", "logprob_memory", "parameter_counts", "engine_ranks", "credit", "viewer"),
     *("recipes", "viewer_browser"),
     *("private_names", "packaging", "processor", "config", "cli", "precision", "sweep_file", "families", "policy"),
-    *("fused_loss", "offload", "trackers", "report", "saved_rollouts", "pixels"),
+    *("fused_loss", "offload", "trackers", "report", "saved_rollouts", "pixels", "your_own_data", "heldout_loss"),
 )
 
 # As in a terminal, for the commands that are started here: a shell's background jobs ignore Ctrl-C.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_sr1.config import ConfigError, check_resume, dump_config, load_config
-from megatron_sr1.config.checks import _check_length
+from megatron_sr1.config.checks import check_length
 from megatron_sr1.config.length import LENGTH_FILE, epoch_steps, known_steps
 from megatron_sr1.loops.run import Run
 
@@ -62,16 +62,16 @@ def test_epochs_are_refused_where_nobody_knows_their_samples() -> None:
         ("grpo", ["rollout.dynamic_sampling=2"], r"rollout\.dynamic_sampling=2"),
     ):
         with pytest.raises(ConfigError, match=rf"train\.epochs=2\.0 is not allowed: it must be null with {key}"):
-            _check_length(command, load_config(None, [*EPOCHS, *words]))  # type: ignore[arg-type]
-        _check_length(command, load_config(None, words))  # type: ignore[arg-type]
-    _check_length("grpo", load_config(None, [*EPOCHS, *cold_start]))
+            check_length(command, load_config(None, [*EPOCHS, *words]))  # type: ignore[arg-type]
+        check_length(command, load_config(None, words))  # type: ignore[arg-type]
+    check_length("grpo", load_config(None, [*EPOCHS, *cold_start]))
 
 
 def test_held_out_losses_are_for_sft_with_demonstrations() -> None:
     with pytest.raises(ConfigError, match=r"train\.heldout_every=2 .* 0 for grpo"):
-        _check_length("grpo", load_config(None, ["train.heldout_every=2", "data.heldout=[a.tar]"]))
+        check_length("grpo", load_config(None, ["train.heldout_every=2", "data.heldout=[a.tar]"]))
     with pytest.raises(ConfigError, match=r"train\.heldout_every=2 .* 0 without data\.heldout"):
-        _check_length("sft", load_config(None, ["train.heldout_every=2"]))
+        check_length("sft", load_config(None, ["train.heldout_every=2"]))
 
 
 def test_the_steps_are_told_and_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

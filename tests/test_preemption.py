@@ -23,7 +23,7 @@ from tests.workspace import REPOSITORY, Workspace, untimed
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 DEADLINE = 200  # seconds, for something that is sure to come
-SFT = ("train.steps=6", "train.batch_size=8", "train.save_every=100")
+SFT = ("train.steps=null", "train.epochs=0.12", "train.batch_size=8", "train.save_every=100")  # 6 steps of 400 samples
 GRPO = ("train.steps=8", "train.save_every=100")  # before the end nothing would be saved but for the request
 
 

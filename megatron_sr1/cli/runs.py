@@ -180,6 +180,8 @@ def _dry_run(command: Command, config: Config, args: argparse.Namespace, missing
     notes = (
         [] if missing_data else [note for name in data_of(command, config) for note in check_data(config.data, name)]
     )
+    if command != "evaluate" and config.train.steps is None:
+        print(f"# train.epochs={config.train.epochs:g}: the run says at its start how many steps that is")
     for line in plan_text(plan, [*missing_data, *notes, *advice(plan)]).splitlines():
         print(f"# {line}".rstrip())
     check_fits(plan)

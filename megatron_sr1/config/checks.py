@@ -32,7 +32,7 @@ def check_command(command: Command, config: Config) -> None:
     check_trackers(config.track)
     if command == "grpo":
         check_train_batch(config)
-    _check_length(command, config)
+    check_length(command, config)
     require(
         command != "sft" or config.train.batch_size >= config.data_ranks,
         "train.batch_size",
@@ -51,7 +51,7 @@ def check_command(command: Command, config: Config) -> None:
         check_engine(config)
 
 
-def _check_length(command: Command, config: Config) -> None:
+def check_length(command: Command, config: Config) -> None:
     """Whether it can be known how many steps train.epochs comes to; what is evaluated on the way."""
     train, data = config.train, config.data
     name, weights = ("train", data.train_weights) if command == "grpo" else ("cold_start", data.cold_start_weights)
