@@ -60,9 +60,9 @@ def load_config(
         for file, part in parts:
             tree = _merged(tree, OmegaConf.create({"objective": part}), f"{file}: ")
     tree = _merged(tree, words, "")
-    if tree.train.epochs is not None and not any("steps" in (part.get("train") or {}) for part in given):
-        tree = _merged(tree, OmegaConf.create({"train": {"steps": None}}), "")  # its default is for who says nothing
     try:
+        if tree.train.epochs is not None and not any("steps" in (part.get("train") or {}) for part in given):
+            tree = _merged(tree, OmegaConf.create({"train": {"steps": None}}), "")  # its default: for who says nothing
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise ConfigError(_reason(error)) from error

@@ -195,8 +195,8 @@ class Run:
         size = self.config.rollout.prompts_per_step if size_key == "rollout.prompts_per_step" else train.batch_size
         num_steps = epoch_steps(train.epochs, samples, size)
         self.platform.on_main(lambda: check_epochs(self.config, num_steps, size_key))
-        self.say(f"train.epochs={train.epochs:g} of {samples} samples, {size_key}={size}: {num_steps} steps")
-        if self.status is not None:
+        if self.status is not None:  # the main rank of a run; what `preflight --json` prints is JSON alone
+            self.say(f"train.epochs={train.epochs:g} of {samples} samples, {size_key}={size}: {num_steps} steps")
             self.status.note(steps=num_steps)
         return num_steps
 
@@ -340,7 +340,7 @@ class Run:
     def _turning(self, name: str) -> AbstractContextManager[object]:
         """Where a terminal shows that something goes on; during the steps another line does."""
         console = Console()
-        turns = self.status is not None and during.step is None and draws(console)
+        turns = self.status is not None and during.step is None and len(during.open) == 1 and draws(console)
         return console.status(name) if turns else nullcontext()
 
     def profiler(self, first: int) -> StepProfiler:

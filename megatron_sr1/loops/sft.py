@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 from megatron_sr1.config import Config
@@ -12,6 +13,7 @@ from megatron_sr1.loops.first_checks import Preflight
 from megatron_sr1.loops.preemption import watch_for_stop
 from megatron_sr1.loops.run import Run, course_of, metrics_of, open_run
 from megatron_sr1.metrics.clock import Clock
+from megatron_sr1.metrics.pace import EVALUATION
 from megatron_sr1.phases import during
 from megatron_sr1.platform import Platform
 from megatron_sr1.policy import Policy
@@ -65,7 +67,8 @@ def _train(run: Run) -> None:
     preflight.demonstrations(feed)
     preflight.close()
     run.accept(first=steps.start)
-    course, profiler = course_of(run, num_steps, evaluates=False), run.profiler(steps.start)
+    course = replace(course_of(run, num_steps, evaluates=False), heldout_every=config.train.heldout_every)
+    profiler = run.profiler(steps.start)
     heldout.before(steps.start)
     with feed, metrics_of(run, steps, course) as writer, watch_for_stop(run.platform) as stop:
         for step in steps:
@@ -105,6 +108,8 @@ class _Heldout:
         if self._every:
             config, quarantine = run.config, run.quarantine("heldout")
             dataset = open_dataset(config.data, "heldout", quarantine)
+            goes_on = run.progress is not None
+            run.platform.on_main(lambda: _check_same(run, dataset.fingerprint, goes_on=goes_on))
             self._loss = HeldoutLoss(
                 dataset=dataset,
                 quarantine=quarantine,
@@ -121,7 +126,8 @@ class _Heldout:
     def before(self, step: int) -> None:
         """Of the policy that a run begins with, which is told. It has no step whose metrics it could be among."""
         if self._loss is not None and step == 0:
-            found = self._loss.measure().metrics
+            with during(EVALUATION):
+                found = self._loss.measure().metrics
             loss, accuracy = found["heldout/loss"], found["heldout/token_accuracy"]
             self._run.say(f"held out, before the first step: loss {loss:.4f}, token accuracy {100 * accuracy:.1f} %")
 
@@ -131,7 +137,20 @@ class _Heldout:
         if self._loss is None or not due:
             return {}
         start = time.perf_counter()
-        found = self._loss.measure()
+        with during(EVALUATION):
+            found = self._loss.measure()
         if self._run.platform.is_main:
             keep_examples(self._run.folder, step, found.examples)
         return {**found.metrics, "seconds/heldout": time.perf_counter() - start}
+
+
+def _check_same(run: Run, fingerprint: str, *, goes_on: bool) -> None:
+    """Raises ValueError where the run has measured other demonstrations: its curve would be of two sets."""
+    path = run.folder / "heldout.sha256"
+    known = path.read_text(encoding="utf-8").strip() if path.is_file() else fingerprint
+    if goes_on and known != fingerprint:
+        raise ValueError(
+            f"data.heldout has other samples than those that run_dir={run.config.run_dir!r} was measured on. Set it "
+            "back, or choose another run_dir."
+        )
+    path.write_text(fingerprint + "\n", encoding="utf-8")

@@ -23,20 +23,22 @@ class Course:
     save_every: int = 0  # the last is saved, too; 0: nothing is saved
     evaluate_every: int = 0  # ahead of the next step; 0: none in between
     evaluates_after: bool = False
+    heldout_every: int = 0  # held-out losses at the end of these steps and of the last; 0: none
 
     def num_saves(self, done: int) -> int:
         """Checkpoints that are not begun when so many steps have been measured; that of the last of them is one."""
-        if not self.save_every:
+        every, before = self.save_every, max(done, 1) - 1
+        if not every or before >= self.steps:
             return 0
-        return sum(
-            number % self.save_every == 0 or number == self.steps for number in range(max(done, 1), self.steps + 1)
-        )
+        return self.steps // every - before // every + bool(self.steps % every)
 
     def num_evaluations(self, done: int) -> int:
         """Evaluations that are left then."""
-        every = self.evaluate_every
-        between = sum(number % every == 0 for number in range(max(done, 1), self.steps)) if every else 0
-        return between + self.evaluates_after
+        every, before = self.evaluate_every, max(done, 1) - 1
+        between = max(0, (self.steps - 1) // every - before // every) if every else 0
+        held = self.heldout_every
+        within = self.steps // held - done // held + bool(self.steps % held) if held and done < self.steps else 0
+        return between + within + self.evaluates_after
 
 
 class Pace:

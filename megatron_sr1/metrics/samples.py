@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -70,10 +71,8 @@ def _example(run_dir: Path, example: Mapping[str, Any]) -> SampleRow:
 
     found = []
     for name in example["images"]:
-        path = run_dir / name
-        if path.is_file():
-            with images.open(path) as image:
-                found.append(png_of(image))
+        with suppress(OSError, ValueError), images.open(run_dir / name) as image:
+            found.append(png_of(image))
     key, question, answer, first, description, second = (
         str(example[name] or "") for name in ("key", "problem", "answer", "first", "description", "second")
     )

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from megatron_sr1.metrics.pace import Pace
 from megatron_sr1.phases import Phases, during
@@ -25,6 +25,7 @@ SIGN_SECONDS = 5.0  # after which the file is written anew though nothing has
 SILENT_SECONDS = 4 * SIGN_SECONDS  # that a process which cannot be seen may take until it is called silent
 _LONGEST_REASON = 500  # characters
 _OPTIONAL = ("step_seconds", "ends", "done")
+_FAR = 1e15  # seconds or steps: no run is that long, and no clock goes that far
 State = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -177,6 +178,12 @@ def _status_of(tree: Mapping[str, Any]) -> Status:
     status = Status(**known)
     for name in ("steps", "began", "updated", "since", "step_seconds", "ends", "done"):
         value = getattr(status, name)
-        if not isinstance(value, int | float) and not (value is None and name in _OPTIONAL):
+        is_number = type(value) in (int, float) and abs(value) < _FAR
+        if not is_number and not (value is None and name in _OPTIONAL):
             raise ValueError(f"{name} is no number")
+    if status.state not in get_args(State) or type(status.process_id) is not int:
+        raise ValueError("its state, or its process, is none")
+    words = ("command", "reason", "host", "namespace", "process_began", "detail")
+    if not all(isinstance(getattr(status, name), str) for name in words):
+        raise ValueError("one of its words is none")
     return status

@@ -62,7 +62,7 @@ class View:
         if self.status is None:
             found = f"no {FILE}" + (": of an earlier release, or damaged" if self.entries else "")
             return f"{name}: {'' if self.entries else 'not started, '}{found}"
-        return f"{name}: {printable(self.status.command)}, {self._state(self.status)}"
+        return printable(f"{name}: {self.status.command}, {self._state(self.status)}")
 
     def _state(self, status: Status) -> str:
         ago = duration(self.now - status.updated)
@@ -155,10 +155,14 @@ def last_entries(path: Path) -> tuple[Entry, ...]:
             entry = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path} has a line that is not JSON: {error}. Repair or remove it.") from error
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int | float):
+        if not isinstance(entry, dict) or type(entry.get("step")) is not int:
             raise ValueError(f"{path} has a line without a step. Repair or remove it.")
-        entries.append({name: value for name, value in entry.items() if value is None or type(value) in (int, float)})
+        entries.append({name: value for name, value in entry.items() if value is None or _is_number(value)})
     return tuple(entries)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 63)
 
 
 def _last_evaluation(folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -66,8 +67,9 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for sink in self._files:
-            sink.close()
+        with ExitStack() as stack:
+            for sink in self._files:
+                stack.callback(sink.close)  # the last first: the terminal is given back whatever a disk does
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Hands the reduced metrics of `step` (the first is 0) to every sink."""

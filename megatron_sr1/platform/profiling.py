@@ -20,7 +20,7 @@ from megatron_sr1.config import ConfigError, ProfileConfig
 from megatron_sr1.phases import Phases, during
 from megatron_sr1.platform.runtime import Platform
 from megatron_sr1.platform.torch_private import dump_allocations, record_allocations
-from megatron_sr1.platform.usage import resident_bytes
+from megatron_sr1.platform.usage import resident_bytes, take_peak
 
 FOLDER = "profile"
 SESSION = "NSYS_PROFILING_SESSION_ID"  # which Nsight Systems sets for what it starts
@@ -127,8 +127,11 @@ class StepProfiler:
         def keep(phase: str) -> None:
             if self._device.type == "cpu" or phase not in SNAPSHOTS:
                 return
-            self._folder.mkdir(parents=True, exist_ok=True)
-            dump_allocations(str(self._folder / f"{name}_{phase}.pickle"))
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                dump_allocations(str(self._folder / f"{name}_{phase}.pickle"))
+            except (OSError, RuntimeError) as error:
+                self._say(f"profile: the snapshot of {phase} is not written: {error}")
 
         return keep
 
@@ -191,11 +194,7 @@ class MemoryPhases:
             ]
 
     def _take_peak_allocated(self) -> int | None:
-        if self._device.type == "cpu":
-            return None
-        peak = torch.cuda.max_memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        return peak
+        return None if self._device.type == "cpu" else take_peak(self._device)
 
 
 def _take_peak_resident() -> int | None:

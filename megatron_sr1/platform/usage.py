@@ -49,12 +49,25 @@ def start_measuring(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+_taken: dict[torch.device, int] = {}  # the highest peak since memory_metrics was asked
+
+
+def take_peak(device: torch.device) -> int:
+    """Bytes since this was asked last; `memory_metrics` still hears of them."""
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    _taken[device] = max(_taken.get(device, 0), peak)
+    return peak
+
+
 def memory_metrics(device: torch.device, ranks: Exchange) -> dict[str, float]:
     """GiB of the rank that has most: `memory/peak_gib` of its device since this was asked last, which a CPU has not,
     and `memory/host_gib` resident now. Collective."""
-    peak = 0 if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
+    peak = 0
+    if device.type != "cpu":
+        take_peak(device)
+        peak = _taken.pop(device)
     own = torch.tensor([[peak, resident_bytes()]], dtype=torch.float64)
     most = ranks.gather_rows(own).max(0).values.tolist()
-    start_measuring(device)
     found = {"memory/host_gib": most[1] / GIB}
     return found if device.type == "cpu" else {"memory/peak_gib": most[0] / GIB, **found}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,7 +53,9 @@ class Work:
         """A pass over these, with backward where it `trains`."""
         for batch in batches:
             encodes = self._trains_vision or id(batch) not in self._encoded
-            self._encoded.add(id(batch))
+            if id(batch) not in self._encoded:
+                self._encoded.add(id(batch))
+                weakref.finalize(batch, self._encoded.discard, id(batch)).atexit = False  # others get its number
             (self.trained if trains else self.forward).add(batch, encodes=encodes)
 
     def take(self) -> tuple[PassWork, PassWork]:

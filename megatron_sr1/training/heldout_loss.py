@@ -87,6 +87,7 @@ class HeldoutLoss:
                 logprobs = gather_rows([each.logprobs for each in scores], batches, len(samples))
                 examples += self._examples(samples, logprobs)
                 during.moved()
+        self.policy.work.take()  # these passes are of no step
         whole = self.policy.replicas.gather_rows(totals[None]).sum(0)  # of numbers that every layout has, as ranks go
         loss, hits, tokens = whole.tolist()
         if not tokens:
