@@ -15,6 +15,7 @@ from megatron_sr1.config import load_config
 from megatron_sr1.data import Quarantine, ShardDataset, write_shards
 from megatron_sr1.data.feed import equal_runs
 from megatron_sr1.kernels import linear_logprob
+from megatron_sr1.policy.work import Work
 from megatron_sr1.prompts import COT
 from megatron_sr1.ranks import ALONE, Exchange
 from megatron_sr1.training.batches import Batcher
@@ -62,9 +63,11 @@ class ById:
     def __init__(self, ranks: Exchange) -> None:
         self.replicas, self.platform = ranks, SimpleNamespace(ranks=ranks)
         self.most_rows = 0
+        self.work = Work(trains_vision=True)
 
     def logprobs(self, batches: list[MicroBatch], scoring: Any) -> list[LogProbs]:
         self.most_rows = max(self.most_rows, len(batches))
+        self.work.add(batches, trains=False)
         assert all(batch.marks_top for batch in batches)
         return [LogProbs(-batch.targets / 64, None, is_top=batch.targets % 2 == 0) for batch in batches]
 
@@ -88,6 +91,7 @@ def test_every_token_counts_once_however_it_is_shared(model_dir: str, tmp_path: 
             policy: Any = ById(ranks)
             made = heldout(policy, Batcher(config, processor, ranks), shards, portion, budget=1)
             first, second = made.measure(), made.measure()
+            assert policy.work.take()[0].tokens == 0, "these passes are of no step"
             assert first == second, "to the bit, with the bad sample known"
             assert [example.key for example in first.examples] == ["d0", "d1", "d2", "d3", "d4"], "without the bad one"
             for example, sample in zip(first.examples, samples, strict=False):

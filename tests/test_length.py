@@ -78,10 +78,14 @@ def test_the_steps_are_told_and_noted(tmp_path: Path, capsys: pytest.CaptureFixt
     words = [*EPOCHS, f"run_dir={tmp_path}", "train.batch_size=8", "rollout.prompts_per_step=16"]
     config, feed = load_config(None, words), SimpleNamespace(num_samples=50)
     platform: Any = SimpleNamespace(is_main=True, on_main=lambda work: work())
-    run, its_feed = Run(config, platform), feed
+    status: Any = SimpleNamespace(noted=[], note=lambda **known: status.noted.append(known))
+    run, its_feed = Run(config, platform, status=status), feed
     assert run.count_steps(its_feed, "train.batch_size") == 13  # type: ignore[arg-type]
     assert run.count_steps(its_feed, "rollout.prompts_per_step") == 7  # type: ignore[arg-type]
     assert "train.epochs=2 of 50 samples, train.batch_size=8: 13 steps" in capsys.readouterr().out
+    assert status.noted == [{"steps": 13}, {"steps": 7}]
+    assert Run(config, platform).count_steps(its_feed, "train.batch_size") == 13  # type: ignore[arg-type]
+    assert not capsys.readouterr().out, "no run: what it prints may be JSON"
     check_resume(config)
     assert known_steps(tmp_path, config) is None
     (tmp_path / LENGTH_FILE).write_text('{"steps": 13}')

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -117,6 +119,12 @@ def test_a_run_at_its_end_has_nothing_left_but_its_last_checkpoint() -> None:
     assert Course(8, save_every=3).num_saves(8) == 1 and Course(9, save_every=3).num_saves(9) == 1
     assert Course(8, save_every=3).num_saves(0) == 3 and Course(8, evaluate_every=4).num_evaluations(0) == 1
     assert Course(8, evaluate_every=4).num_evaluations(5) == 0 and Course(8).num_saves(2) == 0
+    for steps, every, done in itertools.product((1, 7, 9), (1, 3, 4, 20), range(10)):
+        course, ends = Course(steps, every, every, heldout_every=every), range(max(done, 1), steps + 1)
+        assert course.num_saves(done) == sum(end % every == 0 or end == steps for end in ends)
+        between = sum(end % every == 0 for end in ends if end < steps)
+        held = sum(end % every == 0 or end == steps for end in range(done + 1, steps + 1))
+        assert course.num_evaluations(done) == between + held, course
     pace, clock = paced(Course(3))
     clock.now += 4
     pace.step_done(3)
@@ -311,8 +319,12 @@ def test_what_is_not_there_torn_or_damaged_is_said(run: tuple[Path, StatusFile, 
     with (folder / "metrics.jsonl").open("a") as file:
         file.write("\n")
     assert "has a line that is not JSON" in lines(folder)[-1]
-    for text in ("", "[1]", '{"command": "grpo"}', '{"command": "grpo", "steps": "many"}', '{"steps": 1, "state": 3}'):
+    whole = json.loads((folder / FILE).read_text())
+    odd = [{"state": "\x1b[2J"}, {"process_id": "\x1b[2J"}, {"updated": math.inf}, {"reason": 5, "state": "failed"}]
+    texts = ["", "[1]", '{"command": "grpo"}', '{"command": "grpo", "steps": "many"}', '{"steps": 1, "state": 3}']
+    for text in [*texts, *(json.dumps({**whole, **change}) for change in odd)]:
         (folder / FILE).write_text(text)
+        assert "\x1b" not in "".join(lines(folder))
         assert "of an earlier release, or damaged" in lines(folder)[0] or FILE in lines(folder)[0]
         assert any(FILE in line and "removed" in line for line in lines(folder)[1:]), text
 
