@@ -149,7 +149,7 @@ def test_a_stream_whose_reward_was_not_saved_has_no_advantage(
 def test_a_reward_that_is_not_finite_is_shown_as_it_is(saver: Saver, tmp_path: Path) -> None:
     run = saver.save(rewards=their_rewards() | {"acc": torch.tensor([math.nan, 0.0, math.inf, 0.0])})
     shown, groups = look(run, tmp_path / "images")
-    assert "not all are finite" in shown.absent["advantage"]
+    assert "not all of its rewards are finite" in shown.absent["advantage"]
     assert ["not_finite" in sample.filters for sample in samples_of(groups)] == [True, False, True, False]
     main(["report", str(run.folder), "--out", str(tmp_path / "page.html")])
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
@@ -383,6 +383,8 @@ def test_images_are_those_that_the_checkpoint_has_noted(shown_run: SavedRun, tmp
     """Other pictures under the same keys and questions."""
     progress = shown_run.folder / "checkpoints" / "step_000001" / "progress.json"
     progress.parent.mkdir(parents=True)
+    progress.write_text('{"stream": null}')
+    assert look(shown_run, tmp_path / "images")[1][0].images
     progress.write_text(json.dumps({"stream": {"shards": [["train-00000.tar", "another fingerprint"]]}}))
     _, groups = look(shown_run, tmp_path / "images")
     assert not groups[0].images and "its shards have other contents" in groups[0].no_images

@@ -60,6 +60,8 @@ def saved_advantages(run: Path, number: int, config: Config, preset: Preset, pro
                 "with its images and metadata, which saved rollouts do not have."
             )
     rollouts = step.recorded(preset, processor, config.objective.cut_responses)
+    if bad := rollouts.told_bad_rewards():
+        raise ValueError(f"{step.path}: {bad[0]}, so the step was skipped: not all of its rewards are finite.")
     ledger, _ = rollouts.trained
     none = torch.zeros(len(preset.streams), ledger.num_groups * ledger.num_samples, preset.most_samples)
     advantages = step_advantages(ledger, preset, config.objective, none, none)  # [S, B, M]
