@@ -6,12 +6,14 @@ import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +30,27 @@ WAIT = 20.0  # seconds
 KEY_CODES = {"ArrowDown": 40, "ArrowUp": 38, "ArrowLeft": 37, "ArrowRight": 39, "Escape": 27}
 
 
+@cache
 def find_browser() -> str | None:
-    """None: there is none."""
-    return next((path for name in NAMES if (path := shutil.which(name))), None)
+    """None: there is none that runs."""
+    return next((path for name in NAMES if (path := shutil.which(name)) and _runs(path)), None)
+
+
+def _runs(program: str) -> bool:
+    """A snap, or what stands for one that is not installed, sees no folder of a test."""
+    how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    try:
+        told = subprocess.run([program, "--version"], timeout=WAIT, check=True, **how)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return b"snap" not in told.stdout
 
 
 class Browser:
     """One page at a time."""
 
     def __init__(self, program: str) -> None:
-        self._profile = tempfile.TemporaryDirectory(prefix="browser")
+        self._profile = tempfile.TemporaryDirectory(prefix="browser", ignore_cleanup_errors=True)
         to_read, self._to = os.pipe()
         self._from, to_write = os.pipe()
         theirs = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10) for descriptor in (to_read, to_write)]
@@ -52,11 +65,20 @@ class Browser:
             os.close(descriptor)
         self._number, self._rest = 0, b""
         self.told: list[str] = []  # of the page: errors, and what its policy has refused
-        target = next(t for t in self._ask("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        told = self._ask("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+        told = self._ask("Target.attachToTarget", targetId=self._page(), flatten=True)
         self._session = told["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.ask(f"{domain}.enable")
+
+    def _page(self) -> str:
+        """Its target, which is there a while after the browser."""
+        end = time.monotonic() + WAIT
+        while True:
+            targets = self._ask("Target.getTargets")["targetInfos"]
+            if pages := [target["targetId"] for target in targets if target["type"] == "page"]:
+                return pages[0]
+            assert time.monotonic() < end, "the browser opens no page"
+            time.sleep(0.05)
 
     def close(self) -> None:
         """Ends it."""
@@ -86,6 +108,7 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            assert select.select([self._from], [], [], WAIT)[0], f"the browser says nothing for {WAIT:g} seconds"
             data = os.read(self._from, 1 << 20)
             assert data, "the browser has ended"
             self._rest += data

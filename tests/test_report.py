@@ -64,7 +64,8 @@ class Page(HTMLParser):
         if self.open and self.open[-1] == "script":
             name = self.tags[-1][1].get("data-chunk")
             if name is not None:
-                self.data[name] = json.loads(data)
+                stamp = self.data.get("index", {}).get("stamp")
+                self.data[name.removeprefix(f"{stamp}-")] = json.loads(data)
             return
         self.text.append(data)
         if "table" in self.open and {"td", "th"} & set(self.open):
@@ -201,16 +202,20 @@ def test_names_of_any_kind_are_text_too(run_dir: Path, tmp_path: Path) -> None:
     """Of samples, sources, rewards, labels and metrics, which come from data and from code of others."""
     path = run_dir / "eval" / "after.json"
     tree = json.loads(path.read_text())
-    tree |= {"label": EVIL, "by_source": {EVIL: tree["by_source"][next(iter(tree["by_source"]))]}}
+    label = "<svg onload=alert(1)>"
+    tree |= {"label": label, "by_source": {EVIL: tree["by_source"][next(iter(tree["by_source"]))]}}
     texts = dict.fromkeys(("key", "problem", "answer", "first", "second", "description"), EVIL)
     tree["examples"] = [{**tree["examples"][0], **texts, "rewards": {EVIL: 1.0}}]
     path.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=r"after\.json calls itself '<svg"):
+        read_run(run_dir)
+    path.rename(path.with_name(f"{label}.json"))
     write_report([run_dir], tmp_path / "r.html")
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
-    assert "".join(page.text).count(EVIL) >= 2  # the tables; the rest is data
+    assert EVIL in "".join(page.text) and label in "".join(page.text)  # the tables; the rest is data
     (group,) = page.data["r0-s1-0"]
     assert [group[name] for name in ("key", "problem", "answer")] == [EVIL] * 3
-    assert page.data["index"]["runs"][0]["sets"][1]["name"] == EVIL
+    assert page.data["index"]["runs"][0]["sets"][1]["name"] == label
     assert {"svg", "description"}.isdisjoint({tag for tag, _ in page.tags})
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
 
@@ -234,8 +239,8 @@ def test_examples_are_in_the_viewer(page) -> None:
     assert [response["pass_name"] for response in sample["responses"]] == ["first", "second"]
     (undescribed,) = second["samples"]
     assert undescribed["description"] is None and len(undescribed["responses"]) == 1
-    bit = next(one["bit"] for one in page.data["index"]["filters"] if one["name"] == "undescribed")
-    assert undescribed["filters"] == bit and not sample["filters"]
+    assert not undescribed["filters"] and not sample["filters"]
+    assert all("do not say what was cut" in after["absent"][name] for name in ("cut", "undescribed"))
 
 
 def test_seeds_are_one_line_and_differences_a_table(tmp_path: Path) -> None:
@@ -246,6 +251,7 @@ def test_seeds_are_one_line_and_differences_a_table(tmp_path: Path) -> None:
     note_start(runs[0], "text", 0, {"versions": "torch <9>", "ranks": 2})
     read = [read_run(run) for run in runs]
     assert [[run.name for run in group] for group in seed_groups(read)] == [["a", "b"], ["c"]]
+    assert [[run.name for run in group] for group in seed_groups([*read, read[1]])] == [["a"], ["b"], ["b"], ["c"]]
     write_report(runs, tmp_path / "r.html")
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
     assert page.tables["differences"][0] == ["", "a", "b", "c"]

@@ -304,7 +304,9 @@ def test_an_accepted_run_keeps_its_configurations_and_says_what_changed(
     Run(begun, platform).accept()
     assert [path.name for path in folder.glob("config*")] == ["config.yaml"], "nothing has changed"
     second, third = _with(begun, {"optimizer.lr": 1e-6}), _with(begun, {"optimizer.lr": 1e-5, "data.workers": 3})
-    Run(second, platform).accept()
+    (begun_metrics := Path(second.run_dir) / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+    Run(second, platform).accept(first=1)
+    assert begun_metrics.read_text() == '{"step": 0}\n', "what is redone is no more the old start's"
     Run(third, platform).accept()
     Run(third, Platform(torch.device("cpu"), rank=1, world_size=2)).accept()
     texts = {path.name: path.read_text() for path in folder.glob("config*")}

@@ -128,6 +128,7 @@ def test_what_can_not_be_shown_is_refused(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "a.tar").write_bytes(b"x" * 1024)
     assert "a.tar" in refused(capsys, "data", "show", str(tmp_path / "a.tar"))
     assert "is a folder" in refused(capsys, "data", "show", "x.tar", "--out", str(tmp_path))
+    assert "Name it .html" in refused(capsys, "data", "show", "x.tar", "--out", str(tmp_path / "x.tar"))
     assert "0 or more" in refused(capsys, "data", "show", "x.tar", "--num", "-1")
 
 

@@ -122,7 +122,7 @@ def test_training_numbers_are_of_the_last_steps(rows: list[GroupRow]) -> None:
 
 def test_every_file_has_the_same_numbers(groups: list[RunGroup], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    rows = write_sweep_report(groups, out)
+    rows = write_sweep_report(groups, out).rows
     with (out / "sweep.csv").open(newline="") as file:
         lines = {(line["group"], line["measure"]): line for line in csv.DictReader(file)}
     line = lines["vision_sr1", "accuracy"]
@@ -154,7 +154,7 @@ def test_controls_and_what_else_was_measured_are_shown(groups: list[RunGroup], t
         tree["summary"] |= {"prior_accuracy": 0.1 * number, "sufficiency": 0.5 - 0.1 * number, "gold_accuracy": None}
         after.write_text(json.dumps(tree))
         (path / "measures.json").write_text(json.dumps({"auc": 0.9 + 0.01 * number, "unknown": None}))
-    rows = write_sweep_report(groups, tmp_path / "out")
+    rows = write_sweep_report(groups, tmp_path / "out").rows
     assert rows[0].after["sufficiency"].mean == pytest.approx(0.4)
     assert rows[0].after["measures/auc"].mean == pytest.approx(0.91) and "measures/unknown" not in rows[0].after
     text = (tmp_path / "out" / "sweep.md").read_text()

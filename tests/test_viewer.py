@@ -142,12 +142,14 @@ def test_a_stream_whose_reward_was_not_saved_has_no_advantage(
     streams = [stream for stream in shown.streams if stream.unknown]
     assert streams and all(unknown in stream.unknown for stream in streams)
     assert all(sample.advantages[stream.name] is None for sample in samples_of(groups) for stream in streams)
+    assert shown.absent["dead"] == shown.absent["opposite"] == streams[0].unknown
+    assert not any(sample.filters & {"dead", "opposite"} for sample in samples_of(groups))
 
 
 def test_a_reward_that_is_not_finite_is_shown_as_it_is(saver: Saver, tmp_path: Path) -> None:
     run = saver.save(rewards=their_rewards() | {"acc": torch.tensor([math.nan, 0.0, math.inf, 0.0])})
     shown, groups = look(run, tmp_path / "images")
-    assert "not all are finite" in shown.absent["advantage"]
+    assert "not all of its rewards are finite" in shown.absent["advantage"]
     assert ["not_finite" in sample.filters for sample in samples_of(groups)] == [True, False, True, False]
     main(["report", str(run.folder), "--out", str(tmp_path / "page.html")])
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
@@ -238,6 +240,9 @@ def test_without_its_tokenizer_a_step_is_texts(saver: Saver, tmp_path: Path) -> 
     assert "is no folder, and its tokenizer is needed" in shown.absent["advantage"] == shown.absent["surprise"]
     response = groups[0].samples[0].responses[0]
     assert response.tokens is None and response.text == GOOD and groups[0].samples[0].rewards["acc"] == 1.0
+    (run.folder / "hf").mkdir()  # half written
+    assert "is no folder, and its tokenizer is needed" in look(run, tmp_path / "images")[0].absent["advantage"]
+    (run.folder / "hf").rmdir()
     (run.folder / "hf").symlink_to(saver.hf_dir)
     assert "advantage" not in look(run, tmp_path / "images")[0].absent, "the run's own export has it"
 
@@ -258,6 +263,9 @@ def test_of_lines_without_their_configuration_texts_are_left(saver: Saver, tmp_p
         (lambda line: line | {"rewards": {"acc": "high"}}, "a sample has no rewards,"),
         (lambda line: line["first"].pop("prompt_ids") and None, "a sample has no first.prompt_ids,"),
         (lambda line: line | {"further": [{"pass_name": "x"}]}, "a sample has no further[0].number,"),
+        (lambda line: line["first"].update(prompt_ids=[1.5]), "a sample has no first.prompt_ids,"),
+        (lambda line: line["first"].update(generator_logprobs=[None]), "a sample has no first.generator_logprobs,"),
+        (lambda line: line["first"].update(queued_at="x"), "step_000000.jsonl"),
     ],
 )
 def test_a_damaged_step_is_named_and_the_rest_is_shown(
@@ -270,6 +278,14 @@ def test_a_damaged_step_is_named_and_the_rest_is_shown(
     (told,) = page.data["index"]["runs"][0]["sets"]
     assert message in told["problem"] and told["samples"] == 0
     assert "not shown: run, step 0: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [lambda first: first.pop("weight_version"), lambda first: first.update(odd=1)])
+def test_fields_of_other_releases_leave_the_texts(saver: Saver, tmp_path: Path, change: Any) -> None:
+    run = saver.save()
+    change_lines(run, lambda line: change(line["first"]) and None)
+    shown, groups = look(run, tmp_path / "images")
+    assert "step_000000.jsonl" in shown.absent["advantage"] and len(samples_of(groups)) == 4
 
 
 def test_a_step_that_is_being_written_is_not_shown_as_whole(saver: Saver, tmp_path: Path) -> None:
@@ -367,6 +383,8 @@ def test_images_are_those_that_the_checkpoint_has_noted(shown_run: SavedRun, tmp
     """Other pictures under the same keys and questions."""
     progress = shown_run.folder / "checkpoints" / "step_000001" / "progress.json"
     progress.parent.mkdir(parents=True)
+    progress.write_text('{"stream": null}')
+    assert look(shown_run, tmp_path / "images")[1][0].images
     progress.write_text(json.dumps({"stream": {"shards": [["train-00000.tar", "another fingerprint"]]}}))
     _, groups = look(shown_run, tmp_path / "images")
     assert not groups[0].images and "its shards have other contents" in groups[0].no_images
@@ -424,11 +442,13 @@ def test_a_small_page_is_one_file_and_a_large_one_has_a_folder(
     monkeypatch.setattr(write, "INSIDE_BYTES", 0)
     main(["report", str(shown_run.folder), "--out", str(out)])
     folder = out.with_name("r_files")
-    assert Page(out.read_text(encoding="utf-8")).data.keys() == {"index"}
+    written = Page(out.read_text(encoding="utf-8")).data
+    assert written.keys() == {"index"} and written["index"]["stamp"] != inside["index"]["stamp"]
     bucket = f"r0-p{bucket_of('p0')}"
     for name in ("r0-s0", "r0-s0-0", bucket):
-        head, value = (folder / f"{name}.js").read_text().removesuffix(");\n").split(",", 1)
-        assert head == f'sr1Chunk("{name}"' and json.loads(value) == inside[name]
+        stamped = f"{written['index']['stamp']}-{name}"
+        head, value = (folder / f"{stamped}.js").read_text().removesuffix(");\n").split(",", 1)
+        assert head == f'sr1Chunk("{stamped}"' and json.loads(value) == inside[name]
     ((*where, means, _),) = inside[bucket]["p0"]
     assert where == [0, 0, 2] and means["acc"] == 1.0 and means["leak"] == 0.0
     assert {path.name for path in (folder / "images").iterdir()} == inside["images"].keys()

@@ -199,8 +199,21 @@ def test_an_evaluation_is_shown_alike(browser: Browser, page: Path) -> None:
     assert browser.texts(".beside .pass pre") == [EVIL]
     assert "No image: they are gone." in browser.texts("#detail .note")
     assert "Not known: an evaluation trains nothing" in browser.texts("#detail .note")
-    go(browser, page, run="nowhere", step="77")
-    assert "step=0" in browser.value("location.hash"), "what is not there is the first that is"
+
+
+def test_an_address_that_is_not_on_the_page_says_so(browser: Browser, page: Path) -> None:
+    """No other sample is shown in its place; the list is there to go on from."""
+    named = [{"run": "nowhere", "step": "77"}, {"step": "77", "sample": "1.0"}, {"step": "1", "sample": "99.0"}]
+    for fields, what in zip(named, ("run nowhere", "step 77", "sample 99.0"), strict=True):
+        browser.open(addresses(page, **({"run": RUN} | fields)))
+        browser.wait(f"document.getElementById('detail').textContent.includes('This page has no {what}.')")
+        assert browser.value("document.querySelector('.heading')") is None
+    browser.press("j")
+    browser.wait("document.querySelector('.heading')?.textContent.startsWith('same/0 #0step 1')")
+    go(browser, page, sample="0.0", filter="shortcut", search="same")
+    browser.wait("document.querySelector('.steps a')")
+    hash_of_link = browser.value("document.querySelector('.steps a').hash")
+    assert "filter" not in hash_of_link and "search" not in hash_of_link
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -236,4 +249,4 @@ def test_a_folder_that_is_gone_says_so(browser: Browser, tmp_path: Path, monkeyp
     page = a_page(tmp_path)
     page.with_name("report_files").rename(tmp_path / "elsewhere")
     browser.open(addresses(page, run=RUN))
-    browser.wait("document.getElementById('detail').textContent.includes('keep the folder beside the page')")
+    browser.wait("document.getElementById('detail').textContent.includes('reload the page, keep the folder beside it')")

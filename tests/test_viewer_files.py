@@ -14,6 +14,7 @@ from urllib.parse import quote
 import pytest
 
 from megatron_sr1.report.viewer import write
+from megatron_sr1.report.viewer.filters import filters_of, mean_of, says_yes
 from megatron_sr1.report.viewer.folder import ChunkFolder
 from megatron_sr1.report.viewer.script_json import script_json
 from megatron_sr1.report.viewer.server import report_server
@@ -28,6 +29,24 @@ def test_a_folder_of_somebody_else_stays(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no report has made it"):
         ChunkFolder(tmp_path / "r.html")
     assert (tmp_path / "r_files" / "mine").exists()
+
+
+def test_two_reports_at_once_have_folders_of_their_own(tmp_path: Path) -> None:
+    one, two = ChunkFolder(tmp_path / "r.html"), ChunkFolder(tmp_path / "r.html")
+    for folder in (one, two):
+        folder.write(f"{folder.stamp}-x", [1])
+    one.place()
+    two.place()
+    assert [path.name for path in (tmp_path / "r_files").glob("*.js")] == [f"{two.stamp}-x.js"] != [f"{one.stamp}-x.js"]
+    assert (tmp_path / "r_files").stat().st_mode & 0o777 == 0o755
+    assert [path.name for path in tmp_path.iterdir()] == ["r_files"]
+
+
+def test_what_is_no_finite_number_is_neither_right_nor_wrong() -> None:
+    assert [says_yes(value) for value in (math.nan, math.inf, [1.0, math.nan], [], 10**400)] == [None] * 5
+    assert math.isnan(mean_of([math.inf, -math.inf])) and says_yes([1, 0]) is True and says_yes(0.4) is False
+    wrong = filters_of({"acc": 1.0, "acc_vis": math.nan, "leak": math.inf}, "x", described=True, cut=False)
+    assert wrong == {"not_finite"}
 
 
 def test_json_is_safe_in_a_script() -> None:
@@ -79,7 +98,8 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pa
 def test_the_server_has_the_report_and_nothing_else(served: tuple[Path, Callable[..., tuple[int, bytes]]]) -> None:
     page, get = served
     assert get("/") == (200, page.read_bytes()) == get("/report.html#run")
-    assert get("/report_files/r0-s0.js") == (200, (page.parent / "report_files" / "r0-s0.js").read_bytes())
+    (chunk,) = (page.parent / "report_files").glob("*-r0-s0.js")
+    assert get(f"/report_files/{chunk.name}") == (200, chunk.read_bytes())
     image = next((page.parent / "report_files" / "images").iterdir())
     assert get(f"/report_files/images/{image.name}") == (200, image.read_bytes())
     outside = ["/secret.js", "/../page%20with%20%23/secret.js", "/report_files/../secret.js", "/report_files/link.js"]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_sr1.cli.runs import check_run
 from megatron_sr1.cli.viewing import viewer_of
+from megatron_sr1.printable import printable
 
 
 def run_sweep(args: argparse.Namespace) -> None:
@@ -94,9 +95,8 @@ def _runs_report(runs: Sequence[Path], out: Path | None, steps: Sequence[int] | 
     page, found = out or runs[0] / "report.html", find_runs(runs)
     written = write_report(found, page, viewer_of(found, steps))
     print_table(Console(), written.rows)
-    for problem in written.problems:
-        print(f"not shown: {problem}")
-    print(f"report: {page}")
+    _print_problems(written.problems)
+    print(printable(f"report: {page}"))
     return page
 
 
@@ -105,7 +105,7 @@ def _serve(page: Path, host: str, port: int) -> None:
 
     with report_server(page, host, port) as server:
         address, number = server.server_address[:2]
-        print(f"serving http://{address}:{number}/ on this machine alone; Ctrl-C ends it", flush=True)
+        print(printable(f"serving http://{address}:{number}/ on this machine alone; Ctrl-C ends it"), flush=True)
         with suppress(KeyboardInterrupt):
             server.serve_forever()
 
@@ -123,6 +123,13 @@ def _sweep_report(path: Path, out: Path | None, steps: Sequence[int] | None = No
     found = [RunGroup(preset, variant, runs) for (preset, variant), runs in groups.items()]
     folder = Path(sweep.run_dir)
     page, viewed = out or folder / "report.html", viewer_of([Path(run.run_dir) for run in sweep.runs], steps)
-    print_tables(Console(), write_sweep_report(found, folder, page, viewed))
-    print(f"report: {page}; the numbers: {folder / 'sweep'}.{{md,csv,json}}")
+    written = write_sweep_report(found, folder, page, viewed)
+    print_tables(Console(), written.rows)
+    _print_problems(written.problems)
+    print(printable(f"report: {page}; the numbers: {folder / 'sweep'}.{{md,csv,json}}"))
     return page
+
+
+def _print_problems(problems: Sequence[str]) -> None:
+    for problem in problems:
+        print(printable(f"not shown: {problem}"))

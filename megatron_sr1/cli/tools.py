@@ -55,6 +55,8 @@ def run_data(args: argparse.Namespace) -> None:
     config = load_config(args.config, []) if args.config is not None else None
     if args.out is not None and args.out.is_dir():
         raise ValueError(f"--out {args.out} is a folder. Give the page a name in it.")
+    if args.out is not None and args.out.suffix != ".html":
+        raise ValueError(f"--out {args.out} is not allowed: it is a page, and replaces what is there. Name it .html.")
     paths = args.paths or (list(getattr(config.data, args.name)) if config is not None else [])
     if not paths:
         raise ValueError("there is nothing to show. Give a PATH, or --config with data." + args.name + ".")

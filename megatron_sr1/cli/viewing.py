@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,7 +91,8 @@ def _tokenizer(run: Path, config: Config) -> Processor | str:
         return tokenizer_of(run, config, Path(config.model.hf_dir))
     except (ValueError, OSError) as error:
         if (run / "hf").is_dir():
-            return tokenizer_of(run, config, run / "hf")
+            with suppress(ValueError, OSError):  # half written, or damaged
+                return tokenizer_of(run, config, run / "hf")
         return f"{error} Until then tokens cannot be told apart, nor their advantages be computed."
 
 

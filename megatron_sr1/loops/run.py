@@ -35,7 +35,7 @@ from megatron_sr1.evaluation.best import best_step, measured
 from megatron_sr1.file_lock import lock_file
 from megatron_sr1.import_path import keep_code
 from megatron_sr1.loops.preemption import StopRequest
-from megatron_sr1.metrics import Course, MetricsWriter, Pace, SpikeSink, StatusFile, StatusSink, Trackers
+from megatron_sr1.metrics import Course, JsonlSink, MetricsWriter, Pace, SpikeSink, StatusFile, StatusSink, Trackers
 from megatron_sr1.metrics.clock import Clock
 from megatron_sr1.metrics.progress import draws
 from megatron_sr1.phases import during
@@ -242,6 +242,8 @@ class Run:
                 self.say(f"changed since the last start: {change} ({change.rule})")
         path.write_text(text, encoding="utf-8")
         machine = {"ranks": self.platform.world_size, "versions": shown_versions(), **machine_words()}
+        if first is not None and (metrics := self.folder / "metrics.jsonl").is_file():
+            JsonlSink(metrics, first).close()  # until this start has redone them, later steps are no start's
         note_start(self.folder, text, first, machine)
         for name in keep_code(self.folder / "code", code):
             self.say(f"changed since the last start: the code of {name} (takes effect)")

@@ -31,12 +31,17 @@ def curves_section(runs: Sequence[ReportedRun]) -> str:
 
 
 def seed_groups(runs: Sequence[ReportedRun]) -> list[list[ReportedRun]]:
-    """Runs of one configuration but for the seed, in the order of their first; a run without one is alone."""
+    """Runs of one configuration but for the seed, in the order of their first; a run without one is alone. Where two
+    have one seed they are no sample of seeds: then each of them is alone."""
     groups: dict[str, list[ReportedRun]] = {}
     for number, run in enumerate(runs):
         settings = {k: v for k, v in settings_of(run).items() if k.partition(".")[0] not in _OF_SEED}
         groups.setdefault(json.dumps(settings, sort_keys=True) if settings else str(number), []).append(run)
-    return list(groups.values())
+    found: list[list[ReportedRun]] = []
+    for group in groups.values():
+        seeds = {settings_of(run).get("seed") for run in group}
+        found += [group] if len(seeds) == len(group) else [[run] for run in group]
+    return found
 
 
 def group_label(group: Sequence[ReportedRun], groups: Sequence[Sequence[ReportedRun]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -97,7 +98,7 @@ def _draw_run(axes: Axes, run: ReportedRun, name: str, color: str, style: str, t
 def _draw_seeds(axes: Axes, group: Sequence[ReportedRun], name: str, color: str, style: str, text: str) -> None:
     points = band({number: run.metrics for number, run in enumerate(group)}, name)
     steps, means = list(points), [point.mean for point in points.values()]
-    spread = [point.std or 0.0 for point in points.values()]
+    spread = [math.nan if point.std is None else point.std for point in points.values()]  # of one seed a gap
     marker = "o" if len(steps) == 1 else None
     axes.plot(steps, means, style, color=color, linewidth=1.8, label=text, marker=marker)
     low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))

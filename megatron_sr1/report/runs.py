@@ -167,6 +167,11 @@ def _read_evaluation(run_path: Path, path: Path) -> Evaluation:
             wrong = [name for name, value in numbers.items() if not _is_number(value)]
             if wrong:
                 raise TypeError(f"{wrong[0]}={numbers[wrong[0]]!r} is no number")
+        if evaluation.label != path.stem:
+            raise ValueError(
+                f"{path} calls itself {evaluation.label!r}, so it is not the file of that evaluation. Give it its "
+                "own name back, or remove it."
+            )
     except KeyError as error:
         raise ValueError(f"{path} lacks the key {error}. Evaluate again with this release.") from error
     except (TypeError, AttributeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,7 +37,7 @@ def draw_bands(rows: Sequence[GroupRow], name: str, theme: str) -> str:
             continue
         color, steps = COLORS[theme][number % len(COLORS[theme])], list(points)
         means = [point.mean for point in points.values()]
-        spread = [point.std or 0.0 for point in points.values()]
+        spread = [math.nan if point.std is None else point.std for point in points.values()]  # of one seed a gap
         axes.plot(steps, means, color=color, linewidth=1.8, label=f"{row.label} ({len(row.runs)})")
         low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
         axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -18,10 +19,18 @@ from megatron_sr1.report.text_table import table_section
 from megatron_sr1.report.viewer.write import Viewed, viewed_evaluations, write_page
 
 
+@dataclass(frozen=True)
+class WrittenSweep:
+    """What the report of a sweep has found."""
+
+    rows: list[GroupRow]
+    problems: list[str]  # what of the rollouts and evaluations could not be read
+
+
 def write_sweep_report(
     groups: Sequence[RunGroup], folder: Path, out: Path | None = None, viewed: Viewed = viewed_evaluations
-) -> list[GroupRow]:
-    """Writes the page, sweep.md, sweep.csv and sweep.json, and returns the rows.
+) -> WrittenSweep:
+    """Writes the page, sweep.md, sweep.csv and sweep.json.
 
     Args:
         groups: the first is what the others are compared with.
@@ -46,9 +55,9 @@ def write_sweep_report(
         config_section(runs),
     )
     out = out or folder / "report.html"
-    write_page(f"sweep {folder.name}", sections, runs, viewed, out)
+    problems = write_page(f"sweep {folder.name}", sections, runs, viewed, out)
     write_sweep_files(rows, folder)
-    return rows
+    return WrittenSweep(rows, problems)
 
 
 def _curves_section(rows: Sequence[GroupRow]) -> str:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_sr1.report.viewer.filters import as_float, mean_of
 from megatron_sr1.report.viewer.folder import ChunkFolder
 from megatron_sr1.report.viewer.names import reward_name
 from megatron_sr1.report.viewer.shown import FILTERS, RunToShow, SetToShow, ShownGroup, ShownResponse, ShownSample
@@ -31,10 +31,11 @@ def write_run(run: RunToShow, number: int, folder: ChunkFolder) -> dict[str, Any
     Args:
         number: of the run, in the names of its chunks.
     """
-    buckets = _Buckets(folder, f"r{number}-p")
+    prefix = f"{folder.stamp}-r{number}"
+    buckets = _Buckets(folder, f"{prefix}-p")
     sets = []
     for place, shown in enumerate(run.sets):
-        sets.append(_write_set(shown, f"r{number}-s{place}", folder, buckets, place))
+        sets.append(_write_set(shown, f"{prefix}-s{place}", folder, buckets, place))
     return {"name": run.name, "leftOut": list(run.left_out), "sets": sets, "buckets": buckets.finish()}
 
 
@@ -113,7 +114,7 @@ class _Table:
         values = (group, sample.number, bits, tokens, surprise)
         for column, value in zip(self.samples.values(), values, strict=True):
             column.append(value)
-        means = {name: _reward(value) for name, value in sample.rewards.items()}
+        means = {name: mean_of(value) for name, value in sample.rewards.items()}
         for columns, found in ((self.rewards, means), (self.advantages, sample.advantages)):
             for name in (*columns, *(name for name in found if name not in columns)):
                 column = columns.setdefault(name, [None] * self.num_samples)
@@ -148,8 +149,8 @@ class _Buckets:
         rewards: dict[str, list[float]] = {}
         for sample in group.samples:
             for name, value in sample.rewards.items():
-                rewards.setdefault(name, []).append(_reward(value))
-        means = {name: _mean([value for value in values if math.isfinite(value)]) for name, values in rewards.items()}
+                rewards.setdefault(name, []).append(mean_of(value))
+        means = {name: _mean(values) for name, values in rewards.items()}
         line = json.dumps([group.key, place, group.number, len(group.samples), means, asked(group.problem)])
         self._waiting.setdefault(bucket_of(group.key), []).append(line)
 
@@ -224,17 +225,12 @@ def _utf16(text: str) -> int:
     return len(text) + sum(character > "\uffff" for character in text)
 
 
-def _reward(value: float | Sequence[float]) -> float:
-    if isinstance(value, int | float):
-        return float(value)
-    return statistics.fmean(value) if value else math.nan
-
-
 def _mean(values: Sequence[float]) -> float | None:
-    return _rounded(statistics.fmean(values)) if values else None
+    return _rounded(mean_of(values)) if values else None
 
 
 def _rounded(value: float) -> float:
+    value = as_float(value)
     return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else value
 
 

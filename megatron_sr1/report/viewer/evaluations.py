@@ -27,6 +27,8 @@ ABSENT: Mapping[str, str] = {
     **dict.fromkeys(("surprise", "gap", "entropy", "dependency"), _TEXTS),
     **dict.fromkeys(("advantage", "opposite", "dead", "dropped"), _NO_GROUP),
 }
+_EXAMPLE = "the examples of a summary do not say what was cut, nor whether a description was asked for"
+ABSENT_OF_EXAMPLES: Mapping[str, str] = {**ABSENT, **dict.fromkeys(("cut", "undescribed"), _EXAMPLE)}
 LATER = ""  # for a name: the template of the later passes
 Blocks = Callable[[str, str], Iterable[tuple[str, int, int]]]  # name of a template, a response -> blocks in it
 
@@ -60,7 +62,7 @@ def _evaluation_set(run: Path, one: Evaluation, images: ImageStore, folder: Path
     if not records.is_file():
         note = f"{records.name} is not there: these are the examples that the summary has kept."
         groups: Iterable[ShownGroup] = (_of_example(number, e, folder) for number, e in enumerate(one.examples))
-        return ShownSet((), ABSENT, (note,), groups)
+        return ShownSet((), ABSENT_OF_EXAMPLES, (note,), groups)
     kept = {example.key: example for example in one.examples}
     return ShownSet((), ABSENT, (), _groups(records, kept, images, folder, blocks))
 
@@ -147,6 +149,6 @@ def _of_example(number: int, example: Example, folder: Path) -> ShownGroup:
     rewards = dict(example.rewards)
     if example.faithful is not None:
         rewards["faithful"] = float(example.faithful)
-    filters = filters_of(rewards, example.description, described=True, cut=False)
+    filters = filters_of(rewards, example.description, described=example.description is not None, cut=False)
     sample = ShownSample(0, tuple(responses), example.description, rewards, {}, filters)
     return ShownGroup(number, example.key, example.problem, example.answer, (sample,), _copied(example, folder))

@@ -12,10 +12,10 @@ def filters_of(
     rewards: Mapping[str, float | Sequence[float]], description: str | None, *, described: bool, cut: bool
 ) -> frozenset[str]:
     """Those that texts and rewards alone tell."""
-    right, seen = (rewards.get(name) for name in ("acc", "acc_vis"))
+    says = {name: says_yes(rewards[name]) for name in ("acc", "acc_vis", "leak") if name in rewards}
     found = {
-        "shortcut": described and right is not None and seen is not None and says_yes(right) and not says_yes(seen),
-        "leak": described and "leak" in rewards and says_yes(rewards["leak"]),
+        "shortcut": described and says.get("acc") is True and says.get("acc_vis") is False,
+        "leak": described and says.get("leak") is True,
         "undescribed": described and description is None,
         "cut": cut,
         "not_finite": any(not is_finite(value) for value in rewards.values()),
@@ -23,13 +23,27 @@ def filters_of(
     return frozenset(name for name, holds in found.items() if holds)
 
 
-def says_yes(value: float | Sequence[float]) -> bool:
-    """Whether a reward, of several samples their mean, does."""
-    values = [value] if isinstance(value, int | float) else list(value)
-    return bool(values) and sum(values) / len(values) >= RIGHT_FROM
+def says_yes(value: float | Sequence[float]) -> bool | None:
+    """Whether a reward, of several samples their mean, does; None: it is no finite number, or of no sample."""
+    mean = mean_of(value)
+    return mean >= RIGHT_FROM if math.isfinite(mean) else None
 
 
 def is_finite(value: float | Sequence[float]) -> bool:
     """Whether a reward, or all of several, is a number."""
     values = [value] if isinstance(value, int | float) else list(value)
-    return all(map(math.isfinite, values))
+    return all(math.isfinite(as_float(one)) for one in values)
+
+
+def mean_of(value: float | Sequence[float]) -> float:
+    """Of one number, or of all of several, whatever they are; NaN of none."""
+    values = [value] if isinstance(value, int | float) else list(value)
+    return sum(map(as_float, values)) / len(values) if values else math.nan
+
+
+def as_float(value: float) -> float:
+    """Infinity where an integer is beyond all floats."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

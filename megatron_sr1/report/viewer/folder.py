@@ -8,7 +8,9 @@ from __future__ import annotations
 import base64
 import mimetypes
 import os
+import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,17 +31,17 @@ class ChunkFolder:
 
     def __init__(self, page: Path) -> None:
         self.folder = page.with_name(f"{page.stem}_files")
+        self.stamp = secrets.token_hex(4)  # in the names of chunks: a page that is open finds no other one's
         self.images: dict[str, str] = {}  # of a folded page: data addresses by name
-        self._new = page.with_name(f".{page.stem}_files.new")
-        for old in (self.folder, self._new):
-            if old.exists() and not (old / _MARK).is_file():
-                raise ValueError(
-                    f"{old} is there, and no report has made it: its data would go there. Name the page otherwise with "
-                    "--out, or move the folder."
-                )
-        if self._new.exists():
-            shutil.rmtree(self._new)
-        self.image_folder.mkdir(parents=True)
+        if self.folder.exists() and not (self.folder / _MARK).is_file():
+            raise ValueError(
+                f"{self.folder} is there, and no report has made it: its data would go there. Name the page otherwise "
+                "with --out, or move the folder."
+            )
+        # its own: another report may be writing the same page
+        self._new = Path(tempfile.mkdtemp(prefix=f".{page.stem}_files.", suffix=".new", dir=page.parent))
+        self._new.chmod(0o755)
+        self.image_folder.mkdir()
         (self._new / _MARK).touch()
         self.num_bytes = 0  # of what is written
 

@@ -35,6 +35,7 @@ def viewer_page(
     sections: Sequence[str],
     runs: Sequence[Mapping[str, Any]],
     folder: str,
+    stamp: str,
     blocks: Iterable[tuple[str, str]] = (),
 ) -> Iterable[str]:
     """The document, in parts.
@@ -43,12 +44,13 @@ def viewer_page(
         sections: of the overview.
         runs: as `write_run` returned them.
         folder: beside the page; "": the data are in it.
+        stamp: in the names of its chunks.
         blocks: of data that are in the page: name and JSON, safe in a script.
     """
     style = _asset("style.css", "megatron_sr1.report") + _asset("viewer.css")
     script = viewer_script()
-    index = {"runs": list(runs), "folder": folder, "filters": told_filters(), "measures": dict(MEASURES)}
-    index |= {"segments": dict(SEGMENTS), "passes": dict(PASSES)}
+    index = {"runs": list(runs), "folder": folder, "stamp": stamp, "filters": told_filters()}
+    index |= {"measures": dict(MEASURES), "segments": dict(SEGMENTS), "passes": dict(PASSES)}
     policy = (
         f"default-src 'none'; script-src {_digest(script)} 'self'; style-src {_digest(style)}; "
         "img-src 'self' data:; base-uri 'none'; form-action 'none'"

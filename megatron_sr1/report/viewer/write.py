@@ -41,7 +41,7 @@ def write_page(
         ValueError: see `ChunkFolder`, and what `viewed` raises.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = ChunkFolder(out)
+    folder, temporary = ChunkFolder(out), out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         told = []
         for name, run in zip(_names(runs), runs, strict=True):
@@ -50,14 +50,15 @@ def write_page(
                 told.append(write_run(shown, len(told), folder))
         inside = folder.all_bytes() <= INSIDE_BYTES
         blocks = folder.fold() if inside else ()
-        temporary = out.with_name(f".{out.name}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(viewer_page(title, sections, told, "" if inside else folder.folder.name, blocks))
+        name = "" if inside else folder.folder.name
+        with temporary.open("w", encoding="utf-8", errors="xmlcharrefreplace") as file:
+            file.writelines(viewer_page(title, sections, told, name, folder.stamp, blocks))
         if not inside:
             folder.place()
         os.replace(temporary, out)
     finally:
         folder.discard()
+        temporary.unlink(missing_ok=True)
     return [f"{run['name']}, {one['title']}: {one['problem']}" for run in told for one in run["sets"] if one["problem"]]
 
 

@@ -36,6 +36,7 @@ class StepAdvantages:
     masks: Mapping[ResponseName, tuple[int, ...]]  # of each token: bit s is set where stream s credits it
     dead: frozenset[int]  # groups, dropped ones among them
     opposite: frozenset[tuple[int, int]]  # samples that two streams with a weight pull opposite ways
+    unknown: str  # why neither of these is known, as of a stream with a weight; then both are empty
 
 
 def saved_advantages(run: Path, number: int, config: Config, preset: Preset, processor: Processor) -> StepAdvantages:
@@ -59,15 +60,17 @@ def saved_advantages(run: Path, number: int, config: Config, preset: Preset, pro
                 "with its images and metadata, which saved rollouts do not have."
             )
     rollouts = step.recorded(preset, processor, config.objective.cut_responses)
+    if bad := rollouts.told_bad_rewards():
+        raise ValueError(f"{step.path}: {bad[0]}, so the step was skipped: not all of its rewards are finite.")
     ledger, _ = rollouts.trained
     none = torch.zeros(len(preset.streams), ledger.num_groups * ledger.num_samples, preset.most_samples)
     advantages = step_advantages(ledger, preset, config.objective, none, none)  # [S, B, M]
     _, kept = live_groups(rollouts.ledger, preset, config.objective)
     streams = tuple(_shown(stream) for stream in preset.streams)
-    known = torch.tensor([not stream.unknown for stream in streams])
+    unknown = next((stream.unknown for stream in streams if stream.unknown and stream.loss_weight != 0), "")
     means = sample_advantages(advantages, preset)  # [S, B]
     samples = [(number, k) for number in ledger.number.tolist() for k in range(ledger.num_samples)]
-    weighted = known & torch.tensor([stream.loss_weight != 0 for stream in preset.streams])
+    weighted = torch.tensor([stream.loss_weight != 0 for stream in preset.streams])
     apart = (means[weighted] > 0).any(0) & (means[weighted] < 0).any(0)  # [B]
     numbers = rollouts.ledger.number.tolist()
     masks = {
@@ -86,8 +89,9 @@ def saved_advantages(run: Path, number: int, config: Config, preset: Preset, pro
             if slot.scored
         },
         masks,
-        frozenset(n for n, is_alive in zip(numbers, kept.tolist(), strict=True) if not is_alive),
-        frozenset(sample for sample, is_apart in zip(samples, apart.tolist(), strict=True) if is_apart),
+        frozenset(n for n, is_alive in zip(numbers, kept.tolist(), strict=True) if not (is_alive or unknown)),
+        frozenset(s for s, is_apart in zip(samples, apart.tolist(), strict=True) if is_apart and not unknown),
+        unknown,
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from megatron_sr1.config import DataConfig
 from megatron_sr1.data import Quarantine, ShardDataset, files_of, open_dataset
@@ -32,13 +35,15 @@ class DataImages:
         opened, where = self._opened, f"data.{self._name}"
         if isinstance(opened, str):
             return (), opened
-        dataset, places, repeated = opened
+        dataset, digests, order, repeated = opened
         if key in repeated:
             return (), f"{where} has more than one sample {key!r}, and nothing tells which one this is"
-        if key not in places:
+        first, end = (np.searchsorted(digests, _digest(key), side=side) for side in ("left", "right"))
+        place = next((int(one) for one in order[first:end] if dataset.place(int(one))[1] == key), None)
+        if place is None:
             return (), f"{where} has no sample {key!r}: it is not the data that the run was made with"
         try:
-            sample = dataset.read(places[key])
+            sample = dataset.read(place)
         except (ValueError, OSError) as error:
             return (), str(error)
         prompt = sample if isinstance(sample, Prompt) else sample.prompt
@@ -47,7 +52,8 @@ class DataImages:
         return put_images(image_stem(self._name, dataset.fingerprint, key), prompt.images, folder), ""
 
     @cached_property
-    def _opened(self) -> tuple[ShardDataset, dict[str, int], frozenset[str]] | str:
+    def _opened(self) -> tuple[ShardDataset, np.ndarray, np.ndarray, frozenset[str]] | str:
+        """The data, digests of its keys, ascending, the number of each one's sample, and keys that several have."""
         where, bad = f"data.{self._name}", Quarantine(_ANY)
         try:
             if any("://" in file for file in files_of(self._data, self._name).values()):
@@ -57,8 +63,9 @@ class DataImages:
                 return f"{where} is not what it was when the run was made: its shards have other contents"
         except (ValueError, OSError) as error:
             return f"the images of {where} cannot be read: {error}"
-        places = {dataset.place(number)[1]: number for number in range(len(dataset))}
-        return dataset, places, frozenset(each.key for each in bad.bad)
+        digests = np.fromiter((_digest(dataset.place(n)[1]) for n in range(len(dataset))), np.uint32, len(dataset))
+        order = np.argsort(digests, kind="stable")  # 12 bytes a sample, however long its key
+        return dataset, digests[order], order, frozenset(each.key for each in bad.bad)
 
     def _is_the_runs(self, dataset: ShardDataset) -> bool:
         """By what the newest checkpoint, or the evaluations, have noted of the data; where nothing was, they may be."""
@@ -67,8 +74,13 @@ class DataImages:
             noted = [value for value in kept if value]
             return not noted or dataset.fingerprint in noted
         saved = sorted(self._run.glob("checkpoints/step_*/progress.json"))
-        shards = _read(saved[-1]).get("stream", {}).get("shards", []) if saved else []
+        stream = _read(saved[-1]).get("stream") if saved else None  # null: it took no sample
+        shards = stream.get("shards") or [] if isinstance(stream, dict) else []
         return not shards or {tuple(pair) for pair in shards} == set(dataset.shard_fingerprints)
+
+
+def _digest(key: str) -> int:
+    return zlib.crc32(key.encode("utf-8", errors="surrogatepass"))
 
 
 def _read(path: Path) -> dict:

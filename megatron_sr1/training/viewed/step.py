@@ -40,7 +40,11 @@ _ROLLOUT: Mapping[str, tuple[type, ...]] = {
     **{"prompt_ids": (list,), "response_ids": (list,), "response_text": (str,), "generator_logprobs": (list,)},
     "finish_reason": (str,),
 }
+_ELEMENTS: Mapping[str, tuple[type, ...]] = {
+    **{"prompt_ids": (int,), "response_ids": (int,), "generator_logprobs": (int, float)},
+}
 _READING: Mapping[str, tuple[type, ...]] = {"pass_name": (str,), "number": (int,), "rollout": (dict,)}
+ODD = (TypeError, KeyError, AttributeError, IndexError, OverflowError)  # of a line with other fields, or odd values
 _NOT_SAVED = "rollouts are saved with the generator's log-probs alone; the mean of the step is {} in the curves"
 ALWAYS_ABSENT: Mapping[str, str] = {
     "gap": _NOT_SAVED.format("logprob_gap"),
@@ -81,6 +85,8 @@ class StepReader:
         try:
             preset = preset_of(self.configs.of(step)).at(step)
             advantages = self._advantages(step, self.configs.of(step), preset)
+            if advantages.unknown:
+                absent |= dict.fromkeys(("opposite", "dead"), advantages.unknown)
         except ValueError as error:
             absent |= dict.fromkeys(("advantage", "opposite", "dead"), str(error))
             if preset is None:  # nor whether descriptions were asked for
@@ -89,7 +95,7 @@ class StepReader:
             absent["surprise"] = self.tokenizer
         if not any("rounds" in line for line in lines):
             absent["dropped"] = "without dynamic sampling every group that is graded is trained on"
-        groups = _Groups(self, preset, advantages)
+        groups = _Groups(self, path, preset, advantages)
         streams = () if advantages is None else advantages.streams
         notes = (*([self.told[step]] if step in self.told else []), *_notes(lines))
         return ShownSet(streams, absent, notes, groups.of(samples))
@@ -97,7 +103,14 @@ class StepReader:
     def _advantages(self, step: int, config: Config, preset: Preset) -> StepAdvantages:
         if isinstance(self.tokenizer, str):
             raise ValueError(self.tokenizer)
-        return saved_advantages(self.run, step, config, preset, self.tokenizer)
+        try:
+            return saved_advantages(self.run, step, config, preset, self.tokenizer)
+        except ODD as error:
+            raise _odd(rollouts_file(self.run / "rollouts", step), error) from error
+
+
+def _odd(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: its lines are not as this release writes and reads them ({error!r}). {TORN}")
 
 
 def wrong_field(line: Mapping[str, Any]) -> str:
@@ -113,6 +126,8 @@ def wrong_field(line: Mapping[str, Any]) -> str:
             return prefix.rstrip(".")
         for name, allowed in types.items():
             if name not in fields or type(fields[name]) not in allowed:
+                return f"{prefix}{name}"
+            if name in _ELEMENTS and not set(map(type, fields[name])) <= set(_ELEMENTS[name]):
                 return f"{prefix}{name}"
     values = [one for each in line["rewards"].values() for one in (each if isinstance(each, list) else [each])]
     return "" if all(type(value) in (int, float) for value in values) else "rewards"
@@ -135,14 +150,20 @@ def _notes(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 class _Groups:
     """From lines to groups."""
 
-    def __init__(self, reader: StepReader, preset: Preset | None, advantages: StepAdvantages | None) -> None:
-        self._reader, self._preset, self._advantages = reader, preset, advantages
+    def __init__(
+        self, reader: StepReader, path: Path, preset: Preset | None, advantages: StepAdvantages | None
+    ) -> None:
+        self._reader, self._path, self._preset, self._advantages = reader, path, preset, advantages
         self._tokenizer = None if isinstance(reader.tokenizer, str) else reader.tokenizer
 
     def of(self, lines: Sequence[Mapping[str, Any]]) -> Iterator[ShownGroup]:
-        """`lines`: of samples, in the order of groups."""
+        """`lines`: of samples, in the order of groups. Raises ValueError where one has an odd value."""
         for number, own in groupby(lines, key=lambda line: line["group_id"]):
-            yield self._group(number, list(own))
+            try:
+                group = self._group(number, list(own))
+            except ODD as error:
+                raise _odd(self._path, error) from error
+            yield group
 
     def _group(self, number: int, lines: Sequence[Mapping[str, Any]]) -> ShownGroup:
         first = lines[0]

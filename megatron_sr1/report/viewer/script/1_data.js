@@ -47,7 +47,7 @@ function fetchBeside(name, found) {
 
 function refuse(name, found) {
   waiting.delete(name);
-  found.refuse(new Error(`${INDEX.folder || "the page"} has no ${name}: keep the folder beside the page, or write the report again.`));
+  found.refuse(new Error(`${INDEX.folder || "the page"} has no ${name}: reload the page, keep the folder beside it, or write the report again.`));
 }
 
 let folded = null;

@@ -94,8 +94,8 @@ function rowMarks(row) {
   for (const [name, word] of MARKS) {
     const value = row.table.rewards[name]?.[row.index];
     if (value === undefined || value === null) continue;
-    const right = isNumber(value) && value >= 0.5;
-    marks.push(el("span", { class: right ? "mark right" : "mark wrong", text: `${right ? "✓" : "✗"} ${word}`, title: `${word}: ${shown(value)}` }));
+    const kind = !Number.isFinite(value) ? "" : value >= 0.5 ? " right" : " wrong"; // what is no number is neither
+    marks.push(el("span", { class: `mark${kind}`, text: `${{ " right": "✓", " wrong": "✗" }[kind] || "?"} ${word}`, title: `${word}: ${shown(value)}` }));
   }
   return marks;
 }

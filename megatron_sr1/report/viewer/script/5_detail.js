@@ -47,7 +47,7 @@ function siblings(row, group) {
   if (group.samples.length < 2) return null;
   const buttons = group.samples.map((one) => {
     const right = meanOf(one.rewards.acc);
-    const kind = right === undefined ? "" : isNumber(right) && right >= 0.5 ? " right" : " wrong";
+    const kind = !Number.isFinite(right) ? "" : right >= 0.5 ? " right" : " wrong";
     const values = Object.entries(one.advantages).map(([name, value]) => `${name} ${shown(value, true)}`).join(", ");
     const chosen = one.number === row.table.sample[row.index];
     const text = `#${one.number}${kind ? (kind === " right" ? " ✓" : " ✗") : ""}`;
@@ -138,7 +138,7 @@ function overSteps(group) {
   const row = detail.row;
   const bucket = row.table.groups.bucket[row.table.group[row.index]];
   const runs = INDEX.runs.filter((run) => run.buckets.includes(bucket));
-  Promise.all(runs.map((run) => load(`r${INDEX.runs.indexOf(run)}-p${bucket}`))).then(
+  Promise.all(runs.map((run) => load(`${INDEX.stamp}-r${INDEX.runs.indexOf(run)}-p${bucket}`))).then(
     (found) => {
       const own = (keys) => (keys[group.key] || []).filter((entry) => entry[4] === group.asked);
       const entries = found.flatMap((keys, place) => own(keys).map((entry) => [runs[place], ...entry]));
@@ -159,7 +159,7 @@ function stepTable(entries, shownSet, group) {
     const set = run.sets[place];
     const here = set === shownSet && number === group.number;
     const text = several ? `${run.name}, ${set.title}` : set.title;
-    const link = el("a", { href: address({ run: run.name, step: set.name, sample: `${number}.0` }), text });
+    const link = el("a", { href: address({ run: run.name, step: set.name, sample: `${number}.0`, filter: [], search: "" }), text });
     return el("tr", { class: here ? "here" : null }, el("th", {}, here ? text : link), el("td", { text: String(count) }), ...names.map((name) => el("td", { text: shown(means[name]) })));
   });
   return el("table", { class: "numbers steps" }, el("thead", {}, head), el("tbody", {}, ...rows));

@@ -1,6 +1,7 @@
 // Controls, keys and the address; the page begins here.
 
 const THEMES = ["", "light", "dark"];
+const MOST_NOTES = 30;
 
 function option(value, text, fields = {}) {
   return el("option", { value, text, ...fields });
@@ -53,9 +54,11 @@ function drawColours(sets) {
 }
 
 function drawNotes(run, sets) {
-  const lines = sets.flatMap((set) => [...(set.problem ? [`${set.title} cannot be read: ${set.problem}`] : []), ...set.notes]);
+  const lines = sets.filter((set) => set.problem).map((set) => `${set.title} cannot be read: ${set.problem}`);
   if (run.leftOut.length) lines.push(`${run.leftOut.length} further saved steps are not in this page. megatron-sr1 report RUN --step N writes one with step N, --step all one with all.`);
-  byId("notes").replaceChildren(...lines.slice(0, 30).map((line) => el("p", { class: "note", text: line })));
+  lines.push(...sets.flatMap((set) => set.notes));
+  if (lines.length > MOST_NOTES) lines.splice(MOST_NOTES, Infinity, `... and ${lines.length - MOST_NOTES} more.`);
+  byId("notes").replaceChildren(...lines.map((line) => el("p", { class: "note", text: line })));
 }
 
 // ---------------------------------------------------------------- going somewhere
@@ -64,6 +67,8 @@ async function show() {
   byId("viewer").hidden = false;
   byId("to-overview").removeAttribute("aria-current");
   byId("to-viewer").setAttribute("aria-current", "page");
+  const missing = state.run && !theRun() ? `run ${state.run}` : state.step && state.step !== ALL && !theSet() ? `step ${state.step}` : "";
+  if (missing) Object.assign(state, { step: "", sample: "" });
   if (!theRun()) state.run = INDEX.runs[0].name;
   const run = theRun();
   if (!theSet() && state.step !== ALL) state.step = run.sets.find((set) => set.samples)?.name || run.sets[0]?.name || "";
@@ -85,11 +90,20 @@ async function show() {
     list.rows = rows;
   }
   chooseRows();
-  if (list.at < 0 && list.shown.length) list.at = 0;
+  const gone = missing || (state.sample && !list.rows.some((row) => idOf(row) === state.sample) ? `sample ${state.sample}` : "");
+  if (list.at < 0 && list.shown.length && !gone) list.at = 0;
   drawList();
   intoSight();
-  if (list.at >= 0) await openAt(list.at);
+  if (gone) notHere(gone);
+  else if (list.at >= 0) await openAt(list.at);
   else nothing();
+}
+
+// Of an address: another sample in its place would be taken for it.
+function notHere(what) {
+  Object.assign(detail, { row: null, group: null });
+  state.sample = "";
+  byId("detail").replaceChildren(el("p", { class: "problem", text: `This page has no ${what}. Choose what it has, above and in the list.` }));
 }
 
 function nothing() {
