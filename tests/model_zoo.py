@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_sr1.digits.tiny_families import ZOO, create_family
+from megatron_sr1.digits.tiny_families import TEXTS, ZOO, create_family
 
-__all__ = ["ZOO", "create_family", "name_by_place", "publish_experts"]
+__all__ = ["TEXTS", "ZOO", "create_family", "name_by_place", "publish_experts"]
 
 
 def publish_experts(folder: Path) -> None:

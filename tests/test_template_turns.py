@@ -10,11 +10,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_sr1.config import Config, ConfigError, ModelConfig
+from megatron_sr1.digits import tiny_families
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import SEE_THINK, SHIPPED, Template
 from megatron_sr1.rollout.plan import Limits, Planner
 from megatron_sr1.types import SECOND, Passes, Prompt, Turn
-from tests import model_zoo
 from tests.data_cases import picture
 
 SYSTEM = "Be brief.\nNo {braces} harm."
@@ -50,8 +50,8 @@ FAMILIES = ("qwen2_5_vl_tied", "qwen3_vl")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tokenizer and image processor of each family, without weights."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_zoo, "_save_weights", lambda *given: None)
-        return {family: model_zoo.create_family(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+        patch.setattr(tiny_families, "_save_weights", lambda *given, **how: None)
+        return {family: tiny_families.create_family(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
 
 
 @pytest.fixture

@@ -39,11 +39,11 @@ def test_what_is_being_written_is_finished(
     config = load_config(None, [f"run_dir={tmp_path}", "watchdog.enabled=false"])
     platform: Any = SimpleNamespace(world_size=num_ranks, is_main=True, ranks=Alone())
     if error is None:
-        with open_run(config, platform):
+        with open_run(config, platform, "grpo"):
             pass
         assert writing.said == ["let go"]
         return
-    with pytest.raises(type(error)), open_run(config, platform):
+    with pytest.raises(type(error)), open_run(config, platform, "grpo"):
         raise error
     assert writing.said == said
 
@@ -54,6 +54,6 @@ def test_the_mistake_is_told_whatever_becomes_of_the_checkpoint(
     monkeypatch.setattr(Run, "checkpoints", Writing(fails=True))
     config = load_config(None, [f"run_dir={tmp_path}", "watchdog.enabled=false"])
     platform: Any = SimpleNamespace(world_size=1, is_main=True, ranks=Alone())
-    with pytest.raises(ValueError, match="the first"), open_run(config, platform):
+    with pytest.raises(ValueError, match="the first"), open_run(config, platform, "grpo"):
         raise ValueError("the first")
     assert capsys.readouterr().out == "no space left\n"
