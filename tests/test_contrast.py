@@ -36,7 +36,7 @@ def _check_transformers(model_dir: str) -> None:
     processor = processor_of(model_dir)
     for name, (overrides, plain) in CASES.items():
         with built(model_dir, overrides) as (policy, config):
-            steps = trainer_cases.two_updates(policy, config, processor)
+            steps = trainer_cases.two_updates(policy, config, processor, Path(f"{model_dir}.tokens"))
             hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32)
             prefixes = policy.architecture.family
 
@@ -60,13 +60,14 @@ def _check_transformers(model_dir: str) -> None:
 
 def _steps(model_dir: str, overrides: tuple[str, ...]) -> trainer_cases.Steps:
     with built(model_dir, overrides) as (policy, config):
-        return trainer_cases.two_updates(policy, config, processor_of(model_dir))
+        return trainer_cases.two_updates(policy, config, processor_of(model_dir), Path(f"{model_dir}.tokens"))
 
 
 def _check(found: trainer_cases.Steps, expected: trainer_cases.Steps, where: Any) -> None:
     assert found.second.metrics.keys() == expected.second.metrics.keys(), where
     assert found.second.metrics == pytest.approx(expected.second.metrics, rel=1e-3, abs=1e-6), where
     assert found.second.grad_norm == pytest.approx(expected.second.grad_norm, rel=TOLERANCE), where
+    trainer_cases.check_tokens(found, expected, where)
     for key, weight in found.between.items():
         gap = (weight - expected.between[key]).abs().max().item()
         assert gap < STEP_TOLERANCE * LEARNING_RATE, (where, key, gap)

@@ -336,7 +336,7 @@ def _check_viewer(finished: Workspace, page: Page) -> None:
     assert not [one["problem"] for one in run["sets"] if one["problem"]]
     for number, measured in enumerate(finished.metrics("whole")):
         told, table = run["sets"][number], page.data[f"r0-s{number}"]
-        assert told["absent"].keys() == {"gap", "entropy", "dependency", "dropped"} and told["samples"] == 16
+        assert told["absent"].keys() == {"dependency", "dropped"} and told["samples"] == 16
         for stream in told["streams"]:
             values = table["advantages"][stream["name"]]
             dead = [not any(values[first : first + 4]) for first in range(0, 16, 4)]
@@ -345,7 +345,18 @@ def _check_viewer(finished: Workspace, page: Page) -> None:
         groups = [group for name, chunk in page.data.items() if name.startswith(f"r0-s{number}-") for group in chunk]
         assert len(groups) == 4 and all(len(group["images"]) == 1 for group in groups)
         assert all(image in page.data["images"] for group in groups for image in group["images"])
+        _check_measures(groups, measured)
         first = groups[0]["samples"][0]["responses"][0]
         assert len(first["tokens"]) == len(first["surprise"]) == len(first["streams"])
     (start,) = read_starts(finished.folder / "whole")
     assert start["step"] == 0 and start["ranks"] == 2 and "torch" in start["versions"] and start["memory"]
+
+
+def _check_measures(groups: list[dict[str, Any]], measured: dict[str, float]) -> None:
+    """Of every token that was trained, from both replicas; their means are those that training reports."""
+    responses = [one for group in groups for sample in group["samples"] for one in sample["responses"]]
+    gaps = [abs(value) for one in responses for value in one["measures"]["gap"]]
+    entropies = [value for one in responses for value in one["measures"]["entropy"]]
+    assert len(gaps) == len(entropies) == sum(len(one["tokens"]) for one in responses)
+    assert sum(gaps) / len(gaps) == pytest.approx(measured["logprob_gap"], rel=2e-3)
+    assert sum(entropies) / len(entropies) == pytest.approx(measured["entropy"], rel=2e-3)

@@ -132,7 +132,7 @@ def _one_step(model_dir: str, overrides: tuple[str, ...], budget: int, share: bo
 def _trainer_steps(model_dir: str, overrides: tuple[str, ...]) -> trainer_cases.Steps:
     options = (*trainer_cases.OVERRIDES, "train.micro_batch_tokens=512", PLAIN, *overrides)
     with built(model_dir, options, keep_reference=True) as (policy, config):
-        return trainer_cases.two_updates(policy, config, processor_of(model_dir))
+        return trainer_cases.two_updates(policy, config, processor_of(model_dir), Path(f"{model_dir}.tokens"))
 
 
 def _check_trainer(folder: str, num_ranks: int) -> None:
@@ -154,6 +154,7 @@ def _check_trainer(folder: str, num_ranks: int) -> None:
             for key, value in theirs.metrics.items():
                 assert ours.metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-6), (overrides, name, key)
             assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=TOLERANCE), (overrides, name)
+        trainer_cases.check_tokens(found, expected, overrides)
         for key, weight in found.between.items():
             gap = (weight - expected.between[key]).abs().max().item()
             assert gap < STEP_TOLERANCE * LEARNING_RATE, f"{overrides}: {key} differs by {gap} after a step"

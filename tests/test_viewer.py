@@ -122,12 +122,6 @@ def test_what_has_moved_no_weight_says_so(saver: Saver, tmp_path: Path, measured
     assert (note in notes[0]) if note else not notes
 
 
-def test_what_was_not_saved_says_so(saver: Saver, tmp_path: Path) -> None:
-    shown, _ = look(saver.save(), tmp_path / "images")
-    assert shown.absent.keys() == {"gap", "entropy", "dependency", "dropped"}
-    assert "generator's log-probs alone" in shown.absent["gap"] and "logprob_gap" in shown.absent["gap"]
-
-
 @pytest.mark.parametrize(
     ("words", "unknown"),
     [

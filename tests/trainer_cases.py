@@ -4,14 +4,17 @@ torch: all logits at once, formulas written out response by response, no part of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from megatron_sr1.config import Config
 from megatron_sr1.processor import Processor
 from megatron_sr1.streams import preset_from_config
+from megatron_sr1.training.token_measures import ResponseName, TokenMeasures, TokenWriter, read_tokens
 from megatron_sr1.types import BANNED_LOGIT_BIAS, TokenSequence
 from tests.batch_cases import their_rewards, two_groups
 from tests.step_cases import trained
@@ -35,18 +38,35 @@ class Steps:
     first: Any  # StepResult
     second: Any
     between: dict[str, Tensor]
+    tokens: dict[ResponseName, TokenMeasures]  # of the second
 
 
-def two_updates(policy: Any, config: Config, processor: Processor) -> Steps:
-    """On the same rollouts; at the second the policy is no more its reference. Every rank holds them all."""
+def two_updates(policy: Any, config: Config, processor: Processor, folder: Path) -> Steps:
+    """On the same rollouts; at the second the policy is no more its reference. Every rank holds them all.
+
+    `folder`: of all ranks, where measures of tokens go.
+    """
     from megatron_sr1.training.trainer import Trainer
 
     preset = preset_from_config(config.objective)
-    trainer = Trainer(config, policy, preset, processor)
+    trainer = Trainer(config, policy, preset, processor, TokenWriter.of(folder, policy, preset))
     (first,) = trainer.update(trained(processor, preset))
     between = {name: tensor.clone() for name, tensor in policy.hf_weights()}
     (second,) = trainer.update(trained(processor, preset))
-    return Steps(first, second, between)
+    torch.distributed.barrier()  # all parts are there
+    tokens = read_tokens(folder, 0)
+    torch.distributed.barrier()  # and stay until all have read them
+    return Steps(first, second, between, tokens)
+
+
+def check_tokens(found: Steps, expected: Steps, where: Any) -> None:
+    """Of the same responses the same measures, to the rounding of 16 bits."""
+    assert found.tokens.keys() == expected.tokens.keys() and found.tokens, where
+    for name, theirs in expected.tokens.items():
+        ours = found.tokens[name]
+        assert ours.ids == theirs.ids and ours.values.keys() == theirs.values.keys() >= {"gap", "entropy"}, where
+        for key, values in theirs.values.items():
+            assert ours.values[key] == pytest.approx(values, rel=2e-3, abs=1e-4), (where, name, key)
 
 
 def plain_loss(policy: torch.nn.Module, reference: torch.nn.Module, processor: Processor) -> tuple[Tensor, float]:

@@ -27,7 +27,8 @@ STREAMS = (
     ShownStream("visual", "second", "response", "1 acc_vis", 0.5),
     ShownStream("told", "first", "description", "1 leak", 1.0, unknown="kl_in=reward was not saved"),
 )
-ABSENT = {"gap": "trainer log-probs are not saved", "entropy": "entropy is not saved", "dependency": "nothing is"}
+ABSENT = {"entropy": "entropy is not saved"}
+MEASURES = {"gap": "log-prob gap, trainer − generator", "dependency/blind": "visual dependency, blind"}
 TOKENS = ("<description>", " 3 ", "𝟛", "</description>", " so ", "\\boxed{3}", "<|end|>")
 STEPS, GROUPS, SAMPLES = 3, 4, 3
 
@@ -67,7 +68,7 @@ def _evaluation() -> ShownSet:
 
 
 def _set(step: int, image_folder: Path) -> ShownSet:
-    return ShownSet(STREAMS, ABSENT, (f"Prompt 9 was skipped: {EVIL}",), _groups(step, image_folder))
+    return ShownSet(STREAMS, ABSENT, (f"Prompt 9 was skipped: {EVIL}",), _groups(step, image_folder), MEASURES)
 
 
 def _groups(step: int, image_folder: Path) -> Iterator[ShownGroup]:
@@ -92,11 +93,12 @@ def _sample(step: int, group: int, number: int) -> ShownSample:
         blocks=(("description", 0, text.index(" so ")), ("answer", text.index("\\"), text.index("<|"))),
         right=number == 0,
         facts={"seconds": "1.5"},
+        measures={"gap": (0.0, -1.0, 0.5, 0.0, 0.0, 0.0, 0.01 * group), "dependency/blind": (number - 1.0,) * 7},
     )
     second = ShownResponse("second", 0, EVIL, False, 3, advantages=(None, -advantage, None), right=number == 1)
     reader = ShownResponse("reader", 1, "", False, None, context="another text", question=("Which?", "<i>7</i>"))
     rewards = {"acc": float(number == 0), "acc_vis": float(number == 1), "mine.py:long@reader": [0.5, math.nan]}
-    filters = {"opposite", *(["shortcut"] if number == 0 else []), *(["cut"] if number == 2 else [])}
+    filters = {"opposite", *(["shortcut"] if number == 0 else []), *(["cut", "gap"] if number == 2 else [])}
     advantages = {"answer": advantage, "visual": -advantage, "told": None}
     responses = (first, second, reader) if number < 2 else (first,)
     description = " 3 𝟛" if number < 2 else None

@@ -84,6 +84,8 @@ class TrackConfig:
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     trackio: TrackioConfig = field(default_factory=TrackioConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    # log-prob gap, entropy and visual dependency of every trained token are kept in <run_dir>/rollouts, for the report
+    tokens: bool = True
 
 
 def check_trackers(track: TrackConfig) -> None:

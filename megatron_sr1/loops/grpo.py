@@ -28,6 +28,7 @@ from megatron_sr1.training.saved_rollouts import SavedRollouts
 from megatron_sr1.training.shown_samples import SamplePicker
 from megatron_sr1.training.step_metrics import step_metrics
 from megatron_sr1.training.step_work import take_work
+from megatron_sr1.training.token_measures import TokenWriter
 from megatron_sr1.training.trainer import NoTrainer, Trainer
 
 
@@ -61,7 +62,7 @@ def run_grpo(
             steps = range(run.resume(policy, num_steps), num_steps)
         preflight = Preflight(run, "grpo", preset, generates=from_rollouts is None)
         preflight.machines(policy, num_steps)
-        trainer = NoTrainer() if rollouts_only else Trainer(config, policy, preset, run.processor)
+        trainer = NoTrainer() if rollouts_only else _trainer(run, policy, preset)
         evaluations: Evaluations | NoEvaluations = NoEvaluations()
         how = (run.processor, config.objective.cut_responses)
         recorder = Recorder.of(preset, config.rollout.samples_per_prompt, *how)
@@ -86,6 +87,11 @@ def run_grpo(
             run.verify_export(answers)
             run.checkpoints.prune()  # the last evaluation may have found the best
             run.say(f"exported to {run.export_dir}")
+
+
+def _trainer(run: Run, policy: Policy, preset: Preset) -> Trainer:
+    tokens = TokenWriter.of(run.folder / "rollouts", policy, preset) if run.config.track.tokens else None
+    return Trainer(run.config, policy, preset, run.processor, tokens)
 
 
 def _steps(

@@ -55,8 +55,13 @@ class StreamRows:
     num_tokens: int  # of these responses, the whole step's, all replicas
     num_compared: int  # of these the ones whose engine saw what the trainer sees: those of no distorted first pass
     num_of_kind: Mapping[str, int]  # the same by `token_kinds`, those alone that occur
-    num_responses: int  # of this replica
+    share: Sequence[Place]  # the responses of this replica, in the order that was packed
     contrasts: Mapping[str, ContrastRows]  # by name
+
+    @property
+    def num_responses(self) -> int:
+        """Of this replica."""
+        return len(self.share)
 
 
 @dataclass(frozen=True)
@@ -260,7 +265,7 @@ class Batcher:
             for place, contrast in enumerate(preset.contrasts)
         }
         tokens = [row.moved(self._device) for row in into_rows(responses, micro_batches)]
-        return StreamRows(micro_batches, tokens, *_counts(ledger, slots), len(sequences), contrasts)
+        return StreamRows(micro_batches, tokens, *_counts(ledger, slots), share, contrasts)
 
     def _contrast(
         self,

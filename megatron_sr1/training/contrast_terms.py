@@ -164,6 +164,15 @@ class ContrastTerms:
             for name in self._preset.trained_contrasts
         }
 
+    def gaps(self, index: int, trainer: LogProbs) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of own micro-batch `index`, by contrast: how much likelier each token is in its own context, [R] nats, and
+        [R] bool whether the contrast has it."""
+        scores = self._scores
+        return {
+            contrast.name: (scores.gaps(contrast.name, index, trainer)[0], scores.there[contrast.name][index])
+            for contrast in self._preset.contrasts
+        }
+
     def _sums(self, index: int, trainer: LogProbs) -> Metrics:
         """Of gaps, by contrast and segment, and of the tokens that they are of; of entropies' gaps over all tokens."""
         found: Metrics = {}

@@ -26,6 +26,7 @@ from megatron_sr1.training.rollout_files import remove_step, rollouts_file
 from megatron_sr1.training.rollout_writer import RolloutWriter
 from megatron_sr1.training.step_rewards import sample_rewards, scored_rewards
 from megatron_sr1.training.step_rollouts import StepRollouts
+from megatron_sr1.training.token_measures import remove_tokens
 from megatron_sr1.types import Generator, NamedTensors, OnQuestion, Prompt, PromptShare, RolloutGroup, Sampling
 
 logger = logging.getLogger(__name__)
@@ -157,6 +158,7 @@ class LiveRollouts:
         drawn = _Drawn(self._recorder, self._objective, self._ranks)
         if self._ranks.rank == 0:
             remove_step(rollouts_file(self._folder, step))  # before any rank writes: all meet in between
+            remove_tokens(self._folder, step)
         try:
             rounds = self._draw(prompts, drawn, step, clock)
         except RewardError:  # of a user's function of spans

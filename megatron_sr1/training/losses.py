@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from megatron_sr1.config import ObjectiveConfig
@@ -12,6 +13,7 @@ from megatron_sr1.objective import Mismatch, OwnLoss, importance_weights, sft_lo
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.batches import SftBatch, StreamBatch, StreamRows
 from megatron_sr1.training.contrast_terms import ContrastTerms
+from megatron_sr1.training.token_measures import DEPENDENCY, ENTROPY, GAP, Measured
 from megatron_sr1.training.tokens import ResponseTokens
 from megatron_sr1.types import LogProbs, LossInputs
 
@@ -39,6 +41,7 @@ class PolicyLoss:
         *,
         measures_gap: bool = True,
         contrast: ContrastTerms | None = None,
+        keeps_tokens: bool = False,
     ) -> None:
         """
         Args:
@@ -48,7 +51,10 @@ class PolicyLoss:
             measures_gap: the trainer's log-probs of the weights that drew the rollouts are known, so how far it is from
                 the generator can be told.
             contrast: what contrasts add; its micro-batches come behind those of the batch.
+            keeps_tokens: `measured` is wanted.
         """
+        self.measured: dict[int, Measured] = {}  # by micro-batch of the batch, when it is scored; {}: by another rank
+        self._keeps_tokens = keeps_tokens
         self._contrast = contrast
         self._names: list[str] = []  # of the metrics, which every micro-batch reports
         self._batch, self._old, self._reference, self._preset = batch, old, reference, preset
@@ -99,6 +105,8 @@ class PolicyLoss:
                 entropy=entropy,
             )
         )
+        if self._keeps_tokens:
+            self.measured[index] = self._measured(index, logprobs, drawing)
         means = {} if logprobs.entropy is None else {"entropy": logprobs.entropy.sum() / self._batch.num_tokens}
         gap = logprob_gaps(drawing.detach(), tokens)
         to_engine = {"logprob_gap": gap} if self._measures_gap else {}
@@ -106,6 +114,17 @@ class PolicyLoss:
             to_engine |= {"mismatch/weight": weights * compared, "mismatch/bounded": bounded}
         means |= {name: value.sum() / self._batch.num_compared for name, value in to_engine.items()}
         return loss, {**metrics, **means, **(gaps_by_kind(self._batch, index, gap) if self._measures_gap else {})}
+
+    def _measured(self, index: int, logprobs: LogProbs, drawing: Tensor) -> Measured:
+        """`drawing`: [R], the trainer's of the weights that drew the tokens, where the gap is measured."""
+        tokens = self._batch.tokens[index]
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        if self._measures_gap:
+            found[GAP] = (drawing.detach() - tokens.generator_logprobs, tokens.compared)
+        if logprobs.entropy is not None:
+            found[ENTROPY] = (logprobs.entropy.detach(), torch.ones_like(tokens.compared))
+        gaps = {} if self._contrast is None else self._contrast.gaps(index, logprobs)
+        return found | {DEPENDENCY + name: pair for name, pair in gaps.items()}
 
 
 def logprob_gaps(trainer: Tensor, tokens: ResponseTokens) -> Tensor:

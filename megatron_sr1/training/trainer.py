@@ -26,6 +26,7 @@ from megatron_sr1.training.losses import PolicyLoss, gaps_by_kind, logprob_gaps
 from megatron_sr1.training.payload import Payload, Place, share_responses
 from megatron_sr1.training.response_kl import response_kl
 from megatron_sr1.training.step_rollouts import StepRollouts
+from megatron_sr1.training.token_measures import TokenWriter
 from megatron_sr1.types import DrawnPrompts, LogProbs, OldLogprobs, Scoring
 
 NUM_COMPARED = 8  # groups whose log-probs are compared before a first step
@@ -43,8 +44,13 @@ class NoTrainer:
 class Trainer:
     """Trains a policy on scored rollouts."""
 
-    def __init__(self, config: Config, policy: Policy, preset: Preset, processor: Processor) -> None:
+    def __init__(
+        self, config: Config, policy: Policy, preset: Preset, processor: Processor, tokens: TokenWriter | None = None
+    ) -> None:
         """
+        Args:
+            tokens: takes what is measured of each token.
+
         Raises:
             ConfigError: see `Batcher`.
         """
@@ -55,6 +61,7 @@ class Trainer:
         self._max_logprob_gap = max_logprob_gap(config, policy.platform.on_cpu)
         self._contrasts = ContrastScorer(policy, preset, self._scoring)
         self._batcher = Batcher(config, processor, policy.replicas, policy.platform.device)
+        self._tokens = tokens or TokenWriter.nothing()
         ranks, self._replica = policy.platform.ranks, policy.replicas.rank
         self._payload = Payload(ranks, ranks.gather([self._replica]))
 
@@ -65,8 +72,10 @@ class Trainer:
         Raises:
             ValueError: trainer and generator are too far apart, see `check_logprob_gap`; see `_whose`.
             RewardError: so many groups were skipped that a replica has none; before the first step.
+            OSError: what is measured of tokens cannot be written.
         """
         self._policy.return_to_device()
+        self._tokens.begin(rollouts.step)
         ledger, places = rollouts.trained
         shares = list(self._shares(places))
         rows = [self._rows(ledger.of(share), rollouts) for share in shares]
@@ -102,15 +111,18 @@ class Trainer:
             before = old[number] if needs_old else None  # of the only step the policy's present ones
             same = number == 0 or whose == "trainer"
             compared = held if theirs is not None else None
-            loss = PolicyLoss(batch, before, compared, preset, objective, measures_gap=same, contrast=terms)
+            how = {"measures_gap": same, "keeps_tokens": self._tokens.writes}
+            loss = PolicyLoss(batch, before, compared, preset, objective, **how, contrast=terms)
             trained = batch.micro_batches if terms is None else [*terms.own_batches, *terms.micro_batches]
             result = with_means(self._policy.train_step(trained, loss, self._scoring))
+            self._tokens.take(row, ledger.of(share), loss.measured)
             result = self._with_culprits(result, row, ledger.of(share), rollouts.prompts.keys)
             result = replace(result, culprits=(*result.culprits, *_named(bad, ledger, rollouts.prompts.keys)))
             result = self._with_schedules(result, rollouts.step)
             results.append(self._with_penalties(result, preset, None if kl is None else kl[:, self._rollouts(share)]))
             if same and not result.skipped:
-                check_logprob_gap(result.metrics, self._max_logprob_gap)
+                self._check_gap(result, rollouts.step)
+        self._tokens.write(rollouts.step)
         return results
 
     def compare(self, rollouts: StepRollouts) -> dict[str, float] | None:
@@ -140,6 +152,14 @@ class Trainer:
     def most_gap(self) -> float:
         """Of `logprob_gap`: nats a token, see `max_logprob_gap`."""
         return self._max_logprob_gap
+
+    def _check_gap(self, result: StepResult, step: int) -> None:
+        """See `check_logprob_gap`; what is measured of tokens is there to look at where it raises."""
+        try:
+            check_logprob_gap(result.metrics, self._max_logprob_gap)
+        except ValueError:
+            self._tokens.write(step)
+            raise
 
     def _advantages(
         self, ledger: StepLedger, preset: Preset, kl: Tensor | None, earned: Tensor | None

@@ -119,7 +119,9 @@ class Chains:
 
 
 def _rollouts(folder: Path) -> list[object]:
-    return [_untimed(step_lines(path)) for path in steps_in(folder / "rollouts")]
+    rollouts = folder / "rollouts"
+    measured = {path.name: path.read_bytes() for path in rollouts.glob("*.tokens.*")}
+    return [measured, *(_untimed(step_lines(path)) for path in steps_in(rollouts))]
 
 
 def _untimed(value: Any) -> Any:

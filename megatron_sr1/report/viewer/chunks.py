@@ -16,7 +16,7 @@ from typing import Any
 from megatron_sr1.report.viewer.filters import as_float, mean_of
 from megatron_sr1.report.viewer.folder import ChunkFolder
 from megatron_sr1.report.viewer.names import reward_name
-from megatron_sr1.report.viewer.shown import FILTERS, RunToShow, SetToShow, ShownGroup, ShownResponse, ShownSample
+from megatron_sr1.report.viewer.shown import FILTERS, GAP, RunToShow, SetToShow, ShownGroup, ShownResponse, ShownSample
 
 CHUNK_SAMPLES = 64  # of a chunk of details, unless a group has more
 NUM_BUCKETS = 64
@@ -41,7 +41,16 @@ def write_run(run: RunToShow, number: int, folder: ChunkFolder) -> dict[str, Any
 
 def _write_set(shown: SetToShow, name: str, folder: ChunkFolder, buckets: _Buckets, place: int) -> dict[str, Any]:
     told: dict[str, Any] = {"name": shown.name, "title": shown.title, "kind": shown.kind, "step": shown.step}
-    told |= {"chunk": name, "samples": 0, "groups": 0, "streams": [], "absent": {}, "notes": [], "problem": ""}
+    told |= {
+        "chunk": name,
+        "samples": 0,
+        "groups": 0,
+        "streams": [],
+        "absent": {},
+        "notes": [],
+        "problem": "",
+        "measures": {},
+    }
     table = _Table()
     try:
         found = shown.make()
@@ -65,6 +74,8 @@ def _write_set(shown: SetToShow, name: str, folder: ChunkFolder, buckets: _Bucke
         "notes": list(found.notes),
         "rewards": rewards,
         "counts": table.counts(),
+        "measures": dict(found.measures),
+        "strongest": {name: _rounded(value) for name, value in table.strongest.items()},
     }
 
 
@@ -95,6 +106,8 @@ class _Table:
         self.samples: dict[str, list[Any]] = {name: [] for name in ("group", "sample", "filters", "tokens", "surprise")}
         self.rewards: dict[str, list[Any]] = {}
         self.advantages: dict[str, list[Any]] = {}
+        self.measures: dict[str, list[Any]] = {}
+        self.strongest: dict[str, float] = {}  # of what is measured of tokens
         self.num_samples = 0
 
     def add(self, group: ShownGroup, chunk: int) -> None:
@@ -115,12 +128,29 @@ class _Table:
         for column, value in zip(self.samples.values(), values, strict=True):
             column.append(value)
         means = {name: mean_of(value) for name, value in sample.rewards.items()}
-        for columns, found in ((self.rewards, means), (self.advantages, sample.advantages)):
+        parts = ((self.rewards, means), (self.advantages, sample.advantages), (self.measures, self._measured(sample)))
+        for columns, found in parts:
             for name in (*columns, *(name for name in found if name not in columns)):
                 column = columns.setdefault(name, [None] * self.num_samples)
                 value = found.get(name)
                 column.append(value if value is None else _rounded(value))
         self.num_samples += 1
+
+    def _measured(self, sample: ShownSample) -> dict[str, float]:
+        """Of a sample: of log-prob gaps the largest of a token, of others the mean of the first response."""
+        found: dict[str, float] = {}
+        gaps: list[float] = []
+        for place, response in enumerate(sample.responses):
+            for name, values in response.measures.items():
+                sizes = [abs(value) for value in values]
+                self.strongest[name] = max([self.strongest.get(name, 0.0), *filter(math.isfinite, sizes)])
+                if name == GAP:
+                    gaps += sizes
+                elif place == 0 and values:
+                    found[name] = mean_of(values)
+        if gaps:
+            found[GAP] = max(gaps) if all(map(math.isfinite, gaps)) else math.nan
+        return found
 
     def counts(self) -> dict[str, int]:
         """Of samples, by filter."""
@@ -128,7 +158,11 @@ class _Table:
 
     def fields(self) -> dict[str, Any]:
         """As the page reads them."""
-        return {"groups": self.groups, **self.samples, "rewards": self.rewards, "advantages": self.advantages}
+        return {
+            "groups": self.groups,
+            **self.samples,
+            **{name: getattr(self, name) for name in ("rewards", "advantages", "measures")},
+        }
 
 
 class _Buckets:
@@ -209,11 +243,13 @@ def _sample_fields(sample: ShownSample) -> dict[str, Any]:
 def _response_fields(response: ShownResponse) -> dict[str, Any]:
     """Without what is not known; of one with tokens the text is left out, which is theirs. Offsets are those of
     JavaScript, which counts what is beyond 16 bits twice."""
-    fields = {name: value for name, value in vars(response).items() if value is not None and value != ()}
+    fields = {name: value for name, value in vars(response).items() if value is not None and value not in ((), {})}
     if response.tokens is not None:
         del fields["text"]
     if response.surprise is not None:
         fields["surprise"] = [_rounded(value) for value in response.surprise]
+    if response.measures:
+        fields["measures"] = {name: [_rounded(one) for one in values] for name, values in response.measures.items()}
     if response.blocks and not response.text.isascii():
         fields["blocks"] = [
             (name, _utf16(response.text[:start]), _utf16(response.text[:end])) for name, start, end in response.blocks

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-ADVANTAGE, SURPRISE = "advantage", "surprise"  # of tokens: what colours them
-GAP, ENTROPY, DEPENDENCY = "gap", "entropy", "dependency"
+GAP = "gap"  # of tokens, trainer - generator in nats; its largest finds a sample, not its mean
 
 FILTERS: Mapping[str, tuple[str, str]] = {  # bit by bit, in this order -> (title, meaning)
     "shortcut": ("right answer, wrong description", "the first answer is right, and the description alone misleads"),
@@ -19,8 +18,8 @@ FILTERS: Mapping[str, tuple[str, str]] = {  # bit by bit, in this order -> (titl
     "dead": ("dead group", "every sample of the prompt has advantage 0 in every stream that has a weight"),
     "undescribed": ("no description", "the first pass was asked to describe, and has no description to read from"),
     "dropped": ("not trained on", "dynamic sampling has dropped the group"),
-    "not_finite": ("not finite", "a reward, an advantage or a log-prob is no finite number"),
-    "gap": ("high log-prob gap", "trainer and generator disagree about a token"),
+    "not_finite": ("not finite", "a reward, an advantage or a measure of a token is no finite number"),
+    "gap": ("high log-prob gap", "a token is at least twice as likely by the trainer as by the generator, or half"),
 }
 
 
@@ -47,6 +46,7 @@ class ShownResponse:
     num_tokens: int | None  # None: an endpoint has answered, or it was not saved
     tokens: tuple[str, ...] | None = None  # None: they cannot be told apart
     surprise: tuple[float, ...] | None = None  # -log p of each token by the generator, nats
+    measures: Mapping[str, Sequence[float]] = field(default_factory=dict)  # what training has measured, one a token
     streams: tuple[int, ...] | None = None  # of each token: bit s is set where stream s credits it
     advantages: tuple[float | None, ...] = ()  # by stream, of this response
     blocks: tuple[tuple[str, int, int], ...] = ()  # name, [start, end) in characters of `text`
@@ -92,6 +92,7 @@ class ShownSet:
     absent: Mapping[str, str]  # measures of tokens and filters that are not known here -> why
     notes: tuple[str, ...]  # in sentences
     groups: Iterable[ShownGroup]  # gone through once
+    measures: Mapping[str, str] = field(default_factory=dict)  # what training has measured of tokens -> its title
 
 
 @dataclass(frozen=True)

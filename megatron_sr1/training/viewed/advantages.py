@@ -21,9 +21,8 @@ from megatron_sr1.training.ledger import slots_of
 from megatron_sr1.training.live_groups import live_groups, step_advantages
 from megatron_sr1.training.recorder import stream_masks
 from megatron_sr1.training.saved_step import SavedStep
-from megatron_sr1.types import PassName, RewardStream
-
-ResponseName = tuple[int, int, PassName, int]  # group, sample, pass, number among its samples
+from megatron_sr1.training.token_measures import ResponseName
+from megatron_sr1.types import RewardStream
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def saved_advantages(run: Path, number: int, config: Config, preset: Preset, pro
     apart = (means[weighted] > 0).any(0) & (means[weighted] < 0).any(0)  # [B]
     numbers = rollouts.ledger.number.tolist()
     masks = {
-        (group, sample, slot.pass_name, slot.number): tuple(_bits(stream_masks(track, len(streams))))
+        ResponseName(group, sample, slot.pass_name, slot.number): tuple(_bits(stream_masks(track, len(streams))))
         for group, tracks in rollouts.tracks.items()
         for (sample, place), track in tracks.items()
         for slot in [slots_of(preset)[place]]
@@ -83,7 +82,7 @@ def saved_advantages(run: Path, number: int, config: Config, preset: Preset, pro
         streams,
         {sample: _values(means[:, index], streams) for index, sample in enumerate(samples)},
         {
-            (*sample, slot.pass_name, slot.number): _values(advantages[:, index, slot.number], streams)
+            ResponseName(*sample, slot.pass_name, slot.number): _values(advantages[:, index, slot.number], streams)
             for index, sample in enumerate(samples)
             for slot in slots_of(preset)
             if slot.scored

@@ -28,8 +28,10 @@ from megatron_sr1.report.viewer.shown import (
 )
 from megatron_sr1.streams import Preset, preset_of
 from megatron_sr1.training.rollout_files import PLACE, TORN, file_lines, rollouts_file, step_files
+from megatron_sr1.training.token_measures import GAP, ResponseName
 from megatron_sr1.training.viewed.advantages import StepAdvantages, saved_advantages
 from megatron_sr1.training.viewed.configs import StepConfigs
+from megatron_sr1.training.viewed.measures import StepMeasures, saved_measures
 
 _TOLD_SKIPPED = 20
 _SAMPLE: Mapping[str, tuple[type, ...]] = {
@@ -45,13 +47,7 @@ _ELEMENTS: Mapping[str, tuple[type, ...]] = {
 }
 _READING: Mapping[str, tuple[type, ...]] = {"pass_name": (str,), "number": (int,), "rollout": (dict,)}
 ODD = (TypeError, KeyError, AttributeError, IndexError, OverflowError)  # of a line with other fields, or odd values
-_NOT_SAVED = "rollouts are saved with the generator's log-probs alone; the mean of the step is {} in the curves"
-ALWAYS_ABSENT: Mapping[str, str] = {
-    "gap": _NOT_SAVED.format("logprob_gap"),
-    "entropy": _NOT_SAVED.format("entropy"),
-    "dependency": "what a contrast measures is not saved with rollouts; where the objective has one, its means by "
-    "segment are dependency/... in the metrics",
-}
+_APART = math.log(2.0)  # nats: the log-prob gap of a token that one of trainer and generator finds twice as likely
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,8 @@ class StepReader:
             if wrong := wrong_field(line):
                 raise ValueError(f"{path}: a sample has no {wrong}, or another thing there. {TORN}")
         samples.sort(key=lambda line: line["group_id"])  # stable: samples keep their order
-        absent, advantages, preset = dict(ALWAYS_ABSENT), None, None
+        absent: dict[str, str] = {}
+        advantages = preset = None
         try:
             preset = preset_of(self.configs.of(step)).at(step)
             advantages = self._advantages(step, self.configs.of(step), preset)
@@ -91,14 +88,16 @@ class StepReader:
             absent |= dict.fromkeys(("advantage", "opposite", "dead"), str(error))
             if preset is None:  # nor whether descriptions were asked for
                 absent |= dict.fromkeys(("shortcut", "leak", "undescribed"), str(error))
+        measures = saved_measures(path.parent, step, samples, preset)
+        absent |= measures.absent
         if isinstance(self.tokenizer, str):
             absent["surprise"] = self.tokenizer
         if not any("rounds" in line for line in lines):
             absent["dropped"] = "without dynamic sampling every group that is graded is trained on"
-        groups = _Groups(self, path, preset, advantages)
+        groups = _Groups(self, path, preset, advantages, measures)
         streams = () if advantages is None else advantages.streams
         notes = (*([self.told[step]] if step in self.told else []), *_notes(lines))
-        return ShownSet(streams, absent, notes, groups.of(samples))
+        return ShownSet(streams, absent, notes, groups.of(samples), measures.titles)
 
     def _advantages(self, step: int, config: Config, preset: Preset) -> StepAdvantages:
         if isinstance(self.tokenizer, str):
@@ -151,9 +150,15 @@ class _Groups:
     """From lines to groups."""
 
     def __init__(
-        self, reader: StepReader, path: Path, preset: Preset | None, advantages: StepAdvantages | None
+        self,
+        reader: StepReader,
+        path: Path,
+        preset: Preset | None,
+        advantages: StepAdvantages | None,
+        measures: StepMeasures,
     ) -> None:
         self._reader, self._path, self._preset, self._advantages = reader, path, preset, advantages
+        self._measures = measures.of_responses
         self._tokenizer = None if isinstance(reader.tokenizer, str) else reader.tokenizer
 
     def of(self, lines: Sequence[Mapping[str, Any]]) -> Iterator[ShownGroup]:
@@ -194,7 +199,8 @@ class _Groups:
         described = has_images and self._preset is not None and self._preset.described
         cut = bool(line.get("description_cut")) or any(response.cut for response in responses)
         filters = set(filters_of(rewards, line["description"], described=described, cut=cut))
-        surprise = [value for response in responses for value in response.surprise or ()]
+        numbers = [value for response in responses for value in response.surprise or ()]
+        numbers += [value for response in responses for values in response.measures.values() for value in values]
         advantages: dict[str, float | None] = {}
         if self._advantages is not None:
             own = self._advantages
@@ -206,7 +212,10 @@ class _Groups:
         if PLACE in line and line[PLACE] is None:
             filters.add("dropped")
         known = [value for value in advantages.values() if value is not None]
-        if not all(map(math.isfinite, [*surprise, *known])):
+        gaps = [abs(value) for response in responses for value in response.measures.get(GAP, ())]
+        if max(gaps, default=0.0) >= _APART:
+            filters.add("gap")
+        if not all(map(math.isfinite, [*numbers, *known])):
             filters.add("not_finite")
         facts = {"image": "drawn from a noisy copy"} if line.get("distorted") else {}
         return ShownSample(number, responses, line["description"], rewards, advantages, frozenset(filters), facts)
@@ -215,17 +224,18 @@ class _Groups:
         sample, rewards = line["sample"], line["rewards"]
         right = says_yes(rewards["acc"]) if "acc" in rewards else None
         template = self._first_template(has_images)
-        yield self._response((group, sample, "first", 0), line["first"], template, right=right)
+        yield self._response(ResponseName(group, sample, "first", 0), line["first"], template, right=right)
         if line["second"] is not None:
             right = _right_of("second", 0, rewards)
             told = {"right": right, "context": line["description"]}
-            yield self._response((group, sample, "second", 0), line["second"], self._later_template("second"), **told)
+            place = ResponseName(group, sample, "second", 0)
+            yield self._response(place, line["second"], self._later_template("second"), **told)
         for reading in line.get("further", ()):
             name, number = reading["pass_name"], reading["number"]
             told = {"right": _right_of(name, number, rewards), "context": reading.get("context")}
             if question := reading.get("question"):
                 told["question"] = (question["problem"], question["answer"])
-            place = (group, sample, name, number)
+            place = ResponseName(group, sample, name, number)
             yield self._response(place, reading["rollout"], self._later_template(name), **told)
 
     def _first_template(self, has_images: bool) -> Template | None:
@@ -239,7 +249,7 @@ class _Groups:
         return self._preset.template_of(name)
 
     def _response(
-        self, place: tuple[int, int, str, int], fields: Mapping[str, Any], template: Template | None, **more: Any
+        self, place: ResponseName, fields: Mapping[str, Any], template: Template | None, **more: Any
     ) -> ShownResponse:
         text, ids, logprobs = fields["response_text"], fields["response_ids"], fields["generator_logprobs"]
         tokens = self._tokens(ids, text)
@@ -250,14 +260,15 @@ class _Groups:
                 known["surprise"] = tuple(-value if value else 0.0 for value in logprobs)
             if self._advantages is not None and place in self._advantages.masks:
                 known["streams"] = self._advantages.masks[place]
+        known["measures"] = self._measures.get(place, {})
         if self._advantages is not None:
             known["advantages"] = self._advantages.of_responses.get(place, ())
         count = len(ids) if ids else None
         whole = text if tokens is None else "".join(tokens)
         facts = _facts(fields)
         return ShownResponse(
-            place[2],
-            place[3],
+            place.pass_name,
+            place.number,
             whole,
             fields["finish_reason"] == "length",
             count,

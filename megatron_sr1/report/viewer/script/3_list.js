@@ -27,6 +27,11 @@ function sortKeys(sets) {
   }
   found.set("tokens", "length of the first response");
   if (sets.some((set) => !("surprise" in set.absent))) found.set("surprise", "mean surprise of the first response");
+  for (const set of sets) {
+    for (const [name, title] of Object.entries(set.measures || {})) {
+      found.set(`measure:${name}`, name === "gap" ? "largest log-prob gap of a token" : `mean ${title} of the first response`);
+    }
+  }
   return found;
 }
 
@@ -34,6 +39,7 @@ function sortValue(row, key) {
   const [kind, name] = key.split(/:(.*)/s);
   if (kind === "reward") return row.table.rewards[name]?.[row.index] ?? null;
   if (kind === "advantage") return row.table.advantages[name]?.[row.index] ?? null;
+  if (kind === "measure") return row.table.measures[name]?.[row.index] ?? null;
   return row.table[kind]?.[row.index] ?? null;
 }
 
@@ -103,7 +109,7 @@ function rowMarks(row) {
 function rowFlags(row) {
   const marks = [];
   const bits = row.table.filters[row.index];
-  const short = { leak: "leak", cut: "cut", opposite: "±", dead: "dead", dropped: "dropped", not_finite: "NaN" };
+  const short = { leak: "leak", cut: "cut", opposite: "±", dead: "dead", dropped: "dropped", not_finite: "NaN", gap: "gap" };
   for (const filter of INDEX.filters) {
     if (bits & filter.bit && short[filter.name]) marks.push(el("span", { class: "mark flag", text: short[filter.name], title: `${filter.title}: ${filter.meaning}` }));
   }

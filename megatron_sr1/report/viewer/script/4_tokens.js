@@ -14,8 +14,10 @@ function colours(set) {
     found.push({ name: "advantage", title: "advantage, all streams by their loss weights", why: unknown, kind: "sum" });
   }
   if ("advantage" in absent) found.push({ name: "advantage", title: INDEX.measures.advantage, why: absent.advantage });
-  for (const name of ["surprise", "gap", "entropy", "dependency"]) {
-    found.push({ name, title: INDEX.measures[name], why: absent[name], kind: name });
+  found.push({ name: "surprise", title: INDEX.measures.surprise, why: absent.surprise, kind: "surprise" });
+  for (const [name, title] of Object.entries(set.measures || {})) found.push({ name, title, kind: "measured" });
+  for (const name of ["gap", "entropy", "dependency"]) {
+    if (name in absent) found.push({ name, title: INDEX.measures[name], why: absent[name] });
   }
   return found;
 }
@@ -23,6 +25,7 @@ function colours(set) {
 // value of one token; null: no such stream credits it, or it is not known
 function tokenValue(response, place, colour, set) {
   if (colour.kind === "surprise") return response.surprise?.[place] ?? null;
+  if (colour.kind === "measured") return response.measures?.[colour.name]?.[place] ?? null;
   if (!response.streams || !response.advantages) return null;
   const bits = response.streams[place];
   if (colour.kind === "advantage") return bits & (1 << colour.place) ? (response.advantages[colour.place] ?? null) : null;
@@ -37,9 +40,10 @@ function tokenValue(response, place, colour, set) {
   return sum;
 }
 
-// the largest advantage of the set, so that colours of its samples compare
+// the largest of the set, so that colours of its samples compare
 function strongest(colour, set, table) {
   if (colour.kind === "surprise") return FULL_SURPRISE;
+  if (colour.kind === "measured") return set.strongest?.[colour.name] || 1;
   const names = colour.kind === "advantage" ? [set.streams[colour.place].name] : set.streams.map((stream) => stream.name);
   let most = 0;
   for (const name of names) {
@@ -47,6 +51,9 @@ function strongest(colour, set, table) {
   }
   return most || 1;
 }
+
+// what is never below 0 has one colour
+const isHeat = (colour) => colour.kind === "surprise" || colour.name === "entropy";
 
 function paint(node, value, colour, most) {
   if (value === null || value === undefined) {
@@ -57,7 +64,7 @@ function paint(node, value, colour, most) {
     node.className = "token broken";
     return;
   }
-  const kind = colour.kind === "surprise" ? "heat" : value > 0 ? "gain" : value < 0 ? "loss" : "zero";
+  const kind = isHeat(colour) ? "heat" : value > 0 ? "gain" : value < 0 ? "loss" : "zero";
   node.className = `token ${kind}`;
   const share = Math.min(1, Math.abs(value) / most);
   if (value !== 0) node.style.setProperty("--strength", `${Math.round(10 + 60 * share)}%`);
@@ -66,6 +73,9 @@ function paint(node, value, colour, most) {
 function tokenTitle(response, place, set) {
   const parts = [`token ${place + 1} of ${response.tokens.length}: ${JSON.stringify(response.tokens[place])}`];
   if (response.surprise) parts.push(`surprise ${shown(response.surprise[place])} nats`);
+  for (const [name, title] of Object.entries(set.measures || {})) {
+    if (response.measures?.[name]) parts.push(`${title} ${shown(response.measures[name][place], name !== "entropy")} nats`);
+  }
   for (const [index, stream] of (set.streams || []).entries()) {
     if (response.streams && response.streams[place] & (1 << index)) parts.push(`${stream.name}: advantage ${shown(response.advantages?.[index], true)}`);
   }
@@ -128,6 +138,11 @@ function legend(colour, most) {
     return span;
   };
   if (colour.kind === "surprise") node.append(swatch("heat", "10%", "0"), swatch("heat", "40%", String(FULL_SURPRISE / 2)), swatch("heat", "70%", `${FULL_SURPRISE} nats and more`));
-  else node.append(swatch("loss", "70%", shown(-most)), swatch("zero", "0%", "0"), swatch("gain", "70%", shown(most, true)), el("span", { class: "token uncredited", text: colour.kind === "sum" ? "no stream credits it" : "the stream does not credit it" }));
+  else if (isHeat(colour)) node.append(swatch("heat", "10%", "0"), swatch("heat", "70%", `${shown(most)} nats`));
+  else {
+    const unit = colour.kind === "measured" ? " nats" : "";
+    const none = { sum: "no stream credits it", advantage: "the stream does not credit it" }[colour.kind] || "it was not measured";
+    node.append(swatch("loss", "70%", shown(-most) + unit), swatch("zero", "0%", "0"), swatch("gain", "70%", shown(most, true) + unit), el("span", { class: "token uncredited", text: none }));
+  }
   return node;
 }

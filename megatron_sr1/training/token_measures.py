@@ -1,0 +1,203 @@
+"""What the training of a step measures of each token, beside the step's rollouts, for whoever looks at them: nothing is
+trained from it.
+
+Each replica writes the responses that it trains, step_000007.tokens.0-of-2.npz and step_000007.tokens.1-of-2.npz. A
+measure is a 16-bit float a token.
+
+Shape legend: R scored tokens of a row, r responses of a replica, T response tokens of all of these.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_sr1.packing import gather_rows
+from megatron_sr1.policy import Policy
+from megatron_sr1.streams import Preset
+from megatron_sr1.training.batches import StreamRows
+from megatron_sr1.training.ledger import Slot, StepLedger, slots_of
+
+GAP, ENTROPY, DEPENDENCY = "gap", "entropy", "dependency/"  # the last with the name of a contrast
+Measured = Mapping[str, tuple[Tensor, Tensor]]  # of a row, by name: [R] values, and [R] bool: whether they are known
+_PART = re.compile(r"\.tokens\.(\d+)-of-(\d+)\.npz$")
+_LARGEST = float(np.finfo(np.float16).max)
+_KNOWN, _VALUE = "known/", "value/"  # of arrays in a file: [r] bool, and values [T] of the responses that have them
+_UNREADABLE = (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, EOFError)
+
+
+class ResponseName(NamedTuple):
+    """A response of a step."""
+
+    group: int
+    sample: int
+    pass_name: str
+    number: int  # among the samples of its pass
+
+
+@dataclass(frozen=True)
+class TokenMeasures:
+    """Of one response."""
+
+    ids: int  # `digest_of` its tokens
+    values: Mapping[str, Sequence[float]]  # by name, one a token; those alone that are known
+
+
+class TokenWriter:
+    """Of one rank, for a run."""
+
+    def __init__(
+        self, folder: Path, slots: Sequence[Slot], replica: int, num_replicas: int, *, writes: bool, removes: bool
+    ) -> None:
+        """
+        Args:
+            folder: of the rollouts.
+            slots: see `slots_of`.
+            writes: whether the rank is the one that writes for its replica, of those that have the scores.
+            removes: whether it removes what is there of a step.
+        """
+        self._folder, self._slots = folder, slots
+        self._part = (replica, num_replicas)
+        self.writes, self._removes = writes, removes
+        self._taken: list[_Response] = []
+
+    @classmethod
+    def of(cls, folder: Path, policy: Policy, preset: Preset) -> TokenWriter:
+        """Of this rank: of those that have the scores of a replica, the first writes."""
+        groups, replicas = policy.groups, policy.replicas
+        writes = groups.is_last_stage and groups.tensor_context.rank() == 0
+        place = (folder, slots_of(preset), replicas.rank, replicas.num_ranks)
+        return cls(*place, writes=writes, removes=policy.platform.is_main)
+
+    @classmethod
+    def nothing(cls) -> TokenWriter:
+        """One that leaves everything as it is."""
+        return cls(Path(), (), 0, 1, writes=False, removes=False)
+
+    def begin(self, step: int) -> None:
+        """Before any rank writes: all must meet in between."""
+        self._taken = []
+        if self._removes:
+            remove_tokens(self._folder, step)
+
+    def take(self, rows: StreamRows, ledger: StepLedger, measured: Mapping[int, Measured]) -> None:
+        """What an optimizer step has measured.
+
+        Args:
+            ledger: that the rows are of.
+            measured: by micro-batch; {} where another rank has them.
+        """
+        if not self.writes or not measured:
+            return
+        batches, count = rows.micro_batches, rows.num_responses
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {}  # by name, of each response
+        for name in measured[0]:
+            pairs = [measured[index][name] for index in range(len(batches))]
+            values = gather_rows([_half(value) for value, _ in pairs], batches, count)
+            known = gather_rows([has.cpu() for _, has in pairs], batches, count)
+            found[name] = list(zip(values, known, strict=True))
+        ids = gather_rows([batch.targets.cpu() for batch in batches], batches, count)
+        numbers = ledger.number.tolist()
+        for index, (group, sample, place) in enumerate(rows.share):
+            slot = self._slots[place]
+            name = ResponseName(numbers[group], sample, slot.pass_name, slot.number)
+            own = {key: pairs[index][0] for key, pairs in found.items() if pairs[index][1].any()}
+            self._taken.append(_Response(name, ids[index].tolist(), own))
+
+    def write(self, step: int) -> None:
+        """The file of the step, whole or not there. Raises OSError where it cannot be written."""
+        taken, self._taken = self._taken, []
+        if not taken:
+            return
+        columns = zip(*(one.name for one in taken), strict=True)
+        arrays: dict[str, Any] = {
+            name: np.array(column) for name, column in zip(ResponseName._fields, columns, strict=True)
+        }
+        arrays["length"] = np.array([len(one.ids) for one in taken])
+        arrays["ids"] = np.array([digest_of(one.ids) for one in taken])
+        for name in sorted({name for one in taken for name in one.values}):
+            arrays[_KNOWN + name] = np.array([name in one.values for one in taken])
+            arrays[_VALUE + name] = torch.cat([one.values[name] for one in taken if name in one.values]).numpy()
+        replica, of = self._part
+        target = self._folder / f"{_stem(step)}{replica}-of-{of}.npz"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{target.name}.tmp")
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, target)
+
+
+@dataclass(frozen=True)
+class _Response:
+    name: ResponseName
+    ids: Sequence[int]
+    values: Mapping[str, Tensor]  # [n] float16 on the CPU
+
+
+def read_tokens(folder: Path, step: int) -> dict[ResponseName, TokenMeasures]:
+    """Of all responses of a step that were trained; {} where nothing was saved.
+
+    Raises:
+        ValueError: a part is missing or damaged.
+    """
+    parts = {file: _PART.search(file.name) for file in sorted(folder.glob(f"{_stem(step)}*.npz"))}
+    places = [(int(found[1]), int(found[2])) for found in parts.values() if found is not None]
+    if sorted(places) != [(number, len(places)) for number in range(len(places))]:
+        raise ValueError(f"{folder}/{_stem(step)}*.npz: of its parts some are missing, or others' are among them.")
+    found: dict[ResponseName, TokenMeasures] = {}
+    for file in parts:
+        try:
+            found |= _read(file)
+        except _UNREADABLE as error:
+            raise ValueError(f"{file}: it is damaged ({error}).") from error
+    return found
+
+
+def _read(file: Path) -> Iterator[tuple[ResponseName, TokenMeasures]]:
+    with np.load(file, allow_pickle=False) as arrays:
+        columns = {name: arrays[name].tolist() for name in (*ResponseName._fields, "length", "ids")}
+        measured = [name.removeprefix(_KNOWN) for name in arrays.files if name.startswith(_KNOWN)]
+        known = {name: arrays[_KNOWN + name].tolist() for name in measured}
+        values = {name: arrays[_VALUE + name].tolist() for name in measured}
+    place = dict.fromkeys(measured, 0)
+    for index, length in enumerate(columns["length"]):
+        own: dict[str, Sequence[float]] = {}
+        for name in measured:
+            if known[name][index]:
+                own[name] = values[name][place[name] : place[name] + length]
+                place[name] += length
+        response = ResponseName(*(columns[name][index] for name in ResponseName._fields))
+        yield response, TokenMeasures(columns["ids"][index], own)
+    if any(place[name] != len(values[name]) for name in measured):
+        raise ValueError("its lengths do not fit its values")
+
+
+def remove_tokens(folder: Path, step: int) -> None:
+    """Removes what is there of a step, unfinished parts too."""
+    for old in folder.glob(f"{_stem(step)}*"):
+        old.unlink(missing_ok=True)
+
+
+def digest_of(ids: Sequence[int]) -> int:
+    """CRC-32 of the tokens of a response: measures of another draw are not taken for those of this one."""
+    return zlib.crc32(np.array(ids, dtype="<i4").tobytes())
+
+
+def _stem(step: int) -> str:
+    return f"step_{step:06d}.tokens."
+
+
+def _half(values: Tensor) -> Tensor:
+    """On the CPU; what is finite stays finite."""
+    bounded = values.clamp(-_LARGEST, _LARGEST)
+    return torch.where(values.isfinite(), bounded, values).to(device="cpu", dtype=torch.float16)
