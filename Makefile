@@ -160,6 +160,10 @@ test: setup launch-env lint browser ## lint, then every test, about 20 minutes o
 	@echo
 	@echo "Next: make quickstart; CONTRIBUTING.md says how to work here"
 
+.PHONY: test-slow
+test-slow: setup ## what takes minutes a test, of which make test has a shorter form
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
 quickstart: $(TRAINED) ## train a tiny VLM on this machine: data, cold start, self-rewarded GRPO, report
 	@echo "== 4/4 report"
 	$(SR1) report $(RUNS)/quickstart

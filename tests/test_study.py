@@ -79,24 +79,38 @@ def run_here(command: list[str], check: bool) -> subprocess.CompletedProcess[str
     return subprocess.CompletedProcess(command, 0, run_forked(command, folder=Path.cwd()))
 
 
-def test_the_short_form_runs_whole_and_is_done_when_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(tmp_path)
+def short_form(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the short form has run, but for the costs."""
+    (folder / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(folder)
     for name, value in (("PYTHONPATH", str(ROOT)), ("OMP_NUM_THREADS", "1")):
         monkeypatch.setenv(name, value)
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"^0$"):
         patch.setattr(study, "subprocess", SimpleNamespace(run=run_here))
         study.main(["--short", "--no-costs"])
-    folder = tmp_path / SHORT.folder
+    return folder / SHORT.folder
+
+
+def test_the_short_form_runs_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = short_form(tmp_path, monkeypatch)
     sweep_runs = sorted(path.name for path in (folder / "runs").iterdir() if path.is_dir())
     assert sweep_runs == ["caprl-seed1", "pgpo-seed1", "see_think-seed1"]
-    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     for name in sweep_runs:
         assert "dependency_auc" in json.loads((folder / "runs" / name / "measures.json").read_text())
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.study", "--short"]  # goes on with the costs alone
+    tree = json.loads((folder / "runs" / "sweep.json").read_text())
+    lines = (folder / "study.md").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("| pgpo | 1 |"))
+    assert f"{100 * tree[1]['after']['accuracy']['mean']:.1f}" in line
+
+
+@pytest.mark.slow
+def test_run_again_it_goes_on_with_the_costs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of which is that of a real server of the reader."""
+    folder = short_form(tmp_path, monkeypatch)
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.study", "--short"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    text = done.stdout
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == written
     costs = json.loads((folder / "costs.json").read_text())
     assert list(costs) == ["see_think", "pgpo", "caprl", "external_reasoner"]
@@ -104,7 +118,4 @@ def test_the_short_form_runs_whole_and_is_done_when_run_again(tmp_path: Path, mo
         assert all(one["seconds"] > 0 and one["cpu_seconds"] > 0 and one["memory"] > 100 for one in each)
     alone, served = costs["see_think"][0], costs["external_reasoner"][0]
     assert served["processes"] >= alone["processes"] + 3 and served["memory"] > alone["memory"] + 100
-    assert text.endswith((folder / "study.md").read_text() + "\n") and "| external_reasoner |" in text
-    tree = json.loads((folder / "runs" / "sweep.json").read_text())
-    line = next(line for line in text.splitlines() if line.startswith("| pgpo | 1 |"))
-    assert f"{100 * tree[1]['after']['accuracy']['mean']:.1f}" in line
+    assert done.stdout.endswith((folder / "study.md").read_text() + "\n") and "| external_reasoner |" in done.stdout
