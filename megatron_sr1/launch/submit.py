@@ -20,6 +20,7 @@ from megatron_sr1.launch.executors import docker_executor, local_executor, slurm
 from megatron_sr1.launch.experiment import Experiment
 from megatron_sr1.launch.script import STOPPED_MARK, local_script, slurm_script
 from megatron_sr1.launch.settings import LaunchSettings
+from megatron_sr1.signals import handled
 
 if TYPE_CHECKING:
     import nemo_run  # pyright: ignore[reportMissingImports]
@@ -122,12 +123,8 @@ def _passing_on_signals(marks: Path) -> Iterator[None]:
             with suppress(ProcessLookupError, FileNotFoundError):  # it has just ended
                 os.killpg(int(file.read_text()), passed_on)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with handled((signal.SIGTERM, signal.SIGINT), receive):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _check_slurm(follow: bool) -> None:

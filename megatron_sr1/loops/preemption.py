@@ -16,6 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 from megatron_sr1.platform import STOP_SIGNALS, STOPPED_STATUS, Platform
+from megatron_sr1.signals import handled
 
 
 class StopRequest:
@@ -54,9 +55,5 @@ def watch_for_stop(platform: Platform) -> Iterator[StopRequest]:
     """Takes the stop signals of this process while it lasts. Before and after it they end the process: there is nothing
     to save. Call it in the main thread."""
     request = StopRequest(platform)
-    before = {number: signal.signal(number, request.receive) for number in STOP_SIGNALS}
-    try:
+    with handled(STOP_SIGNALS, request.receive):
         yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -43,6 +43,7 @@ from megatron_sr1.platform.torch_private import job_store
 from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.platform.watchdog import GONE, HUNG_STATUS
 from megatron_sr1.ranks import Element
+from megatron_sr1.signals import handled
 
 STOPPED_STATUS = os.EX_TEMPFAIL  # 75, sysexits.h: "the user is invited to retry"; of a run that was asked to stop
 _OUTSIDE = "asked to stop outside of the steps; the same command goes on from what is saved"
@@ -194,12 +195,8 @@ def _ended_outside_steps() -> Iterator[None]:
             print(_OUTSIDE, flush=True)
         os._exit(STOPPED_STATUS)  # as without a handler: what a library does at its end may wait for other ranks
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
+    with handled((signal.SIGTERM, signal.SIGUSR1), end):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _explain(error: ProcessException, folder: Path, asked: bool) -> None:
@@ -254,12 +251,8 @@ def _passing_on_signals(ranks: torch.multiprocessing.ProcessContext) -> Iterator
             if process.is_alive():
                 os.kill(process.pid, signal.SIGUSR1)
 
-    before = {number: signal.signal(number, receive) for number in STOP_SIGNALS}
-    try:
+    with handled(STOP_SIGNALS, receive):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _run_rank(

@@ -17,6 +17,7 @@ from typing import IO
 
 from megatron_sr1.launch.sweep.file import Sweep, SweepRun
 from megatron_sr1.parent_process import end_with_parent
+from megatron_sr1.signals import handled
 
 STOPPED_STATUS = os.EX_TEMPFAIL  # how a run that was asked to stop, and has saved, ends
 POLL_SECONDS = 0.2
@@ -120,9 +121,5 @@ def _stop_signals(working: Sequence[_Process]) -> Iterator[list[int]]:
         for process in working:
             process.popen.terminate()
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with handled((signal.SIGTERM, signal.SIGINT), receive):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
