@@ -3,9 +3,9 @@
     python -m benchmarks.report_page --rollouts 10000
 
 The run is made here: its prompts are questions about digits, in a shard with their pictures; every rollout has two
-passes, the first of about --tokens tokens, with ids, log-probs and rewards that are drawn. `megatron-sr1 report --step
-all` writes the page in a process of its own; then a headless Chromium opens it, from file:// as a person would. In
-seconds, unless it says otherwise:
+passes, the first of about --tokens tokens, with ids, log-probs, rewards and measures of tokens that are drawn.
+`megatron-sr1 report --step all` writes the page in a process of its own; then a headless Chromium opens it, from
+file:// as a person would. In seconds, unless it says otherwise:
 
     write     the report, all of it: images, tokens, advantages
     cpu       of that, on all cores together
@@ -33,6 +33,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.setting import empty_folder
 from megatron_sr1.config import dump_config, load_config
 from megatron_sr1.data import write_shards
@@ -43,6 +45,7 @@ from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import SEE_THINK
 from megatron_sr1.streams import preset_of
 from megatron_sr1.training.rollout_files import rollouts_file, told_passes
+from megatron_sr1.training.token_measures import ENTROPY, GAP, MeasuredResponse, ResponseName, write_tokens
 from megatron_sr1.types import Prompt
 from tests.browser import MISSING, Browser, addresses, find_browser
 
@@ -69,11 +72,14 @@ def make_run(folder: Path, num_rollouts: int, num_tokens: int) -> Path:
     with (run / "metrics.jsonl").open("w") as metrics:
         for step in range(steps):
             path = rollouts_file(run / "rollouts", step)
+            measured: list[MeasuredResponse] = []
             with gzip.open(path.with_name(f"{path.stem}.0-of-1.jsonl.gz"), "wt", compresslevel=1) as file:
                 for group in range(PER_STEP):
                     prompt = prompts[(step * PER_STEP + group) % len(prompts)]
                     for line in _lines(group, prompt, processor, num_tokens, draw):
                         file.write(json.dumps({**line, **same}) + "\n")
+                        measured += _measured(line)
+            write_tokens(run / "rollouts", step, measured)
             metrics.write(json.dumps({"step": step, "reward/total": draw.random(), "seconds/train": 1.0}) + "\n")
     return run
 
@@ -106,6 +112,14 @@ def _rollout(processor: Processor, text: str, prompt_ids: Sequence[int], draw: r
     return {**made, "generator_logprobs": logprobs, "finish_reason": "stop", "weight_version": 0}
 
 
+def _measured(line: dict[str, Any]) -> Iterator[MeasuredResponse]:
+    for name in ("first", "second"):
+        ids = line[name]["response_ids"]
+        values = {GAP: 0.1 * torch.randn(len(ids)), ENTROPY: torch.rand(len(ids))}
+        halves = {measure: value.to(torch.float16) for measure, value in values.items()}
+        yield MeasuredResponse(ResponseName(line["group_id"], line["sample"], name, 0), ids, halves)
+
+
 def write(run: Path, out: Path) -> tuple[float, float, float]:
     """Seconds, of these on a core, and MiB at most."""
     code = "import resource, sys; from megatron_sr1.cli import main; main(sys.argv[1:]); "
@@ -131,7 +145,7 @@ def look(page: Path, browser: Browser, steps: int) -> dict[str, float]:
     heading = "(document.querySelector('.heading')?.textContent ?? '')"
 
     def viewer() -> None:
-        browser.open(addresses(page, run="run", step=str(steps // 2), colour="surprise"))
+        browser.open(addresses(page, run="run", step=str(steps // 2), colour="gap"))
         browser.wait(is_open)
 
     def other_step() -> None:

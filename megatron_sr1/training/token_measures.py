@@ -69,7 +69,7 @@ class TokenWriter:
         self._folder, self._slots = folder, slots
         self._part = (replica, num_replicas)
         self.writes, self._removes = writes, removes
-        self._taken: list[_Response] = []
+        self._taken: list[MeasuredResponse] = []
 
     @classmethod
     def of(cls, folder: Path, policy: Policy, preset: Preset) -> TokenWriter:
@@ -112,36 +112,48 @@ class TokenWriter:
             slot = self._slots[place]
             name = ResponseName(numbers[group], sample, slot.pass_name, slot.number)
             own = {key: pairs[index][0] for key, pairs in found.items() if pairs[index][1].any()}
-            self._taken.append(_Response(name, ids[index].tolist(), own))
+            self._taken.append(MeasuredResponse(name, ids[index].tolist(), own))
 
     def write(self, step: int) -> None:
-        """The file of the step, whole or not there. Raises OSError where it cannot be written."""
+        """The file of the step; see `write_tokens`."""
         taken, self._taken = self._taken, []
-        if not taken:
-            return
-        columns = zip(*(one.name for one in taken), strict=True)
-        arrays: dict[str, Any] = {
-            name: np.array(column) for name, column in zip(ResponseName._fields, columns, strict=True)
-        }
-        arrays["length"] = np.array([len(one.ids) for one in taken])
-        arrays["ids"] = np.array([digest_of(one.ids) for one in taken])
-        for name in sorted({name for one in taken for name in one.values}):
-            arrays[_KNOWN + name] = np.array([name in one.values for one in taken])
-            arrays[_VALUE + name] = torch.cat([one.values[name] for one in taken if name in one.values]).numpy()
-        replica, of = self._part
-        target = self._folder / f"{_stem(step)}{replica}-of-{of}.npz"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, target)
+        if taken:
+            write_tokens(self._folder, step, taken, *self._part)
 
 
 @dataclass(frozen=True)
-class _Response:
+class MeasuredResponse:
+    """What is written of a response."""
+
     name: ResponseName
     ids: Sequence[int]
-    values: Mapping[str, Tensor]  # [n] float16 on the CPU
+    values: Mapping[str, Tensor]  # by name, [n] float16 on the CPU; those alone that are known
+
+
+def write_tokens(
+    folder: Path, step: int, responses: Sequence[MeasuredResponse], replica: int = 0, num_replicas: int = 1
+) -> None:
+    """The part of a replica, which has some responses: whole, or not there. `read_tokens` gets it back.
+
+    Args:
+        folder: of the rollouts.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    columns = zip(ResponseName._fields, zip(*(one.name for one in responses), strict=True), strict=True)
+    arrays: dict[str, Any] = {name: np.array(column) for name, column in columns}
+    arrays["length"] = np.array([len(one.ids) for one in responses])
+    arrays["ids"] = np.array([digest_of(one.ids) for one in responses])
+    for name in sorted({name for one in responses for name in one.values}):
+        arrays[_KNOWN + name] = np.array([name in one.values for one in responses])
+        arrays[_VALUE + name] = torch.cat([one.values[name] for one in responses if name in one.values]).numpy()
+    target = folder / f"{_stem(step)}{replica}-of-{num_replicas}.npz"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, **arrays)
+    os.replace(temporary, target)
 
 
 def read_tokens(folder: Path, step: int) -> dict[ResponseName, TokenMeasures]:
