@@ -161,7 +161,9 @@ class _Table:
         return {
             "groups": self.groups,
             **self.samples,
-            **{name: getattr(self, name) for name in ("rewards", "advantages", "measures")},
+            "rewards": self.rewards,
+            "advantages": self.advantages,
+            "measures": self.measures,
         }
 
 

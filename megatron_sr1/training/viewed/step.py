@@ -212,8 +212,8 @@ class _Groups:
         if PLACE in line and line[PLACE] is None:
             filters.add("dropped")
         known = [value for value in advantages.values() if value is not None]
-        gaps = [abs(value) for response in responses for value in response.measures.get(GAP, ())]
-        if max(gaps, default=0.0) >= _APART:
+        gaps = (abs(value) for response in responses for value in response.measures.get(GAP, ()))
+        if any(value >= _APART for value in gaps):
             filters.add("gap")
         if not all(map(math.isfinite, [*numbers, *known])):
             filters.add("not_finite")
