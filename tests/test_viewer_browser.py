@@ -106,9 +106,9 @@ def test_tokens_have_colours_and_what_is_not_known_says_why(browser: Browser, pa
     browser.choose("colour", "gap")
     assert kinds(browser) == ["token zero", "token loss", "token gain", *["token zero"] * 3, "token gain"]
     assert browser.value(f"{tokens}.map((node) => node.style.getPropertyValue('--strength'))")[1:3] == ["70%", "40%"]
-    assert browser.texts(".legend .token") == ["-1 nats", "0", "+1 nats", "it was not measured"]
+    assert browser.texts(".legend .token") == ["−1 nats", "0", "+1 nats", "it was not measured"]
     title = browser.value("document.querySelectorAll('.beside .pass .token')[1].title")
-    assert "log-prob gap, trainer − generator -1 nats" in title and "visual dependency, blind -1 nats" in title
+    assert "log-prob gap, trainer − generator −1 nats" in title and "visual dependency, blind −1 nats" in title
     browser.choose("colour", "dependency/blind")
     assert kinds(browser) == ["token loss"] * 7
     browser.choose("colour", "advantage:answer")
@@ -139,7 +139,7 @@ def test_filters_search_and_order(browser: Browser, page: Path) -> None:
     assert browser.texts("#count")[0].startswith(f"{GROUPS} of")
     browser.value("document.getElementById('filter-gap').click()")
     browser.choose("sort", "measure:dependency/blind")
-    assert [name[-1] for name in browser.texts(".row-name")] == ["2"] * GROUPS + ["1"] * GROUPS + ["0"] * GROUPS
+    assert [name[-1] for name in browser.texts(".row-name")] == ["0"] * GROUPS + ["1"] * GROUPS + ["2"] * GROUPS
     browser.choose("sort", "advantage:answer")
     assert [name[-1] for name in browser.texts(".row-name")] == ["1"] * GROUPS + ["2"] * GROUPS + ["0"] * GROUPS
     browser.value("document.getElementById('order').click()")

@@ -46,7 +46,6 @@ class ShownResponse:
     num_tokens: int | None  # None: an endpoint has answered, or it was not saved
     tokens: tuple[str, ...] | None = None  # None: they cannot be told apart
     surprise: tuple[float, ...] | None = None  # -log p of each token by the generator, nats
-    measures: Mapping[str, Sequence[float]] = field(default_factory=dict)  # what training has measured, one a token
     streams: tuple[int, ...] | None = None  # of each token: bit s is set where stream s credits it
     advantages: tuple[float | None, ...] = ()  # by stream, of this response
     blocks: tuple[tuple[str, int, int], ...] = ()  # name, [start, end) in characters of `text`
@@ -54,6 +53,7 @@ class ShownResponse:
     question: tuple[str, str] | None = None  # problem and answer that are not the prompt's own
     right: bool | None = None  # None: it is not known of this response alone
     facts: Mapping[str, str] = field(default_factory=dict)  # whatever else was saved of it
+    measures: Mapping[str, Sequence[float]] = field(default_factory=dict)  # what training has measured, one a token
 
 
 @dataclass(frozen=True)
