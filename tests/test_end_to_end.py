@@ -336,7 +336,7 @@ def _check_viewer(finished: Workspace, page: Page) -> None:
     assert not [one["problem"] for one in run["sets"] if one["problem"]]
     for number, measured in enumerate(finished.metrics("whole")):
         told, table = run["sets"][number], page.data[f"r0-s{number}"]
-        assert told["absent"].keys() == {"dependency", "dropped"} and told["samples"] == 16
+        assert told["absent"].keys() == {"dropped"} and told["samples"] == 16
         for stream in told["streams"]:
             values = table["advantages"][stream["name"]]
             dead = [not any(values[first : first + 4]) for first in range(0, 16, 4)]
@@ -360,3 +360,7 @@ def _check_measures(groups: list[dict[str, Any]], measured: dict[str, float]) ->
     assert len(gaps) == len(entropies) == sum(len(one["tokens"]) for one in responses)
     assert sum(gaps) / len(gaps) == pytest.approx(measured["logprob_gap"], rel=2e-3)
     assert sum(entropies) / len(entropies) == pytest.approx(measured["entropy"], rel=2e-3)
+    seen = [one["measures"] for one in responses if one["pass_name"] == "first"]
+    dependencies = [value for one in seen for value in one["dependency/masked"]]
+    whole = measured["dependency/masked/response"]
+    assert sum(dependencies) / len(dependencies) == pytest.approx(whole, rel=2e-3, abs=1e-5)
