@@ -23,6 +23,7 @@ import numpy as np
 from megatron_sr1.ahead import Later
 from megatron_sr1.chat_template import TEMPLATE_ERRORS, check_it_ends
 from megatron_sr1.config import PixelLimits
+from megatron_sr1.opening import check_known, opened_block
 from megatron_sr1.types import MAX_ASPECT, EncodedImage, ImageRef, Normalisation, Turn
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ REQUIRED_TOKENS = (END_OF_TURN, IMAGE, "<|vision_start|>", "<|vision_end|>")
 MEDIA_TOKENS = (IMAGE, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
 
 KEPT_PATCHES = 800_000  # about 1 GiB at 1,176 bytes each: what waits between an engine's use and the trainer's
-_ROLE = re.compile(r"<\|im_start\|>\s*assistant\s*(<[A-Za-z][\w -]*>)?")  # and a block that it begins the answer with
 _BEFORE_TEXT = re.compile(r"[^{}\[\]'\"]*")  # no Python list or JSON that the text stands in
 # what stands for texts of a turn while the chat template is rendered
 _SYSTEM_TEXT, _BEFORE_IMAGES, _USER_TEXT = "@system-text@", "@text-before-images@", "@user-text@"
@@ -178,22 +178,8 @@ class Processor:
         return ids
 
     def check_opening(self, turn: Turn) -> None:
-        """Raises ValueError where the chat template opens another block of the answer than `turn.opens`: layouts and
-        segments would be looked for in the wrong place."""
-        if turn.opens == self.opened:
-            return
-        named = f"the template {turn.template!r}"
-        whose = f"the chat template of {self._tokenizer.name_or_path!r}"
-        if self.opened:
-            raise ValueError(
-                f"{whose} begins the answer with {self.opened}, and {named} does not know it. Take a template whose "
-                f"first tag is {self.opened}, and set opens: {self.opened} in it, or use the chat template of the "
-                "instruct model."
-            )
-        raise ValueError(
-            f"{named} has opens: {turn.opens}, and {whose} begins no answer with it. Set opens to null, or use the "
-            "model whose chat template does."
-        )
+        """Raises ValueError where the chat template opens another block of the answer than `turn.opens`."""
+        check_known(self.opened, turn, self._whose)
 
     def expand(self, prompt_ids: Sequence[int], grids: Sequence[tuple[int, int, int]]) -> tuple[int, ...]:
         """Replaces the n-th `<|image_pad|>` by t*h*w / merge_size^2 of them.
@@ -429,15 +415,13 @@ class Processor:
             )
         if has_system:
             self._check_system(rendered)
-        opening = behind.rpartition(END_OF_TURN)[2].strip()  # of the answer's turn: a special token and the role
-        role = _ROLE.fullmatch(opening)
-        if role is None:
+        opened = opened_block(behind.rpartition(END_OF_TURN)[2], self._whose)
+        if self._frames and opened != self.opened:
             raise ValueError(
-                f"{self._whose} opens the answer's turn with {opening!r}, not with <|im_start|>assistant alone: "
-                "responses would not have the layout that the rewards look for. Use the chat template of the instruct "
-                "model, or one that prefills no more than a tag."
+                f"{self._whose} begins the answer with {opened or 'nothing'} here and with {self.opened or 'nothing'} "
+                "elsewhere, by images or system prompt: layouts would differ. Use one that always does the same."
             )
-        self.opened = role[1] or ""
+        self.opened = opened
 
     def _check_system(self, rendered: str) -> None:
         """The system prompt is the first turn, and there is no other one of the system."""

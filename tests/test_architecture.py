@@ -40,6 +40,7 @@ LEVELS = {
         "streams",
         "processor",
         "chat_template",
+        "opening",
         "judge",
         "metrics",
         "report",
@@ -59,7 +60,7 @@ ALLOWED_SIDEWAYS = {  # within a level; a room that is not here imports no neigh
         "judge",
     },  # what a description leads to is asked and graded as in the second pass
     "data": {"prompts"},  # a response that is built into a shard has the layout that its template asks for
-    "processor": {"chat_template"},
+    "processor": {"chat_template", "opening"},
     "streams": {"prompts", "rewards"},  # a stream is checked against what its rewards need and its pass writes
     "rewards": {"judge", "prompts"},  # one parser for the layouts, used by whoever looks into a response
     "platform": set(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from dataclasses import replace
@@ -13,18 +14,20 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_sr1.config import ObjectiveConfig, load_config
+from megatron_sr1.config import FAMILIES, ObjectiveConfig, load_config
 from megatron_sr1.config.passes import KEYS as PASS_KEYS
 from megatron_sr1.config.streams import KEYS
 from megatron_sr1.config.templates import KEYS as TEMPLATE_KEYS
 from megatron_sr1.data import Quarantine, open_stream
+from megatron_sr1.digits.tiny_families import ZOO
 from megatron_sr1.objective import OwnLoss, stream_loss
 from megatron_sr1.rewards import find_reward, score_group, soft_overlong
 from megatron_sr1.streams import PRESETS, preset_from_config, preset_of
 from megatron_sr1.streams.spans import own_spans
 from megatron_sr1.types import LossInputs, Prompt, Rollout, RolloutGroup, RolloutPair
 
-TEXT = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
+REPOSITORY = Path(__file__).parent.parent
+TEXT = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
 EXAMPLES = {
     name: body for body, name in re.findall(r"^```(?:python|yaml)\n(# (\S+)\n.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 }
@@ -199,3 +202,48 @@ def test_a_data_source(folder: Path) -> None:
     assert sorted(asked) == ["2-apples", "3-apples", "more-00000000", "train-00000000"]
     assert (asked["3-apples"].problem, asked["3-apples"].answer) == ("How many apples are there?", "3")
     assert asked["3-apples"].images[0].getpixel((0, 0)) == (3, 0, 0) and asked["more-00000000"].answer == "1"
+
+
+# ---------------------------------------------------------------- a model family
+FAMILY = TEXT.partition("## Add a model family\n")[2]
+ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in FAMILY.splitlines() if line.startswith("| ")]
+ALWAYS = ("megatron_sr1/policy/read.py", "megatron_sr1/digits/tiny_families.py")  # beside the lists of tests
+
+
+def _paths(text: str) -> list[str]:
+    return re.findall(r"`((?:megatron_sr1|tests|examples|docs)/[^`]*|[A-Z]+\.md)`", text)
+
+
+def test_every_file_and_test_of_the_way_to_a_family_is_there() -> None:
+    paths = _paths(FAMILY)
+    assert len(paths) > 30 and len(set(paths)) > 30
+    for path in paths:
+        file, _, test = path.partition("::")
+        assert (REPOSITORY / file).exists(), path
+        if test:
+            assert re.search(rf"^def {test}\(", (REPOSITORY / file).read_text(encoding="utf-8"), re.MULTILINE), path
+    steps = [[int(row[0]) for row in ROWS if len(row) == width and row[0].isdigit()] for width in (3, 4)]
+    assert steps[0] == list(range(1, 11)) and set(steps[1]) < set(steps[0]) and steps[1] == sorted(steps[1])
+    keys = re.findall(r"`(_?[A-Z]+)`", FAMILY)
+    sources = "".join((REPOSITORY / path).read_text(encoding="utf-8") for path in paths if path.endswith(".py"))
+    assert {"FAMILIES", "_CLASSES", "ZOO", "_ENGINE"} == set(keys)
+    assert all(re.search(rf"^{key}\b.* = ", sources, re.MULTILINE) for key in keys)
+
+
+def _is_named(family: str, class_name: str, text: str) -> bool:
+    """Quoted, as an entry of a list; a tied and an untied one are of one family."""
+    return re.search(rf"\"{family}(_tied|_untied)?\"|:{class_name}\"", text) is not None
+
+
+def test_every_family_is_where_the_page_says() -> None:
+    lists = [_paths(row[1])[0].partition("::")[0] for row in ROWS if len(row) == 4 and row[3] == "yes"]
+    assert len(lists) == 9
+    for class_name, family in FAMILIES.items():
+        for file in (*ALWAYS, *lists):
+            text = (REPOSITORY / file).read_text(encoding="utf-8")
+            assert _is_named(family.name, class_name, text), f"{family.name} is not named in {file}"
+        assert class_name in {entry.class_name for entry in ZOO.values()}
+        assert f"`{class_name}`" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+        models = REPOSITORY.glob("examples/models/*/config.json")
+        assert any(json.loads(path.read_text())["architectures"] == [class_name] for path in models), class_name
+    assert not _is_named("qwen3_vl", "Qwen3VLForConditionalGeneration", 'a = ["qwen3_vl_moe"]'), "a prefix is no name"

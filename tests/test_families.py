@@ -344,10 +344,12 @@ PUBLISHED = {
     "Qwen2.5-VL-32B-Instruct": (128, 8, 1e6, (16, 24, 24), False, (), 0),
     "Qwen2.5-VL-72B-Instruct": (128, 8, 1e6, (16, 24, 24), False, (), 0),
     "MiMo-VL-7B-RL": (128, 8, 640000, (16, 24, 24), False, (), 0),
+    "Qwen3-VL-2B-Instruct": (128, 8, 5e6, (24, 20, 20), True, (5, 11, 17), 0),
     "Qwen3-VL-4B-Instruct": (128, 8, 5e6, (24, 20, 20), True, (5, 11, 17), 0),
     "Qwen3-VL-8B-Instruct": (128, 8, 5e6, (24, 20, 20), False, (8, 16, 24), 0),
     "Qwen3-VL-32B-Instruct": (128, 8, 5e6, (24, 20, 20), False, (8, 16, 24), 0),
     "Qwen3-VL-30B-A3B-Instruct": (128, 4, 5e6, (24, 20, 20), False, (8, 16, 24), 128),
+    "Qwen3-VL-235B-A22B-Instruct": (128, 4, 5e6, (24, 20, 20), False, (8, 16, 24), 128),
 }
 
 

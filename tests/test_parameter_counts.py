@@ -28,10 +28,12 @@ PUBLISHED = {  # metadata.total_size / 2 of model.safetensors.index.json: all we
     "Qwen2.5-VL-32B-Instruct": 33_452_718_336,
     "Qwen2.5-VL-72B-Instruct": 73_410_777_344,
     "MiMo-VL-7B-RL": 8_306_217_216,
+    "Qwen3-VL-2B-Instruct": 2_127_532_032,
     "Qwen3-VL-4B-Instruct": 4_437_815_808,
     "Qwen3-VL-8B-Instruct": 8_767_123_696,
     "Qwen3-VL-32B-Instruct": 33_357_390_064,
     "Qwen3-VL-30B-A3B-Instruct": 31_070_754_032,
+    "Qwen3-VL-235B-A22B-Instruct": 235_670_022_896,
 }
 LAYOUTS = {
     "72b_tp8_pp4": ("Qwen2.5-VL-72B-Instruct", LayoutConfig(tensor=8, pipeline=4, sequence_parallel=True), 64),

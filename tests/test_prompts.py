@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sr1.prompts import CAPTION_REASONER, COT, SEE_THINK, extract_boxed
+from megatron_sr1.prompts import (
+    CAPTION_REASONER,
+    COT,
+    SEE_THINK,
+    THINKING,
+    THINKING_COT,
+    THINKING_REASONER,
+    extract_boxed,
+)
 
 GOOD = "<description> 3 and 7 </description> <think> 3 + 7 = 10 </think> \\boxed{10}"
 HOSTILE = "{problem} {0} %s <image> <|image_pad|> <|im_end|> \\boxed{1} </description> {{}} $x"
@@ -43,6 +51,19 @@ OURS = {
         "Description of the image: d\n\nq\n\nYou cannot see the image; use its description only. "
         "Reason between <think> and </think>. Finish with the answer alone inside \\boxed{}."
     ),
+    "thinking": (
+        "q\n\nLook at the image and reason, without writing any of the tags below. Once your reasoning is done, "
+        "describe everything in the image that the question needs, between <description> and </description>, without "
+        "the answer. Finish with the answer alone inside \\boxed{}."
+    ),
+    "thinking_cot": "q\n\nLook at the image and reason. "
+    "Finish, once your reasoning is done, with the answer alone inside \\boxed{}.",
+    "thinking_cot without an image": "q\n\nReason. "
+    "Finish, once your reasoning is done, with the answer alone inside \\boxed{}.",
+    "thinking_reasoner": (
+        "Description of the image: d\n\nq\n\nYou cannot see the image; use its description only. Reason. "
+        "Finish, once your reasoning is done, with the answer alone inside \\boxed{}."
+    ),
 }
 
 
@@ -51,8 +72,12 @@ def test_our_prompts_are_these_to_the_byte() -> None:
     for number in (1, 2):
         assert SEE_THINK.user_text("q", number) == OURS["see_think"]
         assert COT.user_text("q", number) == OURS["cot"]
+        assert THINKING.user_text("q", number) == OURS["thinking"]
+        assert THINKING_COT.user_text("q", number) == OURS["thinking_cot"]
     assert COT.user_text("q", 0) == OURS["cot without an image"]
     assert CAPTION_REASONER.user_text("q", 0, "d") == OURS["caption_reasoner"]
+    assert THINKING_COT.user_text("q", 0) == OURS["thinking_cot without an image"]
+    assert THINKING_REASONER.user_text("q", 0, "d") == OURS["thinking_reasoner"]
     for template, description in ((SEE_THINK, None), (COT, None), (CAPTION_REASONER, "d")):
         turn = template.render("q", 0 if description else 1, description)
         assert (turn.before, turn.system, turn.opens) == ("", None, "")

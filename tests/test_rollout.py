@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,7 @@ def collect(rank: int, num_ranks: int, folder: str) -> None:
     facts["after_canary"] = together(greedy, 0)
     facts["pictures"] = compared_pictures(engine, processor, rank)
     facts["after_pictures"] = together(greedy, 0)
+    facts["thinking"] = inside_the_block(engine, f"{folder}/thinking", batch)
     facts["unknown"] = refused_update(ours, [("extra", torch.ones(1)), *weights.items()])
     facts["incomplete"] = refused_update(ours, list(weights.items())[1:])
     total = torch.ones(1)
@@ -132,6 +134,17 @@ def compared_pictures(engine: Any, processor: Any, seed: int) -> dict[str, list[
             ("unlimited", whole, large),
         )
     }
+
+
+def inside_the_block(engine: Any, model_dir: str, batch: list[Prompt]) -> list[RolloutGroup]:
+    """First and plain passes by the chat template of a thinking model."""
+    from megatron_sr1.processor import Processor
+    from megatron_sr1.rollout import Limits, Planner, TwoPassGenerator
+
+    planner = Planner(Processor.from_pretrained(model_dir, pixels=PIXELS), Limits(MAX_RESPONSE, MAX_MODEL_TOKENS, 100))
+    names = ("thinking", (), "thinking_reasoner", "thinking_cot")
+    how = Sampling(1, 0.0, MAX_RESPONSE, 5, *names)
+    return TwoPassGenerator(engine, planner).generate(PromptShare.whole(batch[:3]), how, 0)
 
 
 def turned_jpeg() -> bytes:
@@ -177,6 +190,9 @@ def refused_update(generator: Any, weights: list[tuple[str, torch.Tensor]]) -> s
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rollout")
     make_model(folder / "model")
+    shutil.copytree(folder / "model", folder / "thinking", ignore=shutil.ignore_patterns("*.safetensors"))
+    chat = folder / "thinking" / "chat_template.jinja"
+    chat.write_text(chat.read_text().replace("assistant\n", "assistant\n<think>\n"))
     run_ranks(NUM_RANKS, collect, str(folder))
     return folder
 
@@ -230,6 +246,23 @@ def test_trainer_and_engine_see_the_same_pixels_of_every_picture(facts: list[dic
         assert "sample 'turned', image 0: the engine's grid" in turned, "what EXIF turns, the engine turns"
         assert "sample 'clear', image 0: " in clear, "the engine puts transparent pixels on white"
         assert tracks(fact["after_pictures"]) == tracks(fact["greedy"]), "looking leaves nothing behind"
+
+
+def test_an_engine_answers_inside_the_block_that_a_chat_template_opens(
+    folder: Path, facts: list[dict[str, Any]]
+) -> None:
+    """The real engine takes the ids as they are; with and without images."""
+    from megatron_sr1.processor import Processor
+    from megatron_sr1.prompts import SHIPPED
+
+    processor = Processor.from_pretrained(str(folder / "thinking"), pixels=PIXELS)
+    for group in facts[0]["thinking"]:
+        template = SHIPPED.by_name["thinking" if group.prompt.images else "thinking_cot"]
+        images = group.prompt.images
+        ids = processor.turn_ids(template.render(group.prompt.problem, len(images)), len(images))
+        first = group.pairs[0].first
+        assert first.prompt_ids == processor.expand(ids, [processor.grid(image.size) for image in images])
+        assert processor.decode(first.prompt_ids).endswith("assistant\n<think>\n") and first.response_ids
 
 
 def test_an_engine_that_fails_is_restarted_with_the_present_weights(facts: list[dict[str, Any]]) -> None:

@@ -79,7 +79,7 @@ def test_the_page_leads_to_a_trained_evaluated_exported_model(walked: tuple[Path
 def test_the_layouts_are_what_the_parser_accepts() -> None:
     (examples,) = of_kind("text")
     found = re.findall(r"^(accepted|refused) (\w+): (.*?)(?=^accepted|^refused|\Z)", examples, re.MULTILINE | re.DOTALL)
-    assert len(found) == examples.count("accepted ") + examples.count("refused ") == 11
+    assert len(found) == examples.count("accepted ") + examples.count("refused ") == 17
     for verdict, template, response in found:
         parsed = SHIPPED.by_name[template].parse(response.rstrip("\n"))
         assert (parsed is not None) == (verdict == "accepted"), response

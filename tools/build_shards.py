@@ -69,11 +69,12 @@ class ModelRules:
         return self.hf_dir or ""
 
     def prompt_tokens(self, question: Question) -> tuple[int, int] | None:
-        """Of the prompt as training renders it; of the first-pass templates See-Think's is the longest."""
+        """Of the prompt as training renders it: a demonstration's by its template, others' by See-Think."""
         if self.hf_dir is None:
             return None
-        template = "caption_reasoner" if question.template == "caption_reasoner" else "see_think"
-        ids = self._processor.prompt_ids(_user_text(template, question), len(question.image_sizes))
+        ids = self._processor.prompt_ids(
+            _user_text(question.template or "see_think", question), len(question.image_sizes)
+        )
         grids = [self._processor.grid(size) for size in question.image_sizes]
         return len(ids), len(self._processor.expand(ids, grids))
 

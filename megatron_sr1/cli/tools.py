@@ -89,10 +89,11 @@ def _look(config: Config | None, model_dir: str | None) -> Any:
 
         check_pixels(model)
         processor = Processor.from_pretrained(model.hf_dir, pixels=pixel_limits(model), system_prompt=system)
-    if config is None:
-        return Look(processor)
-    from megatron_sr1.prompts import templates_of
+    from megatron_sr1.prompts import OURS, OURS_THINKING, templates_of
 
+    if config is None:
+        thinks = processor is not None and processor.opened == OURS_THINKING.first.opens
+        return Look(processor, asked=OURS_THINKING if thinks else OURS)
     return Look(processor, templates_of(config), preset_of(config).asked)
 
 

@@ -216,12 +216,18 @@ def _decoding(plan: RunPlan) -> Iterator[str]:
             f"about {expected:,.0f} s, and {rollout_seconds(plan, graphs=True):,.0f} s where it is true."
         )
     twice = rollout_seconds(plan, slots=2 * engine.requests)
-    if twice < (1 - WORTH_MORE_SLOTS) * expected:
+    if twice < (1 - WORTH_MORE_SLOTS) * expected and _has_room(plan, "KV cache", engine.kv_cache):
         yield (
             f"an engine decodes {engine.requests} requests at a time: the rollout of a step takes about "
             f"{expected:,.0f} s, and {twice:,.0f} s with twice as many. Raise rollout.kv_cache_gib, and set "
             "rollout.max_running_requests to null."
         )
+
+
+def _has_room(plan: RunPlan, part: str, more: float) -> bool:
+    """Whether every phase that holds a part could hold so many bytes more of it."""
+    holding = [phase for phase in plan.phases if part in phase.stages[phase.fullest]]
+    return all(phase.peak + more <= plan.machine.gpu_gib * GIB for phase in holding)
 
 
 def _engine(plan: RunPlan) -> Iterator[str]:
@@ -238,7 +244,7 @@ def _engine(plan: RunPlan) -> Iterator[str]:
         )
     if plan.stages:
         yield from _decoding(plan)
-    if ranks > heads:
+    if ranks > heads and _has_room(plan, "engine weights", engine.weights * (ranks / heads - 1)):
         yield (
             f"rollout.engine_tensor={ranks} keeps each of {heads} key/value heads {ranks // heads} times. Set it to "
             f"{heads} or less."

@@ -11,6 +11,7 @@ and some of the images.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_sr1.config import BATCHED_TOKENS, Config, LayoutConfig, graph_sizes, kv_token_bytes, running_requests
@@ -81,8 +82,10 @@ def engine_parameters(hf_dir: str, model: Architecture, ranks: int, whole: Whole
     """
     if whole is not None:
         return (whole.language + whole.experts) // ranks + _repeated(model, ranks) + whole.vision
-    count = count_stages(hf_dir, LayoutConfig(tensor=ranks, sequence_parallel=ranks > 1), ranks)[0]
-    experts = count.experts // ranks  # vLLM cuts every expert; Megatron counts them whole on each rank
+    # vLLM cuts every expert, Megatron deals whole ones: as many parameters, where both share them evenly
+    dealt = math.gcd(ranks, model.num_experts) if model.num_experts else 1
+    count = count_stages(hf_dir, LayoutConfig(tensor=ranks, sequence_parallel=ranks > 1, expert=dealt), ranks)[0]
+    experts = count.experts * dealt // ranks
     language = count.language - count.experts + experts + _repeated(model, ranks)
     return language + count.vision  # the ranks share images, not layers
 

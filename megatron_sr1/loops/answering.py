@@ -144,7 +144,7 @@ class Grading:
         self._judged = self._readings = self._graders = None
         if endpoint is not None and any(one.reader == "endpoint" for one in later):
             self._judged = JudgedRewards(endpoint, fails_fast=True)
-            self._readings = EndpointReadings(self._judged)
+            self._readings = EndpointReadings(self._judged, preset.asked)
         if users:  # only these need processes that can be ended
             limits = (config.rewards.seconds, config.rewards.workers)
             how = {"rounded": self._settings.rounded_decimals, "asked": preset.asked}

@@ -142,7 +142,8 @@ def prompt_check(planner: Planner, passes: Callable[[Prompt], Passes], *, leaves
 
 def training_feed(run: Run, preset: Preset, sampling: Sampling) -> SampleFeed:
     """The prompts of `data.train`, each of which every pass and every contrast can be made of, dealt to the engines.
-    Raises as `Run.feed`."""
+    Raises as `Run.feed` and `Planner.check`."""
+    run.planner.check(preset.passes)
     fits = prompt_check(run.planner, preset.passes.of, leaves_out=True)
     feed = run.feed("train", contrast_check(preset, fits))
     feed.divide(engine_ranks(run), functools.partial(deal_prompts, run.processor, sampling))

@@ -24,7 +24,7 @@ from megatron_sr1.training.batches import Batcher
 from megatron_sr1.training.heldout_loss import HeldoutLoss, keep_examples
 from megatron_sr1.training.losses import SftLoss
 from megatron_sr1.training.step_work import take_work
-from megatron_sr1.types import Prompt, Scoring, SftSample
+from megatron_sr1.types import Prompt, Scoring, SftSample, Turn
 
 
 def run_sft(config: Config, platform: Platform) -> None:
@@ -39,12 +39,14 @@ def demonstrations(run: Run) -> SampleFeed:
 
 
 def _check_of(run: Run) -> Check:
-    """Whether a demonstration has the layout of its template, and images that the processor takes."""
+    """Whether a demonstration can be asked by its template, with the model's chat template, and the processor takes its
+    images."""
     templates = templates_of(run.config)
 
     def check(sample: Prompt | SftSample) -> None:
         if isinstance(sample, SftSample):
-            templates.of_demonstration(sample)
+            template = templates.of_demonstration(sample)
+            run.processor.check_opening(Turn("", opens=template.opens, template=template.name))
             for image in sample.prompt.images:
                 run.processor.grid(image.size)
 

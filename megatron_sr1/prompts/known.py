@@ -11,12 +11,16 @@ from typing import Any, get_args
 from megatron_sr1.config import Config
 from megatron_sr1.config.rules import ConfigError, require
 from megatron_sr1.prompts.answers import AnswerFormat, AnswerKind
-from megatron_sr1.prompts.own import CAPTION_REASONER, COT, SEE_THINK
+from megatron_sr1.prompts.own import CAPTION_REASONER, COT, SEE_THINK, THINKING, THINKING_COT, THINKING_REASONER
 from megatron_sr1.prompts.published import VISION_SR1, VISION_SR1_COT, VISION_SR1_REASONER
 from megatron_sr1.prompts.template import Template
 from megatron_sr1.types import Prompt, SftSample, TemplateName
 
-_SHIPPED = (SEE_THINK, COT, CAPTION_REASONER, VISION_SR1, VISION_SR1_COT, VISION_SR1_REASONER)
+_SHIPPED = (
+    *(SEE_THINK, COT, CAPTION_REASONER),
+    *(VISION_SR1, VISION_SR1_COT, VISION_SR1_REASONER),
+    *(THINKING, THINKING_COT, THINKING_REASONER),
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ class Templates:
 
 SHIPPED = Templates(MappingProxyType({template.name: template for template in _SHIPPED}))
 OURS = Asked(SEE_THINK, CAPTION_REASONER, COT)
+OURS_THINKING = Asked(THINKING, THINKING_REASONER, THINKING_COT)  # where the chat template opens their block
 
 
 def templates_of(config: Config) -> Templates:

@@ -121,6 +121,12 @@ class Template:
         return text if self.system is None else f"{self.system}\n\n{text}"
 
     # ------------------------------------------------------------ what comes back
+    def behind_opening(self, text: str) -> str:
+        """A response of a model behind an endpoint as one of the policy is: what comes behind `opens`. Another model's
+        chat template may leave the tag to the model."""
+        start = text.lstrip()
+        return start.removeprefix(self.opens) if self.opens and start.startswith(self.opens) else text
+
     def parse(self, text: str) -> Parsed | None:
         """The parts of a response that is the layout and nothing else, or None."""
         return self.layout.parse(text)

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from threading import Lock
 
+from megatron_sr1.prompts import Asked
 from megatron_sr1.rewards.judged import JudgedRewards
 from megatron_sr1.rewards.scoring import Ungraded, Vectors
 from megatron_sr1.types import Reading, RolloutGroup, RolloutPair
@@ -17,8 +18,9 @@ Answered = tuple[int, int, Reading]  # (group_id, sample, reading)
 class EndpointReadings:
     """What is asked of the groups of a step, and what comes back."""
 
-    def __init__(self, judged: JudgedRewards) -> None:
-        self._judged = judged
+    def __init__(self, judged: JudgedRewards, asked: Asked) -> None:
+        """Args: asked: the templates that the questions are of."""
+        self._judged, self._templates = judged, asked
         self._asked: dict[int, list[tuple[int, Reading, Future[str | Ungraded]]]] = {}
 
     def ask(self, group: int, sample: int, text: str, reading: Reading) -> None:
@@ -37,7 +39,7 @@ class EndpointReadings:
             text = future.result()
             if isinstance(text, Ungraded):
                 return text
-            answers.append((group.group_id, sample, _answered(reading, text)))
+            answers.append((group.group_id, sample, self._answered(reading, text)))
         return with_readings([group], answers)[0]
 
     def forget(self, group: int) -> None:
@@ -52,8 +54,12 @@ class EndpointReadings:
             for sample, reading, future in questions:
                 text = future.result()
                 if not isinstance(text, Ungraded):
-                    answers.append((group, sample, _answered(reading, text)))
+                    answers.append((group, sample, self._answered(reading, text)))
         return answers
+
+    def _answered(self, reading: Reading, text: str) -> Reading:
+        template = self._templates.plain if reading.context is None else self._templates.second
+        return replace(reading, rollout=replace(reading.rollout, response_text=template.behind_opening(text)))
 
 
 def with_readings(groups: Sequence[RolloutGroup], answers: Iterable[Answered]) -> list[RolloutGroup]:
@@ -98,7 +104,3 @@ def after(
     for future in futures:
         future.add_done_callback(count)
     return result
-
-
-def _answered(reading: Reading, text: str) -> Reading:
-    return replace(reading, rollout=replace(reading.rollout, response_text=text))

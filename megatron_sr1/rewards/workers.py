@@ -83,7 +83,7 @@ class Graders:
         self._judged = (
             JudgedRewards(judge, fails_fast=fails_fast, finite=finite) if asks and judge is not None else None
         )
-        self._readings = EndpointReadings(self._judged) if reads and self._judged is not None else None
+        self._readings = EndpointReadings(self._judged, asked) if reads and self._judged is not None else None
         self._see_images = {name for name in names if "images" in find_reward(name).needs}
         num_workers = num_workers or default_num_workers()
         self._workers = [_Worker(self._names, seconds, rounded=rounded, finite=finite) for _ in range(num_workers)]

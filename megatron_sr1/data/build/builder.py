@@ -20,7 +20,7 @@ from megatron_sr1.data.build.samples import TextRules
 from megatron_sr1.data.build.workers import built_chunks
 from megatron_sr1.data.sources.source import Chunk, Problem, Source
 
-RULES = 4  # counts how often other samples have been made of the same input; a build is finished by the same rules
+RULES = 5  # counts how often other samples have been made of the same input; a build is finished by the same rules
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from megatron_sr1.data.index import content_checksum
 from megatron_sr1.data.pictures import SOURCE_FORMATS, decode_picture, picture_format
 from megatron_sr1.data.schema import JSON_EXTENSION, decode_sample, encode_fields, size_problem
 from megatron_sr1.data.sources.source import ChangeKind, Problem, ProblemKind, RawSample
+from megatron_sr1.prompts import SHIPPED
 from megatron_sr1.types import MAX_ANSWER_CHARACTERS, MAX_ASPECT, TemplateName
 
 _BLANK = " \t\r\n\u00a0\u200b\u200c\u200d\u2060\ufeff"
@@ -114,7 +115,8 @@ def _build(raw: RawSample, rules: TextRules) -> BuiltSample:
     except (TypeError, ValueError) as error:
         raise _Unfit("field", str(error)) from error
     if "description" in fields and raw.images:
-        raise _Unfit("field", f"a caption_reasoner demonstration has {len(raw.images)} images; it must have none")
+        name = fields.get("template")
+        raise _Unfit("field", f"a {name} demonstration has {len(raw.images)} images; it must have none")
     images = [_check_image(data, number) for number, data in enumerate(raw.images)]
     sizes = tuple(size for _, _, size in images)
     members = [(f"{number}.{kind}", data) for number, (kind, data, _) in enumerate(images)]
@@ -164,14 +166,18 @@ def _complete(raw: Mapping[str, Any], rules: TextRules) -> dict[str, Any]:
     response = fields.get("response")
     if response is None:
         return fields
-    fields.setdefault("template", "caption_reasoner" if "description" in fields else "see_think")
-    if not isinstance(response, str) or fields["template"] not in ("see_think", "cot", "caption_reasoner"):
-        raise _Unfit("field", f"template={fields['template']!r} and response={response!r} must be a template and text")
-    boxed = rules.boxed_answer(fields["template"], response)
+    name = fields.setdefault("template", "caption_reasoner" if "description" in fields else "see_think")
+    template = SHIPPED.by_name.get(name) if isinstance(name, str) else None
+    if not isinstance(response, str) or template is None:
+        known = ", ".join(SHIPPED.by_name)
+        raise _Unfit("field", f"template={name!r} and response={response!r} must be one of {known} and text")
+    boxed = rules.boxed_answer(name, response)
     if boxed is None:
-        raise _Unfit("response", f"the response does not follow the layout of {fields['template']}: {response[:80]!r}")
-    if (fields["template"] == "caption_reasoner") != ("description" in fields):
-        raise _Unfit("field", f"template={fields['template']!r}: a description belongs exactly to caption_reasoner")
+        repeated = bool(template.opens) and template.opens in response
+        why = f", whose prompt has {template.opens} already: take it out" if repeated else ""
+        raise _Unfit("response", f"the response does not follow the layout of {name}{why}: {response[:80]!r}")
+    if template.reads_description != ("description" in fields):
+        raise _Unfit("field", f"template={name!r}: a description belongs exactly to templates that read one")
     fields.setdefault("answer", boxed)
     return fields
 
