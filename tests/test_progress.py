@@ -370,6 +370,51 @@ def test_watching_tells_each_step_once_and_ends_with_the_run(run: tuple[Path, St
     assert len(told) == 5 and "finished" in told[-1], told
 
 
+def test_no_step_and_no_evaluation_is_missed_however_files_follow_each_other(
+    run: tuple[Path, StatusFile, Phases],
+) -> None:
+    """Metrics before the status that counts them, two steps between looks, a fault, and a last evaluation."""
+    folder, *_ = run
+    out, looks = io.StringIO(), list[int]()
+    torn = folder / "metrics.jsonl"
+
+    def measure(*steps: int) -> None:
+        sink = JsonlSink(torn, steps[0])
+        for step in steps:
+            sink.write(step, {**STEP, "accuracy": step / 10})
+        sink.close()
+
+    def pause(seconds: float) -> None:
+        looks.append(1)
+        if len(looks) == 1:
+            measure(3)
+        elif len(looks) == 2:
+            rewrite(folder, done=4)
+        elif len(looks) == 3:
+            measure(4, 5)
+            rewrite(folder, done=6)
+        elif len(looks) == 4:
+            whole = torn.read_bytes()
+            torn.write_bytes(whole + b"no json\n")
+            kept.append(whole)
+        elif len(looks) == 5:
+            torn.write_bytes(kept[0])
+        else:
+            summary = {"accuracy": 0.25, "second_pass_accuracy": 0.5}
+            (folder / "eval" / "after.json").write_text(json.dumps({"step": 10, "summary": summary}))
+            rewrite(folder, state="finished")
+
+    kept = list[bytes]()
+    (folder / "eval").mkdir(exist_ok=True)
+    watch(folder, console_of(out, 0, terminal=False), pause=pause)
+    told = out.getvalue().splitlines()
+    steps = [line.split("  ")[0] for line in told if line.startswith("step")]
+    assert steps == [f"step {number}/10" for number in (3, 4, 5, 6)], told
+    assert "accuracy 0.400/" in next(line for line in told if line.startswith("step 5/10"))
+    assert sum("is not JSON" in line for line in told) == 1
+    assert "evaluated after step 10: accuracy 25.0%" in told[-2] and "finished" in told[-1]
+
+
 def test_the_command_prints_once_or_until_ctrl_c(
     run: tuple[Path, StatusFile, Phases], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

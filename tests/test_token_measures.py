@@ -198,6 +198,27 @@ def damaged(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-200])
 
 
+def too_few(folder: Path) -> None:
+    """As if one column had lost its end."""
+    (file,) = folder.glob("*.npz")
+    arrays = dict(np.load(file))
+    np.savez(file, **{**arrays, "ids": arrays["ids"][:-1]})
+
+
+def of_another_kind(folder: Path) -> None:
+    (file,) = folder.glob("*.npz")
+    with file.open("wb") as out:
+        np.save(out, np.zeros(3))
+
+
+def twice(folder: Path) -> None:
+    """As if the part of a replica had been copied over that of another."""
+    (file,) = folder.glob("*.npz")
+    for part in (0, 1):
+        file.with_name(f"step_000000.tokens.{part}-of-2.npz").write_bytes(file.read_bytes())
+    file.unlink()
+
+
 def of_others(folder: Path) -> None:
     """As if the responses had been drawn again, and one had come out longer."""
     (file,) = folder.glob("*.npz")
@@ -206,7 +227,16 @@ def of_others(folder: Path) -> None:
     np.savez(file, **arrays)
 
 
-@pytest.mark.parametrize(("change", "words"), [(damaged, "it is damaged"), (of_others, "of two draws")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (damaged, "it is damaged"),
+        (too_few, "it is damaged"),
+        (of_another_kind, "it is damaged"),
+        (twice, "responses of another part"),
+        (of_others, "of two draws"),
+    ],
+)
 def test_measures_that_do_not_fit_are_told_and_the_step_is_shown(
     saver: Saver, tmp_path: Path, change: Any, words: str
 ) -> None:
@@ -222,4 +252,5 @@ def test_measures_that_do_not_fit_are_told_and_the_step_is_shown(
 def test_a_step_that_was_not_trained_says_so(saver: Saver, tmp_path: Path) -> None:
     shown, _ = look(saver.save(), tmp_path / "images")
     assert shown.absent.keys() == {"gap", "entropy", "dependency", "dropped"}
-    assert "track.tokens" in shown.absent["gap"] and "logprob_gap" in shown.absent["gap"]
+    words = ("track.tokens=false or by an earlier release", "the files were removed", "logprob_gap")
+    assert all(one in shown.absent["gap"] for one in words)

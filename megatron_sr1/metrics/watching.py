@@ -202,8 +202,12 @@ def written(view: View) -> list[str]:
 
 def step_words(view: View) -> str:
     """Such as "step 5/10"."""
+    return _words(view, view.done)
+
+
+def _words(view: View, done: int) -> str:
     steps = _steps(view)
-    return f"step {view.done}/{steps}" if steps else f"step {view.done}"
+    return f"step {done}/{steps}" if steps else f"step {done}"
 
 
 def _steps(view: View) -> int:
@@ -227,19 +231,31 @@ def watch(folder: Path, console: Console, *, once: bool = False, pause: Callable
 def _print_views(folder: Path, console: Console, once: bool, pause: Callable[[float], None]) -> None:
     """All of the first, and of each that follows what is new."""
     before: View | None = None
+    told = 0  # steps
     for view in _views(folder, pause):
-        for line in written(view) if before is None else _news(before, view):
+        for line in written(view) if before is None else _news(before, view, told):
             print_line(console, line)
         if once:
             return
-        before = view
+        before, told = view, told if view.faults else _measured(view)
 
 
-def _news(before: View, view: View) -> list[str]:
-    old, new = written(before), written(view)
-    changed = _kind(before) != _kind(view)
-    steps = view.entries != before.entries and view.entries
-    return ([view.headline] if changed else []) + ([line for line in new[1:] if line not in old] if steps else [])
+def _measured(view: View) -> int:
+    """Steps that are done and whose metrics are there: either file may be a while behind the other."""
+    return min(view.done, int(view.entries[-1]["step"] or 0) + 1) if view.entries else 0
+
+
+def _news(before: View, view: View, told: int) -> list[str]:
+    """A line for each step after those that are told, what else has become known, and what has become of the run."""
+    found, last = [], _measured(view)
+    for entry in view.entries:
+        done = int(entry["step"] or 0) + 1
+        if told < done <= last:
+            times = view.times if done == last else []
+            found.append(BETWEEN.join([_words(view, done), *times, *shown_metrics(entry)]))
+    known = (before.evaluation, *before.faults)
+    found += [line for line in (view.evaluation, *view.faults) if line and line not in known]
+    return found + ([view.headline] if _kind(before) != _kind(view) else [])
 
 
 def _kind(view: View) -> tuple[object, ...]:

@@ -33,7 +33,7 @@ Measured = Mapping[str, tuple[Tensor, Tensor]]  # of a row, by name: [R] values,
 _PART = re.compile(r"\.tokens\.(\d+)-of-(\d+)\.npz$")
 _LARGEST = float(np.finfo(np.float16).max)
 _KNOWN, _VALUE = "known/", "value/"  # of arrays in a file: [r] bool, and values [T] of the responses that have them
-_UNREADABLE = (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, EOFError)
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, zipfile.BadZipFile, zlib.error, EOFError)
 
 
 class ResponseName(NamedTuple):
@@ -169,9 +169,12 @@ def read_tokens(folder: Path, step: int) -> dict[ResponseName, TokenMeasures]:
     found: dict[ResponseName, TokenMeasures] = {}
     for file in parts:
         try:
-            found |= _read(file)
+            own = dict(_read(file))
         except _UNREADABLE as error:
             raise ValueError(f"{file}: it is damaged ({error}).") from error
+        if not own.keys().isdisjoint(found):
+            raise ValueError(f"{file}: it has responses of another part, so that others' are missing.")
+        found |= own
     return found
 
 

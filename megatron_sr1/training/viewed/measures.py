@@ -20,7 +20,10 @@ from megatron_sr1.training.token_measures import (
 )
 
 _ALL = (GAP, ENTROPY, "dependency")  # as the viewer calls them
-_NOT_SAVED = "the step was not trained, or with track.tokens=false; the curves have its means, {}"
+_NOT_SAVED = (
+    "nothing was saved of its tokens: the step was not trained, with track.tokens=false or by an earlier release, "
+    "or the files were removed; the curves have its means, {}"
+)
 _NOT_COMPARED = "no response of the step was scored by the weights, and with the images, that it was drawn by"
 _NO_CONTRAST = "the objective has no contrast, which measures it: objective.contrast"
 _OTHERS = "what was saved of its tokens is of other responses than these: the files are of two draws"

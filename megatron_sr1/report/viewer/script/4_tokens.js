@@ -138,7 +138,7 @@ function legend(colour, most) {
     return span;
   };
   if (colour.kind === "surprise") node.append(swatch("heat", "10%", "0"), swatch("heat", "40%", String(FULL_SURPRISE / 2)), swatch("heat", "70%", `${FULL_SURPRISE} nats and more`));
-  else if (isHeat(colour)) node.append(swatch("heat", "10%", "0"), swatch("heat", "70%", `${shown(most)} nats`));
+  else if (isHeat(colour)) node.append(swatch("heat", "10%", "0"), swatch("heat", "70%", `${shown(most)} nats`), el("span", { class: "token uncredited", text: "it was not measured" }));
   else {
     const unit = colour.kind === "measured" ? " nats" : "";
     const none = { sum: "no stream credits it", advantage: "the stream does not credit it" }[colour.kind] || "it was not measured";
