@@ -164,6 +164,15 @@ def test_each_replica_writes_its_own_part_and_others_nothing(saver: Saver) -> No
     assert not list(folder.glob("*.npz*")), "a layout of two replicas leaves nothing to one of one"
 
 
+def test_a_replica_without_responses_has_a_part_nevertheless(saver: Saver) -> None:
+    run = saver.save()
+    found = train(saver, run, Measured(0.0, 0.0))
+    folder = run.folder / "rollouts"
+    (folder / "step_000000.tokens.0-of-1.npz").rename(folder / "step_000000.tokens.0-of-2.npz")
+    TokenWriter(folder, slots_of(run.preset), 1, 2, writes=True, removes=False).write(0)
+    assert read_tokens(folder, 0) == found and len(list(folder.glob("*.npz"))) == 2
+
+
 def test_a_step_that_is_drawn_again_has_no_measures_of_the_old_one(saver: Saver) -> None:
     run = saver.save()
     folder = run.folder / "rollouts"

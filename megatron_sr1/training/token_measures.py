@@ -117,7 +117,7 @@ class TokenWriter:
     def write(self, step: int) -> None:
         """The file of the step; see `write_tokens`."""
         taken, self._taken = self._taken, []
-        if taken:
+        if self.writes:  # a part without responses, too: one that is missing is missed
             write_tokens(self._folder, step, taken, *self._part)
 
 
@@ -133,7 +133,7 @@ class MeasuredResponse:
 def write_tokens(
     folder: Path, step: int, responses: Sequence[MeasuredResponse], replica: int = 0, num_replicas: int = 1
 ) -> None:
-    """The part of a replica, which has some responses: whole, or not there. `read_tokens` gets it back.
+    """The part of a replica: whole, or not there. `read_tokens` gets it back.
 
     Args:
         folder: of the rollouts.
@@ -141,8 +141,9 @@ def write_tokens(
     Raises:
         OSError: it cannot be written.
     """
-    columns = zip(ResponseName._fields, zip(*(one.name for one in responses), strict=True), strict=True)
-    arrays: dict[str, Any] = {name: np.array(column) for name, column in columns}
+    arrays: dict[str, Any] = {
+        field: np.array([getattr(one.name, field) for one in responses]) for field in ResponseName._fields
+    }
     arrays["length"] = np.array([len(one.ids) for one in responses])
     arrays["ids"] = np.array([digest_of(one.ids) for one in responses])
     for name in sorted({name for one in responses for name in one.values}):
