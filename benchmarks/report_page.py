@@ -45,7 +45,7 @@ from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import SEE_THINK
 from megatron_sr1.streams import preset_of
 from megatron_sr1.training.rollout_files import rollouts_file, told_passes
-from megatron_sr1.training.token_measures import ENTROPY, GAP, MeasuredResponse, ResponseName, write_tokens
+from megatron_sr1.training.token_files import ENTROPY, GAP, MeasuredResponse, ResponseName, write_tokens
 from megatron_sr1.types import Prompt
 from tests.browser import MISSING, Browser, addresses, find_browser
 

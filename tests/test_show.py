@@ -127,6 +127,8 @@ def test_what_can_not_be_shown_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert "'no/such.tar' matches no file" in refused(capsys, "data", "show", "no/such.tar")
     (tmp_path / "a.tar").write_bytes(b"x" * 1024)
     assert "a.tar" in refused(capsys, "data", "show", str(tmp_path / "a.tar"))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    assert "nothing in it" in refused(capsys, "data", "show", str(tmp_path / "empty.jsonl"))
     assert "is a folder" in refused(capsys, "data", "show", "x.tar", "--out", str(tmp_path))
     assert "Name it .html" in refused(capsys, "data", "show", "x.tar", "--out", str(tmp_path / "x.tar"))
     assert "0 or more" in refused(capsys, "data", "show", "x.tar", "--num", "-1")

@@ -14,14 +14,14 @@ import pytest
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.training.ledger import slots_of
 from megatron_sr1.training.rollout_files import remove_step, rollouts_file, steps_in
-from megatron_sr1.training.token_measures import (
+from megatron_sr1.training.token_files import (
     ResponseName,
     TokenMeasures,
-    TokenWriter,
     digest_of,
     read_tokens,
     remove_tokens,
 )
+from megatron_sr1.training.token_writer import TokenWriter
 from megatron_sr1.training.trainer import Trainer
 from megatron_sr1.types import LogProbs, MicroBatch
 from tests.credit_cases import SavedRun, Saver

@@ -14,7 +14,8 @@ from torch import Tensor
 from megatron_sr1.config import Config
 from megatron_sr1.processor import Processor
 from megatron_sr1.streams import preset_from_config
-from megatron_sr1.training.token_measures import ResponseName, TokenMeasures, TokenWriter, read_tokens
+from megatron_sr1.training.token_files import ResponseName, TokenMeasures, read_tokens
+from megatron_sr1.training.token_writer import TokenWriter
 from megatron_sr1.types import BANNED_LOGIT_BIAS, TokenSequence
 from tests.batch_cases import their_rewards, two_groups
 from tests.step_cases import trained

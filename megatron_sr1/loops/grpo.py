@@ -28,7 +28,7 @@ from megatron_sr1.training.saved_rollouts import SavedRollouts
 from megatron_sr1.training.shown_samples import SamplePicker
 from megatron_sr1.training.step_metrics import step_metrics
 from megatron_sr1.training.step_work import take_work
-from megatron_sr1.training.token_measures import TokenWriter
+from megatron_sr1.training.token_writer import TokenWriter
 from megatron_sr1.training.trainer import NoTrainer, Trainer
 
 

@@ -59,7 +59,7 @@ def read_samples(
         scan: samples that are looked at; 0: all.
 
     Raises:
-        ValueError: as `read_entries` and the sources; a URL.
+        ValueError: as `read_entries` and the sources; a URL; an entry that holds nothing.
     """
     url = next((pattern for pattern in patterns if is_url(pattern)), None)
     if url is not None:
@@ -90,14 +90,23 @@ def _items(
     """Samples, and in the place of others why they cannot be used."""
     if kind is not None:
         for pattern in patterns:
-            yield from _of_rows(open_source(kind, pattern, rename, images))
+            yield from _some(_of_rows(open_source(kind, pattern, rename, images)), pattern)
         return
     shards = [pattern.removesuffix(INDEX_SUFFIX) for pattern in patterns]
     for part in (part for entry in read_entries(shards, "PATH") for part in entry):
         if isinstance(part, Shards):
-            yield from _of_shards(part)
+            yield from _some(_of_shards(part), part.paths[0])
         else:
-            yield from _of_rows(_source(part, rename, images))
+            yield from _some(_of_rows(_source(part, rename, images)), part.paths[0])
+
+
+def _some(items: Iterator[Prompt | SftSample | str], path: str | Path) -> Iterator[Prompt | SftSample | str]:
+    """The same. Raises ValueError where there are none, as training does."""
+    first = next(items, None)
+    if first is None:
+        raise ValueError(f"{path}: there is nothing in it. Write some samples, or leave it out.")
+    yield first
+    yield from items
 
 
 def _source(rows: Rows, rename: Mapping[str, str], images: str | None) -> Source:

@@ -26,7 +26,7 @@ from megatron_sr1.training.rollout_files import remove_step, rollouts_file
 from megatron_sr1.training.rollout_writer import RolloutWriter
 from megatron_sr1.training.step_rewards import sample_rewards, scored_rewards
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.training.token_measures import remove_tokens
+from megatron_sr1.training.token_files import remove_tokens
 from megatron_sr1.types import Generator, NamedTensors, OnQuestion, Prompt, PromptShare, RolloutGroup, Sampling
 
 logger = logging.getLogger(__name__)

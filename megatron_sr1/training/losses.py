@@ -13,7 +13,8 @@ from megatron_sr1.objective import Mismatch, OwnLoss, importance_weights, sft_lo
 from megatron_sr1.streams import Preset
 from megatron_sr1.training.batches import SftBatch, StreamBatch, StreamRows
 from megatron_sr1.training.contrast_terms import ContrastTerms
-from megatron_sr1.training.token_measures import DEPENDENCY, ENTROPY, GAP, Measured
+from megatron_sr1.training.token_files import DEPENDENCY, ENTROPY, GAP
+from megatron_sr1.training.token_writer import Measured
 from megatron_sr1.training.tokens import ResponseTokens
 from megatron_sr1.types import LogProbs, LossInputs
 

@@ -26,7 +26,7 @@ from megatron_sr1.training.losses import PolicyLoss, gaps_by_kind, logprob_gaps
 from megatron_sr1.training.payload import Payload, Place, share_responses
 from megatron_sr1.training.response_kl import response_kl
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.training.token_measures import TokenWriter
+from megatron_sr1.training.token_writer import TokenWriter
 from megatron_sr1.types import DrawnPrompts, LogProbs, OldLogprobs, Scoring
 
 NUM_COMPARED = 8  # groups whose log-probs are compared before a first step

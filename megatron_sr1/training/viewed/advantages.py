@@ -21,7 +21,7 @@ from megatron_sr1.training.ledger import slots_of
 from megatron_sr1.training.live_groups import live_groups, step_advantages
 from megatron_sr1.training.recorder import stream_masks
 from megatron_sr1.training.saved_step import SavedStep
-from megatron_sr1.training.token_measures import ResponseName
+from megatron_sr1.training.token_files import ResponseName
 from megatron_sr1.types import RewardStream
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_sr1.report.viewer.names import MEASURES
 from megatron_sr1.streams import Preset
-from megatron_sr1.training.token_measures import (
+from megatron_sr1.training.token_files import (
     DEPENDENCY,
     ENTROPY,
     GAP,

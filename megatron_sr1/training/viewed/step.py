@@ -28,7 +28,7 @@ from megatron_sr1.report.viewer.shown import (
 )
 from megatron_sr1.streams import Preset, preset_of
 from megatron_sr1.training.rollout_files import PLACE, TORN, file_lines, rollouts_file, step_files
-from megatron_sr1.training.token_measures import GAP, ResponseName
+from megatron_sr1.training.token_files import GAP, ResponseName
 from megatron_sr1.training.viewed.advantages import StepAdvantages, saved_advantages
 from megatron_sr1.training.viewed.configs import StepConfigs
 from megatron_sr1.training.viewed.measures import StepMeasures, saved_measures
