@@ -53,6 +53,7 @@ WrittenName = Literal[
 PresetName = Literal[WrittenName, MethodName]
 CutResponses = Literal["train", "mask"]
 OldLogprobs = Literal["trainer", "generator", "none"]
+RouterReplay = Literal["none", "trainer", "generator"]
 MismatchKind = Literal["none", "truncate", "mask"]
 MismatchLevel = Literal["token", "sequence"]
 ContrastContext = Literal["no_image", "masked", "noise", "description", "metadata"]
@@ -219,6 +220,7 @@ class Sampling:
     plain_template: TemplateName = "cot"
     reader: Reader = "policy"  # whose weights answer first passes: the policy's, or the reference's
     distorted: Distorted | None = None  # None: every first pass sees the images as they are
+    notes_experts: bool = False  # of an engine that says so: which experts a response's tokens were sent to
 
     def passes_of(self, prompt: Prompt) -> Passes:
         """What a prompt is asked, see `Passes.of`."""
@@ -237,6 +239,10 @@ class Rollout:
     generator_logprobs: tuple[float, ...]  # one per response id
     finish_reason: Literal["stop", "length"]
     weight_version: int
+    # ids [n, M, k] of the experts that the engine sent each of its n tokens but the last to, in the M layers that have
+    # some, a byte each (two where there are more than 256); of a first pass the prompt's are with the first sample
+    # alone; empty: nobody asked for them
+    experts: bytes = field(default=b"", repr=False, kw_only=True)
     queued_at: float = field(default=0.0, compare=False)  # seconds since the step's round of rollouts began
     finished_at: float = field(default=0.0, compare=False)  # the same clock
 
@@ -312,6 +318,9 @@ class TokenTrack:
     response_ids: Tensor  # [n] int32
     generator_logprobs: Tensor  # [n] float32
     credited: Tensor  # [n] int32: bit s is set where stream s credits it, S + e where measured segment e has it
+    # where the generator's choice of experts is replayed: the ids of k experts in the M layers that have some
+    prompt_experts: Tensor | None = None  # [p, M, k]; first passes share those of the first sample
+    response_experts: Tensor | None = None  # [n - 1, M, k]: the last token predicts nothing
 
 
 @dataclass(frozen=True)
@@ -323,6 +332,8 @@ class TokenSequence:
     response_ids: Sequence[int]
     images: tuple[EncodedImage, ...] = ()
     group: int | None = None  # those of one group may begin alike
+    # [n, M, k] the experts of each of its n tokens but the last, in the M layers that have some; None: nobody knows
+    experts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -332,6 +343,20 @@ class OtherContext:
     rows: Tensor  # [K] int64, ascending: which of the R scored tokens they are
     hidden: Tensor  # [K, H] in the weights' dtype
     is_own: bool  # it is the tokens' own context, and the row is another: KL(other || row), else KL(row || other)
+
+
+@dataclass(eq=False)
+class Routing:
+    """Which k experts each token of a row is sent to, in each of the M layers that have some: ids alone. What is given,
+    or has been kept, every pass over the row follows; the weights of the experts are those of the present router."""
+
+    given: Tensor | None = None  # [T, M, k], by whoever drew the tokens; on the host, each rank takes its part
+    is_given: Tensor | None = None  # [T] bool; other tokens go where the router sends them
+    # where nothing is given: what this rank's routers chose for its part of the tokens in the first pass over the row
+    kept: dict[int, Tensor] = field(default_factory=dict)  # by layer of the M: [T_part, k]
+    # by layer of the M, of the last pass: how many of the experts that predict this rank's scored tokens its router
+    # would have chosen itself, [] int64
+    agreed: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -356,6 +381,7 @@ class MicroBatch:
     keeps_hidden: bool = False  # whether the hidden states that predict them are wanted too; without gradient alone
     marks_top: bool = False  # whether it is wanted which targets no token is likelier than; without gradient alone
     others: tuple[OtherContext, ...] = ()  # that the KL of whole distributions is wanted from
+    routing: Routing | None = None  # None: every router chooses anew in every pass
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -88,10 +88,15 @@ def _forget_graphs(policy: Any) -> None:
 
 
 def packed_rows(
-    policy: Any, config: Config, processor: Processor, budget: int = BUDGET, share_prefix: bool = False
+    policy: Any,
+    config: Config,
+    processor: Processor,
+    budget: int = BUDGET,
+    share_prefix: bool = False,
+    change: Callable[[TokenSequence], TokenSequence] = lambda sequence: sequence,
 ) -> tuple[list[MicroBatch], list[int]]:
-    """This replica's packed share (every n-th pair of sequences) and which sequences it holds."""
-    sequences = make_sequences(processor)
+    """This replica's packed share (every n-th pair of sequences) and which sequences it holds. `change`: of each."""
+    sequences = [change(sequence) for sequence in make_sequences(processor)]
     replicas = policy.groups.data
     mine = [index for index in range(len(sequences)) if index // 2 % replicas.size() == replicas.rank()]
     batches = pack(

@@ -79,7 +79,10 @@ def test_the_installed_vllm_has_every_argument_and_knows_the_graphs(tiny_model_d
 
     names = {field.name for field in dataclasses.fields(EngineArgs)}
     assert set(_names_of_vllm()) == names, "read without the import"
-    asked = arguments(tiny_model_dir, False)
+    asked = arguments(tiny_model_dir, False, notes_experts=True)
+    assert asked["enable_return_routed_experts"] and "enable_return_routed_experts" not in arguments(
+        tiny_model_dir, True, notes_experts=True
+    )
     assert asked.keys() <= names and _OWNED.keys() <= names
     compilation = CompilationConfig(**asked["compilation_config"])
     assert compilation.mode == CompilationMode.NONE

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_sr1.packing import gather_rows
-from megatron_sr1.types import Scoring
+from megatron_sr1.types import Routing, Scoring
 from tests import trainer_cases
 from tests.model_zoo import create_family
 from tests.policy_cases import (
@@ -31,6 +31,7 @@ from tests.policy_cases import (
     relative_error,
 )
 from tests.ranks import run_ranks
+from tests.routing_cases import led
 
 TP, PP, VPP, CP, EP = (f"layout.{name}" for name in ("tensor", "pipeline", "virtual", "context", "expert"))
 SP = "layout.sequence_parallel=true"
@@ -82,6 +83,18 @@ LAYOUTS: dict[int, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
 }
 
 
+# of a mixture whose experts the generator has chosen
+REPLAYED: dict[int, tuple[tuple[str, ...], ...]] = {
+    1: (("recompute.mode=full",), ("recompute.mode=selective", "recompute.modules=[moe]")),
+    2: (
+        (f"{TP}=2", SP, "recompute.mode=selective", "recompute.modules=[moe]"),
+        (f"{PP}=2", f"{VPP}=2"),
+        (f"{CP}=2",),
+        (f"{EP}=2", f"{TP}=2", SP),
+    ),
+    4: ((f"{TP}=2", f"{CP}=2", SP, "recompute.mode=full"),),
+    8: ((f"{TP}=2", f"{PP}=2", f"{EP}=2", SP),),
+}
 # of a trainer's whole steps, on the smallest model
 TRAINER_LAYOUTS: dict[int, tuple[tuple[str, ...], ...]] = {
     2: ((), (f"{TP}=2", SP), (f"{PP}=2",), (f"{CP}=2",)),
@@ -99,12 +112,18 @@ def _gradients(policy: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in exported}
 
 
-def _one_step(model_dir: str, overrides: tuple[str, ...], budget: int, share: bool = False) -> dict[str, Any]:
-    """Log-probs by sequence (of this replica), and loss, gradients and weights of a step."""
+def _one_step(
+    model_dir: str, overrides: tuple[str, ...], budget: int, share: bool = False, *, given: bool = False
+) -> dict[str, Any]:
+    """Log-probs by sequence (of this replica), and loss, gradients and weights of a step.
+
+    A mixture's routers follow in it what they chose before it, or are given in both.
+    """
     processor = processor_of(model_dir)
     num_tokens = sum(len(sequence.response_ids) for sequence in make_sequences(processor))
     with built(model_dir, overrides) as (policy, config):
-        batches, mine = packed_rows(policy, config, processor, budget, share)
+        batches, mine = packed_rows(policy, config, processor, budget, share, led if given else lambda one: one)
+        batches = [replace(batch, routing=batch.routing or Routing()) for batch in batches]
         start = {name: tensor.clone() for name, tensor in policy.hf_weights()} if FROZEN in overrides else {}
         prefixes = torch.tensor(max(max(batch.parents) for batch in batches))
         torch.distributed.all_reduce(prefixes, op=torch.distributed.ReduceOp.MAX)
@@ -126,6 +145,7 @@ def _one_step(model_dir: str, overrides: tuple[str, ...], budget: int, share: bo
                 name for name, tensor in policy.hf_weights() if name in start and torch.equal(tensor, start[name])
             },
             "num_rows": len(batches),
+            "agreed": sum(int(each) for batch in batches for each in batch.routing.agreed.values()),
         }
 
 
@@ -178,6 +198,22 @@ def _check(found: dict[str, Any], expected: dict[str, Any], name: str) -> None:
         assert gap < STEP_TOLERANCE * LEARNING_RATE, f"{name}: {key} differs by {gap} after a step"
 
 
+def _check_replayed(folder: str, num_ranks: int) -> None:
+    """Experts that no router would choose: every rank finds those of its tokens and layers, in every pass."""
+    if num_ranks == 1:
+        torch.save(_one_step(f"{folder}/{MIXTURE}", (PLAIN,), BUDGET, given=True), f"{folder}/replayed.pt")
+    expected = torch.load(f"{folder}/replayed.pt", weights_only=False)
+    own = torch.load(f"{folder}/{MIXTURE}.pt", weights_only=False)
+    assert relative_error(expected["logprobs"][4], own["logprobs"][4]) > 1e-2, "they are others than its own"
+    for number, overrides in enumerate(REPLAYED[num_ranks]):
+        name = f"{' '.join(overrides)} on {num_ranks} ranks, replayed"
+        found = _one_step(f"{folder}/{MIXTURE}", (*overrides, PLAIN), BUDGET, number % 2 == 0, given=True)
+        _check(found, expected, name)
+        agreed = torch.tensor(found["agreed"])
+        torch.distributed.all_reduce(agreed)
+        assert int(agreed) == expected["agreed"], name
+
+
 def _walk(rank: int, num_ranks: int, folder: str) -> None:
     """All layouts of this number of ranks. One rank also writes what the others are compared with."""
     if num_ranks == 1:
@@ -188,6 +224,7 @@ def _walk(rank: int, num_ranks: int, folder: str) -> None:
         _check_packing(folder)
     if num_ranks in (1, *TRAINER_LAYOUTS):
         _check_trainer(folder, num_ranks)
+    _check_replayed(folder, num_ranks)
     for number, (families, overrides) in enumerate(LAYOUTS[num_ranks]):
         for family in families:
             frozen = ".frozen" if FROZEN in overrides else ""

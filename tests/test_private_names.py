@@ -48,6 +48,7 @@ DEFINED = [  # module:name
 ]
 USED = [  # names that are replaced, or that instances alone have: module:function of the library, the name it uses
     ("torch.utils._device:DeviceContext.__torch_function__", "_device_constructors"),
+    ("torch.nn:Module.add_module", "_modules"),
     ("megatron.core.parallel_state:create_group", "_global_process_group_list"),
     ("megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._communicate", "_communicate_shapes"),
     (

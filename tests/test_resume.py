@@ -55,6 +55,7 @@ OTHER: dict[str, Any] = {
     "optimizer.min_lr": 1e-9,
     "optimizer.schedule": "constant",
     "objective.dual_clip": 3.0,
+    "objective.router_replay": "none",
     "objective.constant_tokens": 1024,
     "objective.preset": "gdpo",
     "objective.streams": ([{"name": "visual", "loss_weight": 0.25}], {}),

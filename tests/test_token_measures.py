@@ -55,7 +55,7 @@ def train(saver: Saver, run: SavedRun, policy: PolicyOfNobody, step: int = 0) ->
     """What a trainer of the run's step leaves of it."""
     folder = run.folder / "rollouts"
     writer = TokenWriter(folder, slots_of(run.preset), 0, 1, writes=True, removes=True)
-    trainer = Trainer(run.config, cast(Policy, policy), run.preset, saver.processor, writer)
+    trainer = Trainer(run.config, cast(Policy, policy), run.preset, saver.processor, tokens=writer)
     trainer.update(replace(run.rollouts, step=step))
     return read_tokens(folder, step)
 

@@ -21,6 +21,7 @@ from megatron_sr1.types import Scoring, TokenSequence
 from tests.model_zoo import TEXTS, ZOO, create_family, name_by_place, publish_experts
 from tests.policy_cases import MeanLoss, built, make_sequences, packed_rows
 from tests.ranks import run_ranks
+from tests.routing_cases import CHOSEN, LAYERS, same_experts, transformers_routers
 
 NUM_RANKS = 2
 TOLERANCE = 1e-3  # nats
@@ -76,7 +77,7 @@ def _sync(parent: str, name: str, layout: tuple[str, ...], engine: Any) -> dict[
         for version in range(5):
             policy.train_step(batches, MeanLoss(num_tokens), Scoring())
             engine.update_weights(policy.hf_weights(), version)
-        facts["trained"] = _gaps(engine, processor, policy, config)
+        facts["trained"], facts["experts"] = _gaps(engine, processor, policy, config)
         facts["buckets"] = _bucket_facts(policy, load_file(f"{folder}/policy/model.safetensors"))
     return facts
 
@@ -92,7 +93,9 @@ def _restarted_bytes(engine: Any) -> int:
 def _engine(model_dir: str, engine_ranks: int, *, filled_later: bool) -> Any:
     from megatron_sr1.rollout import Engine, EngineLimits
 
-    limits = EngineLimits(256, 128, kv_cache_gib=KV_CACHE_GIB, max_images=2, seed=0, tensor_parallel=engine_ranks)
+    notes = model_dir.endswith("experts/engine") and engine_ranks == 1
+    sizes = {"kv_cache_gib": KV_CACHE_GIB, "max_images": 2, "seed": 0, "tensor_parallel": engine_ranks}
+    limits = EngineLimits(256, 128, **sizes, notes_experts=notes)
     return Engine(model_dir, limits, sleeps=True, filled_later=filled_later)
 
 
@@ -178,13 +181,18 @@ def _refusal(call: Callable[[], None]) -> str:
     return ""
 
 
-def _gaps(engine: Any, processor: Processor, policy: Any, config: Any) -> Tensor:
-    """|trainer - generator| of every token drawn at temperature 1, on the first rank's engine."""
+def _gaps(engine: Any, processor: Processor, policy: Any, config: Any) -> tuple[Tensor, dict[str, Any]]:
+    """|trainer - generator| of every token drawn at temperature 1, on the first rank's engine; of one that notes where
+    it sends tokens, what it has noted, how many of the choices of scored tokens are the trainer's own, and of how many.
+    """
     drawn = [_answers(engine, processor, 1.0, num_samples=14)]
     torch.distributed.broadcast_object_list(drawn, 0)  # with two engines of one rank both give the same, by their seeds
     encoded = [tuple(processor.encode_image(image) for image in _images(number)) for number in range(4)]
     sequences = [
-        TokenSequence(one.prompt_ids, one.response_ids, encoded[int(one.request_id.split("/")[0])]) for one in drawn[0]
+        TokenSequence(
+            one.prompt_ids, one.response_ids, encoded[int(one.request_id.split("/")[0])], experts=_experts(one)
+        )
+        for one in drawn[0]
     ]
     batches = pack(
         sequences,
@@ -197,7 +205,25 @@ def _gaps(engine: Any, processor: Processor, policy: Any, config: Any) -> Tensor
     scores = policy.logprobs(batches, Scoring(1.0, processor.media_ids))
     ours = gather_rows([score.logprobs for score in scores], batches, len(sequences))
     theirs = [torch.tensor(one.logprobs) for one in drawn[0]]
-    return torch.cat([(a - b).abs() for a, b in zip(ours, theirs, strict=True)])
+    gaps = torch.cat([(a - b).abs() for a, b in zip(ours, theirs, strict=True)])
+    routings = [batch.routing for batch in batches if batch.routing is not None]
+    own = sum(_of_all([int(each) for routing in routings for each in routing.agreed.values()]))
+    noted = [(one.request_id, len(one.prompt_ids), _experts(one)) for one in drawn[0]]
+    chosen = sum(len(batch.targets) for batch in batches) * LAYERS * CHOSEN
+    return gaps, {"noted": noted, "own": own, "chosen": chosen} if routings else {}
+
+
+def _experts(one: Any) -> Tensor | None:
+    """[n - 1, M, k] of a generation."""
+    ids = torch.frombuffer(bytearray(one.experts), dtype=torch.uint8) if one.experts else None
+    return None if ids is None else ids.view(-1, LAYERS, CHOSEN)
+
+
+def _of_all(items: list[int]) -> list[int]:
+    """Of all ranks."""
+    found: list[list[int]] = [[] for _ in range(NUM_RANKS)]
+    torch.distributed.all_gather_object(found, items)
+    return [item for part in found for item in part]
 
 
 def _bucket_facts(policy: Any, shapes: dict[str, Tensor]) -> dict[int, tuple[int, int, bool]]:
@@ -265,8 +291,10 @@ def _difference(folder: Path, name: str, role: str, answers: list[Any]) -> float
         if images:
             vision["pixel_values"] = torch.cat([image.pixel_values for image in images])
             vision["image_grid_thw"] = torch.tensor([image.grid_thw for image in images])
-        with torch.no_grad():
+        with torch.no_grad(), transformers_routers(model) as heard:
             logits = model(input_ids=ids, **vision).logits[0, len(answer.prompt_ids) - 1 : -1]
+        if answer.experts:
+            assert same_experts(_experts(answer), torch.stack(heard, 1)[:-1]) == 1.0, (name, number)
         logits[:, list(processor.media_ids)] -= 100.0
         chosen = torch.tensor(answer.response_ids)
         assert torch.equal(logits.argmax(-1), chosen), (name, role, number)
@@ -310,6 +338,22 @@ def test_trainer_and_generator_agree_after_five_updates(facts: dict[str, dict[st
     for name, found in facts.items():
         assert len(found["trained"]) >= 1000, name
         assert found["trained"].max() < TOLERANCE, name
+
+
+def test_an_engine_tells_where_it_sends_each_token(
+    facts: dict[str, dict[str, Any]], request: pytest.FixtureRequest
+) -> None:
+    """Where transformers sends it (see `_difference`), after updates where the trainer would; a prompt that siblings
+    share where the first of them was sent."""
+    told = {name: found["experts"] for name, found in facts.items() if found["experts"]}
+    assert set(told) == ({"experts"} if request.node.callspec.params["facts"] == 1 else set())
+    for found in told.values():
+        assert found["own"] == found["chosen"] > 0
+        of_prompt: dict[str, list[Tensor]] = {}
+        for name, length, experts in found["noted"]:
+            of_prompt.setdefault(name.split("/")[0], []).append(experts[:length])
+        assert all(torch.equal(one, prompts[0]) for prompts in of_prompt.values() for one in prompts)
+        assert len(of_prompt) == 4 and len(found["noted"]) == 56
 
 
 def test_the_checksums_name_what_did_not_arrive(facts: dict[str, dict[str, Any]]) -> None:

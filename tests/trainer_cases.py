@@ -50,7 +50,7 @@ def two_updates(policy: Any, config: Config, processor: Processor, folder: Path)
     from megatron_sr1.training.trainer import Trainer
 
     preset = preset_from_config(config.objective)
-    trainer = Trainer(config, policy, preset, processor, TokenWriter.of(folder, policy, preset))
+    trainer = Trainer(config, policy, preset, processor, tokens=TokenWriter.of(folder, policy, preset))
     (first,) = trainer.update(trained(processor, preset))
     between = {name: tensor.clone() for name, tensor in policy.hf_weights()}
     (second,) = trainer.update(trained(processor, preset))

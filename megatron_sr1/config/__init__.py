@@ -41,6 +41,7 @@ from megatron_sr1.config.rollout import (
     running_requests,
     typical_tokens,
 )
+from megatron_sr1.config.router_replay import NO_REPLAY, Replay, replay_of
 from megatron_sr1.config.rules import ConfigError
 from megatron_sr1.config.tracking import MlflowConfig, SamplesConfig, TrackConfig, TrackioConfig, WandbConfig
 from megatron_sr1.config.training import PRESET_NAMES, ObjectiveConfig, OptimizerConfig, TrainConfig
@@ -51,6 +52,7 @@ __all__ = [
     "BATCHED_TOKENS",
     "FAMILIES",
     "FROZEN_PARTS",
+    "NO_REPLAY",
     "PRESET_NAMES",
     "Change",
     "Command",
@@ -73,6 +75,7 @@ __all__ = [
     "PreflightConfig",
     "ProfileConfig",
     "RecomputeConfig",
+    "Replay",
     "RewardsConfig",
     "RolloutConfig",
     "SamplesConfig",
@@ -102,6 +105,7 @@ __all__ = [
     "read_hf_config",
     "read_mapping",
     "read_overrides",
+    "replay_of",
     "row_tokens",
     "rule_of",
     "running_requests",

@@ -13,6 +13,7 @@ from megatron_sr1.config.freeze import check_parts
 from megatron_sr1.config.hf_config import read_hf_config
 from megatron_sr1.config.model import PrecisionConfig
 from megatron_sr1.config.pixels import check_pixels
+from megatron_sr1.config.router_replay import check_router_replay
 from megatron_sr1.config.rules import ConfigError, require
 from megatron_sr1.config.tracking import check_trackers
 from megatron_sr1.config.whole import Config
@@ -32,6 +33,7 @@ def check_command(command: Command, config: Config) -> None:
     check_trackers(config.track)
     if command == "grpo":
         check_train_batch(config)
+        check_router_replay(config)
     check_length(command, config)
     require(
         command != "sft" or config.train.batch_size >= config.data_ranks,

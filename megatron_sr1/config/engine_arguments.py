@@ -39,6 +39,8 @@ _OWNED = {
     "generation_config": f"{_FIXED} no default of the model directory may change how tokens are drawn.",
     "override_generation_config": f"{_FIXED} no default may change how tokens are drawn.",
     "scheduling_policy": f"{_FIXED} second passes go before first ones.",
+    "enable_return_routed_experts": "Set objective.router_replay.",
+    "aux_output_config": "Set objective.router_replay.",
     "distributed_executor_backend": f"{_FIXED} engines live in the training ranks.",
     "pipeline_parallel_size": f"{_FIXED} an engine's ranks are tensor-parallel alone.",
     "data_parallel_size": f"{_FIXED} nproc / rollout.engine_tensor engines share the prompts.",

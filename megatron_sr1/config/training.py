@@ -22,6 +22,7 @@ from megatron_sr1.types import (
     OldLogprobs,
     PresetName,
     RatioLevel,
+    RouterReplay,
     Surrogate,
 )
 
@@ -127,6 +128,9 @@ class ObjectiveConfig:
     mismatch_low: float = 0.5  # mask: smaller weights become 0
     mismatch_high: float = 2.0  # mask: larger weights become 0; truncate: they become this
     max_logprob_gap: float | None = None  # nats a token, mean of a step, beyond which the run ends; null: by precision
+    # of a mixture: whose choice of experts all passes of a step follow. trainer: of its first pass; generator: of the
+    # draw; none: each chooses anew; null: trainer for a mixture. docs/training.md has what each costs
+    router_replay: RouterReplay | None = None
 
     def __post_init__(self) -> None:
         if self.preset is not None:
@@ -146,6 +150,8 @@ class ObjectiveConfig:
         one_of("objective.old", self.old, get_args(OldLogprobs))
         one_of("objective.mismatch", self.mismatch, get_args(MismatchKind))
         one_of("objective.mismatch_level", self.mismatch_level, get_args(MismatchLevel))
+        if self.router_replay is not None:
+            one_of("objective.router_replay", self.router_replay, get_args(RouterReplay))
         check_numbers("objective", self, _OBJECTIVE_NUMBERS)
         require(
             self.old != "generator" or self.mismatch == "none",

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from megatron_sr1.config import Config, kv_token_bytes, pixel_limits, read_hf_config, running_requests
+from megatron_sr1.config import Config, kv_token_bytes, pixel_limits, read_hf_config, replay_of, running_requests
 from megatron_sr1.data import Check, LeftOut, SampleFeed
 from megatron_sr1.loops.run import Run
 from megatron_sr1.platform import TeamCounter, TeamRanks
@@ -59,6 +59,7 @@ def build_generator(
         tensor_parallel=rollout.engine_tensor,
         cuda_graphs=rollout.cuda_graphs,
         pixels=pixel_limits(run.config.model),
+        notes_experts=weights is not None and replay_of(run.config).who == "generator",
         more=rollout.engine,
     )
     with run.stage("engines"):
@@ -119,6 +120,7 @@ def training_sampling(config: Config, preset: Preset) -> Sampling:
         second_template=preset.second_template,
         plain_template=preset.plain_template,
         distorted=preset.distorted,
+        notes_experts=config.objective.router_replay == "generator",
     )
 
 

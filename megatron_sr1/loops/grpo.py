@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_sr1.config import Config
+from megatron_sr1.config import Config, replay_of
 from megatron_sr1.data import SampleFeed, StepPrompts
 from megatron_sr1.loops.evaluate import Evaluations, NoEvaluations, check_heldout, heldout_prompts
 from megatron_sr1.loops.first_checks import Preflight
@@ -47,7 +47,7 @@ def run_grpo(
             engine is started, so nothing is evaluated.
     """
     check_verification(config, platform)
-    preset = preset_of(config)
+    preset, replay = preset_of(config), replay_of(config)
     with open_run(config, platform, "grpo") as run:
         sampling = training_sampling(config, preset)
         with run.stage("data"):
@@ -62,9 +62,9 @@ def run_grpo(
             steps = range(run.resume(policy, num_steps), num_steps)
         preflight = Preflight(run, "grpo", preset, generates=from_rollouts is None)
         preflight.machines(policy, num_steps)
-        trainer = NoTrainer() if rollouts_only else _trainer(run, policy, preset)
+        trainer = NoTrainer() if rollouts_only else _trainer(run, policy, preset, replay)
         evaluations: Evaluations | NoEvaluations = NoEvaluations()
-        how = (run.processor, config.objective.cut_responses)
+        how = (run.processor, config.objective.cut_responses, replay)
         recorder = Recorder.of(preset, config.rollout.samples_per_prompt, *how)
         source: RolloutSource
         if from_rollouts is not None:
@@ -89,9 +89,9 @@ def run_grpo(
             run.say(f"exported to {run.export_dir}")
 
 
-def _trainer(run: Run, policy: Policy, preset: Preset) -> Trainer:
+def _trainer(run: Run, policy: Policy, preset: Preset, replay: Replay) -> Trainer:
     tokens = TokenWriter.of(run.folder / "rollouts", policy, preset) if run.config.track.tokens else None
-    return Trainer(run.config, policy, preset, run.processor, tokens)
+    return Trainer(run.config, policy, preset, run.processor, replay, tokens)
 
 
 def _steps(

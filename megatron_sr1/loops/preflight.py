@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_sr1.config import Command, Config
+from megatron_sr1.config import Command, Config, replay_of
 from megatron_sr1.loops.first_checks import Checks
 from megatron_sr1.loops.generation import build_generator, live_rollouts, training_feed, training_sampling
 from megatron_sr1.loops.run import Run, watched
@@ -66,8 +66,9 @@ def _check_grpo(run: Run, checks: Checks) -> None:
     checks.machines(policy, run.count_steps(feed, "rollout.prompts_per_step"))
     if not config.preflight.prompts or not checks.engines_have_room():
         return
-    trainer = Trainer(config, policy, preset, run.processor)
-    recorder = Recorder.of(preset, config.rollout.samples_per_prompt, run.processor, config.objective.cut_responses)
+    replay, cut = replay_of(config), config.objective.cut_responses
+    trainer = Trainer(config, policy, preset, run.processor, replay)
+    recorder = Recorder.of(preset, config.rollout.samples_per_prompt, run.processor, cut, replay)
     complaints: list[str] = []
     policy.leave_device()
     generator = build_generator(run, policy.hf_weights, complaints.append)

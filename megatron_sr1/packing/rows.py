@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_sr1.packing.bins import Part, fill_rows, sequence_length
 from megatron_sr1.packing.positions import image_starts, mrope_positions, num_visual_tokens
-from megatron_sr1.types import EncodedImage, MicroBatch, TokenSequence
+from megatron_sr1.types import EncodedImage, MicroBatch, Routing, TokenSequence
 
 
 def pack(
@@ -130,9 +130,11 @@ class _Tokens:
     ids: Tensor  # [n] int64
     positions: Tensor  # [3, n] int64
     visual: Tensor  # [n] int64: the visual token of the row that each stands for, -1 for text and padding
+    experts: Tensor | None = None  # [m, M, k] of the first m of them, see `TokenSequence`
 
     def of(self, chosen: slice) -> _Tokens:
-        return _Tokens(self.ids[chosen], self.positions[:, chosen], self.visual[chosen])
+        experts = None if self.experts is None else self.experts[chosen]
+        return _Tokens(self.ids[chosen], self.positions[:, chosen], self.visual[chosen], experts)
 
 
 class _Row:
@@ -158,6 +160,7 @@ class _Row:
             torch.tensor([*sequence.prompt_ids, *sequence.response_ids, *[0] * num_pad], dtype=torch.int64),
             mrope_positions(sequence, **where, num_pad=num_pad),
             _visual_index(sequence, self._images, self._places.image_token_id, num_pad),
+            sequence.experts,
         )
 
     def add(self, tokens: _Tokens, parent: int = -1) -> Tensor:
@@ -195,7 +198,25 @@ class _Row:
             targets=targets,
             row_sequence=row_sequence,
             row_offset=row_offset,
+            routing=_given(self._segments),
         )
+
+
+def _given(segments: Sequence[_Tokens]) -> Routing | None:
+    """None where nobody knows the experts of a token."""
+    known = [segment.experts for segment in segments if segment.experts is not None]
+    if not known:
+        return None
+    num_tokens = sum(len(segment.ids) for segment in segments)
+    given = known[0].new_zeros(num_tokens, *known[0].shape[1:])
+    is_given = torch.zeros(num_tokens, dtype=torch.bool)
+    start = 0
+    for segment in segments:
+        if segment.experts is not None:
+            end = start + len(segment.experts)
+            given[start:end], is_given[start:end] = segment.experts, True
+        start += len(segment.ids)
+    return Routing(given, is_given)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -47,6 +48,14 @@ def remember_factories() -> None:
     It recognises them by identity, from a set that it makes at first use: nothing public makes it earlier.
     """
     _device_constructors()
+
+
+def with_children(module: torch.nn.Module, **children: torch.nn.Module) -> Any:
+    """A copy that has all that `module` has, the same parameters and hooks among it, but these children. To set a child
+    by its public name would change it in `module` too."""
+    made = copy(module)
+    made._modules = {**module._modules, **children}
+    return made
 
 
 def fake_store() -> Store:

@@ -25,6 +25,7 @@ from megatron_sr1.policy.frozen import Frozen
 from megatron_sr1.policy.groups import ParallelGroups
 from megatron_sr1.policy.layers.deepstack import PackedRow, with_deepstack
 from megatron_sr1.policy.layers.rotary import MultimodalRotary
+from megatron_sr1.policy.layers.routing import RankRouting
 from megatron_sr1.policy.vision import SharedVision
 from megatron_sr1.types import BANNED_LOGIT_BIAS, MicroBatch, OtherContext, Scoring
 
@@ -65,6 +66,9 @@ class QwenVLModel(GPTModel):
         self.architecture = architecture
         self.groups = groups
         self.needs_root = frozen.needs_root
+        mixtures = [number for number, is_moe in enumerate(architecture.moe_layers, start=1) if is_moe]
+        own = {layer.layer_number for layer in self.decoder.layers}
+        self.expert_places = {number: place for place, number in enumerate(mixtures) if number in own}
         self.logits = config.precision.logits
         self.rotary = MultimodalRotary(
             architecture.head_dim,
@@ -94,6 +98,8 @@ class QwenVLModel(GPTModel):
         context = (self.groups.context.rank(), self.groups.context.size())
         local = context_index(batch.cu_seqlens, *context)
         has_prefixes = max(batch.parents) >= 0
+        split = self.groups.tensor.size() if self.config.sequence_parallel else 1
+        part = local.chunk(split)[self.groups.tensor.rank() if split > 1 else 0]
         hidden = self.decoder(
             hidden_states=self._embed(batch, local) if self.pre_process else None,
             attention_mask=None,
@@ -104,9 +110,10 @@ class QwenVLModel(GPTModel):
                 cu_seqlens_kv=batch.cu_seqlens,
                 max_seqlen_q=batch.max_seqlen,
                 max_seqlen_kv=batch.max_seqlen,
-                num_local_tokens=len(local) // (self.groups.tensor.size() if self.config.sequence_parallel else 1),
+                num_local_tokens=len(part),
                 calls=attention_calls(batch.cu_seqlens, batch.parents, *context) if has_prefixes else (),
                 order=row_order(batch.cu_seqlens, context[1]) if has_prefixes and context[1] > 1 else None,
+                routing=RankRouting.of(batch, part, self.expert_places),
             ),
         )
         return self._score(hidden, batch, local, scoring) if self.post_process else hidden

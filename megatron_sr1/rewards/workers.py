@@ -128,6 +128,7 @@ class Graders:
         """
         names = names or for_prompt(self._names, bool(group.prompt.images))
         asked = self._asked.of(group.prompt)  # as long as it has its images
+        group = _without_experts(group)
         if self._see_images.isdisjoint(names):
             group = replace(group, prompt=replace(group.prompt, images=()))
         asking = [name for name in names if name in self._asking]
@@ -168,6 +169,18 @@ class Graders:
             return Ungraded(str(error))
         finally:
             self._idle.put(worker)
+
+
+def _without_experts(group: RolloutGroup) -> RolloutGroup:
+    """They are much, and no reward looks at them."""
+    if not group.pairs[0].first.experts:
+        return group
+    pairs = []
+    for pair in group.pairs:
+        second = None if pair.second is None else replace(pair.second, experts=b"")
+        further = tuple(replace(each, rollout=replace(each.rollout, experts=b"")) for each in pair.further)
+        pairs.append(replace(pair, first=replace(pair.first, experts=b""), second=second, further=further))
+    return replace(group, pairs=tuple(pairs))
 
 
 class _Worker:

@@ -406,9 +406,20 @@ class PassRequests:
             generator_logprobs=generation.logprobs,
             finish_reason=generation.finish_reason,
             weight_version=weight_version,
+            experts=self._experts(request, generation),
             queued_at=self._queued.pop(request.request_id),
             finished_at=time.perf_counter() - self._start,
         )
+
+    def _experts(self, request: _Request, generation: Generation) -> bytes:
+        """See `Rollout`. Siblings share their first prompt: where it is sent is said once."""
+        if not self._sampling.notes_experts:
+            return b""
+        num_prompt = len(generation.prompt_ids)
+        token_bytes, rest = divmod(len(generation.experts), num_prompt + len(generation.response_ids) - 1)
+        assert rest == 0 and token_bytes > 0, f"{len(generation.experts)} bytes of experts"
+        brings_prompt = request.asked is not None or request.sample == 0
+        return generation.experts if brings_prompt else generation.experts[num_prompt * token_bytes :]
 
 
 def _by_what_they_see(requests: Sequence[_Request]) -> list[list[_Request]]:

@@ -34,6 +34,7 @@ class Generation:
     response_ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # natural log, of the distribution drawn from, one per response id
     finish_reason: Literal["stop", "length"]
+    experts: bytes = b""  # of all tokens but the last, as `Rollout` has them; empty: not asked for
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def check_siblings(distorted: Distorted | None, config: Config) -> None:
 
     Raises:
         ConfigError: no sibling would see the images as they are; ratios would be to what the generator says, who has
-            seen others.
+            seen others, or tokens would be sent where it sent them.
     """
     if distorted is None:
         return
@@ -48,6 +48,25 @@ def check_siblings(distorted: Distorted | None, config: Config) -> None:
         "Half of them is the paper's. Lower it, or raise rollout.samples_per_prompt.",
     )
     check_old(old)
+    check_replay(config.objective.router_replay)
+
+
+def check_replay(who: str | None) -> None:
+    """
+    Args:
+        who: `objective.router_replay`, where some responses were drawn from noisy images.
+
+    Raises:
+        ConfigError: it is the generator, whose choice of experts was made for other images.
+    """
+    require(
+        who != "generator",
+        "objective.router_replay",
+        who,
+        "trainer or none where siblings are drawn from noisy images: the generator chose experts for these, and they "
+        "are trained on the images themselves",
+        "Set objective.router_replay=trainer.",
+    )
 
 
 def check_old(old: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megatron_sr1.config import Config, row_tokens
+from megatron_sr1.config import NO_REPLAY, Config, Replay, row_tokens
 from megatron_sr1.objective import stream_advantages, token_weights
 from megatron_sr1.packing import moved, pack
 from megatron_sr1.platform.precision import shares_prefixes
@@ -29,6 +29,7 @@ from megatron_sr1.types import (
     EncodedImage,
     MicroBatch,
     RewardStream,
+    Routing,
     SftSample,
     TokenSequence,
     TokenTrack,
@@ -151,7 +152,14 @@ def optimizer_shares(places: Sequence[int], config: Config) -> list[slice]:
 class Batcher:
     """Packs what a policy is trained on."""
 
-    def __init__(self, config: Config, processor: Processor, replicas: Exchange, device: torch.device = CPU) -> None:
+    def __init__(
+        self,
+        config: Config,
+        processor: Processor,
+        replicas: Exchange,
+        device: torch.device = CPU,
+        replay: Replay = NO_REPLAY,
+    ) -> None:
         """`device`: where the policy computes, and so where everything it is trained on goes.
 
         Raises:
@@ -161,6 +169,7 @@ class Batcher:
         self._row_tokens = row_tokens(config)
         self._templates = templates_of(config)
         self._device = device
+        self._replay = replay
         self.share_prefix = shares_prefixes(config, on_cpu=device.type == CPU.type)
         self._processor = processor
         self._replicas = replicas
@@ -242,7 +251,8 @@ class Batcher:
                 encoded[group] = tuple(self._processor.encode_image(image) for image in images)
             seen = encoded[group] if slot == FIRST else ()
             its_pass = group * len(slots) + first_of[slots[slot].pass_name]
-            sequences.append(TokenSequence(track.prompt_ids.tolist(), track.response_ids.tolist(), seen, its_pass))
+            ids = (track.prompt_ids.tolist(), track.response_ids.tolist())
+            sequences.append(TokenSequence(*ids, seen, its_pass, _experts(track)))
             index, number = group * ledger.num_samples + sample, slots[slot].number
             place = index * preset.most_samples + number
             responses.append(
@@ -255,7 +265,7 @@ class Batcher:
                     compared=torch.full((len(track.response_ids),), slot != FIRST or not distorted[group][sample]),
                 )
             )
-        micro_batches = self._pack(sequences)
+        micro_batches = self._replayed(self._pack(sequences))
         keys = [prompts.keys[int(number)] for number in numbers] if preset.contrasts else []  # of the groups
         make = ContextMaker(self._processor, self._config, step, texts)
         contrasts = {
@@ -293,7 +303,7 @@ class Batcher:
                 other = make.sequence(contrast, sequence, told, keys[group], number, group)
                 if other is not None:
                     others[index] = other
-        return ContrastRows(self._pack(list(others.values())), list(others))
+        return ContrastRows(self._replayed(self._pack(list(others.values()))), list(others))
 
     def _with_gradients(
         self, batch: MicroBatch, tokens: ResponseTokens, advantages: Tensor, preset: Preset
@@ -304,6 +314,12 @@ class Batcher:
         if self._config.objective.loss or matters.all():  # a loss of the user's own may look at any token
             return batch
         return replace(batch, grad_rows=torch.nonzero(matters).squeeze(1))
+
+    def _replayed(self, rows: list[MicroBatch]) -> list[MicroBatch]:
+        """Rows whose passes all follow the first, unless the generator says where their tokens go."""
+        if self._replay.who == "none":
+            return rows
+        return [replace(row, routing=row.routing or Routing()) for row in rows]
 
     def _pack(self, sequences: Sequence[TokenSequence]) -> list[MicroBatch]:
         batches = pack(
@@ -323,6 +339,12 @@ class Batcher:
         turn = template.render(sample.prompt.problem, len(images), sample.description)
         ids = self._processor.expand(self._processor.turn_ids(turn, len(images)), [image.grid_thw for image in images])
         return TokenSequence(ids, self._processor.response_ids(sample.response), images)
+
+
+def _experts(track: TokenTrack) -> Tensor | None:
+    """[p + n - 1, M, k]"""
+    parts = [part for part in (track.prompt_experts, track.response_experts) if part is not None]
+    return torch.cat(parts) if parts else None
 
 
 def _counts(ledger: StepLedger, slots: Sequence[Slot]) -> tuple[int, int, dict[str, int]]:

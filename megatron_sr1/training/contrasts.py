@@ -96,7 +96,7 @@ class ContextMaker:
                     for number, image in enumerate(sequence.images)
                 )
                 self._made[contrast.name, group] = images
-            return replace(sequence, images=images, group=group)
+            return replace(sequence, images=images, group=group, experts=None)
         told: list[int] = []
         if contrast.context == "description":
             ids = torch.tensor(list(sequence.response_ids))
@@ -109,7 +109,7 @@ class ContextMaker:
         num_tokens = len(prompt_ids) + len(sequence.response_ids)
         if num_tokens + -num_tokens % self._multiple > self._room:
             return None
-        return replace(sequence, prompt_ids=prompt_ids, images=(), group=group)
+        return replace(sequence, prompt_ids=prompt_ids, images=(), group=group, experts=None)
 
     def _told(self, prompt_ids: Sequence[int], text: Sequence[int]) -> list[int]:
         """The prompt without its images; `text` is where the first of them was."""

@@ -3,7 +3,10 @@
 Both ends know from the ledger what is sent, in which order and how long it is, so nothing is said about it. A response
 goes as 32-bit words:
 
-    [ image sizes and prompt ids, unless the receiver has them of a sibling | response ids | log-probs | credited ]
+    [ image sizes, prompt ids and their experts, unless the receiver has them of a sibling
+    | response ids | log-probs | credited | experts ]
+
+The experts are there where the generator's choice of them is replayed.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_sr1.config import NO_REPLAY, Replay
 from megatron_sr1.packing import Family, split_groups
 from megatron_sr1.ranks import Exchange
+from megatron_sr1.training.expert_ids import as_words, num_words, of_words
 from megatron_sr1.training.ledger import FIRST, Slot, StepLedger
 from megatron_sr1.training.recorder import GroupTracks
 from megatron_sr1.types import TokenTrack
@@ -66,13 +71,13 @@ def share_responses(
 class Payload:
     """Sends responses from the ranks that hold them to those that train them."""
 
-    def __init__(self, ranks: Exchange, replica_of: Sequence[int]) -> None:
+    def __init__(self, ranks: Exchange, replica_of: Sequence[int], replay: Replay = NO_REPLAY) -> None:
         """
         Args:
             ranks: all of the job.
             replica_of: the replica that each of them is of.
         """
-        self._ranks = ranks
+        self._ranks, self._replay = ranks, replay
         self._replica_of = replica_of
 
     def fetch(
@@ -85,7 +90,7 @@ class Payload:
             held: the groups that this rank has, by number.
         """
         holders = ledger.holder.tolist()
-        lengths = _Lengths(ledger)
+        lengths = _Lengths(ledger, self._replay)
         pieces = [self._piece(shares[replica], ledger, holders, held) for replica in range(len(shares))]
         mine: list[list[Place]] = [[] for _ in self._replica_of]
         for place in shares[self._replica_of[self._ranks.rank]]:
@@ -107,8 +112,9 @@ class Payload:
         for place, is_new in _with_prompts([place for place in share if holders[place.group] == self._ranks.rank]):
             track = held[numbers[place.group]][place.sample, place.slot]
             if is_new:
-                words += [track.image_sizes.flatten(), track.prompt_ids]
+                words += [track.image_sizes.flatten(), track.prompt_ids, as_words(track.prompt_experts)]
             words += [track.response_ids, track.generator_logprobs.view(torch.int32), track.credited]
+            words.append(as_words(track.response_experts))
         return torch.cat(words)
 
 
@@ -124,32 +130,41 @@ def _with_prompts(places: Sequence[Place]) -> Iterator[tuple[Place, bool]]:
 class _Lengths:
     """Of what is sent, in words."""
 
-    def __init__(self, ledger: StepLedger) -> None:
+    def __init__(self, ledger: StepLedger, replay: Replay) -> None:
         self.num_images = ledger.num_images.tolist()
         self.prompt = ledger.prompt_tokens.tolist()
         self.response = ledger.response_tokens.tolist()
+        self.replay = replay
 
     def of(self, places: Sequence[Place]) -> Iterator[tuple[Place, int]]:
         """Of each of the responses that one rank sends another."""
         for place, is_new in _with_prompts(places):
-            group, sample, slot = place
-            asked = self.sizes(place) + self.prompt[group][sample][slot]
-            yield place, (asked if is_new else 0) + 3 * self.response[group][sample][slot]
+            yield place, sum(self.asked(place) if is_new else ()) + sum(self.answered(place))
 
-    def sizes(self, place: Place) -> int:
-        """Of the images that a response was given."""
-        return 2 * self.num_images[place.group] if place.slot == FIRST else 0
+    def asked(self, place: Place) -> tuple[int, int, int]:
+        """Of the sizes of the images that a response was given, its prompt's ids and their experts."""
+        num_tokens = self.prompt[place.group][place.sample][place.slot]
+        sizes = 2 * self.num_images[place.group] if place.slot == FIRST else 0
+        return sizes, num_tokens, num_words(num_tokens, self.replay)
+
+    def answered(self, place: Place) -> tuple[int, int, int, int]:
+        """Of its ids, their log-probs, who credits them, and their experts."""
+        num_tokens = self.response[place.group][place.sample][place.slot]
+        return num_tokens, num_tokens, num_tokens, num_words(max(num_tokens - 1, 0), self.replay)
 
 
 def _unpacked(places: Sequence[Place], words: Tensor, lengths: _Lengths) -> Iterator[tuple[Place, TokenTrack]]:
-    prompts: dict[int, tuple[Tensor, Tensor]] = {}
-    pairs = list(lengths.of(places))
+    prompts: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+    pairs, replay = list(lengths.of(places)), lengths.replay
     for (place, size), piece in zip(pairs, words.split([size for _, size in pairs]), strict=True):
-        group, sample, slot = place
-        num_response = lengths.response[group][sample][slot]
-        asked, response, logprobs, credited = piece.split([size - 3 * num_response, *[num_response] * 3])
-        sizes, ids = asked[: lengths.sizes(place)], asked[lengths.sizes(place) :]
-        prompt = (sizes.view(-1, 2), ids)
-        if slot == FIRST:
-            prompt = prompts.setdefault(group, prompt)
-        yield place, TokenTrack(*prompt, response, logprobs.view(torch.float32), credited)
+        answered = lengths.answered(place)
+        asked, response, logprobs, credited, chosen = piece.split([size - sum(answered), *answered])
+        if len(asked):
+            sizes, ids, experts = asked.split(lengths.asked(place))
+            prompt = (sizes.view(-1, 2), ids, of_words(experts, len(ids), replay))
+            if place.slot == FIRST:
+                prompts[place.group] = prompt
+        else:
+            prompt = prompts[place.group]
+        after = of_words(chosen, max(len(response) - 1, 0), replay)
+        yield place, TokenTrack(*prompt[:2], response, logprobs.view(torch.float32), credited, prompt[2], after)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from megatron_sr1.config import NO_REPLAY, Replay
 from megatron_sr1.objective import token_kinds
 from megatron_sr1.processor import Processor
 from megatron_sr1.ranks import Exchange, agreed
 from megatron_sr1.rewards import faithful
 from megatron_sr1.streams import Preset
+from megatron_sr1.training.expert_ids import experts_of
 from megatron_sr1.training.ledger import FIRST, KINDS, StepLedger, slots_of
 from megatron_sr1.training.segments import Response, response_masks, scored_responses
 from megatron_sr1.training.step_rewards import Rewards
@@ -26,19 +29,24 @@ _NONE = Rollout("", (), (), "", (), "stop", 0)  # a response that is not there
 class Recorder:
     """Of the groups that one rank holds."""
 
-    def __init__(self, preset: Preset, num_samples: int, masks: Masks, image_token_id: int) -> None:
+    def __init__(
+        self, preset: Preset, num_samples: int, masks: Masks, image_token_id: int, replay: Replay = NO_REPLAY
+    ) -> None:
         """`num_samples`: K."""
         self.preset, self.num_samples = preset, num_samples
+        self._replay = replay
         self._masks = masks
         self._image_token_id = image_token_id
         self._slots = slots_of(preset)
         self._places = {(slot.pass_name, slot.number): place for place, slot in enumerate(self._slots)}
 
     @classmethod
-    def of(cls, preset: Preset, num_samples: int, processor: Processor, cut: CutResponses) -> Recorder:
+    def of(
+        cls, preset: Preset, num_samples: int, processor: Processor, cut: CutResponses, replay: Replay = NO_REPLAY
+    ) -> Recorder:
         """`cut`: see `response_masks`."""
         masks = partial(response_masks, processor, streams=preset.streams, cut=cut, measured=preset.measured)
-        return cls(preset, num_samples, masks, processor.image_token_id)
+        return cls(preset, num_samples, masks, processor.image_token_id, replay)
 
     def none(self) -> StepLedger:
         """The ledger before anything is drawn."""
@@ -54,7 +62,8 @@ class Recorder:
             rewards: of each, see `sample_rewards`.
 
         Raises:
-            ValueError: on every rank: the facts of a sample are no list; a user's function of spans fails.
+            ValueError: on every rank: the facts of a sample are no list; a user's function of spans fails; see
+                `experts_of`.
         """
 
         def recorded() -> tuple[StepLedger, dict[int, GroupTracks]]:
@@ -66,10 +75,17 @@ class Recorder:
 
     def _tracks(self, group: RolloutGroup) -> GroupTracks:
         sizes = [image.size for image in group.prompt.images]
-        return {
+        found = {
             (sample, self._places[response.pass_name, response.number]): self._track(response, sizes)
             for sample, pair in enumerate(group.pairs)
             for response in scored_responses(pair, group.prompt, self.preset)
+        }
+        asked = found[0, FIRST].prompt_experts
+        if asked is None:
+            return found
+        return {
+            place: replace(track, prompt_experts=asked) if place[1] == FIRST else track
+            for place, track in found.items()
         }
 
     def _track(self, response: Response, sizes: Sequence[tuple[int, int]]) -> TokenTrack:
@@ -78,12 +94,15 @@ class Recorder:
         masks = self._masks(response).long()
         bits = 1 << torch.arange(len(masks))
         credited = (masks * bits[:, None]).sum(0)
+        prompt_experts, response_experts = experts_of(rollout, self._replay)
         return TokenTrack(
             image_sizes=shown.view(-1, 2),
             prompt_ids=torch.tensor(rollout.prompt_ids, dtype=torch.int32),
             response_ids=torch.tensor(rollout.response_ids, dtype=torch.int32),
             generator_logprobs=torch.tensor(rollout.generator_logprobs, dtype=torch.float32),
             credited=credited.to(torch.int32),
+            prompt_experts=prompt_experts,
+            response_experts=response_experts,
         )
 
     def _ledger(

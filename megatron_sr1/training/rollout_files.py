@@ -12,6 +12,7 @@ dropped.
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import os
@@ -24,7 +25,7 @@ from typing import Any
 
 from megatron_sr1.prompts import OURS, Asked
 from megatron_sr1.training.step_rollouts import StepRollouts
-from megatron_sr1.types import SECOND, LaterPass, Reading
+from megatron_sr1.types import SECOND, LaterPass, Reading, Rollout
 
 PLACE = "trained_as"
 _PART = re.compile(r"\.(\d+)-of-(\d+)\.jsonl\.gz$")
@@ -106,8 +107,8 @@ def _lines(
                 "description_cut": pair.description_cut,
                 "rewards": {name: value[number] for name, value in rewards.items()},
                 **same,
-                "first": vars(pair.first),
-                "second": None if pair.second is None else vars(pair.second),
+                "first": _rollout_fields(pair.first),
+                "second": None if pair.second is None else _rollout_fields(pair.second),
                 **({"distorted": True} if pair.distorted else {}),
                 **({"further": [_reading_fields(reading) for reading in pair.further]} if pair.further else {}),
             }
@@ -120,7 +121,13 @@ def told_passes(later: Sequence[LaterPass]) -> list[dict[str, Any]]:
 
 def _reading_fields(reading: Reading) -> dict[str, Any]:
     question = None if reading.question is None else vars(reading.question)
-    return {**vars(reading), "rollout": vars(reading.rollout), "question": question}
+    return {**vars(reading), "rollout": _rollout_fields(reading.rollout), "question": question}
+
+
+def _rollout_fields(rollout: Rollout) -> dict[str, Any]:
+    """Without experts that nobody asked for, as earlier releases wrote it."""
+    fields = {name: value for name, value in vars(rollout).items() if name != "experts"}
+    return {**fields, "experts": base64.b64encode(rollout.experts).decode()} if rollout.experts else fields
 
 
 def _part(path: Path, part: int, parts: int) -> Path:

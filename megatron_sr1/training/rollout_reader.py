@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -180,4 +182,11 @@ def _rollout(path: Path, fields: dict[str, Any]) -> Rollout:
     if len(ids) != len(logprobs):
         raise ValueError(f"{path}, {fields['rollout_id']}: {len(ids)} response ids and {len(logprobs)} log-probs.")
     sequences = {name: tuple(fields[name]) for name in ("prompt_ids", "response_ids", "generator_logprobs")}
-    return Rollout(**{**fields, **sequences})
+    return Rollout(**{**fields, **sequences, "experts": _experts(path, fields)})
+
+
+def _experts(path: Path, fields: Mapping[str, Any]) -> bytes:
+    try:
+        return base64.b64decode(fields.get("experts", ""), validate=True)
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise ValueError(f"{path}, {fields['rollout_id']}: its experts are no base64: {error}. {TORN}") from error

@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_sr1.config import Config
+from megatron_sr1.config import NO_REPLAY, Config, Replay
 from megatron_sr1.policy import Policy, StepResult
 from megatron_sr1.processor import Processor
 from megatron_sr1.ranks import agreed
 from megatron_sr1.rewards import RewardError
-from megatron_sr1.streams import Preset, check_old
+from megatron_sr1.streams import Preset, check_old, check_replay
 from megatron_sr1.training.bad_steps import bad_samples, finite, not_finite
 from megatron_sr1.training.batches import Batcher, StreamRows, optimizer_shares
 from megatron_sr1.training.contrast_scores import ContrastScorer, contrast_rewards, contrast_weights, of_siblings
@@ -45,10 +45,17 @@ class Trainer:
     """Trains a policy on scored rollouts."""
 
     def __init__(
-        self, config: Config, policy: Policy, preset: Preset, processor: Processor, tokens: TokenWriter | None = None
+        self,
+        config: Config,
+        policy: Policy,
+        preset: Preset,
+        processor: Processor,
+        replay: Replay = NO_REPLAY,
+        tokens: TokenWriter | None = None,
     ) -> None:
         """
         Args:
+            replay: see `replay_of`.
             tokens: takes what is measured of each token.
 
         Raises:
@@ -60,14 +67,16 @@ class Trainer:
         self._scoring = Scoring(config.rollout.temperature, processor.media_ids)
         self._max_logprob_gap = max_logprob_gap(config, policy.platform.on_cpu)
         self._contrasts = ContrastScorer(policy, preset, self._scoring)
-        self._batcher = Batcher(config, processor, policy.replicas, policy.platform.device)
+        self._replay = replay
+        self._batcher = Batcher(config, processor, policy.replicas, policy.platform.device, replay)
         self._tokens = tokens or TokenWriter.nothing()
         ranks, self._replica = policy.platform.ranks, policy.replicas.rank
-        self._payload = Payload(ranks, ranks.gather([self._replica]))
+        self._payload = Payload(ranks, ranks.gather([self._replica]), replay)
 
     def update(self, rollouts: StepRollouts) -> list[StepResult]:
         """One optimizer step per `train.batch_size` prompts. With several, old log-probs are taken before the first, or
         are the generator's; where a KL is in the reward, old and reference log-probs are taken, before the advantages.
+        Where the policy's own choice of experts is replayed, it is made before any of these.
 
         Raises:
             ValueError: trainer and generator are too far apart, see `check_logprob_gap`; see `_whose`.
@@ -86,6 +95,8 @@ class Trainer:
         old: list[list[LogProbs]] = []
         if needs_old or preset.kl_in_reward:
             old = [scores for scores, _ in drawn] if drawn and whose == "trainer" else list(map(self._drawn, rows))
+        if not drawn and not (old and whose == "trainer"):
+            self._choose(rows)
         reference: list[Scored] = []
         if preset.kl_in_reward or preset.rewards_contrast:
             reference = list(map(self._reference, rows))
@@ -118,7 +129,7 @@ class Trainer:
             self._tokens.take(row, ledger.of(share), loss.measured)
             result = self._with_culprits(result, row, ledger.of(share), rollouts.prompts.keys)
             result = replace(result, culprits=(*result.culprits, *_named(bad, ledger, rollouts.prompts.keys)))
-            result = self._with_schedules(result, rollouts.step)
+            result = self._with_schedules(self._with_agreement(result, row), rollouts.step)
             results.append(self._with_penalties(result, preset, None if kl is None else kl[:, self._rollouts(share)]))
             if same and not result.skipped:
                 self._check_gap(result, rollouts.step)
@@ -175,6 +186,7 @@ class Trainer:
         """The old log-probs. Raises ConfigError where saved rollouts do not go with them, see `check_old`."""
         if ledger.distorted.any():
             check_old(self._config.objective.old)
+            check_replay(self._replay.who)
         return self._config.objective.old
 
     def _with_culprits(
@@ -227,6 +239,23 @@ class Trainer:
             self._policy.platform.ranks,
             lambda: {group: self._preset.told_of(prompts.read(numbers[group])) for group in sorted(groups)},
         )
+
+    def _choose(self, rows: Sequence[StreamRows]) -> None:
+        """Has the policy choose the experts that all later passes follow, where one of these is by other weights."""
+        if self._replay.who == "trainer" and (len(rows) > 1 or self._preset.needs_reference):
+            for row in rows:
+                self._policy.logprobs(row.micro_batches, self._scoring)
+
+    def _with_agreement(self, result: StepResult, rows: StreamRows) -> StepResult:
+        """`router/agreement`: of the experts that predict scored tokens, the share that the routers would have chosen
+        themselves. Collective."""
+        if self._replay.who == "none":
+            return result
+        routings = [batch.routing for batch in rows.micro_batches if batch.routing is not None]
+        counts = [count for routing in routings for count in routing.agreed.values()]
+        agreed = sum(self._policy.platform.ranks.gather([int(torch.stack(counts).sum()) if counts else 0]))
+        chosen = rows.num_tokens * self._replay.layers * self._replay.chosen
+        return replace(result, metrics={**result.metrics, "router/agreement": agreed / chosen})
 
     def _drawn(self, rows: StreamRows) -> list[LogProbs]:
         """Per micro-batch, of the weights that drew the responses: the policy's, before it is trained, or those that

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_sr1.packing import AttentionCall
+from megatron_sr1.policy.layers.routing import RankRouting, routed
 
 
 @dataclass
@@ -30,6 +31,7 @@ class PackedRow(PackedSeqParams):
     num_local_tokens: int = 0  # T_part: without what rides along
     calls: tuple[AttentionCall, ...] = ()  # of attention; none where every segment is a sequence
     order: Tensor | None = None  # [T] see `packing.context.row_order`; with calls under context parallelism
+    routing: RankRouting | None = None  # None: routers choose for themselves
 
 
 class DeepstackLayer(TransformerLayer):
@@ -54,7 +56,8 @@ class DeepstackLayer(TransformerLayer):
         size = packed_seq_params.num_local_tokens
         assert size > 0 and len(hidden_states) % size == 0, (tuple(hidden_states.shape), size)
         hidden, *features = hidden_states.split(size)
-        output, context = super().forward(hidden, *arguments, packed_seq_params=packed_seq_params, **options)
+        with routed(self, packed_seq_params.routing):
+            output, context = super().forward(hidden, *arguments, packed_seq_params=packed_seq_params, **options)
         if features:
             output = torch.cat([output + features[0], *features[1:]])
         return output, context

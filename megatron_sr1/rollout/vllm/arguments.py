@@ -25,6 +25,7 @@ class EngineLimits:
     tensor_parallel: int = 1  # ranks that share one copy of the weights
     cuda_graphs: bool = True
     pixels: PixelLimits | None = None  # of an image; None: what the model's files say
+    notes_experts: bool = False  # of a mixture: a generation says which experts its tokens were sent to
     more: Mapping[str, Any] = field(default_factory=dict)  # arguments of vLLM by its own names
 
 
@@ -73,6 +74,7 @@ def engine_arguments(
         "limit_mm_per_prompt": {"image": limits.max_images, "video": 0},
         "distributed_executor_backend": "external_launcher" if in_job else None,
         "enable_sleep_mode": can_sleep,
+        **({"enable_return_routed_experts": True} if limits.notes_experts and not on_cpu else {}),
         **limits.more,
     }
 

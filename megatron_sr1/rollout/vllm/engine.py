@@ -25,6 +25,7 @@ from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation, OwnView
 from megatron_sr1.rollout.vllm.arguments import EngineLimits, engine_arguments
 from megatron_sr1.rollout.vllm.checksums import WeightCheck
+from megatron_sr1.rollout.vllm.noted_experts import NotedExperts, told_experts
 from megatron_sr1.rollout.vllm.private import (
     detach_finalizer,
     name_shared_memory,
@@ -88,13 +89,14 @@ class Engine:
         from vllm.platforms import current_platform
 
         model = read_hf_config(hf_dir)
-        self._class_name = model.class_name
+        self._hf = model
         self._in_job = torch.distributed.is_initialized()
         self._tensor_parallel = limits.tensor_parallel
         ranks = torch.distributed.get_world_size() if self._in_job else 1
         if ranks % limits.tensor_parallel:
             raise ValueError(f"{ranks} ranks do not divide into engines of {limits.tensor_parallel}: choose a divisor.")
         on_cpu = current_platform.is_cpu()
+        self._notes_experts, self._listens = limits.notes_experts, limits.notes_experts and on_cpu
         if not on_cpu:  # else vLLM may fall back to its first model runner, which draws seeded tokens one by one
             os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
         self._can_sleep = sleeps and current_platform.is_sleep_mode_available()
@@ -114,7 +116,7 @@ class Engine:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        _register_architecture(self._class_name)
+        _register_architecture(self._hf.class_name)
         if self._filled_later:
             register_no_weights()
         shared = _named_shared_memory() if self._in_job and self._tensor_parallel > 1 else []
@@ -127,6 +129,7 @@ class Engine:
         torch.set_num_threads = set_num_threads  # vLLM replaces it on a CPU by one that only warns
         (self._model,) = engine.collective_rpc("get_model")
         check_reloadable(self._model)
+        self._noted = NotedExperts(engine, self._model, self._hf) if self._listens else None
         self._asleep = False
         self._is_filled = not self._filled_later
         self._weight_version = 0
@@ -140,7 +143,7 @@ class Engine:
         else:
             self._engine.engine_core.shutdown()
         old = weakref.ref(self._model)
-        self._engine = self._model = None
+        self._engine = self._model = self._noted = None
         gc.unfreeze()  # vLLM has frozen its engine, which refers to itself
         gc.collect()  # without this, two KV caches would exist at once, and with sleep mode vLLM allows none beside it
         if old() is not None:
@@ -261,7 +264,26 @@ class Engine:
     def step(self) -> list[Generation]:
         """One forward pass over what is running; returns the requests it finished."""
         with during("engine step"), torch.compiler.set_stance(self._stance):
-            return [_generation(output) for output in self._engine.step() if output.finished]
+            engine: Any = self._engine
+            return [self._generation(output) for output in engine.step() if output.finished]
+
+    def _generation(self, output: Any) -> Generation:
+        (completion,) = output.outputs
+        assert completion.finish_reason in ("stop", "length"), completion.finish_reason
+        experts = b""
+        if self._noted is not None:
+            num_tokens = len(output.prompt_token_ids) + len(completion.token_ids)
+            experts = self._noted.take(output.request_id, num_tokens)
+        elif self._notes_experts:
+            experts = told_experts(completion, self._hf.moe_layers)
+        return Generation(
+            request_id=output.request_id,
+            prompt_ids=tuple(output.prompt_token_ids),
+            response_ids=tuple(completion.token_ids),
+            logprobs=tuple(completion.logprobs.logprobs),
+            finish_reason=completion.finish_reason,
+            experts=experts,
+        )
 
     def has_unfinished(self) -> bool:
         return self._engine.has_unfinished_requests()
@@ -336,18 +358,6 @@ def _named_shared_memory() -> list[str]:
     names = [new_job()]
     torch.distributed.broadcast_object_list(names)
     return name_shared_memory(names[0])
-
-
-def _generation(output: Any) -> Generation:
-    (completion,) = output.outputs
-    assert completion.finish_reason in ("stop", "length"), completion.finish_reason
-    return Generation(
-        request_id=output.request_id,
-        prompt_ids=tuple(output.prompt_token_ids),
-        response_ids=tuple(completion.token_ids),
-        logprobs=tuple(completion.logprobs.logprobs),
-        finish_reason=completion.finish_reason,
-    )
 
 
 def _register_architecture(name: str) -> None:
