@@ -90,13 +90,7 @@ class Trainer:
         rows = [self._rows(ledger.of(share), rollouts) for share in shares]
         preset, objective, whose = self._preset.at(rollouts.step), self._config.objective, self._whose(ledger)
         needs_old = whose == "generator" or (whose == "trainer" and len(shares) > 1)
-        drawn = [self._contrasts.present(row, own=True) for row in rows] if preset.compares_before else []
-        mine = [scores for _, scores in drawn] or [None] * len(rows)
-        old: list[list[LogProbs]] = []
-        if needs_old or preset.kl_in_reward:
-            old = [scores for scores, _ in drawn] if drawn and whose == "trainer" else list(map(self._drawn, rows))
-        if not drawn and not (old and whose == "trainer"):
-            self._choose(rows)
+        mine, old = self._before(rows, preset, whose, needs_old=needs_old)
         reference: list[Scored] = []
         if preset.kl_in_reward or preset.rewards_contrast:
             reference = list(map(self._reference, rows))
@@ -163,6 +157,19 @@ class Trainer:
     def most_gap(self) -> float:
         """Of `logprob_gap`: nats a token, see `max_logprob_gap`."""
         return self._max_logprob_gap
+
+    def _before(
+        self, rows: Sequence[StreamRows], preset: Preset, whose: OldLogprobs, *, needs_old: bool
+    ) -> tuple[Sequence[ContrastScores | None], list[list[LogProbs]]]:
+        """Of each optimizer step, before any: contrasts of the policy, None where they are not needed by then; and old
+        log-probs, [] where they are not."""
+        drawn = [self._contrasts.present(row, own=True) for row in rows] if preset.compares_before else []
+        old: list[list[LogProbs]] = []
+        if needs_old or preset.kl_in_reward:
+            old = [scores for scores, _ in drawn] if drawn and whose == "trainer" else list(map(self._drawn, rows))
+        if not drawn and not (old and whose == "trainer"):
+            self._choose(rows)
+        return [scores for _, scores in drawn] or [None] * len(rows), old
 
     def _check_gap(self, result: StepResult, step: int) -> None:
         """See `check_logprob_gap`; what is measured of tokens is there to look at where it raises."""
