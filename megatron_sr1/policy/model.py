@@ -18,6 +18,7 @@ from transformers import AutoModel
 
 from megatron_sr1.config import Config
 from megatron_sr1.kernels import linear_divergence, linear_logprob
+from megatron_sr1.kernels.delta_rule import row_plan
 from megatron_sr1.packing import attention_calls
 from megatron_sr1.packing.context import context_index, row_order
 from megatron_sr1.policy.architecture import Architecture
@@ -67,7 +68,7 @@ class QwenVLModel(GPTModel):
         self.needs_root = frozen.needs_root
         self.logits = config.precision.logits
         self.rotary = MultimodalRotary(
-            architecture.head_dim,
+            architecture.rotary_dim,
             architecture.rope_theta,
             architecture.mrope_section,
             interleaved=architecture.family.interleaved_rotary,
@@ -94,6 +95,7 @@ class QwenVLModel(GPTModel):
         context = (self.groups.context.rank(), self.groups.context.size())
         local = context_index(batch.cu_seqlens, *context)
         has_prefixes = max(batch.parents) >= 0
+        linear = self.architecture.linear
         hidden = self.decoder(
             hidden_states=self._embed(batch, local) if self.pre_process else None,
             attention_mask=None,
@@ -106,6 +108,7 @@ class QwenVLModel(GPTModel):
                 max_seqlen_kv=batch.max_seqlen,
                 num_local_tokens=len(local) // (self.groups.tensor.size() if self.config.sequence_parallel else 1),
                 calls=attention_calls(batch.cu_seqlens, batch.parents, *context) if has_prefixes else (),
+                plan=None if linear is None else row_plan(batch.cu_seqlens, batch.parents, linear.taps),
                 order=row_order(batch.cu_seqlens, context[1]) if has_prefixes and context[1] > 1 else None,
             ),
         )

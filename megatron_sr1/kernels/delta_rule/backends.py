@@ -43,9 +43,11 @@ def gated_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, r
     outputs: list[Tensor] = []
     states: Tensor | None = None
     for level in plan.levels:
-        parts = [x if level.rows is None else x.index_select(0, level.rows) for x in (query, key, value, decay, rate)]
+        q, k, v, g, b = (
+            x if level.rows is None else x.index_select(0, level.rows) for x in (query, key, value, decay, rate)
+        )
         first = None if level.parents is None or states is None else states.index_select(0, level.parents)
-        out, states = run(*parts, level, first)
+        out, states = run(q, k, v, g, b, level, first)
         outputs.append(out)
     if plan.order is None:
         return outputs[0]
