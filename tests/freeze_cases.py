@@ -45,6 +45,9 @@ OF_FAMILY = {
     "qwen2_5_vl_untied": ("tower", "lower layers"),
     "qwen3_vl": ("tower", "only mergers", "lower layers"),
     "qwen3_vl_moe": ("only vision", "only language"),
+    "qwen3_5_tied": ("only language",),
+    "qwen3_5": ("lower layers",),
+    "qwen3_5_moe": ("only vision",),
 }
 
 
@@ -116,10 +119,15 @@ def _compare_frozen(policy: Any, model: torch.nn.Module, start: dict[str, Tensor
             continue
         gap, error = (weight - wanted[name]).abs().max(), relative_error(found[name], gradients[name])
         assert gap < 1e-6 and not torch.equal(weight, start[name]), f"{case}: {name} differs by {gap}"
-        assert error < TOLERANCE, f"{case}: the gradient of {name} differs by {error}"
+        assert error < gradient_tolerance(name), f"{case}: the gradient of {name} differs by {error}"
     assert 0 < num_frozen < len(start)
     buffered = sum(parameter.numel() for parameter in policy.chunks[0].parameters() if hasattr(parameter, "main_grad"))
     assert buffered == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad), case
+
+
+def gradient_tolerance(name: str) -> float:
+    """Of the relative error in fp32. Those of a head's decay are one number each, a sum over tokens of either sign."""
+    return 2 * TOLERANCE if name.endswith((".A_log", ".dt_bias")) else TOLERANCE
 
 
 def published_tensors(model: torch.nn.Module, architecture: Any, read: Callable[[Any], Any]) -> dict[str, Any]:
@@ -129,7 +137,8 @@ def published_tensors(model: torch.nn.Module, architecture: Any, read: Callable[
         name = name.replace("model.language_model.", architecture.family.language_prefix)
         name = name.replace("model.visual.", architecture.family.vision_prefix)
         value = read(parameter)
-        found[name] = value.transpose(1, 2) if value is not None and ".mlp.experts." in name else value
+        turned = value is not None and ".mlp.experts." in name and architecture.family.experts_turned
+        found[name] = value.transpose(1, 2) if turned else value
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_sr1.config import FAMILIES, HfConfig
 
-DENSE, QWEN3, MIXTURE = FAMILIES
+DENSE, QWEN3, MIXTURE, RECURRENT, RECURRENT_MIXTURE = FAMILIES
 SMALL: dict[str, Any] = {  # in the old layout; the layout of ranks is checked against these numbers
     "architectures": [DENSE],
     "hidden_size": 64,
@@ -46,11 +46,15 @@ def hf_config(class_name: str = DENSE, **sizes: Any) -> HfConfig:
         "num_experts": 0,
         "experts_per_token": 0,
         "expert_ffn_size": 0,
+        "shared_expert_size": 0,
         "moe_layers": (False, False),
         "norm_topk_prob": None,
         "rope_theta": 10000.0,
+        "rotary_dim": 2,
         "mrope_section": (1, 0, 0),
         "mrope_interleaved": None,
+        "linear": None,
+        "linear_layers": (False, False),
         "deepstack_layers": (),
         "visual_token_side": 28,
     }

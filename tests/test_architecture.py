@@ -69,7 +69,7 @@ ALLOWED_SIDEWAYS = {  # within a level; a room that is not here imports no neigh
     "policy": {"platform", "kernels", "weights"},
     "convert": {"platform", "weights", "policy"},
     "training": {"platform", "kernels", "weights", "policy", "estimate"},  # the operations that a step has done
-    "rollout": {"platform", "weights"},
+    "rollout": {"platform", "weights", "kernels"},  # an engine on a CPU computes a gated delta rule as the policy does
     "estimate": {"platform", "kernels", "policy"},
     "loops": {"preflight"},  # the first phase of a run
 }

@@ -300,7 +300,7 @@ class StandIn:
 
         return {"a": ShardedTensor.from_rank_offsets("a", self.weights)}
 
-    def hf_weights(self) -> list[tuple[str, torch.Tensor]]:
+    def folder_weights(self) -> list[tuple[str, torch.Tensor]]:
         return [("a", self.weights)]
 
 

@@ -46,21 +46,25 @@ def same_as_transformers(folder: Path) -> HfConfig:
     ours, theirs = read_hf_config(str(folder)), transformers.AutoConfig.from_pretrained(folder)
     assert ours.class_name == theirs.architectures[0]
     text = theirs.text_config
+    shared = {"intermediate_size": "shared_expert_intermediate_size"} if ours.family.has_shared_expert else {}
     for key, name in SIZES.items():
-        assert vars(ours)[name] == getattr(text, key), key
+        assert vars(ours)[name] == getattr(text, shared.get(key, key)), key
     for key, name in EXPERT_SIZES.items():
-        assert vars(ours)[name] == (getattr(text, key) if ours.class_name == MIXTURE else 0), key
+        assert vars(ours)[name] == (getattr(text, key) if ours.family.has_experts else 0), key
+    assert ours.shared_expert_size == (text.shared_expert_intermediate_size if shared else 0)
     assert ours.rope_theta == text.rope_parameters["rope_theta"]
     assert list(ours.mrope_section) == text.rope_parameters["mrope_section"]
     with torch.device("meta"):
         model = getattr(transformers, ours.class_name)(theirs)
     assert ours.tied == (model.lm_head.weight is model.model.language_model.embed_tokens.weight)
     layers = model.model.language_model.layers
-    assert {layer.self_attn.head_dim for layer in layers} == {ours.head_dim}
-    assert {layer.self_attn.q_proj.bias is not None for layer in layers} == {ours.family.qkv_bias}
-    assert {"self_attn.q_norm.weight" in layer.state_dict() for layer in layers} == {ours.family.qk_norm}
+    assert tuple("linear_attn.A_log" in layer.state_dict() for layer in layers) == ours.linear_layers
+    attending = [layer for layer, is_linear in zip(layers, ours.linear_layers, strict=True) if not is_linear]
+    assert {layer.self_attn.head_dim for layer in attending} == {ours.head_dim}
+    assert {layer.self_attn.q_proj.bias is not None for layer in attending} == {ours.family.qkv_bias}
+    assert {"self_attn.q_norm.weight" in layer.state_dict() for layer in attending} == {ours.family.qk_norm}
     assert tuple("mlp.experts.gate_up_proj" in layer.state_dict() for layer in layers) == ours.moe_layers
-    indexes = model.model.visual.deepstack_visual_indexes if ours.class_name != DENSE else ()
+    indexes = model.model.visual.deepstack_visual_indexes if "Qwen3VL" in ours.class_name else ()
     assert tuple(indexes) == ours.deepstack_layers
     return ours
 

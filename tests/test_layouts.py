@@ -37,7 +37,7 @@ TP, PP, VPP, CP, EP = (f"layout.{name}" for name in ("tensor", "pipeline", "virt
 SP = "layout.sequence_parallel=true"
 PLAIN = "layout.distributed_optimizer=false"
 DENSE, DEEPSTACK, MIXTURE = "qwen2_5_vl_tied", "qwen3_vl", "qwen3_vl_moe"
-UNTIED = "qwen2_5_vl_untied"
+UNTIED, RECURRENT, RECURRENT_MIXTURE = "qwen2_5_vl_untied", "qwen3_5", "qwen3_5_moe"
 EVERY = (DENSE, DEEPSTACK, MIXTURE)
 
 MAX_THREADS = 150  # three for each of a layout's groups, and torch's own
@@ -46,30 +46,30 @@ SMALL_BUDGET = 60  # most sequences alone: rows of text only, of images only
 # number of ranks -> (families, overrides); a mixture under tensor parallelism needs sequence parallelism
 LAYOUTS: dict[int, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
     1: [
-        (EVERY, ("recompute.mode=full", "recompute.vision=true")),
+        ((*EVERY, RECURRENT), ("recompute.mode=full", "recompute.vision=true")),
         (EVERY, ("recompute.mode=block", "recompute.layers=2")),
-        (EVERY, ("recompute.mode=selective", "recompute.modules=[core_attn,mlp]")),
+        ((*EVERY, RECURRENT), ("recompute.mode=selective", "recompute.modules=[core_attn,mlp]")),
     ],
     2: [
         ((DENSE, UNTIED, DEEPSTACK), (f"{TP}=2",)),
-        (EVERY, (f"{TP}=2", SP)),
+        ((*EVERY, RECURRENT), (f"{TP}=2", SP)),
         ((UNTIED, *EVERY), (f"{PP}=2",)),
         (EVERY, (f"{PP}=2", "layout.stage_layers=[1,3]", "recompute.mode=full")),
-        (EVERY, (f"{PP}=2", f"{VPP}=2")),
+        ((*EVERY, RECURRENT), (f"{PP}=2", f"{VPP}=2")),
         (EVERY, (f"{CP}=2",)),
         (EVERY, ()),
         (EVERY, (PLAIN,)),
         ((MIXTURE,), (f"{EP}=2",)),
-        ((MIXTURE,), (f"{EP}=2", f"{TP}=2", SP, PLAIN)),
+        ((MIXTURE, RECURRENT_MIXTURE), (f"{EP}=2", f"{TP}=2", SP, PLAIN)),
         ((DENSE,), (f"{TP}=2", "recompute.mode=full", FROZEN)),
         ((DEEPSTACK,), (f"{PP}=2", f"{VPP}=2", "recompute.mode=full", FROZEN)),
         ((MIXTURE,), (f"{EP}=2", f"{TP}=2", SP, FROZEN)),
     ],
     4: [
-        ((DENSE, UNTIED, DEEPSTACK), (f"{TP}=4",)),  # of 2 key/value heads
+        ((DENSE, UNTIED, DEEPSTACK, RECURRENT), (f"{TP}=4",)),  # of 2 key/value heads
         ((UNTIED, *EVERY), (f"{PP}=4",)),
         ((DENSE, DEEPSTACK), (f"{TP}=2", f"{PP}=2")),
-        ((DENSE, DEEPSTACK), (f"{TP}=2", f"{PP}=2", FROZEN)),
+        ((DENSE, DEEPSTACK, RECURRENT), (f"{TP}=2", f"{PP}=2", FROZEN)),
         (EVERY, (f"{TP}=2", f"{CP}=2", SP, "recompute.mode=full", "recompute.vision=true")),
         (EVERY, (f"{PP}=2", f"{CP}=2")),
         ((MIXTURE,), (f"{PP}=2", f"{VPP}=2", f"{EP}=2")),
@@ -217,7 +217,7 @@ def _check_replayed(folder: str, num_ranks: int) -> None:
 def _walk(rank: int, num_ranks: int, folder: str) -> None:
     """All layouts of this number of ranks. One rank also writes what the others are compared with."""
     if num_ranks == 1:
-        for family in (UNTIED, *EVERY):
+        for family in (UNTIED, *EVERY, RECURRENT, RECURRENT_MIXTURE):
             torch.save(_one_step(f"{folder}/{family}", (PLAIN,), BUDGET), f"{folder}/{family}.pt")
             if family != UNTIED:
                 torch.save(_one_step(f"{folder}/{family}", (PLAIN, FROZEN), BUDGET), f"{folder}/{family}.frozen.pt")
@@ -259,7 +259,7 @@ def _check_packing(folder: str) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder: Path = tmp_path_factory.mktemp("layouts")
-    for family in (UNTIED, *EVERY):
+    for family in (UNTIED, *EVERY, RECURRENT, RECURRENT_MIXTURE):
         create_family(folder / family, family)
     return str(folder)
 

@@ -75,6 +75,12 @@ USED = [  # names that are replaced, or that instances alone have: module:functi
     ("vllm.model_executor.models.qwen2_5_vl:Qwen2_5_VisionTransformer.forward", "input_norm"),
     ("vllm.model_executor.models.qwen3_vl:Qwen3VLForConditionalGeneration.__init__", "visual"),
     ("vllm.model_executor.models.qwen3_vl:Qwen3_VisionTransformer.forward", "input_norm"),
+    ("vllm.model_executor.models.qwen3_5:Qwen3_5ForConditionalGeneration.__init__", "visual"),
+    ("vllm.model_executor.models.qwen3_5:Qwen3_5MoeForConditionalGeneration.__init__", "visual"),
+    (
+        "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn:QwenGatedDeltaNetAttention.forward",
+        "_forward_method",
+    ),
     ("vllm.v1.engine.core_client:InprocClient.shutdown", "_finalizer"),
     ("vllm.v1.engine.llm_engine:LLMEngine.__init__", "engine_core"),
     ("vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.process_weights_after_loading", "isa"),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sr1.config import HfConfig
+from megatron_sr1.config import HfConfig, LinearAttention, read_hf_config
 from megatron_sr1.weights.name_table import (
     WeightRule,
     canonical_name,
@@ -21,10 +21,12 @@ from megatron_sr1.weights.name_table import (
     vision_rule,
 )
 from megatron_sr1.weights.safetensors import read_header
-from tests.hf_config_cases import DENSE, MIXTURE, QWEN3, hf_config
+from tests.hf_config_cases import DENSE, MIXTURE, QWEN3, RECURRENT, RECURRENT_MIXTURE, hf_config
 from tests.model_zoo import ZOO, create_family, publish_experts
 
 EXPERTS = {"num_experts": 3, "expert_ffn_size": 3, "moe_layers": (False, True)}
+DELTA = LinearAttention(num_key_heads=4, num_value_heads=8, key_dim=2, value_dim=3, taps=4)
+LINEAR = {"linear": DELTA, "linear_layers": (True, False)}
 
 
 def hf_part(rule: WeightRule, tensor: torch.Tensor) -> torch.Tensor:
@@ -44,7 +46,7 @@ def rules_by_hf(rules: list[WeightRule]) -> dict[str, list[WeightRule]]:
 def _hf_tensors(sizes: HfConfig, rule: WeightRule) -> list[torch.Tensor]:
     """Every element is distinct, so that a wrong place is a wrong value."""
     rows = {
-        "q_proj": sizes.num_heads * sizes.head_dim,
+        "q_proj": sizes.num_heads * sizes.head_dim * (2 if sizes.family.output_gate else 1),
         "k_proj": sizes.num_kv_heads * sizes.head_dim,
         "v_proj": sizes.num_kv_heads * sizes.head_dim,
         "gate_proj": sizes.ffn_size,
@@ -52,12 +54,22 @@ def _hf_tensors(sizes: HfConfig, rule: WeightRule) -> list[torch.Tensor]:
         "gate": sizes.num_experts,
         "embed_tokens": sizes.vocab_size,
         "lm_head": sizes.vocab_size,
+        "in_proj_qkv": 2 * 4 * 2 + 8 * 3,
+        "in_proj_z": 8 * 3,
+        "in_proj_b": 8,
+        "in_proj_a": 8,
+        "shared_expert_gate": 1,
     }
-    columns = {"down_proj": sizes.ffn_size, "o_proj": sizes.num_heads * sizes.head_dim}
+    columns = {"down_proj": sizes.ffn_size, "o_proj": sizes.num_heads * sizes.head_dim, "out_proj": 8 * 3}
+    turned = sizes.family.experts_turned
     fused = {
+        "heads": (8,),
+        "delta_conv": (2 * 4 * 2 + 8 * 3, 1, 4),
         "expert_gate_up": (sizes.num_experts, sizes.hidden_size, 2 * sizes.expert_ffn_size),
         "expert_down": (sizes.num_experts, sizes.expert_ffn_size, sizes.hidden_size),
     }
+    if not turned:
+        fused |= {kind: (shape[0], *shape[:0:-1]) for kind, shape in fused.items() if kind.startswith("expert_")}
     tensors, start = [], 0
     for name in rule.hf:
         part = name.split(".")[-2]
@@ -77,7 +89,12 @@ def _hf_tensors(sizes: HfConfig, rule: WeightRule) -> list[torch.Tensor]:
     repeats=st.sampled_from([1, 2]),
     vocab=st.integers(5, 23),
     tied=st.booleans(),
-    family=st.sampled_from([(DENSE, {}), (QWEN3, {}), (MIXTURE, EXPERTS)]),
+    family=st.sampled_from(
+        [
+            *((DENSE, {}), (QWEN3, {}), (MIXTURE, EXPERTS), (RECURRENT, LINEAR)),
+            (RECURRENT_MIXTURE, LINEAR | EXPERTS | {"shared_expert_size": 8}),
+        ]
+    ),
 )
 def test_every_rule_joins_what_it_split(
     ranks: int, kv_heads: int, repeats: int, vocab: int, tied: bool, family: tuple[str, dict[str, Any]]
@@ -171,11 +188,9 @@ def test_the_table_covers_what_transformers_saves_exactly(family: str, tmp_path:
     from safetensors import safe_open
 
     folder = create_family(tmp_path / family, family, num_hidden_layers=2)
-    is_mixture = "moe" in family
-    if is_mixture:
+    sizes = read_hf_config(str(folder))
+    if sizes.num_experts and sizes.family.experts_turned:
         publish_experts(folder)
-    experts = {"num_experts": 4, "expert_ffn_size": 48, "hidden_size": 64, "moe_layers": (True, True)}
-    sizes = hf_config(ZOO[family].class_name, tied=ZOO[family].tied, **(experts if is_mixture else {}))
     by_name = rules_by_hf(language_rules(sizes))
     with safe_open(folder / "model.safetensors", "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, not a mapping
@@ -183,7 +198,7 @@ def test_the_table_covers_what_transformers_saves_exactly(family: str, tmp_path:
     for name, rules in by_name.items():
         if rules[0].expert is not None:
             assert len(rules) == shapes[name][0]
-            assert has_published_experts(rules[0], shapes[name], sizes)
+            assert has_published_experts(rules[0], shapes[name], sizes) == sizes.family.experts_turned
 
 
 def test_a_folder_without_weights_says_what_is_missing(tmp_path: Path) -> None:

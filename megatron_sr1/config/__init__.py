@@ -8,12 +8,13 @@ from megatron_sr1.config.checks import (
     check_bf16_layers,
     check_command,
     check_model,
+    kv_request_bytes,
     kv_token_bytes,
     row_tokens,
 )
 from megatron_sr1.config.data import DataConfig
 from megatron_sr1.config.evaluation import EvaluateConfig
-from megatron_sr1.config.families import FAMILIES, Family
+from megatron_sr1.config.families import FAMILIES, Family, LinearAttention
 from megatron_sr1.config.files import dump_config, load_config
 from megatron_sr1.config.freeze import FROZEN_PARTS, everything_frozen
 from megatron_sr1.config.hf_config import HfConfig, read_hf_config
@@ -65,6 +66,7 @@ __all__ = [
     "HfConfig",
     "JudgeConfig",
     "LayoutConfig",
+    "LinearAttention",
     "MlflowConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -97,6 +99,7 @@ __all__ = [
     "graph_sizes",
     "home_path",
     "how_to_get",
+    "kv_request_bytes",
     "kv_token_bytes",
     "load_config",
     "missing_files",

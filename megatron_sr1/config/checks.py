@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from megatron_sr1.config.engine_arguments import check_engine_arguments
-from megatron_sr1.config.families import HfConfig
+from megatron_sr1.config.families import HfConfig, LinearAttention
 from megatron_sr1.config.freeze import check_parts
 from megatron_sr1.config.hf_config import read_hf_config
 from megatron_sr1.config.model import PrecisionConfig
@@ -99,7 +99,8 @@ def check_model(config: Config) -> None:
     check_parts(config.model.freeze, config.optimizer.vision_lr, model)
     heads, layers = ("num_attention_heads", model.num_heads), ("num_hidden_layers", model.num_layers)
     _check_division("layout.tensor", layout.tensor, *heads)
-    _check_division("layout.tensor", layout.tensor, "intermediate_size", model.ffn_size)
+    width = "shared_expert_intermediate_size" if model.shared_expert_size else "intermediate_size"
+    _check_division("layout.tensor", layout.tensor, width, model.ffn_size)
     _check_division("rollout.engine_tensor", config.rollout.engine_tensor, *heads)
     require(
         model.num_kv_heads % layout.tensor == 0 or layout.tensor % model.num_kv_heads == 0,
@@ -130,6 +131,25 @@ def check_model(config: Config) -> None:
     else:
         require(layout.expert == 1, "layout.expert", layout.expert, "1: the model has no experts", "Leave it out.")
     check_bf16_layers(config.precision, model.num_layers, layout.pipeline)
+    if model.linear is not None:
+        _check_linear(config, model.linear)
+
+
+def _check_linear(config: Config, linear: LinearAttention) -> None:
+    """What layers with a recurrent state do not take."""
+    heads, layout = ("linear_num_key_heads", linear.num_key_heads), config.layout
+    _check_division("layout.tensor", layout.tensor, *heads)
+    _check_division("rollout.engine_tensor", config.rollout.engine_tensor, *heads)
+    model = "for a model with layers of a gated delta rule (layer_types: linear_attention)"
+    require(
+        layout.context == 1,
+        "layout.context",
+        layout.context,
+        f"1 {model}",
+        "Raise layout.tensor, or shorten rows with train.micro_batch_tokens.",
+    )
+    dtype = config.precision.dtype
+    require(dtype != "fp8", "precision.dtype", dtype, f"bf16 or fp32 {model}", "Set it to bf16.")
 
 
 def _check_division(key: str, ranks: int, name: str, size: int, otherwise: str = "") -> None:
@@ -177,7 +197,8 @@ def check_engine(config: Config) -> None:
         f"a divisor or a multiple of the model's num_key_value_heads={heads}",
         "The engine's ranks share key/value heads evenly.",
     )
-    num_tokens = int(rollout.kv_cache_gib * 2**30) // kv_token_bytes(model, rollout.engine_tensor)
+    room = max(0, int(rollout.kv_cache_gib * 2**30) - kv_request_bytes(model, rollout.engine_tensor))
+    num_tokens = room // kv_token_bytes(model, rollout.engine_tensor)
     if num_tokens < rollout.max_model_tokens:
         raise ConfigError(
             f"rollout.kv_cache_gib={rollout.kv_cache_gib} is not allowed: it holds {num_tokens} tokens, and must "
@@ -191,7 +212,18 @@ def kv_token_bytes(model: HfConfig, ranks: int, *, element: int = 2) -> int:
     Args:
         element: bytes of a value: bf16's, by default.
     """
-    return 2 * model.num_layers * max(1, model.num_kv_heads // ranks) * model.head_dim * element
+    return 2 * model.num_attention_layers * max(1, model.num_kv_heads // ranks) * model.head_dim * element
+
+
+def kv_request_bytes(model: HfConfig, ranks: int, *, element: int = 2) -> int:
+    """What a request takes of the cache of one of the `ranks` of an engine, however long it is: the states of recurrent
+    layers, in fp32, and the last inputs of their convolutions."""
+    if model.linear is None:
+        return 0
+    linear, layers = model.linear, sum(model.linear_layers)
+    state = 4 * linear.num_value_heads * linear.key_dim * linear.value_dim
+    inputs = element * (linear.taps - 1) * linear.num_key_heads * linear.channels_per_key
+    return layers * (state + inputs) // ranks
 
 
 def check_train_batch(config: Config) -> None:

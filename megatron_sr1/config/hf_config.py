@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.config.families import FAMILIES, Family, HfConfig
+from megatron_sr1.config.families import FAMILIES, Family, HfConfig, LinearAttention
 from megatron_sr1.config.json_section import REMEDY, JsonSection, read_json
 from megatron_sr1.config.rules import ConfigError, require
 from megatron_sr1.config.supported import rope_section, unsupported_settings
@@ -23,6 +23,7 @@ _VISION_COUNTS = (
     *("temporal_patch_size", "window_size", "num_position_embeddings"),
 )
 _ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu")  # of vision towers
+_LINEAR, _FULL = "linear_attention", "full_attention"  # of layer_types
 _DTYPES = ("auto", "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -62,9 +63,10 @@ def read_hf_config(hf_dir: str) -> HfConfig:
         deepstack_layers=vision.numbers("deepstack_visual_indexes", family.deepstack_layers),
         visual_token_side=vision.count("patch_size", family.defaults["patch_size"])
         * vision.count("spatial_merge_size", SPATIAL_MERGE),
-        **_layer_sizes(text, family),
+        **(sizes := _layer_sizes(text, family)),
         **_experts(text, family),
-        **_rotary(text, family),
+        **_rotary(text, family, sizes["head_dim"]),
+        **_linear(text, family),
     )
     return replace(model, unsupported=tuple(unsupported_settings(model, tree, text)))
 
@@ -97,11 +99,17 @@ def _layer_sizes(text: JsonSection, family: Family) -> dict[str, int]:
     return {
         "num_layers": _num_layers(text),
         "hidden_size": hidden,
-        "ffn_size": text.count("intermediate_size"),
+        # a model whose layers are all mixtures has no dense part but the shared expert
+        "ffn_size": _shared_expert(text, family) or text.count("intermediate_size"),
         "num_heads": heads,
         "num_kv_heads": heads if has_null else text.count("num_key_value_heads"),
         "head_dim": head_dim,
     }
+
+
+def _shared_expert(text: JsonSection, family: Family) -> int:
+    key = "shared_expert_intermediate_size"
+    return text.count(key, family.defaults[key]) if family.has_shared_expert else 0
 
 
 def _num_layers(text: JsonSection) -> int:
@@ -130,13 +138,14 @@ def _check_dtype(part: JsonSection) -> None:
 def _experts(text: JsonSection, family: Family) -> dict[str, Any]:
     layers = _num_layers(text)
     if not family.has_experts:
-        none = dict.fromkeys(("num_experts", "experts_per_token", "expert_ffn_size"), 0)
+        none = dict.fromkeys(("num_experts", "experts_per_token", "expert_ffn_size", "shared_expert_size"), 0)
         return {**none, "moe_layers": (False,) * layers, "norm_topk_prob": None}
     # transformers lets the name that it writes win over the published one
     name = "num_local_experts" if "num_local_experts" in text else "num_experts"
-    step = text.count("decoder_sparse_step", family.defaults["decoder_sparse_step"])
+    step = text.count("decoder_sparse_step", family.defaults.get("decoder_sparse_step", 1))
     dense = () if text.is_null("mlp_only_layers") else text.numbers("mlp_only_layers", ())
     return {
+        "shared_expert_size": _shared_expert(text, family),
         "num_experts": text.count(name, family.defaults["num_experts"]),
         "experts_per_token": text.count("num_experts_per_tok", family.defaults["num_experts_per_tok"]),
         "expert_ffn_size": text.count("moe_intermediate_size", family.defaults["moe_intermediate_size"]),
@@ -146,14 +155,33 @@ def _experts(text: JsonSection, family: Family) -> dict[str, Any]:
     }
 
 
-def _rotary(text: JsonSection, family: Family) -> dict[str, Any]:
+def _linear(text: JsonSection, family: Family) -> dict[str, Any]:
+    layers = _num_layers(text)
+    if not family.has_linear_layers:
+        return {"linear": None, "linear_layers": (False,) * layers}
+    if text.is_null("layer_types"):  # as transformers' Qwen3_5TextConfig fills it
+        every = text.count("full_attention_interval", family.defaults["full_attention_interval"])
+        types = [_LINEAR if (layer + 1) % every else _FULL for layer in range(layers)]
+    else:
+        types = text.values["layer_types"]
+        is_good = isinstance(types, list) and len(types) == layers and all(each in (_LINEAR, _FULL) for each in types)
+        text.check(is_good, "layer_types", f"a list of num_hidden_layers={layers} names, each {_LINEAR} or {_FULL}")
+    names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+    sizes = [text.count(key, family.defaults[key]) for key in (f"linear_{name}" for name in names)]
+    return {"linear": LinearAttention(*sizes), "linear_layers": tuple(each == _LINEAR for each in types)}
+
+
+def _rotary(text: JsonSection, family: Family, head_dim: int) -> dict[str, Any]:
     rope = rope_section(text)
     theta = text.number("rope_theta", family.defaults["rope_theta"])
     section = rope.numbers("mrope_section", ())
-    name, allowed = f"{rope.path}: {rope.prefix}mrope_section", "three numbers that add up to head_dim / 2"
+    part = rope.number("partial_rotary_factor", text.number("partial_rotary_factor", family.part_rotary))
+    part = part if family.part_rotary < 1 else 1.0  # the other families' are refused, see supported.py
+    name, allowed = f"{rope.path}: {rope.prefix}mrope_section", "three numbers that add up to half of what is turned"
     require(len(section) == 3, name, list(section), allowed, REMEDY)
     return {
         "rope_theta": rope.number("rope_theta", theta),
+        "rotary_dim": int(head_dim * part),
         "mrope_section": section,
         "mrope_interleaved": rope.flag("mrope_interleaved", None),
     }

@@ -75,17 +75,19 @@ def typical_tokens(rollout: RolloutConfig) -> tuple[float, float]:
     return first, TYPICAL * (rollout.max_description_tokens + rollout.max_response_tokens)
 
 
-def running_requests(rollout: RolloutConfig, token_bytes: int) -> int:
+def running_requests(rollout: RolloutConfig, token_bytes: int, request_bytes: int = 0) -> int:
     """Requests that an engine decodes at a time: `max_running_requests`, or what its KV cache holds of the two passes'
     mixture, which is half of each.
 
     Args:
         token_bytes: of a token in the cache, on one of the engine's ranks.
+        request_bytes: of a request, however long.
     """
     if rollout.max_running_requests is not None:
         return rollout.max_running_requests
+    typical = sum(typical_tokens(rollout)) / 2 + request_bytes / token_bytes  # in tokens
     tokens = int(rollout.kv_cache_gib * 2**30) // token_bytes
-    fitting = int(tokens / (sum(typical_tokens(rollout)) / 2))
+    fitting = int(tokens / typical)
     return max(1, min(_MOST_REQUESTS, fitting - fitting % 8 if fitting > 8 else fitting))
 
 

@@ -26,6 +26,7 @@ def unsupported_settings(model: HfConfig, tree: JsonSection, text: JsonSection) 
         *_quantisation_rules(tree, text),
         *_text_rules(model, tree, text),
         *_rotary_rules(model, text),
+        *_linear_rules(model, text),
         *_expert_rules(model, text),
     ]
     return [f"{key}={value!r} is not supported, it must be {rule}" for key, value, good, rule in rules if not good]
@@ -66,15 +67,39 @@ def _text_rules(model: HfConfig, tree: JsonSection, text: JsonSection) -> list[R
 
 
 def _rotary_rules(model: HfConfig, text: JsonSection) -> list[Rule]:
-    rope, half, wanted = rope_section(text).values, model.head_dim // 2, model.family.interleaved_rotary
+    rope, half, wanted = rope_section(text).values, model.rotary_dim // 2, model.family.interleaved_rotary
     section, interleaved = list(model.mrope_section), model.mrope_interleaved  # transformers does not read the flag
     kind, part = rope.get("rope_type", rope.get("type", "default")), rope.get("partial_rotary_factor", 1.0)
-    halves = f"three numbers that add up to head_dim / 2 = {half}"
+    takes_part, turned = model.family.part_rotary < 1, model.rotary_dim
+    halves = f"three numbers that add up to half of the turned channels, {half}"
     return [
         ("rope_parameters.rope_type", kind, kind in ("default", "mrope"), "default or mrope"),
-        ("rope_parameters.partial_rotary_factor", part, part == 1.0, "1"),
+        ("rope_parameters.partial_rotary_factor", part, takes_part or part == 1.0, "1"),
+        (
+            "head_dim * partial_rotary_factor",
+            turned,
+            turned % 2 == 0 and 0 < turned <= model.head_dim,
+            f"an even number from 2 to head_dim={model.head_dim}",
+        ),
         ("rope_parameters.mrope_section", section, sum(section) == half, halves),
         ("rope_parameters.mrope_interleaved", interleaved, interleaved in (None, wanted), str(wanted).lower()),
+    ]
+
+
+def _linear_rules(model: HfConfig, text: JsonSection) -> list[Rule]:
+    linear = model.linear
+    if linear is None:
+        return []
+    keys, values = linear.num_key_heads, linear.num_value_heads
+    kind = text.values.get("output_gate_type", "silu")
+    gate, scale = text.values.get("attn_output_gate", True), text.values.get("layer_scale", False)
+    layers = text.values.get("layer_types")
+    return [
+        ("layer_types", layers, model.num_attention_layers > 0, "such that some layer is full_attention"),
+        ("linear_num_value_heads", values, values % keys == 0, f"a multiple of linear_num_key_heads={keys}"),
+        ("attn_output_gate", gate, gate is True, "true"),  # transformers does not read it, vLLM does
+        ("layer_scale", scale, not scale, "false"),  # likewise
+        ("output_gate_type", kind, kind in ("silu", "swish"), "silu or swish"),  # likewise
     ]
 
 
@@ -87,4 +112,11 @@ def _expert_rules(model: HfConfig, text: JsonSection) -> list[Rule]:
         ("num_experts_per_tok", chosen, 2 <= chosen <= experts, f"between 2 and num_experts={experts}"),
         ("norm_topk_prob", model.norm_topk_prob, model.norm_topk_prob is not False, "true"),  # transformers always does
         ("mlp_only_layers", dense, any(model.moe_layers), "such that some layer has experts"),
+        # transformers knows no other
+        (
+            "mlp_only_layers, decoder_sparse_step",
+            model.moe_layers,
+            all(model.moe_layers) or not model.family.has_shared_expert,
+            "such that every layer has experts",
+        ),
     ]

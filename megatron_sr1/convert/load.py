@@ -15,7 +15,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_sr1.convert.layout import HfLayout, ModelSlots, ParameterSlot, model_slots
 from megatron_sr1.platform.torch_private import EXTRA_STATE, file_view
 from megatron_sr1.weights.check import HEAD
-from megatron_sr1.weights.name_table import hf_from_shards
+from megatron_sr1.weights.hf_dir import row_blocks
+from megatron_sr1.weights.kept import kept_tensors
+from megatron_sr1.weights.name_table import REORDERED, hf_from_shards
 from megatron_sr1.weights.pickles import METADATA, check_megatron_dir
 from megatron_sr1.weights.safetensors import TensorInfo
 
@@ -119,7 +121,10 @@ class MegatronSource:
         if self.layout.stores_tied_head:
             embedding = next(slot for slot in self.slots.parameters if slot.rule.kind == "vocabulary")
             self.owners[HEAD] = [(embedding, 0)]
-        self.tensors: Mapping[str, TensorInfo] = {name: self._info(name) for name in self.owners}
+        family = self.slots.architecture.family  # what no part of the policy is: the checkpoint's, or the model's
+        self._kept = kept_tensors(folder, family) or kept_tensors(hf_dir, family)
+        own = {name: self._info(name) for name in self.owners}
+        self.tensors: Mapping[str, TensorInfo] = own | {name: slot.info for name, slot in self._kept.items()}
 
     def _check(self) -> None:
         stored = self.stored.metadata.state_dict_metadata
@@ -161,9 +166,13 @@ class MegatronSource:
         Raises:
             ValueError: naming tensor and file where a piece is missing or damaged.
         """
+        if name in self._kept:
+            kept = self._kept[name]
+            yield from ((start, kept.read(start, stop)) for start, stop in row_blocks(kept.info))
+            return
         for slot, number in self.owners[name]:
             rule = slot.rule
-            if rule.kind == "qkv" or rule.expert is not None:
+            if rule.kind in REORDERED or rule.expert is not None:
                 whole = self.stored.rows(slot, 0, slot.shape[0])
                 part = self._parts(slot, whole)[number]
                 yield (0, part) if rule.expert is None else (rule.expert, part[None])

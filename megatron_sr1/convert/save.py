@@ -45,7 +45,8 @@ from megatron_sr1.platform.torch_private import StorageInfo
 from megatron_sr1.policy.read import open_tensors
 from megatron_sr1.weights.check import stores_tied_head
 from megatron_sr1.weights.hf_dir import HfTensors, check_finite, copy_side_files, row_blocks
-from megatron_sr1.weights.name_table import shard_from_hf
+from megatron_sr1.weights.kept import write_kept
+from megatron_sr1.weights.name_table import REORDERED, shard_from_hf
 from megatron_sr1.weights.pickles import BACKEND, COMMON
 from megatron_sr1.weights.safetensors import TensorInfo
 
@@ -85,6 +86,7 @@ def hf_to_megatron(hf_dir: str, out_dir: Path, platform: Platform, advance: Call
     if platform.is_main:
         assert sum(len(results) for results in gathered) == len(pieces)
         copy_side_files(hf_dir, out_dir / HF_FOLDER)
+        write_kept(tensors, slots.architecture.family, out_dir)
         HfLayout(published_experts(slots, tensors), stores_tied_head(tensors, slots.architecture)).write(out_dir)
         torch.save({}, out_dir / COMMON)
         FileSystemWriter(out_dir).finish(_metadata(pieces), gathered)
@@ -97,7 +99,7 @@ def _pieces(slot: ParameterSlot, dtype: torch.dtype) -> Iterator[TensorPiece]:
     if slot.rule.kind == "gate_up":
         half = TensorInfo(dtype, (slot.shape[0] // 2, *slot.shape[1:]))
         blocks = [(row + start, row + stop) for row in (0, half.num_rows) for start, stop in row_blocks(half)]
-    elif slot.rule.kind == "qkv" or slot.rule.expert is not None:
+    elif slot.rule.kind in REORDERED or slot.rule.expert is not None:
         blocks = [(0, whole.num_rows)]  # their rows are not in the order of the Hugging Face tensors
     else:
         blocks = list(row_blocks(whole))
@@ -109,7 +111,7 @@ def _pieces(slot: ParameterSlot, dtype: torch.dtype) -> Iterator[TensorPiece]:
 def _read(piece: TensorPiece, tensors: HfTensors, sizes: HfConfig) -> Tensor:
     """The values of a piece; only the rows that it is made of are read."""
     rule, start, stop = piece.slot.rule, piece.start, piece.stop
-    if rule.kind == "qkv" or rule.expert is not None:
+    if rule.kind in REORDERED or rule.expert is not None:
         rows = [(0, None) if rule.expert is None else (rule.expert, rule.expert + 1)] * len(rule.hf)
         parts = [_checked(tensors, name, *row) for name, row in zip(rule.hf, rows, strict=True)]
         parts = parts if rule.expert is None else [part[0] for part in parts]

@@ -45,6 +45,7 @@ _QWEN3_TEXT = _TEXT | {
         "mrope_interleaved": True,
     },
 }
+_PROJECTIONS = ("gate", "up", "down")
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _VISION = {
     "depth": 3,
@@ -61,6 +62,25 @@ _QWEN3_VISION = _VISION | {
     "num_position_embeddings": 16,  # a 4 x 4 grid, stretched over every image
     "deepstack_visual_indexes": [0, 2],
 }
+
+
+_QWEN3_5_TEXT = _TEXT | {
+    "head_dim": 32,
+    "full_attention_interval": 2,  # the other layers have a gated delta rule
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": ROPE_THETA,
+        "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+        "partial_rotary_factor": 0.5,
+    },
+}
+_QWEN3_5_VISION = {key: value for key, value in _QWEN3_VISION.items() if key != "deepstack_visual_indexes"}
 
 
 @dataclass(frozen=True)
@@ -85,11 +105,25 @@ ZOO = {
     "qwen3_vl_moe": ZooFamily(
         "Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeConfig", False, _QWEN3_TEXT | _EXPERTS, _QWEN3_VISION
     ),
+    "qwen3_5_tied": ZooFamily("Qwen3_5ForConditionalGeneration", "Qwen3_5Config", True, _QWEN3_5_TEXT, _QWEN3_5_VISION),
+    "qwen3_5_moe": ZooFamily(
+        "Qwen3_5MoeForConditionalGeneration",
+        "Qwen3_5MoeConfig",
+        False,
+        _QWEN3_5_TEXT | _EXPERTS | {"shared_expert_intermediate_size": 40},
+        _QWEN3_5_VISION,
+    ),
+    "qwen3_5": ZooFamily("Qwen3_5ForConditionalGeneration", "Qwen3_5Config", False, _QWEN3_5_TEXT, _QWEN3_5_VISION),
 }
 
 
 # beyond ZOO's: an engine on a CPU takes new weights of experts whose width is a multiple of 32
-_ENGINE: dict[str, dict[str, int]] = {"qwen3_vl": {}, "qwen3_vl_moe": {"moe_intermediate_size": 64}}
+_ENGINE: dict[str, dict[str, int]] = {
+    "qwen3_vl": {},
+    "qwen3_vl_moe": {"moe_intermediate_size": 64},
+    "qwen3_5": {},
+    "qwen3_5_moe": {"moe_intermediate_size": 64},
+}
 
 
 def create_plain(folder: Path, family: str, texts: Iterable[str], seed: int = 0) -> None:
@@ -164,11 +198,34 @@ def _save_weights(
         for name, parameter in () if plain else model.named_parameters():
             if name.endswith("mlp.gate.weight"):
                 parameter.normal_(std=0.3)
+            elif name.endswith("A_log"):
+                parameter.uniform_(-4.0, -1.0)  # slow enough that a state outlives a chunk
             elif "norm" in name and name.endswith("weight"):
-                parameter.normal_(1.0, 0.3)
+                # some families multiply by 1 + weight
+                centre = 0.0 if entry.class_name.startswith("Qwen3_5") and ".visual." not in name else 1.0
+                parameter.normal_(1.0 if name.endswith("linear_attn.norm.weight") else centre, 0.3)
             elif parameter.dim() == 1:
                 parameter.normal_(std=0.2)
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"]
     )
     model.save_pretrained(folder)
+    if entry.class_name == "Qwen3_5MoeForConditionalGeneration":
+        _join_experts(folder / "model.safetensors")
+
+
+def _join_experts(path: Path) -> None:
+    """transformers saves Qwen3.5's experts one by one, and loads them so or as published: a tensor of a layer's."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    for name in sorted(name for name in tensors if ".mlp.experts.0.gate_proj." in name):
+        start = name.removesuffix("0.gate_proj.weight")
+        number = sum(1 for other in tensors if other.startswith(start)) // 3
+        gates, ups, downs = (
+            [tensors.pop(f"{start}{expert}.{part}_proj.weight") for expert in range(number)] for part in _PROJECTIONS
+        )
+        tensors[f"{start}gate_up_proj"] = torch.cat([torch.stack(gates), torch.stack(ups)], dim=1)
+        tensors[f"{start}down_proj"] = torch.stack(downs)
+    save_file(tensors, path, metadata={"format": "pt"})

@@ -10,6 +10,7 @@ language layers count like the others: they pass gradients on to whatever is tra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sr1.config import Config, LayoutConfig, RecomputeConfig
@@ -60,8 +61,16 @@ def stage_activations(
     first, last = count.stage == 0, count.stage == layout.pipeline - 1
     gathers = shares_prefixes(config, on_cpu=False)
     shapes = [
-        layer_shape(model, layout, row_tokens, element=element, is_moe=is_moe, gathers=gathers)
-        for is_moe in _moe_layers(model, count, layout)
+        layer_shape(
+            model,
+            layout,
+            row_tokens,
+            element=element,
+            is_moe=is_moe,
+            gathers=gathers and not is_linear,
+            is_linear=is_linear,
+        )
+        for is_moe, is_linear in zip(_share(model.moe_layers, count), _share(model.linear_layers, count), strict=True)
     ]
     kept, working = _layers(shapes, config.recompute)
     layers = flight * kept
@@ -79,12 +88,13 @@ def stage_activations(
     return StageActivations(flight, layers, vision, head, working)
 
 
-def _moe_layers(model: Architecture, count: StageCount, layout: LayoutConfig) -> list[bool]:
-    """For each layer of the stage, whether it has experts. The share is what counts, not the order."""
-    share = sum(model.moe_layers) / model.num_layers
+def _share(layers: Sequence[bool], count: StageCount) -> list[bool]:
+    """Of each of the model's layers, whether it is of a kind -> the same of the stage's. The share is what counts, not
+    the order."""
+    share = sum(layers) / len(layers)
     number = sum(count.layers)
-    with_experts = round(share * number)
-    return [True] * with_experts + [False] * (number - with_experts)
+    of_kind = round(share * number)
+    return [True] * of_kind + [False] * (number - of_kind)
 
 
 def _input(shape: LayerShape) -> float:

@@ -14,7 +14,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_sr1.config import BATCHED_TOKENS, Config, LayoutConfig, graph_sizes, kv_token_bytes, running_requests
+from megatron_sr1.config import (
+    BATCHED_TOKENS,
+    Config,
+    LayoutConfig,
+    graph_sizes,
+    kv_request_bytes,
+    kv_token_bytes,
+    running_requests,
+)
 from megatron_sr1.estimate.saved import WholeCount
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.parameter_counts import count_stages
@@ -50,10 +58,10 @@ def engine_bytes(
     weights = engine_parameters(config.model.hf_dir, model, ranks, whole) * element
     kv_cache = int(rollout.kv_cache_gib * 2**30)
     cached = kv_token_bytes(model, ranks, element=element)
-    requests = running_requests(rollout, cached)
+    requests = running_requests(rollout, cached, kv_request_bytes(model, ranks, element=element))
     batched = rollout.engine.get("max_num_batched_tokens", max(BATCHED_TOKENS, rollout.max_model_tokens))
     hidden = 6 * model.hidden_size + (1 + len(model.deepstack_layers)) * model.hidden_size
-    width = model.ffn_size if not model.num_experts else model.expert_ffn_size * model.experts_per_token
+    width = model.expert_ffn_size * model.experts_per_token + model.shared_expert_size or model.ffn_size
     forward = batched * (hidden + 3 * width // ranks) * element
     forward += _encoder_bytes(model, batched * element) // ranks
     forward += _LOGIT_COPIES * 4 * requests * model.vocab_size
@@ -92,4 +100,6 @@ def engine_parameters(hf_dir: str, model: Architecture, ranks: int, whole: Whole
 
 def _repeated(model: Architecture, ranks: int) -> int:
     """Parameters of keys and values that a rank has because there are fewer heads of them than ranks."""
-    return int(max(0.0, 1 - model.num_kv_heads / ranks) * 2 * model.head_dim * model.hidden_size * model.num_layers)
+    return int(
+        max(0.0, 1 - model.num_kv_heads / ranks) * 2 * model.head_dim * model.hidden_size * model.num_attention_layers
+    )

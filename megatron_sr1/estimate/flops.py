@@ -5,8 +5,13 @@ Using Megatron-LM, arXiv 2104.04473, appendix): norms, rotations, activations an
 takes twice as many.
 
     n tokens of a sequence    H hidden    h, g heads and key/value heads of d channels    F feed-forward width
-    layer, a token:  2 H d (2 h + 2 g) + 6 H F; of a mixture 2 H E for the router and 6 H F_e for each chosen expert
+    layer, a token:  2 H d (2 h + 2 g) + 6 H F; of a mixture 2 H E for the router, 6 H F_e for each chosen
+                     expert, and 6 H F_s + 2 H for the shared one and its gate
     attention:       4 n^2 h d, half of it where the causal half alone is computed
+    gated delta rule, in place of attention, g key heads of dk and h value heads of dv channels, a token:
+                     2 H (2 g dk + 2 h dv + 2 h) + 2 h dv H, the convolution's 2 (2 g dk + h dv) for each tap, and
+                     h (6 dk dv + 2 C (2 dk + dv)) in chunks of C = 64 tokens, of which sequences are taken to be
+                     whole numbers; the triangular systems are not counted
     head:            2 H V for each scored token
     tower, a patch:  2 C values of a patch; in each block 8 C^2, 6 C F with a gate, else 4 C F, and 4 C for each patch
                      of its window or image
@@ -18,7 +23,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sr1.config import LinearAttention
 from megatron_sr1.estimate.vision import has_windows, patch_values
+from megatron_sr1.kernels.delta_rule import CHUNK
 from megatron_sr1.policy.architecture import Architecture
 
 
@@ -49,17 +56,31 @@ def sequence_flops(model: Architecture, num_tokens: float, num_scored: float, *,
         causal: attention computes half of its scores, as kernels for it do.
     """
     hidden, wide = model.hidden_size, model.num_heads * model.head_dim
-    projections = 4 * hidden * (wide + model.num_kv_heads * model.head_dim)
+    gates = 2 * hidden * wide if model.family.output_gate else 0
+    projections = 4 * hidden * (wide + model.num_kv_heads * model.head_dim) + gates
+    recurrent = _delta_flops(model.linear, hidden) if model.linear is not None else 0
     dense = 6 * hidden * model.ffn_size
     mixture = 2 * hidden * model.num_experts + model.experts_per_token * 6 * hidden * model.expert_ffn_size
-    per_token = sum(projections + (mixture if is_moe else dense) for is_moe in model.moe_layers)
+    mixture += 6 * hidden * model.shared_expert_size + (2 * hidden if model.shared_expert_size else 0)
+    per_token = sum(
+        (recurrent if is_linear else projections) + (mixture if is_moe else dense)
+        for is_linear, is_moe in zip(model.linear_layers, model.moe_layers, strict=True)
+    )
     attention = attention_flops(model, num_tokens**2 * (0.5 if causal else 1.0))
     return Flops(num_tokens * per_token + attention, 2.0 * hidden * model.vocab_size * num_scored)
 
 
+def _delta_flops(linear: LinearAttention, hidden: int) -> float:
+    """Of one token in one layer."""
+    heads, key, value = linear.num_value_heads, linear.key_dim, linear.value_dim
+    products = 2 * hidden * (linear.num_key_heads * linear.rows_per_key + heads * value)
+    convolution = 2 * linear.taps * linear.num_key_heads * linear.channels_per_key
+    return products + convolution + heads * (6 * key * value + 2 * CHUNK * (2 * key + value))
+
+
 def attention_flops(model: Architecture, scores: float) -> float:
     """Of all layers, for so many pairs of a token and one that it attends to."""
-    return 4.0 * model.num_layers * model.num_heads * model.head_dim * scores
+    return 4.0 * model.num_attention_layers * model.num_heads * model.head_dim * scores
 
 
 def patch_flops(model: Architecture, grid: tuple[int, int, int]) -> float:

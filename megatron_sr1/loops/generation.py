@@ -7,7 +7,15 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from megatron_sr1.config import Config, kv_token_bytes, pixel_limits, read_hf_config, replay_of, running_requests
+from megatron_sr1.config import (
+    Config,
+    kv_request_bytes,
+    kv_token_bytes,
+    pixel_limits,
+    read_hf_config,
+    replay_of,
+    running_requests,
+)
 from megatron_sr1.data import Check, LeftOut, SampleFeed
 from megatron_sr1.loops.run import Run
 from megatron_sr1.platform import TeamCounter, TeamRanks
@@ -49,10 +57,11 @@ def build_generator(
     if weights is None:  # else the policy has looked
         check_values(open_tensors(read_architecture(run.config.model.hf_dir)), run.platform.ranks)
     element = 4 if run.platform.on_cpu else 2  # bytes of a cached value
-    cached = kv_token_bytes(read_hf_config(run.config.model.hf_dir), rollout.engine_tensor, element=element)
+    model = read_hf_config(run.config.model.hf_dir)
+    cached, each = (size(model, rollout.engine_tensor, element=element) for size in (kv_token_bytes, kv_request_bytes))
     limits = EngineLimits(
         max_model_tokens=rollout.max_model_tokens,
-        max_running_requests=running_requests(rollout, cached),
+        max_running_requests=running_requests(rollout, cached, each),
         kv_cache_gib=rollout.kv_cache_gib,
         max_images=rollout.max_images,
         seed=run.config.seed,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_sr1.config import Config, replay_of
+from megatron_sr1.config import Config, Replay, replay_of
 from megatron_sr1.data import SampleFeed, StepPrompts
 from megatron_sr1.loops.evaluate import Evaluations, NoEvaluations, check_heldout, heldout_prompts
 from megatron_sr1.loops.first_checks import Preflight

@@ -365,7 +365,7 @@ class Run:
         """Writes the policy's weights, with the starting model's configuration and processor files, in which the image
         processor has the run's pixel limits. Collective."""
         with self.stage("export"):
-            weights = _moving(policy.hf_weights())
+            weights = _moving(policy.folder_weights())
             if self.platform.is_main:
                 model = self.config.model
                 write_hf_dir(weights, model.hf_dir, self.export_dir, pixels=pixel_limits(model))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_sr1.config import Config, ModelConfig
@@ -34,16 +37,19 @@ def build_chunks(
     on_host = platform.on_cpu or device.type == "meta"
     megatron_config = transformer_config(architecture, config, spec=spec, on_cpu=on_host)
     frozen = read_frozen(architecture, config)
+    linear = [architecture.linear if is_linear else None for is_linear in architecture.linear_layers]
     chunks = []
     with torch.device(device):
         for number in range(config.layout.virtual):
             vp_stage = number if config.layout.virtual > 1 else None
             layers = get_num_layers_to_build(megatron_config, vp_stage=vp_stage, pp_rank=groups.pipeline.rank())
-            block = block_spec(spec, megatron_config, layers, vp_stage)
+            block = block_spec(spec, megatron_config, layers, vp_stage, linear)
             for layer in block.layer_specs:
                 layer.module = DeepstackLayer
                 layer.params = {**layer.params, "adds_gradients": spec == "te" and config.model.fused}
-                layer.submodules.self_attention.module = PackedSelfAttention
+                parts: Any = layer.submodules
+                if parts.self_attention.module is SelfAttention:
+                    parts.self_attention.module = PackedSelfAttention
             chunks.append(
                 QwenVLModel(
                     architecture,

@@ -18,6 +18,7 @@ from transformers import AutoModel
 
 from megatron_sr1.config import Config
 from megatron_sr1.kernels import linear_divergence, linear_logprob
+from megatron_sr1.kernels.delta_rule import row_plan
 from megatron_sr1.packing import attention_calls
 from megatron_sr1.packing.context import context_index, row_order
 from megatron_sr1.policy.architecture import Architecture
@@ -71,7 +72,7 @@ class QwenVLModel(GPTModel):
         self.expert_places = {number: place for place, number in enumerate(mixtures) if number in own}
         self.logits = config.precision.logits
         self.rotary = MultimodalRotary(
-            architecture.head_dim,
+            architecture.rotary_dim,
             architecture.rope_theta,
             architecture.mrope_section,
             interleaved=architecture.family.interleaved_rotary,
@@ -100,6 +101,7 @@ class QwenVLModel(GPTModel):
         has_prefixes = max(batch.parents) >= 0
         split = self.groups.tensor.size() if self.config.sequence_parallel else 1
         part = local.chunk(split)[self.groups.tensor.rank() if split > 1 else 0]
+        linear = self.architecture.linear
         hidden = self.decoder(
             hidden_states=self._embed(batch, local) if self.pre_process else None,
             attention_mask=None,
@@ -112,6 +114,7 @@ class QwenVLModel(GPTModel):
                 max_seqlen_kv=batch.max_seqlen,
                 num_local_tokens=len(part),
                 calls=attention_calls(batch.cu_seqlens, batch.parents, *context) if has_prefixes else (),
+                plan=None if linear is None else row_plan(batch.cu_seqlens, batch.parents, linear.taps),
                 order=row_order(batch.cu_seqlens, context[1]) if has_prefixes and context[1] > 1 else None,
                 routing=RankRouting.of(batch, part, self.expert_places),
             ),

@@ -9,9 +9,17 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModel, PreTrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
+from transformers import (
+    AutoModel,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen3_5Config,
+    Qwen3_5MoeConfig,
+    Qwen3VLConfig,
+    Qwen3VLMoeConfig,
+)
 
-from megatron_sr1.config import read_hf_config
+from megatron_sr1.config import Family, read_hf_config
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.weights import HfTensors, check_tensors
 
@@ -19,6 +27,8 @@ _CLASSES: dict[str, type[PreTrainedConfig]] = {  # by the name of a family
     "qwen2_5_vl": Qwen2_5_VLConfig,
     "qwen3_vl": Qwen3VLConfig,
     "qwen3_vl_moe": Qwen3VLMoeConfig,
+    "qwen3_5": Qwen3_5Config,
+    "qwen3_5_moe": Qwen3_5MoeConfig,
 }
 
 
@@ -72,7 +82,7 @@ def _two_readings(model: Architecture) -> dict[str, tuple[Any, Any]]:
     found = {
         "num_hidden_layers": (model.num_layers, text.num_hidden_layers),
         "hidden_size": (model.hidden_size, text.hidden_size),
-        "intermediate_size": (model.ffn_size, text.intermediate_size),
+        "intermediate_size": (model.ffn_size, _ffn_size(text)),
         "num_attention_heads": (model.num_heads, text.num_attention_heads),
         "num_key_value_heads": (model.num_kv_heads, text.num_key_value_heads),
         "head_dim": (model.head_dim, head_dim),
@@ -90,17 +100,32 @@ def _two_readings(model: Architecture) -> dict[str, tuple[Any, Any]]:
             tuple(vision.to_dict().get("deepstack_visual_indexes", ())),
         ),
     }
+    if model.linear is not None:
+        linear = [text.linear_num_key_heads, text.linear_num_value_heads]
+        linear += [text.linear_key_head_dim, text.linear_value_head_dim, text.linear_conv_kernel_dim]
+        layers = tuple(layer == "linear_attention" for layer in text.layer_types)
+        found |= {
+            "linear_*": (list(vars(model.linear).values()), linear),
+            "layer_types": (model.linear_layers, layers),
+            "partial_rotary_factor": (model.rotary_dim, int(head_dim * rope["partial_rotary_factor"])),
+        }
     if model.family.has_experts:
         found |= {
             "num_experts": (model.num_experts, text.num_experts),
             "num_experts_per_tok": (model.experts_per_token, text.num_experts_per_tok),
             "moe_intermediate_size": (model.expert_ffn_size, text.moe_intermediate_size),
-            "mlp_only_layers, decoder_sparse_step": (model.moe_layers, tuple(_moe_layers(text))),
+            "mlp_only_layers, decoder_sparse_step": (model.moe_layers, tuple(_moe_layers(text, model.family))),
         }
     return found
 
 
-def _moe_layers(text: Any) -> Iterator[bool]:
-    """As transformers' Qwen3VLMoeTextDecoderLayer decides it."""
+def _ffn_size(text: Any) -> int:
+    sizes = text.to_dict()
+    return sizes.get("shared_expert_intermediate_size") or sizes["intermediate_size"]
+
+
+def _moe_layers(text: Any, family: Family) -> Iterator[bool]:
+    """As transformers' Qwen3VLMoeTextDecoderLayer decides it; Qwen3_5MoeDecoderLayer has no choice."""
     for layer in range(text.num_hidden_layers):
-        yield layer not in text.mlp_only_layers and (layer + 1) % text.decoder_sparse_step == 0
+        sparse = family.has_shared_expert or (layer + 1) % text.decoder_sparse_step == 0
+        yield sparse and (family.has_shared_expert or layer not in text.mlp_only_layers)

@@ -22,7 +22,7 @@ from megatron_sr1.policy.schedule import Schedule
 from megatron_sr1.policy.sharded import load_model_weights
 from megatron_sr1.policy.work import Work
 from megatron_sr1.types import LogProbs, MicroBatch, Scoring
-from megatron_sr1.weights import export_hf_weights, load_hf_weights, mark_shards
+from megatron_sr1.weights import export_hf_weights, kept_weights, load_hf_weights, mark_shards
 
 
 class Scorer:
@@ -88,6 +88,13 @@ class Scorer:
         """All weights under their Hugging Face names, full, on every rank; all ranks iterate together."""
         bucket_bytes = self.config.rollout.sync_bucket_mib * 2**20
         return export_hf_weights(self.chunks, self.architecture, self.groups, bucket_bytes=bucket_bytes)
+
+    def folder_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What a Hugging Face folder of the policy holds: `hf_weights`, and what the model it started from has beside
+        them (`weights.kept`). All ranks iterate together."""
+        yield from self.hf_weights()
+        model = self.config.model
+        yield from kept_weights((*filter(None, [model.megatron_dir]), model.hf_dir), self.architecture.family)
 
     def stage_counts(self) -> tuple[StageCount, ...]:
         """As `count_stages`, of the modules that are there: it needs no process of its own. Collective."""

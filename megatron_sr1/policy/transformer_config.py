@@ -61,6 +61,9 @@ def architecture_fields(architecture: Architecture) -> dict[str, Any]:
         "add_qkv_bias": architecture.family.qkv_bias,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        "attention_output_gate": architecture.family.output_gate,
+        "layernorm_zero_centered_gamma": architecture.family.zero_centred_norms,
+        "hetereogenous_dist_checkpoint": any(architecture.linear_layers),  # layers that differ are not stacked
     }
     moe_layers = architecture.moe_layers
     if any(moe_layers):
@@ -76,6 +79,11 @@ def architecture_fields(architecture: Architecture) -> dict[str, Any]:
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "none",
             "moe_aux_loss_coeff": 0.0,
+        }
+    if architecture.shared_expert_size:
+        fields |= {
+            "moe_shared_expert_intermediate_size": architecture.shared_expert_size,
+            "moe_shared_expert_gate": True,
         }
     return fields
 

@@ -124,7 +124,7 @@ class Checkpointer:
         """
         self.settle()
         partial = Path(self.platform.on_main(lambda: self._room(progress.step)))
-        share = None if hf is None else HfShare(policy.hf_weights(), self.platform.ranks)
+        share = None if hf is None else HfShare(policy.folder_weights(), self.platform.ranks)
         if self._plan is None:
             self._plan = CheckpointPlan(policy.groups.replicas, on_cpu=self.platform.on_cpu)
         further = None if share is None else functools.partial(share.write, partial / HF)

@@ -6,6 +6,7 @@ silence, and numbers that need scales would be taken for the weights themselves.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import torch
@@ -16,6 +17,7 @@ from megatron_sr1.weights.hf_dir import HfTensors, check_finite
 from megatron_sr1.weights.name_table import language_rules
 
 HEAD = "lm_head.weight"
+_EXPERT_ALONE = re.compile(r"\.mlp\.experts\.\d+\.")
 
 
 def check_tensors(tensors: HfTensors, sizes: HfConfig, vision: Iterable[str]) -> None:
@@ -31,12 +33,19 @@ def check_tensors(tensors: HfTensors, sizes: HfConfig, vision: Iterable[str]) ->
     expected = {name for rule in language_rules(sizes) for name in rule.hf}
     expected |= {sizes.family.vision_prefix + name for name in vision}
     found = tensors.tensors
-    missing, extra = sorted(expected - found.keys()), sorted(found.keys() - expected)
+    missing = sorted(expected - found.keys())
+    extra = sorted(name for name in found.keys() - expected if not sizes.family.is_kept(name))
     quantised = sorted(name for name in expected & found.keys() if not _is_plain(found[name].dtype))
     if quantised:
         raise ValueError(
             f"{tensors.slot(quantised[0]).file}: {quantised[0]} is {found[quantised[0]]}, and so are {len(quantised)} "
             "tensors of less than 16 bit in all: the checkpoint is quantised. Take the model in bfloat16."
+        )
+    alone = [name for name in extra if _EXPERT_ALONE.search(name)]
+    if missing and alone:
+        raise ValueError(
+            f"{tensors.folder} holds experts one by one, first {alone[0]}; those of a layer must be one tensor, "
+            f"{missing[0]} for one, as published checkpoints have them. Give the published folder, or join them."
         )
     if missing:
         raise ValueError(

@@ -23,10 +23,24 @@ from torch import Tensor
 
 from megatron_sr1.config import HfConfig
 
-Kind = Literal["replicated", "columns", "qkv", "gate_up", "vocabulary", "expert_gate_up", "expert_down"]
+Kind = Literal[
+    "replicated",
+    "columns",
+    "heads",  # a number for each head of a gated delta rule
+    "qkv",
+    "delta_in",  # the first product of a gated delta rule, and its convolution
+    "delta_conv",
+    "gate_up",
+    "vocabulary",
+    "expert_gate_up",
+    "expert_down",
+]
+# whose rows are in another order than those of the Hugging Face tensors
+REORDERED: tuple[Kind, ...] = ("qkv", "delta_in", "delta_conv")
 
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.in_proj.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.linear_fc([12])\.weight(\d+)$")
@@ -51,8 +65,8 @@ def language_rules(sizes: HfConfig) -> list[WeightRule]:
     rules = [WeightRule("embedding.word_embeddings.weight", (embedding,), "vocabulary")]
     for layer in range(sizes.num_layers):
         ours, theirs = f"decoder.layers.{layer}", f"{prefix}layers.{layer}"
-        rules += _attention_rules(ours, theirs, sizes)
-        rules += _expert_rules(ours, theirs, sizes.num_experts) if sizes.moe_layers[layer] else _mlp_rules(ours, theirs)
+        rules += (_delta_rules if sizes.linear_layers[layer] else _attention_rules)(ours, theirs, sizes)
+        rules += _expert_rules(ours, theirs, sizes) if sizes.moe_layers[layer] else _mlp_rules(ours, theirs)
     rules.append(WeightRule("decoder.final_layernorm.weight", (final_norm,), "replicated"))
     rules.append(WeightRule("output_layer.weight", (embedding if sizes.tied else "lm_head.weight",), "vocabulary"))
     return rules
@@ -73,19 +87,39 @@ def _attention_rules(ours: str, theirs: str, sizes: HfConfig) -> list[WeightRule
     ]
 
 
-def _mlp_rules(ours: str, theirs: str) -> list[WeightRule]:
-    """A dense layer's feed-forward part."""
-    gate, up, down = (f"{theirs}.mlp.{x}_proj.weight" for x in ("gate", "up", "down"))
+def _delta_rules(ours: str, theirs: str, sizes: HfConfig) -> list[WeightRule]:
+    """The gated delta rule of a layer and both norms around it."""
+    inner, outer = f"{ours}.self_attention", f"{theirs}.linear_attn"
+    products = tuple(f"{outer}.in_proj_{part}.weight" for part in ("qkv", "z", "b", "a"))
     return [
-        WeightRule(f"{ours}.mlp.linear_fc1.weight", (gate, up), "gate_up"),
-        WeightRule(f"{ours}.mlp.linear_fc2.weight", (down,), "columns"),
+        WeightRule(f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",), "replicated"),
+        WeightRule(f"{inner}.in_proj.weight", products, "delta_in"),
+        WeightRule(f"{inner}.conv_weight", (f"{outer}.conv1d.weight",), "delta_conv"),
+        WeightRule(f"{inner}.A_log", (f"{outer}.A_log",), "heads"),
+        WeightRule(f"{inner}.dt_bias", (f"{outer}.dt_bias",), "heads"),
+        WeightRule(f"{inner}.norm_weight", (f"{outer}.norm.weight",), "replicated"),
+        WeightRule(f"{inner}.out_proj.weight", (f"{outer}.out_proj.weight",), "columns"),
+        WeightRule(f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",), "replicated"),
     ]
 
 
-def _expert_rules(ours: str, theirs: str, num_experts: int) -> list[WeightRule]:
-    """The router and, expert by expert, both weights."""
+def _mlp_rules(ours: str, theirs: str, part: str = "mlp", theirs_part: str = "mlp") -> list[WeightRule]:
+    """A dense layer's feed-forward part, or the shared expert's of a mixture."""
+    gate, up, down = (f"{theirs}.{theirs_part}.{x}_proj.weight" for x in ("gate", "up", "down"))
+    return [
+        WeightRule(f"{ours}.{part}.linear_fc1.weight", (gate, up), "gate_up"),
+        WeightRule(f"{ours}.{part}.linear_fc2.weight", (down,), "columns"),
+    ]
+
+
+def _expert_rules(ours: str, theirs: str, sizes: HfConfig) -> list[WeightRule]:
+    """The router and, expert by expert, both weights; the shared expert and its gate."""
     rules = [WeightRule(f"{ours}.mlp.router.weight", (f"{theirs}.mlp.gate.weight",), "replicated")]
-    for expert in range(num_experts):
+    if sizes.shared_expert_size:
+        rules += _mlp_rules(ours, theirs, "mlp.shared_experts", "mlp.shared_expert")
+        gate = f"{theirs}.mlp.shared_expert_gate.weight"
+        rules.append(WeightRule(f"{ours}.mlp.shared_experts.gate_weight", (gate,), "replicated"))
+    for expert in range(sizes.num_experts):
         one = f"{ours}.mlp.experts.local_experts.{expert}"
         fused = f"{theirs}.mlp.experts"
         rules.append(WeightRule(f"{one}.linear_fc1.weight", (f"{fused}.gate_up_proj",), "expert_gate_up", expert))
@@ -130,9 +164,10 @@ def shard_from_hf(rule: WeightRule, parts: list[Tensor], sizes: HfConfig, rank: 
         return parts[0].chunk(ranks, dim=1)[rank]
     if rule.kind == "gate_up":
         return torch.cat([part.chunk(ranks)[rank] for part in parts])
-    if rule.kind == "qkv":
-        # Megatron keeps each key/value group together: its queries, then its key, then its value
-        groups = [part.unflatten(0, (sizes.num_kv_heads, -1)) for part in parts]
+    if rule.kind == "heads":
+        return parts[0].chunk(ranks)[rank]
+    if rule.kind in REORDERED:
+        groups = _groups_of(rule, parts, sizes)
         return torch.cat(groups, dim=1).flatten(0, 1).chunk(ranks)[rank]
     padded = -(-len(parts[0]) // ranks) * ranks
     if padded > len(parts[0]):
@@ -148,14 +183,15 @@ def hf_from_shards(
     (one, for an expert).
 
     Args:
-        published_experts: experts lie as in published checkpoints and as vLLM reads them, gate_up [H, 2I] and
-            down [I, H]; else as transformers saves them, [2I, H] and [H, I]. See `has_published_experts`.
+        published_experts: experts lie as in published checkpoints and as vLLM reads them: where the family has
+            `experts_turned` gate_up [H, 2I] and down [I, H]; else as transformers saves them, [2I, H] and [H, I]. See
+            `has_published_experts`.
     """
     if rule.kind == "replicated":
         return [shards[0]]
     if rule.kind in ("expert_gate_up", "expert_down"):
         assert len(shards) == 1, "experts are whole on a rank"
-        return [shards[0].T if published_experts else shards[0]]
+        return [shards[0].T if published_experts and sizes.family.experts_turned else shards[0]]
     if rule.kind == "columns":
         return [torch.cat(shards, dim=1)]
     if rule.kind == "gate_up":
@@ -164,10 +200,61 @@ def hf_from_shards(
     whole = torch.cat(shards)
     if rule.kind == "vocabulary":
         return [whole[: sizes.vocab_size]]
-    groups = whole.unflatten(0, (sizes.num_kv_heads, -1))
-    head = len(whole) // (sizes.num_heads + 2 * sizes.num_kv_heads)
-    queries, keys, values = groups.split([groups.shape[1] - 2 * head, head, head], dim=1)
-    return [part.flatten(0, 1) for part in (queries, keys, values)]
+    return [whole] if rule.kind == "heads" else _from_groups(rule, whole, sizes)
+
+
+def _groups_of(rule: WeightRule, parts: list[Tensor], sizes: HfConfig) -> list[Tensor]:
+    """What the groups of heads have of each tensor, [groups, rows, ...], in the order in which the parameter has them:
+    of each key/value head its queries, its gates where there are any, its key, its value; of each key head of a gated
+    delta rule its query, its key, its values, then their output gates, learning rates and decays.
+
+    Raises:
+        ValueError: a tensor has another number of rows than config.json calls for.
+    """
+    if rule.kind == "qkv":
+        queries, *others = parts
+        split = [queries]
+        if sizes.family.output_gate:  # of each head its query, then its gate
+            _check_rows(rule, queries, 2 * sizes.num_heads * sizes.head_dim)
+            pairs = queries.unflatten(0, (sizes.num_heads, 2, sizes.head_dim))
+            split = [pairs[:, 0].flatten(0, 1), pairs[:, 1].flatten(0, 1)]
+        return [part.unflatten(0, (sizes.num_kv_heads, -1)) for part in (*split, *others)]
+    linear = sizes.linear
+    assert linear is not None, rule
+    mixed, *others = parts
+    _check_rows(rule, mixed, linear.num_key_heads * linear.channels_per_key)
+    width = linear.num_key_heads * linear.key_dim
+    split = mixed.split([width, width, linear.num_value_heads * linear.value_dim])
+    return [part.unflatten(0, (linear.num_key_heads, -1)) for part in (*split, *others)]
+
+
+def _check_rows(rule: WeightRule, part: Tensor, wanted: int) -> None:
+    if len(part) != wanted:
+        raise ValueError(
+            f"{rule.hf[0]} has {len(part)} rows, but config.json calls for {wanted}. They do not belong together."
+        )
+
+
+def _from_groups(rule: WeightRule, whole: Tensor, sizes: HfConfig) -> list[Tensor]:
+    """The tensors that `_groups_of` took apart."""
+    if rule.kind == "qkv":
+        groups = whole.unflatten(0, (sizes.num_kv_heads, -1))
+        shared, each = sizes.num_heads // sizes.num_kv_heads, sizes.head_dim
+        num_queries = 2 if sizes.family.output_gate else 1
+        *queries, keys, values = groups.split([shared * each] * num_queries + [each, each], dim=1)
+        if num_queries > 1:  # [groups, shared * each] twice -> [heads, 2, each]
+            queries = [torch.stack([part.unflatten(1, (shared, each)) for part in queries], dim=2).flatten(1, 3)]
+        return [part.flatten(0, 1) for part in (*queries, keys, values)]
+    linear = sizes.linear
+    assert linear is not None, rule
+    groups, served = whole.unflatten(0, (linear.num_key_heads, -1)), linear.values_per_key
+    rows = [linear.key_dim, linear.key_dim, served * linear.value_dim]
+    if rule.kind == "delta_in":
+        rows += [served * linear.value_dim, served, served]
+    mixed, others = [], []
+    for number, part in enumerate(groups.split(rows, dim=1)):
+        (mixed if number < 3 else others).append(part.flatten(0, 1))
+    return [torch.cat(mixed), *others]
 
 
 def has_published_experts(rule: WeightRule, shape: Iterable[int], sizes: HfConfig) -> bool:

@@ -26,7 +26,13 @@ LAYERS = {  # class of vLLM: what placement.py, checksums.py and reload.py read 
     "model_executor.layers.linear:MergedColumnParallelLinear": "output_sizes",
     "model_executor.layers.linear:RowParallelLinear": "tp_rank tp_size input_size_per_partition",
     "model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding": "shard_indices quant_method",
-    "model_executor.layers.fused_moe.routed_experts:RoutedExperts": "moe_config quant_method",
+    "model_executor.layers.fused_moe.routed_experts:RoutedExperts": (
+        "moe_config quant_method is_fused_checkpoint_transposed"
+    ),
+    "model_executor.layers.mamba.gdn.qwen_gdn_linear_attn:QwenGatedDeltaNetAttention": (
+        "key_dim value_dim num_k_heads num_v_heads head_v_dim tp_rank tp_size prefix "
+        "in_proj_qkvz in_proj_ba conv1d A_log dt_bias norm out_proj"
+    ),
 }
 FIELDS = {  # class of vLLM: what is read of what it hands out
     "outputs:RequestOutput": "request_id prompt_token_ids outputs finished",

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_sr1.kernels.delta_rule import RowPlan
 from megatron_sr1.packing import AttentionCall
 from megatron_sr1.policy.layers.routing import RankRouting, routed
 
@@ -30,6 +31,7 @@ class PackedRow(PackedSeqParams):
 
     num_local_tokens: int = 0  # T_part: without what rides along
     calls: tuple[AttentionCall, ...] = ()  # of attention; none where every segment is a sequence
+    plan: RowPlan | None = None  # of recurrent layers; None where the model has none
     order: Tensor | None = None  # [T] see `packing.context.row_order`; with calls under context parallelism
     routing: RankRouting | None = None  # None: routers choose for themselves
 

@@ -1,6 +1,6 @@
 """Multimodal rotary embedding: the angles of each token (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
-Shapes: T tokens, d channels of a head, positions [3, T] = time, height, width.
+Shapes: T tokens, d channels of a head that are turned (all, or the first ones), positions [3, T] = time, height, width.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from megatron_sr1.platform.torch_private import FixedDtypeBuffers
 
 
 class MultimodalRotary(FixedDtypeBuffers):
-    """Angle of frequency i of token t: position[axis(i), t] / theta^(2i / d), for i < d / 2; the second half of a head
-    repeats the first.
+    """Angle of frequency i of token t: position[axis(i), t] / theta^(2i / d), for i < d / 2; the second half of the d
+    channels repeats the first.
 
     axis(i) is time, height or width: in three sections of the frequencies (Qwen2.5-VL), or by turns, T H W T H W ...,
     until the sections of height and width are used up, and time for the rest (Qwen3-VL).
@@ -26,11 +26,11 @@ class MultimodalRotary(FixedDtypeBuffers):
     axes: Tensor
     frequencies: Tensor
 
-    def __init__(self, head_dim: int, theta: float, section: tuple[int, int, int], *, interleaved: bool) -> None:
+    def __init__(self, rotary_dim: int, theta: float, section: tuple[int, int, int], *, interleaved: bool) -> None:
         """Args: section: how many frequencies time, height and width have; together d / 2."""
         super().__init__()
-        assert 2 * sum(section) == head_dim
-        frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
+        assert 2 * sum(section) == rotary_dim
+        frequencies = 1.0 / (theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float) / rotary_dim))
         axes = _interleaved(section) if interleaved else _sectioned(section)
         # [d / 2]: which of the three positions turns each frequency
         self.register_buffer("axes", axes, persistent=False)

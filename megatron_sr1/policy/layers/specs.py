@@ -5,12 +5,13 @@ Both give checkpoints with the same names and shapes, so that what one saved the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sr1.config import ConfigError
+from megatron_sr1.config import ConfigError, LinearAttention
 from megatron_sr1.platform.runtime import Platform
 from megatron_sr1.policy.layers.te_layers import te_block_spec
 from megatron_sr1.policy.layers.torch_layers import torch_block_spec
@@ -37,13 +38,18 @@ def layer_spec_name(choice: str, platform: Platform, dtype: str) -> LayerSpecNam
 
 
 def block_spec(
-    name: LayerSpecName, config: TransformerConfig, num_layers: int, vp_stage: int | None
+    name: LayerSpecName,
+    config: TransformerConfig,
+    num_layers: int,
+    vp_stage: int | None,
+    linear: Sequence[LinearAttention | None],
 ) -> TransformerBlockSubmodules:
     """`num_layers` layers of one chunk and the final norm. They are new, so that their parts may be replaced.
 
     Args:
         vp_stage: which chunk of this rank, None where it has only one.
+        linear: of each layer of the model, the sizes of the gated delta rule that it has in place of attention.
     """
     if name == "te":
-        return te_block_spec(config, num_layers, vp_stage)
-    return torch_block_spec(config, num_layers, vp_stage)
+        return te_block_spec(config, num_layers, vp_stage, linear)
+    return torch_block_spec(config, num_layers, vp_stage, linear)

@@ -6,17 +6,26 @@ parallelism (rows with shared prefixes: te_attention.py), the experts of a mixtu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_sr1.config import LinearAttention
+from megatron_sr1.policy.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron_sr1.policy.layers.torch_layers import moe_pattern
 
 
-def te_layer_spec(config: TransformerConfig, *, is_moe: bool = False) -> ModuleSpec:
+def te_layer_spec(
+    config: TransformerConfig, *, is_moe: bool = False, linear: LinearAttention | None = None
+) -> ModuleSpec:
     """One layer: dense, or with the experts of `config`. Each call gives a new one, so that its parts may be replaced.
+
+    Args:
+        linear: the sizes of a gated delta rule that is there in place of attention.
 
     Raises:
         ImportError: Transformer Engine is absent or does not load.
@@ -34,15 +43,22 @@ def te_layer_spec(config: TransformerConfig, *, is_moe: bool = False) -> ModuleS
     )
     layer: Any = spec.submodules
     layer.self_attention.submodules.core_attention = TePrefixAttention
+    if linear is not None:
+        from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
+
+        parts = GatedDeltaNetSubmodules(in_proj=TELayerNormColumnParallelLinear, out_proj=TERowParallelLinear)
+        layer.self_attention = ModuleSpec(GatedDeltaNet, {"sizes": linear}, parts)
     return spec
 
 
 def te_block_spec(
-    config: TransformerConfig, num_layers: int, vp_stage: int | None = None
+    config: TransformerConfig, num_layers: int, vp_stage: int | None, linear: Sequence[LinearAttention | None]
 ) -> TransformerBlockSubmodules:
     """The `num_layers` layers and final norm of a chunk: this pipeline rank's, or its `vp_stage`-th where there is a
-    virtual pipeline."""
-    layers = [te_layer_spec(config, is_moe=is_moe) for is_moe in moe_pattern(config, num_layers, vp_stage)]
+    virtual pipeline. `linear`: see `torch_block_spec`."""
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    kinds = zip(moe_pattern(config, num_layers, vp_stage), linear[first : first + num_layers], strict=True)
+    layers = [te_layer_spec(config, is_moe=is_moe, linear=sizes) for is_moe, sizes in kinds]
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)

@@ -13,6 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeVisionModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionModel
 from transformers.vision_utils import (
@@ -21,7 +23,13 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-VisionTower: TypeAlias = Qwen2_5_VisionTransformerPretrainedModel | Qwen3VLVisionModel | Qwen3VLMoeVisionModel
+VisionTower: TypeAlias = (
+    Qwen2_5_VisionTransformerPretrainedModel
+    | Qwen3VLVisionModel
+    | Qwen3VLMoeVisionModel
+    | Qwen3_5VisionModel
+    | Qwen3_5MoeVisionModel
+)
 Grid: TypeAlias = tuple[int, int, int]  # patches along time, height, width
 
 
@@ -50,6 +58,13 @@ def full_attention_layers(tower: VisionTower) -> frozenset[int]:
     if isinstance(tower, Qwen2_5_VisionTransformerPretrainedModel):
         return frozenset(tower.fullatt_block_indexes)
     return frozenset(range(len(tower.blocks)))
+
+
+def deepstack_layers(tower: VisionTower) -> Sequence[int]:
+    """The layers whose features the first language layers add, in the order of its mergers."""
+    if isinstance(tower, Qwen3VLVisionModel | Qwen3VLMoeVisionModel):
+        return tower.deepstack_visual_indexes
+    return ()
 
 
 def patch_order(tower: VisionTower, grid: Grid) -> PatchOrder:

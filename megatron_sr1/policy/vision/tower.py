@@ -1,10 +1,11 @@
 """The forward of Qwen's vision towers over a part of the patches, with the parameters of the transformers module.
 
-Source: transformers 5.19, models/qwen2_5_vl and models/qwen3_vl, the vision models' `forward`. All but full attention
-is local to a patch, to a window or to a visual token; full attention gathers keys and values of split images.
+Source: transformers 5.19, models/qwen2_5_vl, models/qwen3_vl and models/qwen3_5, the vision models' `forward`. All but
+full attention is local to a patch, to a window or to a visual token; full attention gathers keys and values of split
+images.
 
 Shape legend: T rows of this rank, U = T / 4 of its visual tokens, A heads of D channels, C channels of a patch, L
-DeepStack features (0 for Qwen2.5-VL), H channels of the language model.
+DeepStack features (0 but for Qwen3-VL), H channels of the language model.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from megatron_sr1.policy.vision.exchange import gather_for_all
 from megatron_sr1.policy.vision.patches import (
     PatchOrder,
     VisionTower,
+    deepstack_layers,
     full_attention_layers,
     has_windows,
     learned_position_taps,
@@ -95,7 +97,7 @@ def run_tower(tower: VisionTower, inputs: TowerInputs, group: ProcessGroup, *, r
         learned = (tower.pos_embed(indices) * weights[:, :, None]).sum(1)
         hidden = hidden + learned.to(hidden.dtype)
     rotary = tower.rotary_pos_emb(hidden, inputs.positions)  # cos, sin: [T, D]
-    full = full_attention_layers(tower)
+    full, levels = full_attention_layers(tower), deepstack_layers(tower)
     features = []
     for layer, block in enumerate(tower.blocks):
         attend = partial(_attend_fully, rows=inputs.rows, group=group) if layer in full else None
@@ -106,7 +108,7 @@ def run_tower(tower: VisionTower, inputs: TowerInputs, group: ProcessGroup, *, r
             hidden = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
         else:
             hidden = run(hidden)
-        if not has_windows(tower) and layer in tower.deepstack_visual_indexes:
+        if layer in levels:
             features.append(tower.deepstack_merger_list[len(features)](hidden))
     tokens = torch.stack([tower.merger(hidden), *features], dim=1)
     windows = inputs.rows.windows

@@ -57,7 +57,8 @@ def engine_arguments(
         "gpu_memory_utilization": 0.01,  # a share that must be free at the start; the KV cache's bytes are given
         "kv_cache_memory_bytes": int(limits.kv_cache_gib * _GIB),
         "scheduling_policy": "priority",
-        "enable_prefix_caching": True,
+        # of recurrent states vLLM keeps those of prefixes only where it cuts prompts, which a CPU does not
+        "enable_prefix_caching": model.linear is None,
         **({"block_size": CPU_BLOCK} if on_cpu else {}),
         "mm_processor_cache_gb": 0,  # images come prepared (prompts.py)
         "mm_processor_kwargs": _image_processor(limits.pixels),

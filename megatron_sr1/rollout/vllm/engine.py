@@ -25,6 +25,7 @@ from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.rollout.request import Draw, EngineFault, Generation, OwnView
 from megatron_sr1.rollout.vllm.arguments import EngineLimits, engine_arguments
 from megatron_sr1.rollout.vllm.checksums import WeightCheck
+from megatron_sr1.rollout.vllm.delta_rule import use_torch_rule
 from megatron_sr1.rollout.vllm.noted_experts import NotedExperts, told_experts
 from megatron_sr1.rollout.vllm.private import (
     detach_finalizer,
@@ -95,7 +96,7 @@ class Engine:
         ranks = torch.distributed.get_world_size() if self._in_job else 1
         if ranks % limits.tensor_parallel:
             raise ValueError(f"{ranks} ranks do not divide into engines of {limits.tensor_parallel}: choose a divisor.")
-        on_cpu = current_platform.is_cpu()
+        self._on_cpu = on_cpu = current_platform.is_cpu()
         self._notes_experts, self._listens = limits.notes_experts, limits.notes_experts and on_cpu
         if not on_cpu:  # else vLLM may fall back to its first model runner, which draws seeded tokens one by one
             os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
@@ -105,7 +106,8 @@ class Engine:
         self._arguments = engine_arguments(hf_dir, model, limits, **where, filled_later=filled_later)
         # vLLM compiles a few small functions even when it runs eagerly. On a CPU that takes 20 s and a C++ compiler.
         self._stance = "force_eager" if on_cpu else "default"
-        self._weight_names = set(HfTensors(hf_dir, model.family).tensors)
+        names = HfTensors(hf_dir, model.family).tensors
+        self._weight_names = {name for name in names if not model.family.is_kept(name)}
         self._max_model_tokens = limits.max_model_tokens
         self._checksum_every = checksum_every
         self._num_updates = 0
@@ -130,6 +132,8 @@ class Engine:
         (self._model,) = engine.collective_rpc("get_model")
         check_reloadable(self._model)
         self._noted = NotedExperts(engine, self._model, self._hf) if self._listens else None
+        if self._on_cpu:
+            use_torch_rule(self._model)
         self._asleep = False
         self._is_filled = not self._filled_later
         self._weight_version = 0

@@ -21,7 +21,12 @@ _FUSED = {
     "v_proj": ("qkv_proj", 2),
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
+    "in_proj_z": ("in_proj_qkvz", 3),
+    "in_proj_b": ("in_proj_ba", 0),
+    "in_proj_a": ("in_proj_ba", 1),
 }
+# of a gated delta rule: queries, keys and values are one tensor in the checkpoint, and are split each for itself
+_DELTA = {"in_proj_qkv": "in_proj_qkvz", "conv1d": "conv1d"}
 _EXPERTS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
 
 
@@ -48,8 +53,11 @@ def placements(modules: Mapping[str, torch.nn.Module], name: str) -> list[Placem
     experts = modules.get(f"{path}.routed_experts")
     if isinstance(experts, RoutedExperts) and parameter in _EXPERTS:
         ranks = experts.moe_config.moe_parallel_config
-        take = partial(_expert_piece, parameter, ranks.tp_rank, ranks.tp_size)
+        turned = experts.is_fused_checkpoint_transposed
+        take = partial(_expert_piece, parameter, ranks.tp_rank, ranks.tp_size, turned)
         return [Placement(f"{path}.routed_experts", _EXPERTS[parameter], take, None)]
+    if last in _DELTA and f"{outer}.{_DELTA[last]}" in modules:
+        return _delta_pieces(modules[outer], f"{outer}.{_DELTA[last]}", parameter)
     fused, part = _FUSED.get(last, ("", 0))
     if f"{outer}.{fused}" in modules:
         path = f"{outer}.{fused}"
@@ -62,8 +70,11 @@ def placements(modules: Mapping[str, torch.nn.Module], name: str) -> list[Placem
 def _pieces(module: torch.nn.Module, parameter: str) -> list[tuple[Callable[[Tensor], Tensor], int]]:
     """Of a tensor that is a parameter of its own."""
     from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+    from vllm.model_executor.layers.mamba.gdn.base import GatedDeltaNetAttention
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+    if isinstance(module, GatedDeltaNetAttention):  # a number for each value head
+        return [(partial(_chunk, 0, module.tp_rank, module.tp_size), 0)]
     if isinstance(module, QKVParallelLinear):  # queries, keys and values are one tensor in the checkpoint, too
         pieces = []
         for part in range(3):
@@ -78,6 +89,17 @@ def _pieces(module: torch.nn.Module, parameter: str) -> list[tuple[Callable[[Ten
         shard = module.shard_indices
         return [(partial(_rows, shard.org_vocab_start_index, shard.org_vocab_end_index), 0)]
     return [(_whole, 0)]
+
+
+def _delta_pieces(layer: Any, path: str, parameter: str) -> list[Placement]:
+    """Of the tensor with the queries, keys and values of a gated delta rule, or of the convolution over them."""
+    pieces, first = [], 0
+    for size in (layer.key_dim, layer.key_dim, layer.value_dim):
+        each = size // layer.tp_size
+        start = first + layer.tp_rank * each
+        pieces.append(Placement(path, parameter, partial(_rows, start, start + each), first // layer.tp_size))
+        first += size
+    return pieces
 
 
 def _fused_piece(module: Any, part: int) -> tuple[Callable[[Tensor], Tensor], int]:
@@ -110,8 +132,10 @@ def _third(part: int, take: Callable[[Tensor], Tensor], tensor: Tensor) -> Tenso
     return take(tensor.chunk(3)[part])
 
 
-def _expert_piece(name: str, rank: int, ranks: int, tensor: Tensor) -> Tensor:
-    """[E, out, in], from all experts as published: gate_up [E, H, 2I], down [E, I, H]."""
+def _expert_piece(name: str, rank: int, ranks: int, turned: bool, tensor: Tensor) -> Tensor:
+    """[E, out, in], from all experts as published: gate_up [E, H, 2I], down [E, I, H] where `turned`, else [E, out, in]
+    as well."""
+    tensor = tensor if turned else tensor.transpose(1, 2)
     halves = [tensor] if name == "down_proj" else tensor.chunk(2, 2)
     dim = 1 if name == "down_proj" else 2
     return torch.cat([half.chunk(ranks, dim)[rank] for half in halves], dim).transpose(1, 2).contiguous()

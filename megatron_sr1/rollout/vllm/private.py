@@ -7,6 +7,7 @@ finds the ones that an upgrade has moved.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,6 +61,12 @@ def normalised_pixels(model: Any, pixels: Tensor) -> Tensor:
     first of all: float32 on the CPU. vLLM leaves that to the device, and only its models know how."""
     tower = model.visual
     return tower.input_norm(pixels.to(tower.device), torch.float32).cpu()
+
+
+def compute_with(module: Any, forward: Callable[[Tensor], Tensor]) -> None:
+    """Has a layer with a gated delta rule (QwenGatedDeltaNetAttention) compute by `forward`, which takes and gives
+    hidden states [tokens, H]. vLLM chooses by the platform when it makes the layer; no argument chooses another."""
+    module._forward_method = forward
 
 
 def packed_experts(module: Any, piece: Tensor) -> Tensor:
