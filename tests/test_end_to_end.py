@@ -21,6 +21,7 @@ from megatron_sr1.prompts import CAPTION_REASONER, extract_boxed
 from megatron_sr1.report.starts import read_starts
 from megatron_sr1.rewards import grade
 from megatron_sr1.training.rollout_files import rollouts_file, step_files, step_lines, steps_in
+from megatron_sr1.training.token_files import read_tokens
 from tests.commands import ForkedError, run_forked
 from tests.judge_server import serve
 from tests.test_report import Page
@@ -196,6 +197,11 @@ def test_a_run_trained_from_its_saved_rollouts_is_the_run(
     assert untimed(finished.metrics("replayed")) == untimed(finished.metrics("whole"))
     weights = [finished.folder / run / "hf" / "model.safetensors" for run in ("replayed", "whole")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+    replayed, whole = (
+        {path.name: path.read_bytes() for path in (finished.folder / run / "rollouts").glob("*.tokens.*")}
+        for run in ("replayed", "whole")
+    )
+    assert replayed == whole and len(whole) == 16, "what is measured of tokens, of eight steps and two replicas"
 
 
 def test_rollouts_made_alone_are_those_of_the_run(finished: Workspace) -> None:
@@ -205,6 +211,7 @@ def test_rollouts_made_alone_are_those_of_the_run(finished: Workspace) -> None:
     finished.run_forked("grpo", "alone", "train.steps=8", "--rollouts-only")
     paths = [finished.folder / run / "rollouts" / "step_000006.jsonl" for run in ("alone", "whole")]
     assert _untimed_rollouts(paths[0]) == _untimed_rollouts(paths[1])
+    assert not read_tokens(finished.folder / "alone" / "rollouts", 6)
     assert not (finished.folder / "alone" / "hf").exists() and len(finished.metrics("alone")) == 2
     (kept,) = (finished.folder / "alone" / "checkpoints").iterdir()
     assert kept.name == "step_000006", "nothing was trained"
@@ -261,6 +268,10 @@ def test_pipeline_parallel_with_several_updates_per_batch(finished: Workspace) -
         assert places == [place for place in range(4) for _ in range(4)], "the batch is full, in the order of the draw"
         dropped = {sample["key"] for sample in drawn if sample["trained_as"] is None}
         assert len(dropped) == entry["sampling/dead_dropped"] == rounds["further_prompts"]
+        measured = read_tokens(finished.folder / "pipeline" / "rollouts", step)
+        trained = {(one["group_id"], one["sample"]) for one in drawn if one["trained_as"] is not None}
+        assert {(name.group, name.sample) for name in measured} == trained
+        assert {name.pass_name for name in measured} == {"first", "second"}
         samples += drawn
     described = sum(sample["description"] is not None for sample in samples)
     evaluated = [sample for label in ("before", "after") for sample in _evaluated(finished, "pipeline", label)]

@@ -74,6 +74,8 @@ STATES = {  # name: ranks, family, overrides
     "context": (2, "qwen3_vl", ["layout.context=2"]),
     "pipeline_tied": (2, "qwen3_vl", ["layout.pipeline=2"]),
     "experts": (2, "qwen3_vl_moe", ["layout.expert=2", "precision.dtype=bf16"]),
+    "recurrent": (1, "qwen3_5", ["precision.dtype=bf16"]),
+    "recurrent_experts": (2, "qwen3_5_moe", ["layout.expert=2"]),
     "buckets": (2, "qwen2_5_vl_untied", ["layout.gradient_bucket=20000"]),
 }
 

@@ -332,6 +332,8 @@ _OWN = {
     "qwen2_5_vl_tied": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}},
     "qwen3_vl": {},
     "qwen3_vl_moe": {"moe_intermediate_size": 128},
+    "qwen3_5": {},
+    "qwen3_5_moe": {"moe_intermediate_size": 128, "initializer_range": 0.03},  # more roundings a layer
 }
 BF16 = "precision.dtype=bf16"
 BF16_ERROR = 0.03  # mean difference of a log-prob, nats: 8 bits of mantissa through 6 layers
@@ -468,6 +470,10 @@ def test_padding_that_aligns_a_row_changes_no_number_of_transformer_engine(wide_
 @needs_gpu
 @pytest.mark.parametrize("recipe", ["delayed", "current", "blockwise", "mxfp8"])
 def test_fp8_is_near_bf16_and_exports_bf16(recipe: str, wide_model: str) -> None:
+    if "qwen3_5" in Path(wide_model).name:
+        with pytest.raises(ConfigError, match=r"precision\.dtype"):
+            _numbers(wide_model, "precision.dtype=fp8", f"precision.fp8_recipe={recipe}")
+        return
     layers = 0 if recipe == "delayed" else 1
     _te_or_skip(_fp8(recipe, layers, layers))
     rounded = _numbers(

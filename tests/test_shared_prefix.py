@@ -27,7 +27,7 @@ from tests.policy_cases import TOLERANCE, MeanLoss, built, relative_error
 from tests.ranks import run_ranks
 
 HEADS, KEY_HEADS, CHANNELS = 4, 2, 8
-FAMILIES = ("qwen2_5_vl_tied", "qwen3_vl", "qwen3_vl_moe")
+FAMILIES = ("qwen2_5_vl_tied", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 
 
 # ---------------------------------------------------------------- attention

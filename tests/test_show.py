@@ -141,7 +141,7 @@ def test_bars_hold_every_value() -> None:
     assert visible("a\tb\ud800c\nd é 漢") == r"a\tb\ud800c" + "\nd é 漢"
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"])
 def test_a_tiny_model_of_every_family(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForImageTextToText
 

@@ -35,11 +35,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepstack": ("qwen3_vl", {}),
     "experts": ("qwen3_vl_moe", {"moe_intermediate_size": 64}),  # vLLM's CPU experts come in steps of 32, for each rank
     "recurrent": ("qwen3_5_moe", {"moe_intermediate_size": 64}),
+    "recurrent_dense": ("qwen3_5_tied", {}),
 }
 MIXTURE = ("layout.tensor=2", "layout.sequence_parallel=true", "layout.expert=2")
 FILLED_LATER = {(1, "deepstack"), (2, "experts"), (2, "one_kv_head")}
 SYNCS = {  # ranks of an engine -> family and trainer layout; vLLM makes a process's expert groups with its first model
-    1: (("experts", MIXTURE), ("tied", ("layout.tensor=2",)), ("deepstack", ("layout.pipeline=2",))),
+    1: (
+        ("experts", MIXTURE),
+        ("tied", ("layout.tensor=2",)),
+        ("deepstack", ("layout.pipeline=2",)),
+        ("recurrent_dense", ("layout.tensor=2", "layout.sequence_parallel=true")),
+    ),
     2: (
         ("experts", ("layout.pipeline=2",)),
         ("one_kv_head", ("layout.tensor=2",)),

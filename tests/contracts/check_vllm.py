@@ -177,6 +177,8 @@ def test_experts_have_the_weights_by_their_names() -> None:
         "model_executor.models.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration",
         "model_executor.models.qwen3_vl:Qwen3VLForConditionalGeneration",
         "model_executor.models.qwen3_vl_moe:Qwen3VLMoeForConditionalGeneration",
+        "model_executor.models.qwen3_5:Qwen3_5ForConditionalGeneration",
+        "model_executor.models.qwen3_5:Qwen3_5MoeForConditionalGeneration",
     ],
 )
 def test_the_models_are_there_and_map_names(place: str) -> None:
