@@ -105,5 +105,12 @@ def _graphs(max_requests: int) -> dict[str, Any]:
 
 
 def _missing_keys(model: HfConfig) -> dict[str, Any]:
-    """What vLLM needs in config.json and transformers 5 no longer writes: it always normalises the experts' weights."""
-    return {"text_config": {"norm_topk_prob": True}} if model.num_experts and model.norm_topk_prob is None else {}
+    """What vLLM needs in config.json's text_config, and may not be there: transformers 5 no longer writes that weights
+    of experts are normalised, which they always are; and of Qwen3.5 vLLM looks there alone whether the head is tied,
+    which transformers is told at the top."""
+    text: dict[str, Any] = {}
+    if model.num_experts and model.norm_topk_prob is None:
+        text["norm_topk_prob"] = True
+    if model.linear is not None:
+        text["tie_word_embeddings"] = model.tied
+    return {"text_config": text} if text else {}
