@@ -355,6 +355,8 @@ PUBLISHED = {
     "Qwen3-VL-32B-Instruct": (128, 8, 5e6, (24, 20, 20), False, (8, 16, 24), 0),
     "Qwen3-VL-30B-A3B-Instruct": (128, 4, 5e6, (24, 20, 20), False, (8, 16, 24), 128),
     "Qwen3-VL-235B-A22B-Instruct": (128, 4, 5e6, (24, 20, 20), False, (8, 16, 24), 128),
+    "Qwen3.5-9B": (256, 4, 1e7, (11, 11, 10), False, (), 0),
+    "Qwen3.5-35B-A3B": (256, 2, 1e7, (11, 11, 10), False, (), 256),
 }
 
 
@@ -379,7 +381,8 @@ def _check_published_configs(folder: Path) -> None:
         assert fields["add_qkv_bias"] == (not fields["qk_layernorm"]) == ("Qwen3" not in name)
         if model.num_experts:
             assert fields["moe_layer_freq"] == 1 and fields["moe_router_topk"] == 8
-            assert fields["moe_ffn_hidden_size"] == {"Qwen3-VL-30B": 768, "Qwen3-VL-235": 1536}[name[:12]]
+            widths = {"Qwen3-VL-30B": 768, "Qwen3-VL-235": 1536, "Qwen3.5-35B-": 512}
+            assert fields["moe_ffn_hidden_size"] == widths[name[:12]]
     mixed = json.loads((MODELS / "Qwen3-VL-30B-A3B-Instruct" / "config.json").read_text())
     mixed["text_config"] |= {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
     assert architecture_fields(_read(folder / "config", mixed))["moe_layer_freq"] == [0, 1, 0, 0, 0, 1]

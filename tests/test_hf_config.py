@@ -74,7 +74,9 @@ def same_as_transformers(folder: Path) -> HfConfig:
 def test_published_models_are_read_as_transformers_reads_them(name: str, tmp_path: Path) -> None:
     tree = published(name)
     text = tree.get("text_config", tree)
-    text["num_hidden_layers"] = 3  # so that the modules are built in a moment
+    text["num_hidden_layers"] = 4  # so that the modules are built in a moment; some layer of Qwen3.5 has attention
+    if "layer_types" in text:
+        text["layer_types"] = text["layer_types"][:4]
     same_as_transformers(write_config(tmp_path, tree))
     model = read_hf_config(str(MODELS / name))
     assert model.repository is not None and model.repository.split("/")[1] == name

@@ -26,8 +26,10 @@ FILES = {
 }
 MODELS = {"qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen2_5_vl_32b", "qwen2_5_vl_72b"}
 MODELS |= {"mimo_vl_7b", "qwen3_vl_2b", "qwen3_vl_8b", "qwen3_vl_30b_a3b", "qwen3_vl_235b_a22b"}
+MODELS |= {"qwen3_5_9b", "qwen3_5_35b_a3b"}
 # of 8 GPUs; the others need one
 NODES = {"qwen2_5_vl_32b": 4, "qwen2_5_vl_72b": 8, "qwen3_vl_30b_a3b": 2, "qwen3_vl_235b_a22b": 16}
+NODES |= {"qwen3_5_35b_a3b": 2}
 
 # changes to a recipe that cannot run: recipe, changes, words of the error
 REFUSED: list[tuple[str, list[str], list[str]]] = [
