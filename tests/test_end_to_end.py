@@ -201,7 +201,7 @@ def test_a_run_trained_from_its_saved_rollouts_is_the_run(
         {path.name: path.read_bytes() for path in (finished.folder / run / "rollouts").glob("*.tokens.*")}
         for run in ("replayed", "whole")
     )
-    assert replayed == whole and len(whole) == 16, "what is measured of tokens, of eight steps and two replicas"
+    assert replayed == whole and len(whole) == 8, "what is measured of tokens, of eight steps and the only replica"
 
 
 def test_rollouts_made_alone_are_those_of_the_run(finished: Workspace) -> None:
@@ -364,7 +364,7 @@ def _check_viewer(finished: Workspace, page: Page) -> None:
 
 
 def _check_measures(groups: list[dict[str, Any]], measured: dict[str, float]) -> None:
-    """Of every token that was trained, from both replicas; their means are those that training reports."""
+    """Of every token that was trained; their means are those that training reports."""
     responses = [one for group in groups for sample in group["samples"] for one in sample["responses"]]
     gaps = [abs(value) for one in responses for value in one["measures"]["gap"]]
     entropies = [value for one in responses for value in one["measures"]["entropy"]]
