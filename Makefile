@@ -155,13 +155,13 @@ browser:
 	  { $$install || { timeout 120 $$apt update && $$install; }; } </dev/null >/dev/null 2>&1 \
 	    || echo "== chromium cannot be installed: the tests of pages are skipped"
 
-test: setup launch-env lint browser ## lint, then every test, about 20 minutes on two cores; GPU tests are skipped without a GPU
+test: setup launch-env lint browser ## lint, then every test, about 25 minutes on two cores; GPU tests are skipped without a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	@echo
 	@echo "Next: make quickstart; CONTRIBUTING.md says how to work here"
 
 .PHONY: test-slow
-test-slow: setup ## what takes minutes a test, of which make test has a shorter form
+test-slow: setup ## what takes minutes a test: the study's short form and its costs, layouts of eight ranks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 quickstart: $(TRAINED) ## train a tiny VLM on this machine: data, cold start, self-rewarded GRPO, report

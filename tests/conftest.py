@@ -16,8 +16,8 @@ from tests.workspace import Workspace, build_workspace
 # Files of ten seconds or more, the longest first. They start first, so that no worker ends with one of them while the
 # other has nothing left; the first needs `workspace`, which those behind it then find made.
 LONG = (
-    *("end_to_end", "faults", "study", "layouts", "preemption", "weight_sync", "sweep", "convert", "joining"),
-    *("resume", "vision"),
+    *("end_to_end", "faults", "layouts", "preemption", "weight_sync", "sweep", "convert", "joining"),
+    *("router_replay", "qwen3_5", "freeze", "shared_prefix", "memory_estimate", "resume", "vision"),
     *("launch", "checkpoint", "sweep_report", "contrast", "cpu_capabilities", "evaluation_run", "triton_logprob"),
     *("gradients", "rollout", "step_time", "logprob_memory", "parameter_counts", "engine_ranks", "credit", "viewer"),
     *("recipes", "viewer_browser"),

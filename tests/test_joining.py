@@ -201,7 +201,7 @@ def test_what_makes_a_process_deterministic_is_refused_where_the_environment_say
     script = (
         "import os, torch; from megatron_sr1.platform import make_deterministic; make_deterministic();"
         "print(os.environ['NVTE_ALLOW_NONDETERMINISTIC_ALGO'], os.environ['CUBLAS_WORKSPACE_CONFIG'],"
-        "torch.are_deterministic_algorithms_enabled(), torch.empty(3).isnan().any().item())"
+        "torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("NVTE_", "CUBLAS_"))}
     run = [sys.executable, "-c", script]

@@ -264,6 +264,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("num_ranks", sorted(LAYOUTS))
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_layout_changes_no_number(num_ranks: int, folder: str) -> None:
     run_ranks(num_ranks, _walk, folder)

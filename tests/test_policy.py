@@ -180,7 +180,7 @@ def _check_trainer(model_dir: str) -> None:
 
     with built(model_dir, trainer_cases.OVERRIDES, keep_reference=True) as (policy, config):
         processor = Processor.from_pretrained(model_dir)
-        steps = trainer_cases.two_updates(policy, config, processor)
+        steps = trainer_cases.two_updates(policy, config, processor, Path(f"{model_dir}.tokens"))
         assert steps.first.metrics["loss/answer/kl_in_reward"] == 0.0
         hf, prefixes = _hf_model(model_dir), policy.architecture.family
         for name, parameter in hf.named_parameters():

@@ -91,6 +91,7 @@ def short_form(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder / SHORT.folder
 
 
+@pytest.mark.slow
 def test_the_short_form_runs_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = short_form(tmp_path, monkeypatch)
     sweep_runs = sorted(path.name for path in (folder / "runs").iterdir() if path.is_dir())

@@ -216,7 +216,8 @@ def _decoding(plan: RunPlan) -> Iterator[str]:
             f"about {expected:,.0f} s, and {rollout_seconds(plan, graphs=True):,.0f} s where it is true."
         )
     twice = rollout_seconds(plan, slots=2 * engine.requests)
-    if twice < (1 - WORTH_MORE_SLOTS) * expected and _has_room(plan, "KV cache", engine.kv_cache):
+    may_grow = rollout.max_running_requests is not None or _has_room(plan, "KV cache", engine.kv_cache)
+    if twice < (1 - WORTH_MORE_SLOTS) * expected and may_grow:
         yield (
             f"an engine decodes {engine.requests} requests at a time: the rollout of a step takes about "
             f"{expected:,.0f} s, and {twice:,.0f} s with twice as many. Raise rollout.kv_cache_gib, and set "
