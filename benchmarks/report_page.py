@@ -44,7 +44,7 @@ from megatron_sr1.platform.torchvision_ops import define_missing_torchvision_ops
 from megatron_sr1.processor import Processor
 from megatron_sr1.prompts import SEE_THINK
 from megatron_sr1.streams import preset_of
-from megatron_sr1.training.rollout_files import rollouts_file, told_passes
+from megatron_sr1.training.rollout_files import rollouts_file, steps_in, told_passes
 from megatron_sr1.training.token_files import ENTROPY, GAP, MeasuredResponse, ResponseName, write_tokens
 from megatron_sr1.types import Prompt
 from tests.browser import MISSING, Browser, addresses, find_browser
@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def report(folder: Path, program: str, num_rollouts: int, num_tokens: int) -> None:
     """Makes the run, its page, and the line."""
     run, page = make_run(folder, num_rollouts, num_tokens), folder / "page" / "report.html"
-    steps = len(list((run / "rollouts").iterdir()))
+    steps = len(steps_in(run / "rollouts"))
     seconds, cpu, peak = write(run, page)
     beside = sum(file.stat().st_size for file in page.with_name("report_files").rglob("*")) / 2**20
     print(f"{steps * PER_STEP * SAMPLES} rollouts in {steps} steps: write {seconds:.1f}, cpu {cpu:.1f}, ", end="")
