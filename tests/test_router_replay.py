@@ -22,6 +22,7 @@ from megatron_sr1.training.expert_ids import as_words, experts_of, num_words, of
 from megatron_sr1.training.ledger import FIRST, slots_of
 from megatron_sr1.training.payload import Payload, share_responses
 from megatron_sr1.training.recorder import Recorder
+from megatron_sr1.training.rollout_files import rollouts_file, step_lines
 from megatron_sr1.types import Rollout, RolloutGroup, Routing, Scoring, TokenSequence
 from tests.batch_cases import their_rewards, two_groups
 from tests.freeze_cases import published_tensors
@@ -40,6 +41,7 @@ from tests.routing_cases import (
     with_experts,
 )
 from tests.step_cases import rollouts_of
+from tests.test_saved_rollouts import Listed, groups, save, saved, spoil
 from tests.trainer_cases import TEMPERATURE, log_softmax
 
 NOISE = 1e-3  # of a router's logits
@@ -432,3 +434,26 @@ def test_what_cannot_be_replayed_is_refused(folder: Path, overrides: tuple[str, 
         check_router_replay(config)
         check_siblings(preset_from_config(config.objective).distorted, config)
         check_engine_arguments(config.rollout.engine)
+
+
+def test_experts_come_back_whole(tmp_path: Path) -> None:
+    """To the byte, of every pass; a step that nobody noted any of is written as ever."""
+    made = groups()
+    save(tmp_path / "without", made)
+    assert all("experts" not in line["first"] for line in step_lines(rollouts_file(tmp_path / "without", 0)))
+    told = [
+        replace(
+            group,
+            pairs=tuple(
+                replace(pair, first=replace(pair.first, experts=bytes([group.group_id, 255, 0, pair.sample_index])))
+                for pair in group.pairs
+            ),
+        )
+        for group in made
+    ]
+    save(tmp_path, told)
+    assert saved(tmp_path, Listed.of(told)).groups == told != made
+    path = rollouts_file(tmp_path, 0)
+    spoil(path, first=step_lines(path)[2]["first"] | {"experts": "no base64"})
+    with pytest.raises(ValueError, match=r"0/p/0/first: its experts are no base64"):
+        saved(tmp_path, Listed.of(told))

@@ -111,29 +111,6 @@ def test_a_step_comes_back_whole(tmp_path: Path) -> None:
     assert clock.seconds.keys() == {"seconds/rollout"}
 
 
-def test_experts_come_back_whole(tmp_path: Path) -> None:
-    """To the byte, of every pass; a step that nobody noted any of is written as ever."""
-    made = groups()
-    save(tmp_path / "without", made)
-    assert all("experts" not in line["first"] for line in step_lines(rollouts_file(tmp_path / "without", 0)))
-    told = [
-        replace(
-            group,
-            pairs=tuple(
-                replace(pair, first=replace(pair.first, experts=bytes([group.group_id, 255, 0, pair.sample_index])))
-                for pair in group.pairs
-            ),
-        )
-        for group in made
-    ]
-    save(tmp_path, told)
-    assert saved(tmp_path, Listed.of(told)).groups == told != made
-    path = rollouts_file(tmp_path, 0)
-    spoil(path, first=step_lines(path)[2]["first"] | {"experts": "no base64"})
-    with pytest.raises(ValueError, match=r"0/p/0/first: its experts are no base64"):
-        saved(tmp_path, Listed.of(told))
-
-
 @settings(deadline=None)
 @given(st.floats(-200.0, 0.0))
 def test_log_probs_keep_every_bit(tmp_path_factory: pytest.TempPathFactory, logprob: float) -> None:
