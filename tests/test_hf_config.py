@@ -226,6 +226,15 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [  # class, changed keys, ke
         "true or false",
     ),
     (MIXTURE, {"norm_topk_prob": None}, "text_config.norm_topk_prob=None ", "true or false"),
+    *(
+        (
+            MIXTURE,
+            {"hidden_size": 64, "moe_intermediate_size": width},
+            f"text_config.moe_intermediate_size={width} ",
+            "another number than hidden_size",
+        )
+        for width in (32, 64)
+    ),
     (MIXTURE, {"mlp_only_layers": 3}, "text_config.mlp_only_layers=3 ", "a list of whole numbers"),
 ]
 WRONG_TREES: list[tuple[Any, list[str]]] = [

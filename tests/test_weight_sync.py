@@ -33,7 +33,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("qwen2_5_vl_tied", {**_WIDE, "num_key_value_heads": 2}),
     "one_kv_head": ("qwen2_5_vl_untied", {**_WIDE, "num_key_value_heads": 1}),  # both engine ranks hold it
     "deepstack": ("qwen3_vl", {}),
-    "experts": ("qwen3_vl_moe", {"moe_intermediate_size": 64}),  # vLLM's CPU experts come in steps of 32, for each rank
+    # vLLM's CPU experts come in steps of 32, for each rank
+    "experts": ("qwen3_vl_moe", {"moe_intermediate_size": 128}),
     "recurrent": ("qwen3_5_moe", {"moe_intermediate_size": 64}),
     "recurrent_dense": ("qwen3_5_tied", {}),
 }

@@ -148,11 +148,22 @@ def _experts(text: JsonSection, family: Family) -> dict[str, Any]:
         "shared_expert_size": _shared_expert(text, family),
         "num_experts": text.count(name, family.defaults["num_experts"]),
         "experts_per_token": text.count("num_experts_per_tok", family.defaults["num_experts_per_tok"]),
-        "expert_ffn_size": text.count("moe_intermediate_size", family.defaults["moe_intermediate_size"]),
+        "expert_ffn_size": _expert_width(text, family),
         # as transformers' Qwen3VLMoeTextDecoderLayer decides it
         "moe_layers": tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers)),
         "norm_topk_prob": text.flag("norm_topk_prob", None),
     }
+
+
+def _expert_width(text: JsonSection, family: Family) -> int:
+    """Where a tensor of experts is square, nothing tells which way it lies: transformers takes it as it is, and vLLM
+    always as published checkpoints have it. No file could be right for both."""
+    width = text.count("moe_intermediate_size", family.defaults["moe_intermediate_size"])
+    hidden = text.count("hidden_size", family.defaults["hidden_size"])
+    square = family.experts_turned and hidden in (width, 2 * width)
+    allowed = "another number than hidden_size and its half: transformers and vLLM read square experts in different ways"
+    text.check(not square, "moe_intermediate_size", allowed)
+    return width
 
 
 def _linear(text: JsonSection, family: Family) -> dict[str, Any]:

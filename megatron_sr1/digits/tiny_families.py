@@ -120,7 +120,7 @@ ZOO = {
 # beyond ZOO's: an engine on a CPU takes new weights of experts whose width is a multiple of 32
 _ENGINE: dict[str, dict[str, int]] = {
     "qwen3_vl": {},
-    "qwen3_vl_moe": {"moe_intermediate_size": 64},
+    "qwen3_vl_moe": {"moe_intermediate_size": 96},  # neither the model's width nor its half
     "qwen3_5": {},
     "qwen3_5_moe": {"moe_intermediate_size": 64},
 }

@@ -152,8 +152,8 @@ def shard_from_hf(rule: WeightRule, parts: list[Tensor], sizes: HfConfig, rank: 
     """This tensor-parallel rank's parameter, from the parts of the rule's Hugging Face tensors.
 
     An expert is not split: pass rank 0 of 1. Its part may lie as in published checkpoints, gate_up [H, 2I] and
-    down [I, H], or as transformers saves it from version 5 on, [2I, H] and [H, I]; the shape tells. Where both shapes
-    are the same, transformers' is meant, as when transformers itself loads it.
+    down [I, H], or as transformers saves it from version 5 on, [2I, H] and [H, I]; the shape tells,
+    and config.json of a family that has both ways is refused where it could not.
     """
     if rule.kind == "replicated":
         return parts[0]
