@@ -19,8 +19,8 @@ LONG = (
     *("end_to_end", "faults", "layouts", "preemption", "weight_sync", "sweep", "convert", "joining"),
     *("router_replay", "qwen3_5", "freeze", "shared_prefix", "memory_estimate", "resume", "vision"),
     *("launch", "checkpoint", "sweep_report", "contrast", "cpu_capabilities", "evaluation_run", "triton_logprob"),
-    *("gradients", "rollout", "step_time", "logprob_memory", "parameter_counts", "engine_ranks", "credit", "viewer"),
-    *("recipes", "viewer_browser"),
+    *("gradients", "family_runs", "rollout", "step_time", "logprob_memory", "parameter_counts", "engine_ranks"),
+    *("credit", "viewer", "recipes", "viewer_browser"),
     *("private_names", "packaging", "processor", "config", "cli", "precision", "sweep_file", "families", "policy"),
     *("fused_loss", "offload", "trackers", "report", "saved_rollouts", "pixels", "your_own_data", "heldout_loss"),
 )

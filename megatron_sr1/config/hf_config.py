@@ -161,7 +161,9 @@ def _expert_width(text: JsonSection, family: Family) -> int:
     width = text.count("moe_intermediate_size", family.defaults["moe_intermediate_size"])
     hidden = text.count("hidden_size", family.defaults["hidden_size"])
     square = family.experts_turned and hidden in (width, 2 * width)
-    allowed = "another number than hidden_size and its half: transformers and vLLM read square experts in different ways"
+    allowed = (
+        "another number than hidden_size and its half: transformers and vLLM read square experts in different ways"
+    )
     text.check(not square, "moe_intermediate_size", allowed)
     return width
 

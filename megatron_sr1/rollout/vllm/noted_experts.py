@@ -49,7 +49,7 @@ class NotedExperts:
         for module in model.modules():
             if isinstance(module, MoERunner):
                 module.router.set_capture_fn(partial(self._hear, places[module.layer_id]))
-        self._block_size: int = self._runner.cache_config.block_size
+        self._group, self._block_size = _attention_blocks(self._runner.kv_cache_config.kv_cache_groups)
         num_slots = self._runner.kv_cache_config.num_blocks * self._block_size
         kind = np.uint8 if sizes.num_experts <= 256 else np.uint16
         self._of_slots = np.zeros((num_slots, len(layers), sizes.experts_per_token), dtype=kind)
@@ -93,7 +93,7 @@ class NotedExperts:
             start, end = end, end + number
             request = self._runner.requests[name]
             before = request.num_computed_tokens
-            slots = self._slots(request.block_ids[0], before + number)
+            slots = self._slots(request.block_ids[self._group], before + number)
             self._of_slots[slots[before:]] = rows[start:end]
             known = self._of_requests.get(name)
             if known is None or len(known) != before:  # new, or computed anew: the rest is in the prefix cache
@@ -104,6 +104,15 @@ class NotedExperts:
         """[number] of the first tokens in these blocks."""
         places = np.arange(number)
         return np.asarray(blocks)[places // self._block_size] * self._block_size + places % self._block_size
+
+
+def _attention_blocks(groups: Sequence[Any]) -> tuple[int, int]:
+    """The number of a group of layers whose blocks hold keys and values, and tokens of such a block. A request also has
+    blocks that hold the recurrent state of other layers."""
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+    kinds = [(number, group.kv_cache_spec) for number, group in enumerate(groups)]
+    return next((number, kind.block_size) for number, kind in kinds if isinstance(kind, AttentionSpec))
 
 
 def _runner_of(worker: Any) -> Any:
