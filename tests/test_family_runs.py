@@ -98,7 +98,7 @@ def test_a_family_learns_digits(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     build(tmp_path, case, num_prompts=700, num_demonstrations=8000)
     learnt = run(tmp_path, "sft", "sft", "nproc=1", "layout.tensor=1", *case.templates)
-    assert len(learnt) == 180 and learnt[-1]["loss"] < 0.2, learnt[-1]
+    assert len(learnt) == 180 and learnt[-1]["loss/sft/nll"] < 0.2, learnt[-1]
     steps = run(tmp_path, "grpo", "grpo", "train.steps=20", *case.overrides, *case.templates, model="sft/hf")
     assert len(steps) == 20
     assert max(step["logprob_gap"] for step in steps) < GAP

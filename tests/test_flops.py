@@ -203,6 +203,27 @@ def test_a_step_has_the_passes_that_its_objective_asks_for() -> None:
     assert double["forward and backward"] == pytest.approx(6 * one, rel=1e-12)
 
 
+def test_a_mixture_that_replays_its_own_choice_makes_it_in_a_pass() -> None:
+    """That for old log-probs, where there is one; or one for it, where a later pass would follow."""
+    recipe = RECIPE.parents[1] / "qwen3_vl_30b_a3b" / "grpo.yaml"
+    model = read_architecture(load_config(recipe, []).model.hf_dir)
+    one_update, no_reference = ("rollout.prompts_per_step=128", "train.batch_size=128"), ("objective.kl_coef=0",)
+    for words, passes in (
+        ((), {"old log-probs", "reference"}),
+        (("objective.old=generator",), {"choice of experts", "reference"}),
+        (("objective.old=generator", *no_reference), {"choice of experts"}),
+        (("objective.old=generator", "objective.router_replay=generator"), {"reference"}),
+        (("objective.old=generator", "objective.router_replay=none"), {"reference"}),
+        (one_update, {"choice of experts", "reference"}),
+        ((*one_update, *no_reference), set()),
+    ):
+        parts = training_flops("grpo", load_config(recipe, ["recompute.mode=none", *words]), model)
+        forward = parts["forward and backward"] / 3
+        assert {name: parts[name] for name in parts if name != "forward and backward" and name != "recomputed"} == (
+            dict.fromkeys(passes, forward)
+        ), words
+
+
 def test_contrasts_are_counted() -> None:
     """Scored once, and three times more where they are trained; weights need the log-probs in their own context."""
     plain = ("recompute.mode=none", "objective.kl_coef=0", "objective.preset=see_think", "objective.old=generator")

@@ -331,7 +331,7 @@ _WIDTHS = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6,
 _OWN = {
     "qwen2_5_vl_tied": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}},
     "qwen3_vl": {},
-    "qwen3_vl_moe": {"moe_intermediate_size": 128},
+    "qwen3_vl_moe": {"moe_intermediate_size": 384},  # neither hidden_size nor its half
     "qwen3_5": {},
     "qwen3_5_moe": {"moe_intermediate_size": 128, "initializer_range": 0.03},  # more roundings a layer
 }

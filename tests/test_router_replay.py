@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_sr1.config import Config, ConfigError, ModelConfig, Replay, load_config, replay_of
 from megatron_sr1.config.router_replay import check_router_replay
+from megatron_sr1.estimate.activations import kept_experts
 from megatron_sr1.packing import gather_rows
 from megatron_sr1.processor import Processor
 from megatron_sr1.ranks import OneRank
@@ -151,6 +152,9 @@ def _check_kept(model_dir: str) -> None:
         rows = [replace(batch, routing=Routing()) for batch in batches]
         first = policy.logprobs(rows, scoring)
         assert all(torch.equal(one.logprobs, other.logprobs) for one, other in zip(plain, first, strict=True))
+        (count,) = policy.stage_counts()
+        planned = kept_experts(policy.architecture, config, count, sum(len(row.input_ids) for row in rows))
+        assert planned == sum(ids.nbytes for row in rows for ids in row.routing.kept.values())
         kept = [{place: ids.clone() for place, ids in row.routing.kept.items()} for row in rows]
         for chunk in policy.chunks:
             for name, parameter in chunk.named_parameters():

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_sr1.config import Config, LayoutConfig, RecomputeConfig
+from megatron_sr1.config import Config, LayoutConfig, RecomputeConfig, replay_of
 from megatron_sr1.estimate.layer import LayerShape, dropped_bytes, kept_tensors, layer_shape
 from megatron_sr1.estimate.state import weight_bytes
 from megatron_sr1.estimate.vision import vision_bytes
@@ -86,6 +86,21 @@ def stage_activations(
         head, of_head = _head(model, layout, row_tokens, element)
         working = max(working, of_head)
     return StageActivations(flight, layers, vision, head, working)
+
+
+def kept_experts(model: Architecture, config: Config, count: StageCount, tokens: float) -> float:
+    """Bytes of the experts' ids that a rank of the stage keeps of so many tokens of its replica, from the pass that
+    chooses them to the last that follows; 0 where the policy does not replay its own choice.
+
+    Raises:
+        ConfigError: see `read_hf_config`.
+    """
+    replay = replay_of(config)
+    if replay.who != "trainer":
+        return 0.0
+    layout = config.layout
+    ranks = layout.context * (layout.tensor if layout.sequence_parallel else 1)
+    return tokens / ranks * sum(_share(model.moe_layers, count)) * replay.chosen * replay.id_bytes
 
 
 def _share(layers: Sequence[bool], count: StageCount) -> list[bool]:

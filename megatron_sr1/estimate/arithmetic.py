@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from megatron_sr1.config import Command, Config, row_tokens, typical_tokens
+from megatron_sr1.config import Command, Config, replay_of, row_tokens, typical_tokens
 from megatron_sr1.config.rollout import TYPICAL
 from megatron_sr1.estimate.flops import Flops, image_flops, sequence_flops
 from megatron_sr1.platform.precision import shares_prefixes
@@ -43,6 +43,8 @@ def training_flops(command: Command, config: Config, model: Architecture) -> Map
         own = config.objective.old == "trainer" and (several or preset.kl_in_reward)
         if own or preset.compares_before:
             parts["old log-probs"] = forward.total
+        elif replay_of(config).who == "trainer" and (several or preset.needs_reference):
+            parts["choice of experts"] = forward.total
         if preset.needs_reference:
             parts["reference"] = forward.total
         if preset.contrasts:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from megatron_sr1.config import Command, Config, ConfigError, row_tokens, typical_tokens
 from megatron_sr1.config.rollout import TYPICAL
-from megatron_sr1.estimate.activations import StageActivations, stage_activations
+from megatron_sr1.estimate.activations import StageActivations, kept_experts, stage_activations
 from megatron_sr1.estimate.arithmetic import prompts_of_group, training_flops
 from megatron_sr1.estimate.engine import EngineBytes, engine_bytes
 from megatron_sr1.estimate.host import host_bytes
@@ -44,6 +44,7 @@ class StagePlan:
     count: StageCount
     state: TrainerState
     activations: StageActivations
+    expert_ids: float  # bytes of what a mixture's routers chose in a step
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ _REMEDIES = {
     "vision": "Set recompute.vision to true, or lower train.micro_batch_tokens.",
     "head": "Lower train.micro_batch_tokens.",
     "working": "Lower train.micro_batch_tokens or recompute.layers.",
+    "expert ids": "Raise layout.pipeline, or nproc.",
     "engine weights": "Raise rollout.engine_tensor.",
     "KV cache": "Lower rollout.kv_cache_gib.",
     "engine forward": "Lower rollout.max_running_requests, or raise rollout.engine_tensor.",
@@ -205,7 +207,10 @@ def _sequences(command: str, config: Config) -> tuple[float, float]:
 def _stage(model: Architecture, config: Config, count: StageCount, command: str, rows: int, num_rows: int) -> StagePlan:
     keep_reference = command == "grpo" and preset_of(config).needs_reference
     state = trainer_state(count, config, keep_reference=keep_reference)
-    return StagePlan(count, state, stage_activations(model, config, count, row_tokens=rows, num_rows=num_rows))
+    activations = stage_activations(model, config, count, row_tokens=rows, num_rows=num_rows)
+    updates = config.rollout.prompts_per_step / config.train.batch_size
+    ids = kept_experts(model, config, count, updates * num_rows * rows) if command == "grpo" else 0.0
+    return StagePlan(count, state, activations, ids)
 
 
 def _phases(config: Config, stages: tuple[StagePlan, ...], engine: EngineBytes | None) -> list[Phase]:
@@ -220,7 +225,8 @@ def _phases(config: Config, stages: tuple[StagePlan, ...], engine: EngineBytes |
     training, saving = [], []
     for state, stage in zip(states, stages, strict=True):
         kept = {name: getattr(stage.activations, name) for name in ("layers", "vision", "head", "working")}
-        training.append({**state, **kept, **awake, **runtime})
+        ids = {"expert ids": stage.expert_ids} if stage.expert_ids else {}
+        training.append({**state, **kept, **ids, **awake, **runtime})
         saving.append({**state, "gathered": float(gathered_bytes(stage.count, config)), **awake, **runtime})
     phases = [Phase("training", tuple(training)), Phase("checkpoint", tuple(saving))]
     if engine is None:

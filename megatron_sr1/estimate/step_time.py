@@ -199,7 +199,7 @@ def _between_tensor_ranks(plan: RunPlan) -> float:
     layout, model = plan.config.layout, plan.model
     again = plan.config.recompute.mode == "full"  # of what is recomputed the layers may not be a part
     counts = {"forward and backward": 2, "recomputed": int(again), "old log-probs": 1, "reference": 1}
-    counts["contrasts"] = num_contrast_passes(preset_of(plan.config))
+    counts |= {"choice of experts": 1, "contrasts": num_contrast_passes(preset_of(plan.config))}
     passes = sum(counts[name] for name in plan.flops)
     tokens = plan.num_rows * plan.row_tokens / layout.context
     layers = model.num_layers / layout.pipeline
