@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from megatron_sr1.config import ConfigError, PixelLimits, RolloutConfig, load_config, read_hf_config
 from megatron_sr1.config.engine_arguments import _OWNED, _names_of_vllm, check_engine_arguments
+from megatron_sr1.digits.tiny_families import create_family
 from megatron_sr1.estimate.engine import engine_bytes
 from megatron_sr1.rollout.vllm.arguments import EngineLimits, engine_arguments
 from megatron_sr1.rollout.vllm.reload import register_no_weights
@@ -88,6 +90,20 @@ def test_the_installed_vllm_has_every_argument_and_knows_the_graphs(tiny_model_d
     assert compilation.mode == CompilationMode.NONE
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY
     assert not CUDAGraphMode.FULL_DECODE_ONLY.requires_piecewise_compilation()
+
+
+def test_engines_that_say_experts_keep_prefixes_as_vllm_asks(tmp_path: Path) -> None:
+    """Of a mixture with recurrent layers too, whose engines keep none else."""
+    from vllm.config import VllmConfig
+
+    model = str(create_family(tmp_path, "qwen3_5_moe"))
+    for on_cpu in (True, False):
+        for notes in (True, False):
+            asked = arguments(model, on_cpu, notes_experts=notes)
+            assert asked["enable_prefix_caching"] == asked.get("enable_return_routed_experts", False)
+            assert not asked["enable_prefix_caching"] or asked["enable_chunked_prefill"], "vLLM keeps states so alone"
+    refuses = inspect.getsource(VllmConfig._verify_aux_output_compatibility)
+    assert "requires prefix caching" in refuses, "else recurrent layers need none"
 
 
 def test_a_configuration_may_add_what_is_not_decided_here(tiny_model_dir: str) -> None:

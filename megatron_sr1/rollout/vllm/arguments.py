@@ -46,6 +46,7 @@ def engine_arguments(
         can_sleep: the engine gives its memory back between the steps.
         filled_later: the weights of `hf_dir` are not read.
     """
+    says_experts = limits.notes_experts and not on_cpu  # vLLM does
     return {
         "model": hf_dir,
         "load_format": NO_WEIGHTS if filled_later else "auto",
@@ -57,8 +58,9 @@ def engine_arguments(
         "gpu_memory_utilization": 0.01,  # a share that must be free at the start; the KV cache's bytes are given
         "kv_cache_memory_bytes": int(limits.kv_cache_gib * _GIB),
         "scheduling_policy": "priority",
-        # of recurrent states vLLM keeps those of prefixes only where it cuts prompts, which a CPU does not
-        "enable_prefix_caching": model.linear is None,
+        # Of recurrent states vLLM keeps those of prefixes only where it cuts prompts, which a CPU does not. It keeps
+        # the experts of tokens by the blocks of prefixes, too, and refuses to say them without.
+        "enable_prefix_caching": model.linear is None or says_experts,
         **({"block_size": CPU_BLOCK} if on_cpu else {}),
         "mm_processor_cache_gb": 0,  # images come prepared (prompts.py)
         "mm_processor_kwargs": _image_processor(limits.pixels),
@@ -75,7 +77,7 @@ def engine_arguments(
         "limit_mm_per_prompt": {"image": limits.max_images, "video": 0},
         "distributed_executor_backend": "external_launcher" if in_job else None,
         "enable_sleep_mode": can_sleep,
-        **({"enable_return_routed_experts": True} if limits.notes_experts and not on_cpu else {}),
+        **({"enable_return_routed_experts": True} if says_experts else {}),
         **limits.more,
     }
 
