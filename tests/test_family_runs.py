@@ -102,7 +102,7 @@ def test_a_family_learns_digits(name: str, tmp_path: Path) -> None:
     steps = run(tmp_path, "grpo", "grpo", "train.steps=20", *case.overrides, *case.templates, model="sft/hf")
     assert len(steps) == 20
     assert max(step["logprob_gap"] for step in steps) < GAP
-    assert min(step["second/missing"] for step in steps) < 0.2, "there are second passes"
+    assert max(step["second/missing"] for step in steps) < 0.2, "there are second passes"
     if name == "mixture":  # of a step's only update: the routers are those that chose
         assert all(step["router/agreement"] == 1.0 for step in steps)
     first, last = (statistics.fmean(step["reward/total"] for step in part) for part in (steps[:5], steps[-5:]))
