@@ -155,8 +155,9 @@ browser:
 	  { $$install || { timeout 120 $$apt update && $$install; }; } </dev/null >/dev/null 2>&1 \
 	    || echo "== chromium cannot be installed: the tests of pages are skipped"
 
+# The tests start some hundred processes: each would compile the project anew where bytecode is not to be written.
 test: setup launch-env lint browser ## lint, then every test, about 25 minutes on two cores; GPU tests are skipped without a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	@echo
 	@echo "Next: make quickstart; CONTRIBUTING.md says how to work here"
 

@@ -16,8 +16,8 @@ from tests.workspace import Workspace, build_workspace
 # Files of ten seconds or more, the longest first. They start first, so that no worker ends with one of them while the
 # other has nothing left. The first makes `workspace` and `finished`; the second needs neither, and is no quicker.
 LONG = (
-    *("end_to_end", "layouts", "weight_sync", "faults", "preemption", "sweep", "convert", "joining"),
-    *("router_replay", "qwen3_5", "freeze", "shared_prefix", "memory_estimate", "resume", "vision"),
+    *("end_to_end", "layouts", "weight_sync", "faults", "watchdog", "preemption", "sweep", "convert"),
+    *("joining", "router_replay", "qwen3_5", "freeze", "shared_prefix", "memory_estimate", "resume", "vision"),
     *("launch", "checkpoint", "sweep_report", "contrast", "cpu_capabilities", "evaluation_run", "triton_logprob"),
     *("gradients", "family_runs", "rollout", "step_time", "logprob_memory", "parameter_counts", "engine_ranks"),
     *("credit", "viewer", "recipes", "viewer_browser"),
