@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from megatron_sr1.config import ConfigError, PixelLimits, RolloutConfig, load_config, read_hf_config
-from megatron_sr1.config.engine_arguments import _OWNED, _names_of_vllm, check_engine_arguments
+from megatron_sr1.config.checks import check_engine
+from megatron_sr1.config.engine_arguments import (
+    _OWNED,
+    _names_of_vllm,
+    check_batched_tokens,
+    check_engine_arguments,
+)
 from megatron_sr1.digits.tiny_families import create_family
 from megatron_sr1.estimate.engine import engine_bytes
 from megatron_sr1.rollout.vllm.arguments import EngineLimits, engine_arguments
@@ -143,6 +149,37 @@ def test_without_vllm_its_names_are_not_asked_for(monkeypatch: pytest.MonkeyPatc
     finally:
         monkeypatch.undo()
         _names_of_vllm.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("engine", "on_cpu", "text"),
+    [
+        ("{max_num_batched_tokens: 4096}", True, "=4096 is not allowed: it must be a whole number, at least 8192"),
+        ("{max_num_batched_tokens: 64}", False, "=64 is not allowed: it must be a whole number, at least 100 "),
+        ("{max_num_batched_tokens: 100}", False, ""),
+        ("{max_num_batched_tokens: 100, enable_chunked_prefill: false}", False, "at least 8192"),
+        ("{max_num_batched_tokens: 8192, enable_chunked_prefill: false}", True, ""),
+        ("{enable_chunked_prefill: true}", True, "false or null on a CPU: a prompt that is cut"),
+        ("{enable_chunked_prefill: true}", False, ""),
+        ("{max_num_batched_tokens: many}", False, "='many' is not allowed: it must be a whole number"),
+        ("{max_num_batched_tokens: null}", False, "=None is not allowed: it must be a whole number"),
+        ("{max_num_batched_tokens: 8192.5}", True, "=8192.5 is not allowed: it must be a whole number"),
+    ],
+)
+def test_a_forward_pass_has_room_for_its_requests_and_for_a_prompt_that_is_not_cut(
+    tiny_model_dir: str, engine: str, on_cpu: bool, text: str
+) -> None:
+    model, requests = f"model.hf_dir={tiny_model_dir}", "rollout.max_running_requests=100"
+    config = load_config(None, [model, requests, f"rollout.engine={engine}"])
+
+    def check() -> None:
+        check_engine(config)
+        check_batched_tokens(config.rollout, on_cpu=on_cpu)
+
+    if not text:
+        return check()
+    with pytest.raises(ConfigError, match=text):
+        check()
 
 
 def test_the_plan_counts_the_tokens_of_a_forward_pass(tiny_model_dir: str) -> None:

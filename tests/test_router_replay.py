@@ -427,6 +427,7 @@ def test_a_mixture_replays_its_trainer_unless_it_is_told_otherwise(folder: Path,
         (("rollout.engine_tensor=2", "nproc=2"), "rollout.engine_tensor=2: vLLM tells the first rank"),
         (("objective.distorted={samples: 2, strength: 0.5}",), "siblings are drawn from noisy images"),
         (("objective.router_replay=both",), "one of none, trainer, generator"),
+        (("rollout.engine={enable_prefix_caching: false}",), "vLLM keeps the experts of tokens by the blocks"),
         (("rollout.engine={aux_output_config: {}}",), "Set objective.router_replay"),
     ],
 )

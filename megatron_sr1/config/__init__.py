@@ -13,6 +13,7 @@ from megatron_sr1.config.checks import (
     row_tokens,
 )
 from megatron_sr1.config.data import DataConfig
+from megatron_sr1.config.engine_arguments import batched_tokens, check_batched_tokens
 from megatron_sr1.config.evaluation import EvaluateConfig
 from megatron_sr1.config.families import FAMILIES, Family, LinearAttention
 from megatron_sr1.config.files import dump_config, load_config
@@ -85,7 +86,9 @@ __all__ = [
     "TrackioConfig",
     "TrainConfig",
     "WandbConfig",
+    "batched_tokens",
     "changes_of",
+    "check_batched_tokens",
     "check_bf16_layers",
     "check_command",
     "check_epochs",

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron_sr1.config.engine_arguments import check_engine_arguments
+from megatron_sr1.config.engine_arguments import check_batched_tokens, check_engine_arguments
 from megatron_sr1.config.families import HfConfig, LinearAttention
 from megatron_sr1.config.freeze import check_parts
 from megatron_sr1.config.hf_config import read_hf_config
 from megatron_sr1.config.model import PrecisionConfig
 from megatron_sr1.config.pixels import check_pixels
+from megatron_sr1.config.rollout import running_requests
 from megatron_sr1.config.router_replay import check_router_replay
 from megatron_sr1.config.rules import ConfigError, require
 from megatron_sr1.config.tracking import check_trackers
@@ -185,7 +186,8 @@ def check_engine(config: Config) -> None:
     """Whether an engine's ranks can share the model, and its KV cache hold the longest sequence.
 
     Raises:
-        ConfigError: key/value heads that do not divide; a cache that is too small; see `check_engine_arguments`.
+        ConfigError: key/value heads that do not divide; a cache that is too small; see `check_engine_arguments` and
+            `check_batched_tokens`.
     """
     check_engine_arguments(config.rollout.engine)
     rollout, model = config.rollout, read_hf_config(config.model.hf_dir)
@@ -197,13 +199,14 @@ def check_engine(config: Config) -> None:
         f"a divisor or a multiple of the model's num_key_value_heads={heads}",
         "The engine's ranks share key/value heads evenly.",
     )
-    room = max(0, int(rollout.kv_cache_gib * 2**30) - kv_request_bytes(model, rollout.engine_tensor))
-    num_tokens = room // kv_token_bytes(model, rollout.engine_tensor)
+    token_bytes, request_bytes = (size(model, rollout.engine_tensor) for size in (kv_token_bytes, kv_request_bytes))
+    num_tokens = max(0, int(rollout.kv_cache_gib * 2**30) - request_bytes) // token_bytes
     if num_tokens < rollout.max_model_tokens:
         raise ConfigError(
             f"rollout.kv_cache_gib={rollout.kv_cache_gib} is not allowed: it holds {num_tokens} tokens, and must "
             f"hold a sequence of rollout.max_model_tokens={rollout.max_model_tokens}. Raise it, or lower the other."
         )
+    check_batched_tokens(rollout, running_requests(rollout, token_bytes, request_bytes))
 
 
 def kv_token_bytes(model: HfConfig, ranks: int, *, element: int = 2) -> int:

@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.config.rules import ConfigError
+from megatron_sr1.config.rollout import BATCHED_TOKENS, RolloutConfig
+from megatron_sr1.config.rules import ConfigError, Range, require, require_number
 
+_BATCHED, _CHUNKED = "max_num_batched_tokens", "enable_chunked_prefill"
+_NO_CHUNKS = "false or null on a CPU: a prompt that is cut has its generator of draws rewound, which a CPU's cannot"
 _FIXED = "It is fixed, because"
 # what decides the tokens, the memory or the ranks, and what else may not come from a configuration
 _OWNED = {
@@ -67,6 +70,31 @@ def check_engine_arguments(arguments: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]}?" if near else "Leave it out."
             raise ConfigError(f"{refused}the installed vLLM's EngineArgs has no such argument. {hint}")
+
+
+def batched_tokens(rollout: RolloutConfig) -> int:
+    """Of a forward pass of an engine, at most."""
+    return rollout.engine.get(_BATCHED, max(BATCHED_TOKENS, rollout.max_model_tokens))
+
+
+def check_batched_tokens(rollout: RolloutConfig, requests: int = 1, *, on_cpu: bool = False) -> None:
+    """
+    Args:
+        requests: that an engine decodes at a time.
+        on_cpu: its engines take every prompt whole.
+
+    Raises:
+        ConfigError: a forward pass that has not a token for each request, or none that holds a prompt that is not cut.
+    """
+    chunked = rollout.engine.get(_CHUNKED)
+    require(not (on_cpu and chunked), f"rollout.engine.{_CHUNKED}", chunked, _NO_CHUNKS, "Leave it out.")
+    whole = on_cpu or chunked is False
+    reason = "it takes prompts whole, up to rollout.max_model_tokens" if whole else "each request has a token in it"
+    least = max(requests, rollout.max_model_tokens if whole else 0)
+    remedy = f"An engine's forward pass has so many tokens; {reason}."
+    require_number(
+        f"rollout.engine.{_BATCHED}", batched_tokens(rollout), Range(least, 10**9), whole=True, remedy=remedy
+    )
 
 
 @functools.cache

@@ -65,3 +65,11 @@ def check_router_replay(config: Config) -> None:
             "an engine alone which experts it chose",
             "Set objective.router_replay=trainer.",
         )
+        require(
+            config.rollout.engine.get("enable_prefix_caching") in (None, True),
+            "rollout.engine.enable_prefix_caching",
+            config.rollout.engine.get("enable_prefix_caching"),
+            "true or null with objective.router_replay=generator: vLLM keeps the experts of tokens by the blocks of "
+            "prefixes",
+            "Leave it out, or set objective.router_replay=trainer.",
+        )

@@ -15,9 +15,9 @@ import math
 from dataclasses import dataclass
 
 from megatron_sr1.config import (
-    BATCHED_TOKENS,
     Config,
     LayoutConfig,
+    batched_tokens,
     graph_sizes,
     kv_request_bytes,
     kv_token_bytes,
@@ -59,7 +59,7 @@ def engine_bytes(
     kv_cache = int(rollout.kv_cache_gib * 2**30)
     cached = kv_token_bytes(model, ranks, element=element)
     requests = running_requests(rollout, cached, kv_request_bytes(model, ranks, element=element))
-    batched = rollout.engine.get("max_num_batched_tokens", max(BATCHED_TOKENS, rollout.max_model_tokens))
+    batched = batched_tokens(rollout)
     hidden = 6 * model.hidden_size + (1 + len(model.deepstack_layers)) * model.hidden_size
     width = model.expert_ffn_size * model.experts_per_token + model.shared_expert_size or model.ffn_size
     forward = batched * (hidden + 3 * width // ranks) * element

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_sr1.config import Command, Config, replay_of
+from megatron_sr1.config import Command, Config, check_batched_tokens, replay_of
 from megatron_sr1.loops.first_checks import Checks
 from megatron_sr1.loops.generation import build_generator, live_rollouts, training_feed, training_sampling
 from megatron_sr1.loops.run import Run, watched
@@ -60,6 +60,7 @@ def _check_sft(run: Run, checks: Checks) -> None:
 
 def _check_grpo(run: Run, checks: Checks) -> None:
     config, preset = run.config, preset_of(run.config)
+    check_batched_tokens(config.rollout, on_cpu=run.platform.on_cpu)
     sampling = training_sampling(config, preset)
     feed = training_feed(run, preset, sampling)
     policy = Policy(config, run.platform, num_optimizer_steps=1, keep_reference=preset.needs_reference)

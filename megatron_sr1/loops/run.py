@@ -20,6 +20,7 @@ from megatron_sr1.config import (
     Command,
     Config,
     changes_of,
+    check_batched_tokens,
     check_epochs,
     check_resume,
     dump_config,
@@ -416,12 +417,14 @@ def open_run(config: Config, platform: Platform, command: Command) -> Iterator[R
         command: that the run is of.
 
     Raises:
-        ValueError: another process is at work in the folder; see `check_profiler`.
+        ValueError: another process is at work in the folder; see `check_profiler` and `check_batched_tokens`.
         OSError: it cannot be written to; where that is full, the error names it.
     """
     run = Run(config, platform)
     with ExitStack() as stack:
         check_profiler(config.profile, platform)
+        if command != "sft":
+            check_batched_tokens(config.rollout, on_cpu=platform.on_cpu)
         stack.callback(lambda: run.checkpoints.let_go(_LET_GO_SECONDS))  # last of all: nobody waits for this rank
         stack.enter_context(watched(run, run.folder))
         if not platform.ranks.any(platform.is_main and _lock(run.folder, stack)):
