@@ -1,5 +1,6 @@
 """The block of the answer that a chat template opens: thinking models have `<think>` at the end of the prompt, so that
-a response begins inside it, and holds `</think>` alone."""
+a response begins inside it, and holds `</think>` alone. A block that is empty and closed, which tells a model not to
+think, is a part of the prompt: the response has the layout of an instruct model's."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import re
 
 from megatron_sr1.types import Turn
 
-_ROLE = re.compile(r"<\|im_start\|>\s*assistant\s*(<[A-Za-z][\w -]*>)?")
+_TAG = r"<([A-Za-z][\w -]*)>"
+_ROLE = re.compile(rf"<\|im_start\|>\s*assistant\s*(?:{_TAG}\s*</\1>|({_TAG}))?")
 _SHIPPED = (  # `prompts.own` has them
     "Set objective.template=thinking (thinking_cot where no description is asked for), objective.second_template="
     "thinking_reasoner and objective.plain_template=thinking_cot; demonstrations name these, too. Or take "
@@ -15,14 +17,14 @@ _SHIPPED = (  # `prompts.own` has them
 
 
 def opened_block(rendered: str, whose: str) -> str:
-    """The tag that stands behind the role; "" where none does.
+    """The tag that stands open behind the role; "" where none does.
 
     Args:
         rendered: the answer's turn as the chat template begins it.
         whose: chat template it is, for the message.
 
     Raises:
-        ValueError: it is no turn of the assistant, or has more than a tag.
+        ValueError: it is no turn of the assistant, or has more than a tag or an empty block.
     """
     opening = rendered.strip()
     role = _ROLE.fullmatch(opening)
@@ -30,9 +32,9 @@ def opened_block(rendered: str, whose: str) -> str:
         raise ValueError(
             f"{whose} opens the answer's turn with {opening!r}, not with <|im_start|>assistant alone: responses would "
             "not have the layout that the rewards look for. Use the chat template of the instruct model, or one that "
-            "prefills no more than a tag."
+            "prefills no more than a tag or an empty block."
         )
-    return role[1] or ""
+    return role[2] or ""
 
 
 def check_known(opened: str, turn: Turn, whose: str) -> None:

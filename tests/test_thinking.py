@@ -322,3 +322,26 @@ def test_what_is_wrong_with_the_opening_is_told(folder: Path, processor: Process
     told = Template("told", "{problem}", tags=("think",), opens="<think>", system="Be brief.")
     with pytest.raises(ValueError, match=r"begins the answer with nothing here and with <think> elsewhere"):
         sometimes.turn_ids(told.render("q", 1), 1)
+
+
+def test_a_block_that_is_empty_and_closed_is_a_part_of_the_prompt(folder: Path, tmp_path: Path) -> None:
+    """As the small Qwen3.5 have it, and every one that is told not to think: the layouts are those of other models."""
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        CHAT.replace("<think>\n' }}", "<think>\n\n</think>\n\n' }}")
+    )
+    processor = Processor.from_pretrained(str(tmp_path / "model"))
+    assert processor.opened == ""
+    preset = preset_of(Config(objective=ObjectiveConfig(preset="perception_credit")))
+    response = f"<description> ten dots </description> <think> {THOUGHT} \\boxed{{10}}"
+    again = f"<think> {AGAIN}"
+    (group,), engine = rollouts(processor, preset, lambda name: response if "first" in name else again, prompt("a"))
+    for ids in engine.ids.values():
+        assert processor.decode(ids).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert group.pairs[0].description == "ten dots"
+    right = {"acc": 1.0, "fmt": 1.0, "acc_vis": 1.0, "fmt_vis": 1.0}
+    assert score_group(group, right, asked=preset.asked.of(group.prompt)) == [right]
+    reasoning, described = credited(processor, preset, group)
+    assert described.strip() == "<description> ten dots </description>" and reasoning.count("think>") == 2
+    with pytest.raises(ValueError, match=r"'thinking' has opens: <think>, and .* begins no answer with it"):
+        processor.turn_ids(THINKING.render("q", 1), 1)
