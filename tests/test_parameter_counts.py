@@ -52,12 +52,18 @@ LAYOUTS = {
         LayoutConfig(tensor=8, pipeline=2, virtual=2, stage_layers=(12, 17, 17, 18)),
         16,
     ),
+    "32b_vpp2_middle": (
+        "Qwen3-VL-32B-Instruct",
+        LayoutConfig(tensor=8, pipeline=4, virtual=2, stage_layers=(8, 9, 7, 8, 8, 7, 9, 8)),
+        32,
+    ),
     "30b_ep8": ("Qwen3-VL-30B-A3B-Instruct", LayoutConfig(expert=8), 8),
     "30b_tp2_ep4_pp2": (
         "Qwen3-VL-30B-A3B-Instruct",
         LayoutConfig(tensor=2, sequence_parallel=True, expert=4, pipeline=2),
         16,
     ),
+    "35b_pp4": ("Qwen3.5-35B-A3B", LayoutConfig(pipeline=4), 4),  # of its 10 layers a stage has 2 or 3 of attention
     "9b_tp4_uneven": ("Qwen3.5-9B", LayoutConfig(tensor=4, pipeline=2, stage_layers=(15, 17)), 8),
     "35b_tp2_ep8_pp2": (
         "Qwen3.5-35B-A3B",

@@ -31,6 +31,8 @@ class Frozen:
 
     def apply(self, chunks: Sequence[torch.nn.Module], architecture: Architecture, groups: ParallelGroups) -> None:
         """Marks this rank's parameters."""
+        if not self.tensors:
+            return
         for rule, parameter in local_parameters(chunks, architecture, groups).values():
             parameter.requires_grad_(not self.tensors.issuperset(rule.hf))
 

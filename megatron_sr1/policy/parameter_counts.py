@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_sr1.config import Config, LayoutConfig, ModelConfig, TrainConfig, check_model
 from megatron_sr1.platform.fake_ranks import fake_ranks
+from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.build import build_chunks
 from megatron_sr1.policy.groups import build_groups
 from megatron_sr1.policy.read import read_architecture
@@ -70,8 +73,24 @@ def _counted(
         train=TrainConfig(batch_size=num_ranks),
     )
     check_model(config)
-    ranks_per_stage = num_ranks // layout.pipeline  # Megatron-Core counts ranks stage by stage
-    return tuple(_count_rank(config, stage, stage * ranks_per_stage) for stage in range(layout.pipeline))
+    architecture = read_architecture(hf_dir)
+    counts: list[StageCount] = []
+    counted: dict[Any, StageCount] = {}  # by what a stage holds: of many, most hold the same
+    for stage in range(layout.pipeline):
+        held = _held(architecture, layout, stage)
+        if freeze or held not in counted:  # freeze may name single layers
+            counted[held] = _count_rank(config, architecture, stage)
+        counts.append(replace(counted[held], stage=stage))
+    return tuple(counts)
+
+
+def _held(architecture: Architecture, layout: LayoutConfig, stage: int) -> tuple[Any, ...]:
+    """The kinds of layers in each chunk of a stage, and what only its ends hold."""
+    kinds = list(zip(architecture.linear_layers, architecture.moe_layers, strict=True))
+    sizes = layout.stage_layers or [len(kinds) // layout.num_chunks] * layout.num_chunks
+    ends = list(accumulate(sizes))
+    chunks = range(stage, layout.num_chunks, layout.pipeline)
+    return (stage == 0, stage == layout.pipeline - 1, *(tuple(kinds[ends[i] - sizes[i] : ends[i]]) for i in chunks))
 
 
 def count_model(hf_dir: str) -> StageCount:
@@ -79,11 +98,12 @@ def count_model(hf_dir: str) -> StageCount:
     return count_stages(hf_dir, LayoutConfig(), num_ranks=1)[0]
 
 
-def _count_rank(config: Config, stage: int, rank: int) -> StageCount:
+def _count_rank(config: Config, architecture: Architecture, stage: int) -> StageCount:
+    rank = stage * (config.nproc // config.layout.pipeline)  # Megatron-Core counts ranks stage by stage
     with fake_ranks(rank, config.nproc) as platform:
         groups = build_groups(config.layout)
         assert groups.pipeline.rank() == stage, (groups.pipeline.rank(), stage)
-        chunks = build_chunks(read_architecture(config.model.hf_dir), config, platform, groups, torch.device("meta"))
+        chunks = build_chunks(architecture, config, platform, groups, torch.device("meta"))
         layers = tuple(len(chunk.decoder.layers) for chunk in chunks)
         return count_chunks(stage, layers, chunks)
 
