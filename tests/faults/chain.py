@@ -26,7 +26,6 @@ STOP_SECONDS = 120.0  # from a polite request: the step is ended and saved
 HANG_SECONDS = 60.0  # from a stop: a rank is silent for a while, then all say where they stood
 LAST_SECONDS = 900.0  # for what goes on
 GOES_ON = ("grader", "child of a grader", "resource tracker")  # a run survives the loss of one
-ENDS = {signal.SIGKILL: END_SECONDS, signal.SIGSTOP: HANG_SECONDS}
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,20 @@ class Trial:
 class Chains:
     """Runs that are to end like `whole`, in the same workspace and with the same words."""
 
-    def __init__(self, workspace: Workspace, whole: str, words: Sequence[str], moments: Moments | None) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        whole: str,
+        words: Sequence[str],
+        moments: Moments | None,
+        end_seconds: float = END_SECONDS,
+    ) -> None:
+        """
+        Args:
+            end_seconds: in place of END_SECONDS, where other work has the processors.
+        """
         self._workspace, self._whole, self._words, self._moments = workspace, whole, tuple(words), moments
+        self._end_seconds = end_seconds
 
     def start(self, run: str, attempt: int) -> Started:
         """The command of a run."""
@@ -73,7 +84,7 @@ class Chains:
                     if status:
                         trials.append(Trial(run, fault, wrong=self._said(started, status)))
                     break  # the part does not come any more: the run is done
-                trials.append(_disturbed(run, fault, started, draw))
+                trials.append(_disturbed(run, fault, started, draw, self._end_seconds))
             finally:
                 started.close()
             trials[-1] = self._damaged(trials[-1], draw)
@@ -92,7 +103,7 @@ class Chains:
         try:
             status = started.process.wait(LAST_SECONDS)
             wrong = self._said(started, status) if status else self.differences(run)
-            if started.ended_within(END_SECONDS) is None:
+            if started.ended_within(self._end_seconds) is None:
                 wrong += (f"left: {sorted(started.roles())}",)
         finally:
             started.close()
@@ -135,7 +146,7 @@ def _evaluations(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "eval").glob("*.jsonl")}
 
 
-def _disturbed(run: str, fault: Fault, started: Started, draw: random.Random) -> Trial:
+def _disturbed(run: str, fault: Fault, started: Started, draw: random.Random, end_seconds: float) -> Trial:
     roles = started.roles()
     if not roles.get(fault.role):
         fault = replace(fault, role="launcher")  # which is there as long as there is a run
@@ -147,8 +158,8 @@ def _disturbed(run: str, fault: Fault, started: Started, draw: random.Random) ->
     if fault.role in GOES_ON:
         status = started.process.wait(LAST_SECONDS)
         wrong = () if status == 0 else (f"ended with status {status}",)
-        return Trial(run, fault, started.ended_within(END_SECONDS), went_on=True, wrong=wrong)
-    limit = ENDS.get(number, STOP_SECONDS)
+        return Trial(run, fault, started.ended_within(end_seconds), went_on=True, wrong=wrong)
+    limit = {signal.SIGKILL: end_seconds, signal.SIGSTOP: HANG_SECONDS}.get(number, STOP_SECONDS)
     seconds = started.ended_within(limit)
     wrong = [] if seconds is not None else [f"still there after {limit:.0f} s: {sorted(started.roles())}"]
     if seconds is not None and started.process.poll() not in _statuses(number, fault.role):

@@ -23,9 +23,10 @@ TORN, LEFT = list(DAMAGES)[3:]
 
 
 def test_a_run_that_is_killed_and_damaged_ends_in_the_same_bytes(finished: Workspace) -> None:
-    """One rank while it grades, and the launcher while a checkpoint is written: the others end in time, nothing of them
-    is left, and the third start ends with the weights, metrics, rollouts and evaluations of the undisturbed run."""
-    chains = Chains(finished, "whole", WORDS, Moments(finished, "whole", started_after=5.0))
+    """One rank while it grades, and the launcher while a checkpoint is written: the others end, nothing is left of
+    them, and the third start ends with the weights, metrics, rollouts and evaluations of the undisturbed run. In how
+    many seconds they end is for the trials to measure (`python -m tests.faults`): other tests run beside this one."""
+    chains = Chains(finished, "whole", WORDS, Moments(finished, "whole", started_after=5.0), end_seconds=60.0)
     faults = [Fault("reward", "rank", damage=TORN), Fault("save", "launcher", damage=LEFT)]
     trials = chains.disturb("disturbed", faults, random.Random(0))
     assert [trial.wrong for trial in trials] == [(), ()], trials
