@@ -410,16 +410,16 @@ def test_a_tracker_that_raises_or_blocks_never_stops_a_run(
     how = released.wait if blocks else fail
     monkeypatch.setattr(tracking, "_open", lambda *_: _Hostile(how, where))
     for name in ("OPEN_SECONDS", "STEP_SECONDS", "END_SECONDS"):
-        monkeypatch.setattr(background, name, 0.2)
+        monkeypatch.setattr(background, name, 1.0)
     config = config_of(tmp_path, "track.wandb.mode=disabled", "track.mlflow.uri=http://127.0.0.1:9")
     evaluate(config, "before", 0, 0.25)
     start = time.monotonic()
     train(config, 0, 9)
-    assert time.monotonic() - start < 3, "it is waited for once, not at each step"
+    assert time.monotonic() - start < 7, "it is waited for once, not at each of nine steps"
     released.set()
     said = capsys.readouterr().err.splitlines()
     assert said and all("goes on" in line and "tracker mlflow" in line for line in said)
-    assert ("does not answer within 0.2 s" if blocks else "of its own") in said[0]
+    assert ("does not answer within 1 s" if blocks else "of its own") in said[0]
     assert len(said) == 1, said
     assert len(read_jsonl(Path(config.run_dir) / "metrics.jsonl")) == 9
 
