@@ -115,12 +115,12 @@ def rollout_seconds(
 
     later = [one for one in preset_of(config).passes.later if one.reader != "endpoint"]
     passes = sum(one.samples for one in later)
-    slowest = 0.0
+    slowest, prefill = 0.0, _prompt_flops(plan, passes) / (given.flops * ranks)  # of a prompt
     for number in range(engines):
         prompts = len(range(number, rollout.prompts_per_step, engines))
         pairs = [[length() for _ in range(1 + passes)] for _ in range(prompts * rollout.samples_per_prompt)]
         decoding = simulated(pairs, slots or engine.requests, seconds)
-        slowest = max(slowest, decoding + prompts * _prompt_flops(plan, passes) / (given.flops * ranks))
+        slowest = max(slowest, decoding + prompts * prefill)
     return slowest
 
 
