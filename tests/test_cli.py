@@ -255,3 +255,19 @@ def test_expected_errors_become_a_line(
 def test_a_defect_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError), one_line_for_mistakes("grpo"):
         raise ZeroDivisionError
+
+
+def test_ctrl_c_while_the_command_itself_is_imported_ends_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name == "megatron_sr1.cli.command":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "megatron_sr1.cli.command", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        main(["grpo", "no.yaml"])
+    assert ended.value.code == 75
+    assert capsys.readouterr().err == "megatron-sr1: interrupted before anything began\n"
