@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from megatron_sr1.config import Config, ConfigError, load_config
+from megatron_sr1.config.reference import check_reference
 from megatron_sr1.evaluation import Record, print_controls, read_records, replace_records, summarise_records
 from megatron_sr1.evaluation.controls import ControlTasks
 from megatron_sr1.evaluation.records import ControlAnswer, Material, Response
@@ -24,6 +26,7 @@ from megatron_sr1.types import Prompt, Question
 
 from .control_cases import Evaluated, Reader
 from .evaluation_cases import boxed, pair, record
+from .model_zoo import create_family
 from .pass_cases import shown
 from .scripted_engine import SEEN, prompt
 from .thread_ranks import on_threads
@@ -402,3 +405,22 @@ def test_a_reference_that_engines_cannot_read_is_refused() -> None:
         load_config(None, words)
     load_config(None, [*words, "objective.reference_dir=hf"])
     assert Config().evaluate.controls == ("prior", "shuffled", "gold")
+
+
+def test_a_reference_of_another_shape_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    create_family(tmp_path / "own", "qwen3_vl_moe")
+    shutil.copytree(tmp_path / "own", tmp_path / "start")
+    path = tmp_path / "start" / "config.json"
+    words = [f"model.hf_dir={tmp_path / 'own'}", f"objective.reference_dir={tmp_path / 'start'}"]
+    asked = [*words, "evaluate.controls=[reference]"]
+    check_reference(load_config(None, asked))
+    tree = json.loads(path.read_text())
+    name = "num_experts" if "num_experts" in tree["text_config"] else "num_local_experts"
+    tree["text_config"][name] += 1
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=r"objective\.reference_dir=.*where num_experts is 4, and not 5.*began with"):
+        check_reference(load_config(None, asked))
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"objective\.reference_dir=.*which holds a config\.json"):
+        check_reference(load_config(None, asked))
+    check_reference(load_config(None, words))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,11 @@ from safetensors.torch import load_file
 from megatron_sr1.data import write_shards
 from megatron_sr1.digits import make_demonstrations, make_prompts
 from megatron_sr1.digits.tiny_families import create_plain
+from megatron_sr1.evaluation import read_records
 from megatron_sr1.prompts import SHIPPED
 from megatron_sr1.types import SftSample
 from tests.commands import REPOSITORY, run_forked
+from tests.model_zoo import publish_experts
 
 GAP = 1e-3  # nats a token, between trainer and engine
 THINKING = ("thinking", "thinking_reasoner", "thinking_cot")
@@ -79,16 +82,17 @@ def build(folder: Path, case: Case, num_prompts: int, num_demonstrations: int) -
 
 def run(folder: Path, command: str, name: str, *overrides: str, model: str = "base") -> list[dict[str, float]]:
     """A command with the quickstart's settings; its metrics, a step each."""
-    data = folder / "data"
+    data, config = folder / "data", "sft" if command == "sft" else "grpo"
     words = [
-        *("-m", "megatron_sr1.cli", command, str(REPOSITORY / f"examples/quickstart/{command}.yaml")),
+        *("-m", "megatron_sr1.cli", command, str(REPOSITORY / f"examples/quickstart/{config}.yaml")),
         *(f"run_dir={folder / name}", f"model.hf_dir={folder / model}"),
         *(f"data.{part}=[{data}/{part}-*.tar]" for part in ("train", "heldout", "cold_start")),
         *overrides,
     ]
     num_ranks = 1 if "nproc=1" in overrides else 2
     run_forked(words, num_ranks)
-    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    metrics = folder / name / "metrics.jsonl"
+    return [json.loads(line) for line in metrics.read_text().splitlines()] if command != "evaluate" else []
 
 
 @pytest.mark.slow
@@ -137,3 +141,18 @@ def test_a_recurrent_mixture_is_trained_as_its_engine_routed(tmp_path: Path) -> 
     moved = {name for name in before if not before[name].equal(after[name])}
     parts = ("A_log", "dt_bias", "conv1d.weight", "experts.down_proj", "shared_expert_gate.weight", "mlp.gate.weight")
     assert {part for part in parts if any(name.endswith(part) for name in moved)} == set(parts)
+
+
+def test_a_mixture_answers_alike_from_either_layout_of_its_experts(tmp_path: Path) -> None:
+    """vLLM reads a folder whose experts lie as published; one that transformers saved is streamed to it, turned."""
+    build(tmp_path, CASES["mixture"], num_prompts=4, num_demonstrations=40)
+    shutil.copytree(tmp_path / "base", tmp_path / "published")
+    publish_experts(tmp_path / "published")
+    found = {}
+    for model in ("base", "published"):
+        sizes = ("evaluate.max_prompts=4", "rollout.max_response_tokens=16", "nproc=1", "layout.tensor=1")
+        run(tmp_path, "evaluate", f"of_{model}", *sizes, model=model)
+        records = read_records(tmp_path / f"of_{model}" / "eval" / "evaluate.jsonl")
+        found[model] = [(record.key, record.samples[0].first.text) for record in records]
+    assert len(found["base"]) == 4 and len({text for _, text in found["base"]}) > 1
+    assert found["base"] == found["published"]

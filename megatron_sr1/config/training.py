@@ -93,7 +93,8 @@ class ObjectiveConfig:
     contrast: list[Any] = field(default_factory=list)
     # siblings that are drawn from noisy images and trained on the images themselves: {samples: 4, strength: 0.5}
     distorted: dict[str, Any] = field(default_factory=dict)
-    # the folder of the weights that passes of `reader: reference` are read by; empty: those that the run begins with
+    # the folder of the weights that passes of `reader: reference` and the control `reference` are read by, of a model
+    # of the shape of model.hf_dir; empty: those that the run begins with
     reference_dir: str = ""
     template: str | None = None  # of the first pass, see `templates`; null: the preset's, else see_think
     second_template: str | None = None  # of passes that read a text; null: caption_reasoner

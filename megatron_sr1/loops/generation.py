@@ -25,7 +25,7 @@ from megatron_sr1.streams import Preset, check_siblings
 from megatron_sr1.training.live_rollouts import LiveRollouts
 from megatron_sr1.training.recorder import Recorder
 from megatron_sr1.types import NamedTensors, Passes, Prompt, Sampling, SftSample
-from megatron_sr1.weights import check_values
+from megatron_sr1.weights import check_values, published_weights, turned_experts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,7 +45,8 @@ def build_generator(
     Args:
         weights: streams the policy's present weights, collectively. The engines start with them, and whether updates
             reach the vision tower's images is tried (`canary_complaints`); later they refill engines that had to be
-            restarted. None: the engines have those of `model.hf_dir`.
+            restarted. None: the engines have those of `model.hf_dir`, and are filled with them likewise where vLLM
+            cannot read that folder itself.
         complain: takes what that finds.
 
     Raises:
@@ -54,10 +55,14 @@ def build_generator(
         RuntimeError: the engine does not hold the weights it was sent; by default, it does not look through them.
     """
     rollout = run.config.rollout
+    own, reference, filled = run.config.model.hf_dir, run.config.objective.reference_dir, weights
     if weights is None:  # else the policy has looked
-        check_values(open_tensors(read_architecture(run.config.model.hf_dir)), run.platform.ranks)
+        tensors = open_tensors(read_architecture(own))
+        check_values(tensors, run.platform.ranks)
+        if turned_experts(tensors, read_hf_config(own)):  # vLLM cannot read the folder itself
+            filled = functools.partial(_weights_of, own)
     element = 4 if run.platform.on_cpu else 2  # bytes of a cached value
-    model = read_hf_config(run.config.model.hf_dir)
+    model = read_hf_config(own)
     cached, each = (size(model, rollout.engine_tensor, element=element) for size in (kv_token_bytes, kv_request_bytes))
     limits = EngineLimits(
         max_model_tokens=rollout.max_model_tokens,
@@ -72,29 +77,27 @@ def build_generator(
         more=rollout.engine,
     )
     with run.stage("engines"):
-        engine = Engine(
-            run.config.model.hf_dir,
-            limits,
-            checksum_every=rollout.checksum_every,
-            sleeps=rollout.sleep,
-            filled_later=weights is not None,
-        )
-    if weights is not None:
-        with run.stage("canary"):
-            engine.update_weights(weights(), 0)
-            for complaint in canary_complaints(engine, run.processor, _canary_image(), weights):
-                complain(complaint)
+        more = {"checksum_every": rollout.checksum_every, "sleeps": rollout.sleep}
+        engine = Engine(own, limits, **more, filled_later=filled is not None)
+    if filled is not None:
+        _fill(run, engine, filled, complain)
     engines = engine_ranks(run)
     hands_on = run.platform.ranks.rank % rollout.engine_tensor == 0
-    own, reference = run.config.model.hf_dir, run.config.objective.reference_dir
     start = None
     if weights is not None or reference:
         # from a folder, since what the policy keeps of them has left the device while engines generate
         start = functools.partial(_weights_of, reference or own)
-        weights = weights or functools.partial(_weights_of, own)
+        filled = filled or functools.partial(_weights_of, own)
     who = {"engines": engines, "hands_on": hands_on, "counter": _counter(run), "slots": limits.max_running_requests}
     who["patience"] = run.platform.wait_for_all
-    return TwoPassGenerator(engine, run.planner, **who, weights=weights, start_weights=start)
+    return TwoPassGenerator(engine, run.planner, **who, weights=filled, start_weights=start)
+
+
+def _fill(run: Run, engine: Engine, weights: Callable[[], NamedTensors], complain: Callable[[str], None]) -> None:
+    with run.stage("canary"):
+        engine.update_weights(weights(), 0)
+        for complaint in canary_complaints(engine, run.processor, _canary_image(), weights):
+            complain(complaint)
 
 
 def _counter(run: Run) -> TeamCounter | None:
@@ -111,8 +114,8 @@ def engine_ranks(run: Run) -> TeamRanks:
 
 
 def _weights_of(hf_dir: str) -> NamedTensors:
-    tensors = open_tensors(read_architecture(hf_dir))
-    return ((name, tensors[name]) for name in tensors.tensors)
+    architecture = read_architecture(hf_dir)
+    return published_weights(open_tensors(architecture), architecture)
 
 
 def training_sampling(config: Config, preset: Preset) -> Sampling:

@@ -8,6 +8,7 @@ from megatron_sr1.weights.kept import kept_tensors, kept_weights
 from megatron_sr1.weights.load import load_hf_weights, mark_shards, table_parameters
 from megatron_sr1.weights.name_table import WeightRule, hf_from_shards, language_rules, shard_from_hf, vision_rule
 from megatron_sr1.weights.pickles import ForeignCode, check_megatron_dir
+from megatron_sr1.weights.published import published_weights, turned_experts
 
 __all__ = [
     "ForeignCode",
@@ -25,8 +26,10 @@ __all__ = [
     "language_rules",
     "load_hf_weights",
     "mark_shards",
+    "published_weights",
     "shard_from_hf",
     "table_parameters",
+    "turned_experts",
     "vision_rule",
     "write_hf_dir",
 ]
