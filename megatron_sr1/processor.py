@@ -103,6 +103,7 @@ class Processor:
         self._num_kept = 0  # patches of these
         self._system_prompt = system_prompt
         self._frames: dict[tuple[int, bool, bool], list[_Piece]] = {}
+        self._opening = ""  # of an answer's turn, as the chat template begins every one
         self.opened = ""  # the tag that the chat template begins the answer with, such as <think>
         self.end_of_turn_id: int = vocabulary[END_OF_TURN]
         self.image_token_id: int = vocabulary[IMAGE]
@@ -415,13 +416,14 @@ class Processor:
             )
         if has_system:
             self._check_system(rendered)
-        opened = opened_block(behind.rpartition(END_OF_TURN)[2], self._whose)
-        if self._frames and opened != self.opened:
+        opening = behind.rpartition(END_OF_TURN)[2].strip()
+        self.opened = opened_block(opening, self._whose)
+        if self._frames and opening != self._opening:
             raise ValueError(
-                f"{self._whose} begins the answer with {opened or 'nothing'} here and with {self.opened or 'nothing'} "
-                "elsewhere, by images or system prompt: layouts would differ. Use one that always does the same."
+                f"{self._whose} begins the answer with {opening!r} here and with {self._opening!r} elsewhere, by "
+                "images or system prompt: passes would be asked in two ways. Use one that always does the same."
             )
-        self.opened = opened
+        self._opening = opening
 
     def _check_system(self, rendered: str) -> None:
         """The system prompt is the first turn, and there is no other one of the system."""

@@ -320,7 +320,7 @@ def test_what_is_wrong_with_the_opening_is_told(folder: Path, processor: Process
     sometimes = Processor.from_pretrained(str(tmp_path / "model"))
     assert sometimes.turn_ids(THINKING.render("q", 1), 1)
     told = Template("told", "{problem}", tags=("think",), opens="<think>", system="Be brief.")
-    with pytest.raises(ValueError, match=r"begins the answer with nothing here and with <think> elsewhere"):
+    with pytest.raises(ValueError, match=r"assistant' here and with .*assistant\\n<think>' elsewhere, by images or"):
         sometimes.turn_ids(told.render("q", 1), 1)
 
 
@@ -345,3 +345,10 @@ def test_a_block_that_is_empty_and_closed_is_a_part_of_the_prompt(folder: Path, 
     assert described.strip() == "<description> ten dots </description>" and reasoning.count("think>") == 2
     with pytest.raises(ValueError, match=r"'thinking' has opens: <think>, and .* begins no answer with it"):
         processor.turn_ids(THINKING.render("q", 1), 1)
+    path = tmp_path / "model" / "chat_template.jinja"
+    closed = "' + ('<think></think>' if messages[0].role == 'user' else '')"
+    path.write_text(CHAT.replace("<think>\n'", closed))
+    sometimes = Processor.from_pretrained(str(tmp_path / "model"))
+    told = Template("told", "{problem}", tags=("think",), system="Be brief.")
+    with pytest.raises(ValueError, match=r"passes would be asked in two ways"):
+        sometimes.turn_ids(told.render("q", 1), 1)
