@@ -37,7 +37,7 @@ def test_what_is_being_written_is_finished(
     writing = Writing()
     monkeypatch.setattr(Run, "checkpoints", writing)
     config = load_config(None, [f"run_dir={tmp_path}", "watchdog.enabled=false"])
-    platform: Any = SimpleNamespace(world_size=num_ranks, is_main=True, ranks=Alone())
+    platform: Any = SimpleNamespace(world_size=num_ranks, is_main=True, on_cpu=True, ranks=Alone())
     if error is None:
         with open_run(config, platform, "grpo"):
             pass
@@ -53,7 +53,7 @@ def test_the_mistake_is_told_whatever_becomes_of_the_checkpoint(
 ) -> None:
     monkeypatch.setattr(Run, "checkpoints", Writing(fails=True))
     config = load_config(None, [f"run_dir={tmp_path}", "watchdog.enabled=false"])
-    platform: Any = SimpleNamespace(world_size=1, is_main=True, ranks=Alone())
+    platform: Any = SimpleNamespace(world_size=1, is_main=True, on_cpu=True, ranks=Alone())
     with pytest.raises(ValueError, match="the first"), open_run(config, platform, "grpo"):
         raise ValueError("the first")
     assert capsys.readouterr().out.splitlines()[1:] == ["no space left"], "behind how long the ranks took"
