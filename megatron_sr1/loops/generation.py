@@ -56,13 +56,13 @@ def build_generator(
     """
     rollout = run.config.rollout
     own, reference, filled = run.config.model.hf_dir, run.config.objective.reference_dir, weights
+    model = read_hf_config(own)
     if weights is None:  # else the policy has looked
         tensors = open_tensors(read_architecture(own))
         check_values(tensors, run.platform.ranks)
-        if turned_experts(tensors, read_hf_config(own)):  # vLLM cannot read the folder itself
+        if turned_experts(tensors, model):  # vLLM cannot read the folder itself
             filled = functools.partial(_weights_of, own)
     element = 4 if run.platform.on_cpu else 2  # bytes of a cached value
-    model = read_hf_config(own)
     cached, each = (size(model, rollout.engine_tensor, element=element) for size in (kv_token_bytes, kv_request_bytes))
     limits = EngineLimits(
         max_model_tokens=rollout.max_model_tokens,
@@ -77,8 +77,8 @@ def build_generator(
         more=rollout.engine,
     )
     with run.stage("engines"):
-        more = {"checksum_every": rollout.checksum_every, "sleeps": rollout.sleep}
-        engine = Engine(own, limits, **more, filled_later=filled is not None)
+        later = filled is not None
+        engine = Engine(own, limits, checksum_every=rollout.checksum_every, sleeps=rollout.sleep, filled_later=later)
     if filled is not None:
         _fill(run, engine, filled, complain)
     engines = engine_ranks(run)

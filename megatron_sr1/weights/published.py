@@ -12,10 +12,10 @@ def turned_experts(tensors: HfTensors, sizes: HfConfig) -> set[str]:
     """Experts' tensors that lie as transformers saves them, [out, in], where published ones of the family do not."""
     if not sizes.family.experts_turned:
         return set()
-    rules = [rule for rule in language_rules(sizes) if rule.expert == 0]
-    shapes = [tensors.tensors[rule.hf[0]].shape for rule in rules]
     return {
-        rule.hf[0] for rule, shape in zip(rules, shapes, strict=True) if not has_published_experts(rule, shape, sizes)
+        rule.hf[0]
+        for rule in language_rules(sizes)
+        if rule.expert == 0 and not has_published_experts(rule, tensors.tensors[rule.hf[0]].shape, sizes)
     }
 
 
