@@ -37,7 +37,6 @@ from megatron_sr1.config.resume import (
 )
 from megatron_sr1.config.rewards import RewardsConfig
 from megatron_sr1.config.rollout import (
-    BATCHED_TOKENS,
     RolloutConfig,
     graph_sizes,
     running_requests,
@@ -51,7 +50,6 @@ from megatron_sr1.config.whole import Config
 from megatron_sr1.config.yaml_files import read_mapping, read_overrides
 
 __all__ = [
-    "BATCHED_TOKENS",
     "FAMILIES",
     "FROZEN_PARTS",
     "NO_REPLAY",

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_sr1.config.rollout import BATCHED_TOKENS, RolloutConfig
+from megatron_sr1.config.rollout import RolloutConfig
 from megatron_sr1.config.rules import ConfigError, Range, require, require_number
 
 _BATCHED, _CHUNKED = "max_num_batched_tokens", "enable_chunked_prefill"
+_LEAST_BATCHED = 8192  # tokens of a forward pass, where nobody says how many
 _NO_CHUNKS = "false or null on a CPU: a prompt that is cut has its generator of draws rewound, which a CPU's cannot"
 _FIXED = "It is fixed, because"
 # what decides the tokens, the memory or the ranks, and what else may not come from a configuration
@@ -72,9 +73,9 @@ def check_engine_arguments(arguments: Mapping[str, Any]) -> None:
             raise ConfigError(f"{refused}the installed vLLM's EngineArgs has no such argument. {hint}")
 
 
-def batched_tokens(rollout: RolloutConfig) -> int:
-    """Of a forward pass of an engine, at most."""
-    return rollout.engine.get(_BATCHED, max(BATCHED_TOKENS, rollout.max_model_tokens))
+def batched_tokens(max_model_tokens: int, engine: Mapping[str, Any]) -> int:
+    """Of a forward pass of an engine, at most: what `rollout.engine` says, or so many that the longest prompt fits."""
+    return engine.get(_BATCHED, max(_LEAST_BATCHED, max_model_tokens))
 
 
 def check_batched_tokens(rollout: RolloutConfig, requests: int = 1, *, on_cpu: bool = False) -> None:
@@ -92,9 +93,8 @@ def check_batched_tokens(rollout: RolloutConfig, requests: int = 1, *, on_cpu: b
     reason = "it takes prompts whole, up to rollout.max_model_tokens" if whole else "each request has a token in it"
     least = max(requests, rollout.max_model_tokens if whole else 0)
     remedy = f"An engine's forward pass has so many tokens; {reason}."
-    require_number(
-        f"rollout.engine.{_BATCHED}", batched_tokens(rollout), Range(least, 10**9), whole=True, remedy=remedy
-    )
+    batched = batched_tokens(rollout.max_model_tokens, rollout.engine)
+    require_number(f"rollout.engine.{_BATCHED}", batched, Range(least, 10**9), whole=True, remedy=remedy)
 
 
 @functools.cache

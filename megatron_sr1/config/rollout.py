@@ -8,7 +8,6 @@ from typing import Any
 from megatron_sr1.config.rules import COUNT, COUNT_OR_NONE, Range, check_numbers, require
 
 TYPICAL = 0.5  # of the longest sequence: what one is taken to be long before any is known
-BATCHED_TOKENS = 8192  # of an engine's forward pass, at least
 _FEW, _STEP = (1, 2, 4), 8
 _MOST_REQUESTS = 512  # that an engine is given by itself: with more, a step's logits outgrow what they bring
 _NUMBERS = {

@@ -59,7 +59,7 @@ def engine_bytes(
     kv_cache = int(rollout.kv_cache_gib * 2**30)
     cached = kv_token_bytes(model, ranks, element=element)
     requests = running_requests(rollout, cached, kv_request_bytes(model, ranks, element=element))
-    batched = batched_tokens(rollout)
+    batched = batched_tokens(rollout.max_model_tokens, rollout.engine)
     hidden = 6 * model.hidden_size + (1 + len(model.deepstack_layers)) * model.hidden_size
     width = model.expert_ffn_size * model.experts_per_token + model.shared_expert_size or model.ffn_size
     forward = batched * (hidden + 3 * width // ranks) * element

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sr1.config import BATCHED_TOKENS, HfConfig, PixelLimits, graph_sizes
+from megatron_sr1.config import HfConfig, PixelLimits, batched_tokens, graph_sizes
 
 NO_WEIGHTS = "no_weights"  # vLLM's load format of an engine whose weights come later (reload.py)
 CPU_BLOCK = 32  # tokens of a KV block, the least that vLLM's CPU kernels like: siblings share whole blocks of a prompt
@@ -73,7 +73,7 @@ def engine_arguments(
         "mm_encoder_tp_mode": "data" if limits.tensor_parallel > 1 else "weights",  # ranks share images, not layers
         "max_model_len": limits.max_model_tokens,
         "max_num_seqs": limits.max_running_requests,
-        "max_num_batched_tokens": max(BATCHED_TOKENS, limits.max_model_tokens),
+        "max_num_batched_tokens": batched_tokens(limits.max_model_tokens, limits.more),
         "limit_mm_per_prompt": {"image": limits.max_images, "video": 0},
         "distributed_executor_backend": "external_launcher" if in_job else None,
         "enable_sleep_mode": can_sleep,
