@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megatron_sr1.config import Config, ConfigError, load_config
-from megatron_sr1.config.reference import check_reference
+from megatron_sr1.cli.runs import check_run
+from megatron_sr1.config import Config, ConfigError, check_reference, load_config
 from megatron_sr1.evaluation import Record, print_controls, read_records, replace_records, summarise_records
 from megatron_sr1.evaluation.controls import ControlTasks
 from megatron_sr1.evaluation.records import ControlAnswer, Material, Response
@@ -412,15 +412,21 @@ def test_a_reference_of_another_shape_is_refused_before_anything_starts(tmp_path
     shutil.copytree(tmp_path / "own", tmp_path / "start")
     path = tmp_path / "start" / "config.json"
     words = [f"model.hf_dir={tmp_path / 'own'}", f"objective.reference_dir={tmp_path / 'start'}"]
-    asked = [*words, "evaluate.controls=[reference]"]
-    check_reference(load_config(None, asked))
-    tree = json.loads(path.read_text())
-    name = "num_experts" if "num_experts" in tree["text_config"] else "num_local_experts"
-    tree["text_config"][name] += 1
-    path.write_text(json.dumps(tree))
-    with pytest.raises(ConfigError, match=r"objective\.reference_dir=.*where num_experts is 4, and not 5.*began with"):
-        check_reference(load_config(None, asked))
+    asked = load_config(None, [*words, "evaluate.controls=[reference]"])
+    check_reference(asked, ())
+    whole = json.loads(path.read_text())
+    name = "num_experts" if "num_experts" in whole["text_config"] else "num_local_experts"
+    for section, key, said in (("text_config", name, "num_experts"), ("vision_config", "depth", "vision_config.depth")):
+        value = whole[section][key]
+        path.write_text(json.dumps(whole | {section: whole[section] | {key: value + 1}}))
+        refused = rf"objective\.reference_dir=.*where {said} is {value}, and not {value + 1}.*began with"
+        with pytest.raises(ConfigError, match=refused):
+            check_reference(asked, ())
     path.unlink()
     with pytest.raises(ConfigError, match=r"objective\.reference_dir=.*which holds a config\.json"):
-        check_reference(load_config(None, asked))
-    check_reference(load_config(None, words))
+        check_reference(asked, ())
+    check_reference(load_config(None, words), ("policy",))
+    words += ["data.train=[no/*.tar]", "data.heldout=[no/*.tar]", f"run_dir={tmp_path / 'run'}"]
+    assert len(check_run("grpo", load_config(None, words))) == 2  # read by nothing; no list has files
+    with pytest.raises(ConfigError, match=r"objective\.reference_dir=.*which holds a config\.json"):
+        check_run("grpo", load_config(None, [*words, "objective.preset=caprl"]))

@@ -15,6 +15,7 @@ from megatron_sr1.config import (
     Config,
     check_command,
     check_folders,
+    check_reference,
     check_resume,
     check_weights,
     dump_config,
@@ -63,8 +64,10 @@ def check_run(command: Command, config: Config) -> list[str]:
         from megatron_sr1.streams import check_objective, check_siblings, preset_of
 
         check_objective(config.objective, config.rewards, config.model.megatron_dir, templates=templates)
+        preset = preset_of(config)
+        check_reference(config, {later.reader for later in preset.passes.later})
         if command == "grpo":
-            check_siblings(preset_of(config).distorted, config)
+            check_siblings(preset.distorted, config)
     if command != "evaluate":
         check_folders(config)
         check_resume(config)

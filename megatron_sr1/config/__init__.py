@@ -26,6 +26,7 @@ from megatron_sr1.config.paths import home_path
 from megatron_sr1.config.pixels import PixelLimits, check_pixels, pixel_limits, write_pixel_limits
 from megatron_sr1.config.preflight import PreflightConfig
 from megatron_sr1.config.profile import ProfileConfig
+from megatron_sr1.config.reference import check_reference
 from megatron_sr1.config.resume import (
     Change,
     changes_of,
@@ -93,6 +94,7 @@ __all__ = [
     "check_folders",
     "check_model",
     "check_pixels",
+    "check_reference",
     "check_resume",
     "check_weights",
     "dump_config",

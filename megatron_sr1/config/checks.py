@@ -13,7 +13,6 @@ from megatron_sr1.config.freeze import check_parts
 from megatron_sr1.config.hf_config import read_hf_config
 from megatron_sr1.config.model import PrecisionConfig
 from megatron_sr1.config.pixels import check_pixels
-from megatron_sr1.config.reference import check_reference
 from megatron_sr1.config.rollout import running_requests
 from megatron_sr1.config.router_replay import check_router_replay
 from megatron_sr1.config.rules import ConfigError, require
@@ -53,7 +52,6 @@ def check_command(command: Command, config: Config) -> None:
     )
     if command != "sft":
         check_engine(config)
-        check_reference(config)
 
 
 def check_length(command: Command, config: Config) -> None:
