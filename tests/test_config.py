@@ -248,6 +248,16 @@ def test_a_layout_that_the_model_does_not_divide_is_refused(overrides: list[str]
         check_model(load_config(None, [f"model.hf_dir={tmp_path}", *overrides]))
 
 
+@pytest.mark.parametrize("name", ["moe_intermediate_size", "intermediate_size"])
+def test_a_width_that_an_engines_ranks_do_not_divide_is_refused(name: str, tmp_path: Path) -> None:
+    tree = {"architectures": [MIXTURE], "text_config": _MODEL | {name: 50}, "vision_config": _VISION}
+    write_config(tmp_path, tree)
+    words = [f"model.hf_dir={tmp_path}", "nproc=4"]
+    check_model(load_config(None, [*words, "rollout.engine_tensor=2"]))
+    with pytest.raises(ConfigError, match=rf"rollout\.engine_tensor=4.*a divisor of the model's {name}=50"):
+        check_model(load_config(None, [*words, "rollout.engine_tensor=4"]))
+
+
 def test_layouts_that_the_model_divides_pass(tmp_path: Path) -> None:
     write_config(tmp_path, {"architectures": [MIXTURE], "text_config": _MODEL, "vision_config": _VISION})
     for overrides in (

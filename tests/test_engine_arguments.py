@@ -130,6 +130,8 @@ def test_a_configuration_may_add_what_is_not_decided_here(tiny_model_dir: str) -
             ("max_num_seqs", "Set rollout.max_running_requests."),
             ("hf_token", "a secret belongs into no configuration"),
         ),
+        *(("enable_expert_parallel", "a part of every expert"), ("enable_eplb", "a part of every expert")),
+        *(("nnodes", "tensor-parallel alone"), ("enable_lora", "no adapters"), ("mm_encoder_only", "with images")),
         *(("dtype", "the trainer computes log-probs in it"), ("trust_remote_code", "no code of a model directory")),
     ],
 )

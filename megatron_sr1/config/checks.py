@@ -92,8 +92,9 @@ def check_model(config: Config) -> None:
     """What the model's own config.json says about the layout; no weights are read.
 
     Raises:
-        ConfigError: what `read_hf_config` refuses, settings that are not supported, or heads, layers or experts that
-            the layout does not divide; bf16 layers that it does not have; parts that cannot be frozen together.
+        ConfigError: what `read_hf_config` refuses, settings that are not supported, or heads, layers, experts or
+            widths that the layout or an engine's ranks do not divide; bf16 layers that it does not have; parts that
+            cannot be frozen together.
     """
     model, layout = read_hf_config(config.model.hf_dir), config.layout
     model.check_supported()
@@ -102,7 +103,8 @@ def check_model(config: Config) -> None:
     _check_division("layout.tensor", layout.tensor, *heads)
     width = "shared_expert_intermediate_size" if model.shared_expert_size else "intermediate_size"
     _check_division("layout.tensor", layout.tensor, width, model.ffn_size)
-    _check_division("rollout.engine_tensor", config.rollout.engine_tensor, *heads)
+    for part in (heads, (width, model.ffn_size), ("moe_intermediate_size", model.expert_ffn_size)):
+        _check_division("rollout.engine_tensor", config.rollout.engine_tensor, *part)
     require(
         model.num_kv_heads % layout.tensor == 0 or layout.tensor % model.num_kv_heads == 0,
         "layout.tensor",

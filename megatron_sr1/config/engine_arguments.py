@@ -17,6 +17,9 @@ _BATCHED, _CHUNKED = "max_num_batched_tokens", "enable_chunked_prefill"
 _LEAST_BATCHED = 8192  # tokens of a forward pass, where nobody says how many
 _NO_CHUNKS = "false or null on a CPU: a prompt that is cut has its generator of draws rewound, which a CPU's cannot"
 _FIXED = "It is fixed, because"
+_TENSOR_ALONE = f"{_FIXED} an engine's ranks are tensor-parallel alone."
+_EVERY_EXPERT = f"{_FIXED} each rank of an engine holds a part of every expert, and new weights are checked there."
+_EVERY_PROMPT = f"{_FIXED} first passes are asked with images."
 # what decides the tokens, the memory or the ranks, and what else may not come from a configuration
 _OWNED = {
     "model": "Set model.hf_dir.",
@@ -46,7 +49,10 @@ _OWNED = {
     "enable_return_routed_experts": "Set objective.router_replay.",
     "aux_output_config": "Set objective.router_replay.",
     "distributed_executor_backend": f"{_FIXED} engines live in the training ranks.",
-    "pipeline_parallel_size": f"{_FIXED} an engine's ranks are tensor-parallel alone.",
+    **dict.fromkeys(("pipeline_parallel_size", "prefill_context_parallel_size", "nnodes"), _TENSOR_ALONE),
+    **dict.fromkeys(("enable_expert_parallel", "enable_eplb", "enable_elastic_ep"), _EVERY_EXPERT),
+    **dict.fromkeys(("language_model_only", "mm_encoder_only"), _EVERY_PROMPT),
+    "enable_lora": f"{_FIXED} the policy has no adapters: weights arrive whole.",
     "data_parallel_size": f"{_FIXED} nproc / rollout.engine_tensor engines share the prompts.",
     "trust_remote_code": f"{_FIXED} no code of a model directory is run.",
     "worker_cls": f"{_FIXED} weights are put into vLLM's own worker.",
