@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 
-from megatron_sr1.parent_process import end_with_parent
+from megatron_sr1.parent_process import end_with_parent, naming_parent
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -26,9 +26,11 @@ def start_fork_server(modules: Sequence[str]) -> None:
     It ends with this process, and takes no stop signal: a cluster sends those to every process of a job.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.fork_server_start", *modules])
+    # the first of them without torch, whose import takes as long as a kill must not
+    first = ("megatron_sr1.ends_with_parent", f"{__package__}.fork_server_start")
+    context.set_forkserver_preload([*first, *modules])
     resource_tracker.ensure_running()  # takes no stop signal; starting it would let go of those that are held back
-    with held_back(STOP_SIGNALS):
+    with held_back(STOP_SIGNALS), naming_parent():
         forkserver.ensure_running()
     probe = context.Process(target=int)
     probe.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.faults.__main__ import BEGIN, END, drawn_faults, table
 from tests.faults.chain import Chains, Fault, Trial
 from tests.faults.damage import DAMAGES, possible, tear_what_is_written
 from tests.faults.moments import PARTS, Moments
+from tests.faults.processes import Started
 from tests.workspace import REPOSITORY, Workspace
 
 WORDS = (
@@ -37,6 +39,23 @@ def test_a_run_that_is_killed_and_damaged_ends_in_the_same_bytes(finished: Works
     (finished.folder / "disturbed" / "hf" / "model.safetensors").write_bytes(b"others")
     (finished.folder / "disturbed" / "eval" / "after.jsonl").unlink()
     assert chains.differences("disturbed") == ("other weights", "other evaluations")
+
+
+def test_what_ranks_are_forked_from_ends_with_a_launcher_that_dies_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it has imported anything, let alone asked to be told of the launcher's end."""
+    (tmp_path / "slow.py").write_text("import time\n\ntime.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPOSITORY}")
+    code = "from megatron_sr1.platform.fork_server import start_fork_server; start_fork_server(['slow'])"
+    started = Started([sys.executable, "-c", code], tmp_path / "log")
+    try:
+        while not started.roles().get("fork server"):
+            assert started.process.poll() is None, started.log.read_text()
+        started.process.kill()
+        assert started.ended_within(60.0) is not None, started.roles()
+    finally:
+        started.close()
 
 
 def _log(workspace: Workspace, attempt: int) -> str:
