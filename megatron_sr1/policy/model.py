@@ -14,7 +14,6 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from transformers import AutoModel
 
 from megatron_sr1.config import Config
 from megatron_sr1.kernels import linear_divergence, linear_logprob
@@ -27,7 +26,7 @@ from megatron_sr1.policy.groups import ParallelGroups
 from megatron_sr1.policy.layers.deepstack import PackedRow, with_deepstack
 from megatron_sr1.policy.layers.rotary import MultimodalRotary
 from megatron_sr1.policy.layers.routing import RankRouting
-from megatron_sr1.policy.vision import SharedVision
+from megatron_sr1.policy.vision import SharedVision, new_tower
 from megatron_sr1.types import BANNED_LOGIT_BIAS, MicroBatch, OtherContext, Scoring
 
 
@@ -78,7 +77,7 @@ class QwenVLModel(GPTModel):
             interleaved=architecture.family.interleaved_rotary,
         )
         if is_first:
-            self.vision = AutoModel.from_config(
+            self.vision = new_tower(
                 architecture.hf.vision_config, attn_implementation="sdpa", dtype=megatron_config.params_dtype
             )
             self.shared_vision = SharedVision(

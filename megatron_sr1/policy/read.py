@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
-    AutoModel,
     PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen3_5Config,
@@ -21,6 +20,7 @@ from transformers import (
 
 from megatron_sr1.config import Family, read_hf_config
 from megatron_sr1.policy.architecture import Architecture
+from megatron_sr1.policy.vision import new_tower
 from megatron_sr1.weights import HfTensors, check_tensors
 
 _CLASSES: dict[str, type[PreTrainedConfig]] = {  # by the name of a family
@@ -70,7 +70,7 @@ def open_tensors(architecture: Architecture) -> HfTensors:
 def vision_names(architecture: Architecture) -> list[str]:
     """Of the vision tower's parameters, as its module has them; no memory is taken for them."""
     with torch.device("meta"):
-        tower = AutoModel.from_config(architecture.hf.vision_config)
+        tower = new_tower(architecture.hf.vision_config)
     return [name for name, _ in tower.named_parameters()]
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from transformers import AutoModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeVisionModel
@@ -46,6 +47,11 @@ class PatchOrder:
         per_unit = num_patches // num_units
         rows = self.units[start // per_unit : stop // per_unit, None] * per_unit + torch.arange(per_unit)
         return rows.flatten()
+
+
+def new_tower(config: Any, **options: Any) -> VisionTower:
+    """The tower of a model's `vision_config`, with random weights. `options`: those of `AutoModel.from_config`."""
+    return AutoModel.from_config(config, **options)
 
 
 def has_windows(tower: VisionTower) -> bool:
