@@ -211,11 +211,11 @@ def _check_forward(policy: Any, config: Any, name: str, image: tuple[int, int] |
 
 def _check_tower(policy: Any, config: Any, row: Any, expected: float, name: str) -> None:
     """The tower alone, less the patches themselves: here they are much larger than its states."""
-    from megatron_sr1.estimate.vision import patch_values
+    from megatron_sr1.estimate.vision import patch_values, tower_sizes
 
     found = _kept_bytes(policy.chunks[0], lambda: policy.chunks[0].shared_vision(row))
     num_patches = sum(math.prod(image.grid_thw) for image in row.images) / config.layout.tensor
-    tower = policy.architecture.hf.vision_config.to_dict()
+    tower = tower_sizes(policy.architecture)
     patches = 4 * num_patches * patch_values(tower)
     twice = 2 * 4 * num_patches * tower["hidden_size"]  # states before mergers that blocks keep too
     assert abs(expected - found) <= max(ACTIVATION_ERROR * (found - patches), twice), (name, expected, found, patches)

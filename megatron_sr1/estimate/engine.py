@@ -24,6 +24,7 @@ from megatron_sr1.config import (
     running_requests,
 )
 from megatron_sr1.estimate.saved import WholeCount
+from megatron_sr1.estimate.vision import tower_sizes
 from megatron_sr1.policy.architecture import Architecture
 from megatron_sr1.policy.parameter_counts import count_stages
 
@@ -77,7 +78,7 @@ def engine_bytes(
 
 def _encoder_bytes(model: Architecture, values: int) -> int:
     """Of the vision tower over as many visual tokens as a forward pass may take: states and the feed-forward part."""
-    tower = model.hf.vision_config.to_dict()
+    tower = tower_sizes(model)
     return tower["spatial_merge_size"] ** 2 * values * (6 * tower["hidden_size"] + 3 * tower["intermediate_size"])
 
 

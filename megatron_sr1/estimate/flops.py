@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sr1.config import LinearAttention
-from megatron_sr1.estimate.vision import has_windows, patch_values
+from megatron_sr1.estimate.vision import has_windows, patch_values, tower_sizes
 from megatron_sr1.kernels.delta_rule import CHUNK
 from megatron_sr1.policy.architecture import Architecture
 
@@ -85,7 +85,7 @@ def attention_flops(model: Architecture, scores: float) -> float:
 
 def patch_flops(model: Architecture, grid: tuple[int, int, int]) -> float:
     """Of the tower's first product, from pixels to channels."""
-    tower = model.hf.vision_config.to_dict()
+    tower = tower_sizes(model)
     return 2.0 * grid[0] * grid[1] * grid[2] * tower["hidden_size"] * patch_values(tower)
 
 
@@ -95,7 +95,7 @@ def image_flops(model: Architecture, grid: tuple[int, int, int]) -> Flops:
     Args:
         grid: patches along time, height and width.
     """
-    tower = model.hf.vision_config.to_dict()
+    tower = tower_sizes(model)
     frames, height, width = grid
     patches, channels = frames * height * width, tower["hidden_size"]
     inner = (6 if has_windows(tower) else 4) * channels * tower["intermediate_size"]

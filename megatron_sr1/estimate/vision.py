@@ -35,7 +35,7 @@ def vision_bytes(
 ) -> VisionBytes:
     """The tower's share of a row's activations. A tower that is frozen with its mergers keeps none, but its results for
     the whole step; before mergers that are trained it keeps their inputs."""
-    tower, layout = model.hf.vision_config.to_dict(), config.layout
+    tower, layout = tower_sizes(model), config.layout
     per_token, ranks = tower["spatial_merge_size"] ** 2, layout.tensor * layout.context
     patches = row_tokens * per_token / ranks
     results = row_tokens * (1 + len(model.deepstack_layers)) * model.hidden_size * element
@@ -54,6 +54,12 @@ def vision_bytes(
     again = block if config.recompute.vision else 0.0
     # encoding ends in each rank's part of the visual tokens, gathered, put in order, and written into the row
     return VisionBytes(kept=embedding + blocks + merger, working=again + 3 * results)
+
+
+def tower_sizes(model: Architecture) -> Mapping[str, Any]:
+    """The numbers of `vision_config`, by one set of names: all estimates of the tower read them here. `hidden_size` is
+    the width of a patch, `intermediate_size` that of its feed-forward part."""
+    return model.hf.vision_config.to_dict()
 
 
 def block_bytes(tower: Mapping[str, Any], element: int, *, attention: int) -> float:
