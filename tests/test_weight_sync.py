@@ -343,6 +343,10 @@ def test_a_restarted_engine_is_as_it_was_started(facts: dict[str, dict[str, Any]
         assert growth < KV_CACHE_GIB * 2**30, f"{growth >> 20} MiB in four restarts: the KV cache alone is 64 in each"
 
 
+def test_every_family_is_synced() -> None:
+    assert {name for cases in SYNCS.values() for name, _ in cases} == set(FAMILIES)
+
+
 def test_trainer_and_generator_agree_after_five_updates(facts: dict[str, dict[str, Any]]) -> None:
     for name, found in facts.items():
         assert len(found["trained"]) >= 1000, name
@@ -367,9 +371,9 @@ def test_an_engine_tells_where_it_sends_each_token(
 
 def test_the_checksums_name_what_did_not_arrive(facts: dict[str, dict[str, Any]]) -> None:
     for name, found in facts.items():
-        missed, tied = found["missed"], name in ("tied", "deepstack", "recurrent_dense")
-        assert ("embed_tokens" in missed["_repack_output_head"]) == tied, name
-        assert ("mlp.experts" in missed["_repack_experts"]) == (name in ("experts", "recurrent")), name
+        missed, entry = found["missed"], ZOO[FAMILIES[name][0]]
+        assert ("embed_tokens" in missed["_repack_output_head"]) == entry.tied, name
+        assert ("mlp.experts" in missed["_repack_experts"]) == ("num_experts" in entry.text), name
         assert "checksums of 2 tensors" in missed["corrupted"], name
         assert "layers.1.self_attn.v_proj.weight" in missed["corrupted"] or "blocks.2.norm1" in missed["corrupted"], (
             name
