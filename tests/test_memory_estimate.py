@@ -237,6 +237,46 @@ def _kept_bytes(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> 
     return sum(tensor.untyped_storage().nbytes() for address, tensor in held.items() if address not in own)
 
 
+class _Kept(torch.autograd.Function):
+    """A kernel of a GPU that keeps copies of what it is given, and has such an output. No backward is asked of it."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, *kept: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*(tensor.detach().clone() for tensor in kept))
+        return out.detach().clone()
+
+
+def _rule_on_a_gpu(query: Any, key: Any, value: Any, decay: Any, rate: Any, plan: Any) -> torch.Tensor:
+    """flash-linear-attention keeps its arguments, queries and keys of length 1 and for each value head, and a
+    triangle [T, heads, 64] of each chunk."""
+    served = value.shape[2]
+    heads = (each.repeat_interleave(served, 1) for each in (query, key))
+    triangles = value.new_empty(len(value), value.shape[1] * served, 64)
+    return _Kept.apply(value, *heads, value, decay, rate, triangles)
+
+
+def _check_delta_layer(folder: str) -> None:
+    """A gated delta rule in bf16, with kernels of a GPU in their places: the estimate is no less than what is kept, and
+    at most a fifth more."""
+    from megatron_sr1.estimate.layer import kept_tensors, layer_shape
+    from megatron_sr1.policy.layers import gated_delta_net
+
+    with (
+        built(str(Path(folder) / "qwen3_5"), ["precision.dtype=bf16"]) as (policy, config),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(gated_delta_net, "gated_delta_rule", _rule_on_a_gpu)
+        patch.setattr(gated_delta_net, "causal_convolution", lambda x, weight, plan: _Kept.apply(x, x))
+        layer = next(each for each in policy.chunks[0].modules() if isinstance(each, gated_delta_net.GatedDeltaNet))
+        sizes, tokens = layer.sizes, 256
+        mixed = torch.ones(tokens, sizes.num_key_heads, sizes.rows_per_key, dtype=torch.bfloat16, requires_grad=True)
+        kept = _kept_bytes(policy.chunks[0], lambda: layer._mixed(mixed, layer.norm_weight, None))
+        options = {"element": 2, "is_moe": False, "is_linear": True}
+        tensors = kept_tensors(layer_shape(policy.architecture, config.layout, tokens, **options))
+        expected = sum(tensors[name] for name in ("delta inputs", "convolution", "delta rule", "delta norm"))
+        assert 1 <= expected / kept <= 1.2, (expected, kept)
+
+
 def _plain_layers_extra(model: Any, config: Any, tokens: int) -> float:
     """What the plain layers keep beyond Transformer Engine's: the cosines and sines of a layer, queries and keys copied
     for attention; and once the angles."""
@@ -256,6 +296,7 @@ def _check_alone(rank: int, num_ranks: int, folder: str) -> None:
     start_platform()
     _check_published_layers()
     _check_states(num_ranks, folder)
+    _check_delta_layer(folder)
     modes = {"qwen2_5_vl_untied": ["none", "mlp", "vision"], "qwen3_vl": list(RECOMPUTE), "qwen3_vl_moe": ["none"]}
     _check_activations(folder, [], modes)
 
