@@ -30,18 +30,8 @@ from tests.source_tree import (
 
 LEVELS = {
     0: {"__init__", "ahead", "bounded_answers", "config", "encoded_image", "ends_with_parent", "file_lock"}
-    | {
-        "import_path",
-        "parent_process",
-        "phases",
-        "printable",
-        "processes",
-        "ranks",
-        "reward_stream",
-        "schedule",
-        "signals",
-        "types",
-    },
+    | {"import_path", "parent_process", "phases", "printable", "processes", "ranks", "reward_stream", "schedule"}
+    | {"signals", "types"},
     1: {
         "data",
         "prompts",
